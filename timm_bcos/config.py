@@ -1,0 +1,127 @@
+"""What a conversion does, as data: `BcosConfig` and its presets."""
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+__all__ = ["BcosConfig"]
+
+CHOICES = {
+    "norm": ("keep", "uncentred", "remove"),
+    "activation": ("keep", "remove"),
+    "max_pool": ("keep", "average"),
+    "stem": ("normalised", "encoded"),
+    "classify_positions": ("never", "linear", "always"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BcosConfig:
+    """How `bcosify` turns a network into a B-cos network.
+
+    The defaults are the fine-tuning preset at B = 2.
+
+    Args:
+        b: Exponent B of every convolution and linear layer; 1 is linear.
+        max_out: MaxOut units M per output.
+        gamma: Fixed output scale γ of every layer.
+        gamma_scale: s, which replaces `gamma` by γ = s / √d, d = kernel height · width · input channels.
+        normalize_weight: Unit-norm rows ŵ, or free rows as pretrained weights have them.
+        bias: Keep additive biases (of layers and norms). They are not explained by the image.
+        norm: 'keep' (as a dynamic linear map), 'uncentred' (batch norm only divides), or 'remove'. Without biases
+            a kept batch norm is uncentred too, since its running mean is one.
+        activation: 'keep' (as a dynamic linear map) or 'remove'.
+        max_pool: 'keep' or 'average'.
+        stem: 'normalised' feeds the encoding with the pretrained mean and std, so that the first layer starts as the
+            original; 'encoded' feeds it as it is, to a first layer with twice the input channels.
+        mean: Channel means of the 'normalised' stem; None takes them from `model.pretrained_cfg`.
+        std: Channel standard deviations, likewise.
+        classify_positions: Apply the classifier at each position, before average pooling: 'never', where only 'linear'
+            layers lie between the two (the function stays the same at b = 1), or 'always', with norms between them
+            acting per position too.
+        temperature: T, what the pooled responses are divided by.
+        logit_bias: Added to every logit; None is log(p / (1 - p)) at p = 1 / num_classes.
+        linear: Patterns of module names that stay linear (B = 1, free weights): projections to queries, keys and
+            values, as in the B-cos transformers.
+
+    Raises:
+        ValueError: For a value outside its choices.
+    """
+
+    b: float = 2.0
+    max_out: int = 1
+    gamma: float = 1.0
+    gamma_scale: float | None = None
+    normalize_weight: bool = False
+    bias: bool = False
+    norm: Literal["keep", "uncentred", "remove"] = "keep"
+    activation: Literal["keep", "remove"] = "keep"
+    max_pool: Literal["keep", "average"] = "keep"
+    stem: Literal["normalised", "encoded"] = "normalised"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    classify_positions: Literal["never", "linear", "always"] = "linear"
+    temperature: float = 1.0
+    logit_bias: float | None = 0.0
+    linear: tuple[str, ...] = ("*qkv", "*in_proj")
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"BcosConfig({name}={getattr(self, name)!r}): choose one of {', '.join(choices)}")
+        if self.b < 1 or self.max_out < 1 or self.temperature <= 0:
+            raise ValueError(
+                f"BcosConfig needs b >= 1, max_out >= 1 and temperature > 0, "
+                f"got b={self.b}, max_out={self.max_out}, temperature={self.temperature}"
+            )
+
+    @classmethod
+    def paper(cls, *, gamma_scale: float | None = None, temperature: float = 1.0, **changes: Any) -> "BcosConfig":
+        """The networks of the first paper: MaxOut 2, no norms, activations or biases (section 4 of arXiv 2205.10268).
+
+        Args:
+            gamma_scale: s in γ = s / √d.
+            temperature: T.
+            changes: Any other field.
+        """
+        preset = dict(
+            max_out=2, gamma_scale=gamma_scale, temperature=temperature, normalize_weight=True, norm="remove",
+            activation="remove", max_pool="average", stem="encoded", logit_bias=math.log(0.01 / 0.99), linear=(),
+        )  # fmt: skip
+        return cls(**(preset | changes))
+
+    @classmethod
+    def v2(cls, **changes: Any) -> "BcosConfig":
+        """The networks of the second paper: unit norm, γ = 1, uncentred batch norm (section 3 of arXiv 2306.10898)."""
+        preset = dict(
+            normalize_weight=True, norm="uncentred", activation="remove", stem="encoded", logit_bias=None,
+            classify_positions="always",
+        )  # fmt: skip
+        return cls(**(preset | changes))
+
+    @classmethod
+    def finetune(cls, *, b: float = 2.0, bias: bool = False, **changes: Any) -> "BcosConfig":
+        """Start from pretrained weights (B-cosification, https://arxiv.org/abs/2411.00715): weights, norms and
+        activations are kept.
+
+        With b = 1 and bias = True the function is preserved: same logits as the original on the same image.
+        """
+        return cls(b=b, bias=bias, **changes)
+
+    def layer_gamma(self, fan_in: int) -> float:
+        """γ of a layer whose units see `fan_in` numbers (kernel height · width · input channels)."""
+        return self.gamma if self.gamma_scale is None else self.gamma_scale / math.sqrt(fan_in)
+
+    def class_bias(self, num_classes: int) -> float:
+        """The logit bias for a number of classes."""
+        if self.logit_bias is None:
+            return -math.log(max(num_classes - 1, 1))
+        return self.logit_bias
+
+    def override(self, kwargs: dict[str, Any]) -> tuple["BcosConfig", dict[str, Any]]:
+        """Split keyword arguments into this config's fields, applied, and the rest, which belong to timm."""
+        names = {field.name for field in fields(self)}
+        own = {name: value for name, value in kwargs.items() if name in names}
+        if "gamma" in own:
+            own.setdefault("gamma_scale", None)
+        return replace(self, **own), {name: value for name, value in kwargs.items() if name not in names}

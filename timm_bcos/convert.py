@@ -1,0 +1,201 @@
+"""`bcosify`: turn any network into a B-cos network. It plans first, and applies the plan only if all of it works."""
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
+from typing import Any
+
+from timm.layers import SelectAdaptivePool2d
+from torch import nn
+
+from .config import BcosConfig
+from .errors import BcosError, UnsupportedModuleError
+from .layers import BcosConvClassifier, BcosFlatten, BcosPool2d, BcosStem
+from .model import BcosModel, adopt_class
+from .rules import COVERED_FILES, RULES, Place, Rule, keep, keep_whole
+
+__all__ = ["bcosify"]
+
+Plan = dict[str, nn.Module]
+
+
+def bcosify(
+    model: nn.Module, config: BcosConfig | None = None, *, rules: Mapping[type[nn.Module], Rule] = RULES
+) -> nn.Module:
+    """Convert a network to its B-cos equivalent.
+
+    Parameters are adopted, not copied, except where their shape changes (the stem, the classifier, MaxOut). Converting
+    a converted network again only converts what is new in it.
+
+    Args:
+        model: Any timm model, or a network of your own. Changed in place.
+        config: What to convert to; `BcosConfig()` fine-tunes pretrained weights at B = 2.
+        rules: From exact module type to rule; extend the table with `RULES | {MyBlock: my_rule}`.
+
+    Returns:
+        The converted network: the same object, unless the root itself has been replaced.
+
+    Raises:
+        UnsupportedModuleError: Lists every module without a rule. The model is left untouched.
+        BcosError: If no module that reads the image, or no mean and std for it, can be found.
+
+    Example:
+        >>> model = bcosify(timm.create_model("resnet50", pretrained=True), BcosConfig.finetune(b=1, bias=True))
+    """
+    config = config or BcosConfig()
+    table = dict(rules)
+    plan = _plan(model, config, table)
+    if "" in plan:
+        return plan[""]
+    for name, replacement in plan.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, replacement)
+    _link_heads(model)
+    _take_unnormalised_images(model)
+    return adopt_class(model, config, table)
+
+
+def _plan(model: nn.Module, config: BcosConfig, rules: dict[type[nn.Module], Rule]) -> Plan:
+    """Every replacement by path, parents first; a module with several names is converted once."""
+    places = _Places(model, config)
+    plan: Plan = {}
+    problems: list[str] = []
+    done: dict[int, nn.Module] = {}
+    for name, module in _walk("", model, rules, done):
+        if id(module) not in done:
+            rule = _rule_for(module, name, rules)
+            if rule is None:
+                problems.append(_problem(name, module))
+                done[id(module)] = module
+                continue
+            done[id(module)] = rule(module, places.of(name, module), config)
+        if done[id(module)] is not module:
+            plan[name] = done[id(module)]
+    if problems:
+        raise UnsupportedModuleError(problems)
+    return plan
+
+
+def _walk(name: str, module: nn.Module, rules: Any, done: dict[int, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Modules with their paths, parents first, into whatever its rule has left in place."""
+    yield name, module
+    kept = done[id(module)]
+    if _rule_for(module, name, rules) is keep_whole:
+        return
+    for child_name, child in module.named_children():
+        if getattr(kept, child_name, None) is child:
+            yield from _walk(f"{name}.{child_name}" if name else child_name, child, rules, done)
+
+
+def _rule_for(module: nn.Module, name: str, rules: dict[type[nn.Module], Rule]) -> Rule | None:
+    kind = type(module)
+    if kind in rules:
+        return rules[kind]
+    if isinstance(module, BcosModel) or kind.__module__ in COVERED_FILES:
+        return keep
+    is_own_container = any(True for _ in module.children()) and not kind.__module__.startswith(("timm.", "torch"))
+    return keep if is_own_container else None
+
+
+def _problem(name: str, module: nn.Module) -> str:
+    kind = type(module)
+    return (
+        f"{name or '(root)'}: no rule for {kind.__module__}.{kind.__name__}; "
+        f"pass rules=RULES | {{{kind.__name__}: rule}}, with rule=keep if explanation mode covers its forward"
+    )
+
+
+class _Places:
+    """The role of each module: which reads the image, which gives the logits, which stay linear."""
+
+    def __init__(self, model: nn.Module, config: BcosConfig) -> None:
+        self.config = config
+        self.model = model
+        self.classifiers = _classifier_ids(model)
+        self.stems = () if any(isinstance(m, BcosStem) for m in model.modules()) else _stem_names(model)
+        self.mean, self.std = _normalisation(model, config) if self.stems else (None, None)
+
+    def of(self, name: str, module: nn.Module) -> Place:
+        if name in self.stems:
+            return Place(name, "stem", self.mean, self.std)
+        if id(module) in self.classifiers:
+            return Place(name, self._classifier_role(name))
+        if any(fnmatch(name, pattern) for pattern in self.config.linear):
+            return Place(name, "linear")
+        return Place(name)
+
+    def _classifier_role(self, name: str) -> str:
+        """Whether the classifier's global pooling can be moved behind it."""
+        parent = self.model.get_submodule(name.rpartition(".")[0])
+        children = list(parent.children())
+        own = next(i for i, m in enumerate(children) if id(m) in self.classifiers)
+        pools = [i for i, m in enumerate(children[:own]) if isinstance(m, SelectAdaptivePool2d)]
+        if not pools or self.config.classify_positions == "never":
+            return "classifier"
+        pool = children[pools[-1]]
+        between = children[pools[-1] + 1 : own]
+        transparent: tuple[type[nn.Module], ...] = (nn.Identity, nn.Dropout, nn.Flatten)
+        if self.config.classify_positions == "always":
+            transparent += (nn.LayerNorm,)
+        if not all(isinstance(m, transparent) for m in between):
+            return "classifier"
+        return {"avg": "positions", "": "map"}.get(pool.pool_type, "classifier")
+
+
+def _classifier_ids(model: nn.Module) -> set[int]:
+    """timm models tell; elsewhere the last linear layer is taken. An auxiliary head counts too."""
+    if hasattr(model, "get_classifier"):
+        found = model.get_classifier()
+        heads = list(found) if isinstance(found, tuple | list) else [found]
+    else:
+        heads = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
+    auxiliary = getattr(getattr(model, "AuxLogits", None), "fc", None)
+    return {id(m) for m in [*heads, auxiliary] if m is not None}
+
+
+def _stem_names(model: nn.Module) -> tuple[str, ...]:
+    """timm's cfg names the first convolutions; elsewhere it is the first one with as many inputs as the image."""
+    names = getattr(model, "pretrained_cfg", {}).get("first_conv") or ()
+    names = (names,) if isinstance(names, str) else tuple(names)
+    convs = {name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    if names and convs.issuperset(names):
+        return names
+    channels = getattr(model, "in_chans", 3)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and module.in_channels == channels:
+            return (name,)
+    raise BcosError(
+        f"no convolution of {type(model).__name__} reads an image with {channels} channels; "
+        f"set model.in_chans to the number of its image channels"
+    )
+
+
+def _normalisation(model: nn.Module, config: BcosConfig) -> tuple[Any, Any]:
+    if config.stem == "encoded":
+        return None, None
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    mean, std = config.mean or cfg.get("mean"), config.std or cfg.get("std")
+    if mean is None or std is None:
+        raise BcosError(
+            f"{type(model).__name__} does not say how its images are normalised: pass BcosConfig(mean=..., std=...), "
+            f"or mean=(0.0,) and std=(1.0,) if it takes pixels in [0, 1]"
+        )
+    return tuple(mean), tuple(std)
+
+
+def _link_heads(model: nn.Module) -> None:
+    """A pooling layer lets maps through exactly while a classifier beside it pools by itself."""
+    for parent in model.modules():
+        children = list(parent.children())
+        defers = any(isinstance(m, BcosConvClassifier) for m in children)
+        for child in children:
+            if isinstance(child, BcosPool2d | BcosFlatten):
+                child.deferred = defers
+
+
+def _take_unnormalised_images(model: nn.Module) -> None:
+    """The cfg tells timm's data pipeline to leave pixels in [0, 1]."""
+    cfg = getattr(model, "pretrained_cfg", None)
+    if cfg and hasattr(model, "pretrained_cfg"):
+        channels = len(cfg.get("mean") or (0, 0, 0))
+        model.pretrained_cfg = dict(cfg, mean=(0.0,) * channels, std=(1.0,) * channels)
+        model.default_cfg = model.pretrained_cfg

@@ -1,0 +1,30 @@
+"""Every exception that timm_bcos raises on purpose: one family, each also the fitting built-in."""
+
+
+class BcosError(Exception):
+    """Base class: `except BcosError` catches whatever timm_bcos refuses."""
+
+
+class InputError(BcosError, ValueError):
+    """An image, tensor or file that cannot be used: wrong channels, range, shape or kind."""
+
+
+class TargetError(BcosError, LookupError):
+    """A class, layer, unit or position that the model does not have."""
+
+
+class ModelStateError(BcosError, RuntimeError):
+    """A model that cannot be explained as it is: in training mode, or without a B-cos stem."""
+
+
+class UnsupportedModuleError(BcosError, TypeError):
+    """Modules that no conversion rule covers.
+
+    Attributes:
+        problems: One line per module: its path, its type and what to do.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        listing = "\n".join(f"  - {problem}" for problem in problems)
+        super().__init__(f"cannot convert {len(problems)} module(s); the model is unchanged:\n{listing}")

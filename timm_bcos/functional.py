@@ -1,0 +1,188 @@
+"""The B-cos transform as functions: input encoding, patch norms and the cosine factor.
+
+Paper: B-cos Networks: Alignment is All We Need for Interpretability (CVPR 2022), https://arxiv.org/abs/2205.10268.
+A unit computes y(x) = γ · |cos(x, w)|^(B-1) · ŵᵀx (eq. 3 there, γ in its section 3.2.2).
+
+Each function takes part in `__torch_function__` dispatch. That is how explanation mode (`timm_bcos.dynamic`) replaces
+it, and why `torch.fx` traces it as one node.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import pad_same
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
+
+from .errors import InputError
+
+__all__ = ["encode_image", "feature_norm", "patch_norm", "row_norm", "same_padding", "scale_by_cosine", "unit_weight"]
+
+
+def encode_image(image: Tensor, in_chans: int) -> Tensor:
+    """Encode an image as [r, g, b, 1-r, 1-g, 1-b], so that each colour has its own direction.
+
+    Args:
+        image: (N, C, H, W) pixels in [0, 1], or an already encoded (N, 2C, H, W), which is returned as it is.
+        in_chans: C, the number of image channels.
+
+    Returns:
+        (N, 2C, H, W).
+
+    Raises:
+        InputError: For any other number of channels.
+    """
+    if not torch.jit.is_scripting():
+        if has_torch_function_unary(image):
+            return handle_torch_function(encode_image, (image,), image, in_chans)
+        if image.ndim != 4 or image.shape[1] not in (in_chans, 2 * in_chans):
+            raise InputError(
+                f"expected images (N, {in_chans}, H, W), or encoded ones (N, {2 * in_chans}, H, W), "
+                f"got shape {tuple(image.shape)}; a single image needs a batch dimension: x[None]"
+            )
+    if image.shape[1] == 2 * in_chans:
+        return image
+    return torch.cat([image, 1 - image], dim=1)
+
+
+def unit_weight(weight: Tensor, power: float = 1.0) -> Tensor:
+    """Divide each output row of a weight by its Euclidean norm to the given power; 1 gives ŵ.
+
+    Args:
+        weight: (O, ...), one row per output unit.
+        power: 1 for unit norm; 1/2 leaves rows of norm √‖w‖, whose B = 2 unit has the amplitude of w itself.
+    """
+    norm = row_norm(weight)
+    norm = norm + (norm == 0).to(norm.dtype)  # a row of zeros stays one
+    return weight * norm.pow(-power).reshape([-1] + [1] * (weight.ndim - 1))
+
+
+def same_padding(x: Tensor, kernel: list[int], stride: list[int], dilation: list[int]) -> Tensor:
+    """Zero-pad as TensorFlow's 'SAME' convolution does, by amounts that depend on the size of x (N, C, H, W)."""
+    if not torch.jit.is_scripting() and has_torch_function_unary(x):
+        return handle_torch_function(same_padding, (x,), x, kernel, stride, dilation)
+    return pad_same(x, kernel, stride, dilation)
+
+
+def row_norm(weight: Tensor) -> Tensor:
+    """‖w‖ of each output row, (O, ...) to (O,)."""
+    return torch.linalg.vector_norm(weight.flatten(1), dim=1)
+
+
+class _SumOfSquares(torch.autograd.Function):
+    """Σ x² over a group's channels, whose backward pass is one multiplication."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, groups: int) -> Tensor:
+        ctx.save_for_backward(x)
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # squares overflow float16 at 65504
+        return (wide * wide).unflatten(1, (groups, -1)).sum(2)  # (N, G, H, W)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        twice = (2 * grad).unsqueeze(2)  # (N, G, 1, H, W)
+        return (x.unflatten(1, (grad.shape[1], -1)) * twice).flatten(1, 2).to(x.dtype), None
+
+
+def _window_sum(x: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
+    """Sum of each channel over the windows of a convolution, zero padding included."""
+    if kernel == [1, 1] and padding == [0, 0]:
+        return x[:, :, :: stride[0], :: stride[1]]
+    if dilation == [1, 1] and padding[0] <= kernel[0] // 2 and padding[1] <= kernel[1] // 2:
+        return F.avg_pool2d(x, kernel, stride, padding, divisor_override=1)
+    ones = torch.ones([x.shape[1], 1, kernel[0], kernel[1]], dtype=x.dtype, device=x.device)
+    return F.conv2d(x, ones, None, stride, padding, dilation, x.shape[1])
+
+
+def patch_norm(
+    x: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Norm of every patch that a convolution sees: sqrt(Σ x² + eps) over the window and the channel group.
+
+    It costs one pass over x, and a box filter on a single channel per group.
+
+    Args:
+        x: (N, C, H, W).
+        kernel: Window (height, width); likewise stride, zero padding and dilation.
+        groups: Channel groups G.
+        eps: Added inside the root.
+
+    Returns:
+        (N, G, H', W'), in float32 for half-precision input.
+    """
+    if torch.jit.is_scripting():
+        squares = (x * x).unflatten(1, [groups, x.shape[1] // groups]).sum(2)
+    else:
+        if has_torch_function_unary(x):
+            return handle_torch_function(patch_norm, (x,), x, kernel, stride, padding, dilation, groups, eps)
+        squares = _SumOfSquares.apply(x, groups)
+    return (_window_sum(squares, kernel, stride, padding, dilation) + eps).sqrt()
+
+
+def feature_norm(x: Tensor, eps: float = 1e-12) -> Tensor:
+    """Norm of feature vectors, ‖x‖ + eps.
+
+    Args:
+        x: (..., C).
+
+    Returns:
+        (..., 1), in float32 for half-precision input.
+    """
+    if not torch.jit.is_scripting():
+        if has_torch_function_unary(x):
+            return handle_torch_function(feature_norm, (x,), x, eps)
+        if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
+            x = x.float()
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True) + eps
+
+
+class _ScaleBySquare(torch.autograd.Function):
+    """y = γ · |a| · a / n, the B = 2 unit, with three in-place passes each way."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, linear: Tensor, inverse_norm: Tensor) -> Tensor:
+        ctx.save_for_backward(linear, inverse_norm)
+        # |a| / n comes first: it is a cosine, whereas |a| · a overflows float16
+        return torch.abs(linear).to(inverse_norm.dtype).mul_(inverse_norm).mul_(linear).to(linear.dtype)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        linear, inverse_norm = ctx.saved_tensors  # type: ignore[attr-defined]
+        weighted = linear.abs().to(inverse_norm.dtype) * grad
+        grad_norm = (weighted * linear).sum_to_size(inverse_norm.shape)
+        return (weighted * (2 * inverse_norm)).to(linear.dtype), grad_norm
+
+
+def cosine_factor(linear: Tensor, norm: Tensor, b: float, gamma: float, eps: float = 1e-6) -> Tensor:
+    """γ · |cos|^(B-1), what `scale_by_cosine` multiplies by; |cos| = |ŵᵀx| / ‖x‖, plus eps unless B is 2."""
+    cosine = linear.abs() / norm
+    if b != 2:
+        cosine = (cosine + eps).pow(b - 1)
+    return gamma * cosine
+
+
+def scale_by_cosine(linear: Tensor, norm: Tensor, b: float, gamma: float) -> Tensor:
+    """Turn the linear response ŵᵀx into the B-cos response γ · |ŵᵀx / ‖x‖|^(B-1) · ŵᵀx.
+
+    Args:
+        linear: ŵᵀx, any shape.
+        norm: ‖x‖, broadcastable to `linear`.
+        b: The exponent B, not 1.
+        gamma: The fixed output scale γ.
+
+    Returns:
+        The shape and dtype of `linear`.
+    """
+    if not torch.jit.is_scripting():
+        if has_torch_function((linear, norm)):
+            return handle_torch_function(scale_by_cosine, (linear, norm), linear, norm, b, gamma)
+        if b == 2:
+            return _ScaleBySquare.apply(linear, gamma / norm)
+    return (linear * cosine_factor(linear, norm, b, gamma)).to(linear.dtype)

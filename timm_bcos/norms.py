@@ -1,0 +1,78 @@
+"""Norms that keep a network dynamic linear: they divide, but neither subtract a running mean nor add a bias.
+
+Paper: B-cos Alignment for Inherently Interpretable CNNs and Vision Transformers (TPAMI 2024),
+https://arxiv.org/abs/2306.10898, section 3.3. torch's other norms need no class of their own: explanation mode treats
+their statistics as constants (`timm_bcos.dynamic`), and subtracting a mean over the features of x itself is linear.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+__all__ = ["UncentredBatchNorm2d", "UncentredBatchNormAct2d"]
+
+
+class UncentredBatchNorm2d(nn.Module):
+    """Batch norm without its additive parts: y = weight · x / sqrt(var + eps).
+
+    `var` is the *centred* variance of the batch (biased) in training and the running one in evaluation. It is no
+    subclass of torch's batch norm on purpose: `convert_sync_batchnorm` would silently replace it by a centred one.
+
+    Args:
+        num_features: Channels C.
+        eps: Added to the variance.
+        momentum: Weight of the new batch in the running variance.
+
+    Shape: (N, C, H, W) to the same.
+    """
+
+    def __init__(
+        self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
+        self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+        self.register_buffer("running_var", torch.ones(num_features, device=device, dtype=dtype))
+        self.register_buffer("num_batches_tracked", torch.tensor(0, device=device, dtype=torch.long))
+
+    @classmethod
+    def from_batch_norm(cls, norm: nn.BatchNorm2d) -> Self:
+        """Adopt the weight and the running statistics of a batch norm; its bias is left behind."""
+        momentum = 0.1 if norm.momentum is None else norm.momentum
+        new = cls(norm.num_features, norm.eps, momentum, device="meta")  # no storage: everything is adopted
+        for name in ("weight", "running_var", "num_batches_tracked"):
+            setattr(new, name, getattr(norm, name))
+        return new.train(norm.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normalize(x)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """The norm itself; a method of its own because TorchScript has no `super()`."""
+        if not self.training:
+            return x * (self.weight * (self.running_var + self.eps).rsqrt()).reshape(1, -1, 1, 1).to(x.dtype)
+        var, _ = torch.var_mean(x, (0, 2, 3), correction=0)
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
+        return x * (self.weight * (var + self.eps).rsqrt()).reshape(1, -1, 1, 1).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
+
+
+class UncentredBatchNormAct2d(UncentredBatchNorm2d):
+    """Uncentred batch norm with timm's drop and activation layers behind it (`timm.layers.BatchNormAct2d`)."""
+
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, device: Any = None,
+                 dtype: Any = None) -> None:  # fmt: skip
+        super().__init__(num_features, eps, momentum, device, dtype)
+        self.drop: nn.Module = nn.Identity()
+        self.act: nn.Module = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(self.normalize(x)))
