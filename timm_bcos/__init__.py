@@ -1,0 +1,50 @@
+"""B-cos networks for timm: inherently interpretable networks whose explanations are exact.
+
+Importing this package registers its networks with timm:
+
+    >>> import timm, timm_bcos
+    >>> model = timm.create_model("bcos_densenet121").eval()
+    >>> explanation = timm_bcos.explain(model, images)  # images (N, 3, H, W) in [0, 1]
+    >>> explanation.plot()
+"""
+
+from . import bcos_models as _bcos_models  # registers the networks
+from .check import Check, check
+from .config import BcosConfig
+from .convert import bcosify
+from .dynamic import constant, declare, explanation_mode, on_linear_path
+from .errors import BcosError, InputError, ModelStateError, TargetError, UnsupportedModuleError
+from .explain import Explanation, explain, explain_targets
+from .functional import encode_image
+from .layers import BcosConv2d, BcosLinear
+from .norms import UncentredBatchNorm2d
+from .rules import RULES, Place, keep, keep_whole
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RULES",
+    "BcosConfig",
+    "BcosConv2d",
+    "BcosError",
+    "BcosLinear",
+    "Check",
+    "Explanation",
+    "InputError",
+    "ModelStateError",
+    "Place",
+    "TargetError",
+    "UncentredBatchNorm2d",
+    "UnsupportedModuleError",
+    "bcosify",
+    "check",
+    "constant",
+    "declare",
+    "encode_image",
+    "explain",
+    "explain_targets",
+    "explanation_mode",
+    "keep",
+    "keep_whole",
+    "on_linear_path",
+]

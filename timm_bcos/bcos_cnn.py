@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from timm.layers import create_classifier, get_device_dtype
 from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint
+from timm.models._manipulate import checkpoint, checkpoint_seq
 from torch import Tensor, nn
 
 __all__ = ["Cnn9"]
@@ -117,7 +117,7 @@ class Cnn9(nn.Module):
         layers = self.features[: STAGE_ENDS[last] + 1] if stop_early else self.features
         maps = []
         for i, layer in enumerate(layers):
-            x = self._run(layer, x)
+            x = checkpoint(layer, x) if self.grad_checkpointing and not torch.jit.is_scripting() else layer(x)
             if i in ends:
                 maps.append(x)
         return maps if intermediates_only else (x, maps)
@@ -135,16 +135,11 @@ class Cnn9(nn.Module):
             self.reset_classifier(0, "")
         return take
 
-    def _run(self, layer: nn.Module, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint(layer, x)
-        return layer(x)
-
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) to (N, 256, H/4, W/4)."""
-        for layer in self.features:
-            x = self._run(layer, x)
-        return x
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.features, x)
+        return self.features(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(N, 256, H, W) to logits (N, K), or to pooled features before the classifier."""

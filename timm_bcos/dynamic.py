@@ -10,14 +10,14 @@ is on the linear path when it requires a gradient: parameters are frozen in this
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from . import functional
 
@@ -70,6 +70,10 @@ class DynamicLinearMode(TorchFunctionMode):
         return handler(func, *args, **(kwargs or {}))
 
 
+def _in_explanation_mode() -> bool:
+    return any(isinstance(mode, DynamicLinearMode) for mode in _get_current_function_mode_stack())
+
+
 @contextmanager
 def explanation_mode(model: nn.Module) -> Iterator[nn.Module]:
     """Context manager in which gradients of `model` are rows of its linear map W(x).
@@ -91,7 +95,7 @@ def explanation_mode(model: nn.Module) -> Iterator[nn.Module]:
             parameter.requires_grad_(False)
         for module in checkpointing:
             module.grad_checkpointing = False  # type: ignore[assignment]
-        with DynamicLinearMode():
+        with nullcontext() if _in_explanation_mode() else DynamicLinearMode():
             yield model
     finally:
         for parameter in frozen:
@@ -116,7 +120,7 @@ def _detached(value: Any) -> Any:
     torch.sqrt, torch.Tensor.sqrt, torch.rsqrt, torch.Tensor.rsqrt, torch.exp, torch.Tensor.exp,
 )  # fmt: skip
 def _gate(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return func(*args, **kwargs).detach()
+    return func(*map(_detached, args), **kwargs)
 
 
 # Activations: a(x) = a(0) + x · slope, the slope a constant.
@@ -220,6 +224,14 @@ def _attention(func: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: 
     identity = torch.eye(key.shape[-2], dtype=value.dtype, device=value.device).expand(*key.shape[:-1], -1)
     weights = func(_detached(query), _detached(key), identity, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     return weights @ value
+
+
+@declare(functional.to_logits)
+def _to_logits(func: Any, y: Tensor, temperature: float, logit_bias: float) -> Tensor:
+    if not on_linear_path(y):
+        return func(y, temperature, logit_bias)
+    y = y / temperature
+    return y + constant(torch.full((), logit_bias, dtype=y.dtype, device=y.device))
 
 
 # Sums with a constant, and products of two factors that both depend on the image.

@@ -16,7 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function, has_torch
 
 from .errors import InputError
 
-__all__ = ["encode_image", "feature_norm", "patch_norm", "row_norm", "same_padding", "scale_by_cosine", "unit_weight"]
+__all__ = ["encode_image", "feature_norm", "patch_norm", "row_norm", "same_padding", "scale_by_cosine", "to_logits", "unit_weight"]
 
 
 def encode_image(image: Tensor, in_chans: int) -> Tensor:
@@ -186,3 +186,14 @@ def scale_by_cosine(linear: Tensor, norm: Tensor, b: float, gamma: float) -> Ten
         if b == 2:
             return _ScaleBySquare.apply(linear, gamma / norm)
     return (linear * cosine_factor(linear, norm, b, gamma)).to(linear.dtype)
+
+
+def to_logits(y: Tensor, temperature: float, logit_bias: float) -> Tensor:
+    """y / T + logit bias, in float32: y / T may exceed float16's range, so under autocast it also stays float32."""
+    if not torch.jit.is_scripting():
+        if has_torch_function_unary(y):
+            return handle_torch_function(to_logits, (y,), y, temperature, logit_bias)
+        if y.dtype == torch.float16 or y.dtype == torch.bfloat16:
+            logits = y.float() / temperature + logit_bias
+            return logits if torch.is_autocast_enabled(y.device.type) else logits.to(y.dtype)
+    return y / temperature + logit_bias

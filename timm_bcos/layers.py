@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 
-from .functional import encode_image, feature_norm, patch_norm, row_norm, same_padding, scale_by_cosine, unit_weight
+from .functional import encode_image, feature_norm, patch_norm, row_norm, same_padding, scale_by_cosine, to_logits, unit_weight
 
 __all__ = ["BcosConv2d", "BcosConvClassifier", "BcosFlatten", "BcosLinear", "BcosLinearClassifier", "BcosPool2d", "BcosStem"]
 
@@ -224,15 +224,6 @@ class BcosStem(BcosConv2d):
         return self.respond(x)
 
 
-def _to_logits(y: Tensor, temperature: float, logit_bias: float) -> Tensor:
-    """y / T + logit bias, in float32: y / T may exceed float16's range, so under autocast it also stays float32."""
-    half = y.dtype == torch.float16 or y.dtype == torch.bfloat16
-    logits = (y.float() if half else y) / temperature + logit_bias
-    if not torch.jit.is_scripting() and torch.is_autocast_enabled(y.device.type):
-        return logits
-    return logits.to(y.dtype)
-
-
 class BcosConvClassifier(BcosConv2d):
     """Classifier that responds at each position, then averages: logits = mean(response) / T + logit bias.
 
@@ -254,15 +245,15 @@ class BcosConvClassifier(BcosConv2d):
         pool: bool = True, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(in_features, num_classes, 1, **kwargs)
-        self.temperature = temperature
-        self.logit_bias = logit_bias
+        self.temperature = float(temperature)
+        self.logit_bias = float(logit_bias)
         self.pool = pool
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.respond(x)  # (N, K, H, W)
         if self.pool:
             y = y.mean((2, 3))
-        return _to_logits(y, self.temperature, self.logit_bias)
+        return to_logits(y, self.temperature, self.logit_bias)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + f", temperature={self.temperature:g}, logit_bias={self.logit_bias:.4g}"
@@ -278,11 +269,11 @@ class BcosLinearClassifier(BcosLinear):
         self, in_features: int, num_classes: int, *, temperature: float = 1.0, logit_bias: float = 0.0, **kwargs: Any
     ) -> None:
         super().__init__(in_features, num_classes, **kwargs)
-        self.temperature = temperature
-        self.logit_bias = logit_bias
+        self.temperature = float(temperature)
+        self.logit_bias = float(logit_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _to_logits(self.respond(x), self.temperature, self.logit_bias)
+        return to_logits(self.respond(x), self.temperature, self.logit_bias)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + f", temperature={self.temperature:g}, logit_bias={self.logit_bias:.4g}"

@@ -262,6 +262,8 @@ RULES: dict[type[nn.Module], Rule] = {
         timm_layers.Attention, timm_layers.AttentionPoolLatent, timm_layers.MixedConv2d,
         timm_layers.DiffAttention,
     ),
+    # linear maps and norms that explanation mode covers, without a B-cos form yet
+    **_table(keep_whole, timm_layers.CondConv2d, timm_layers.EvoNorm2dS0),
     # this package's own
     **_table(
         keep_whole,

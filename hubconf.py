@@ -1,0 +1,10 @@
+"""`torch.hub.load("OWNER/timm_bcos", "bcos_densenet121", pretrained=...)`: every registered network.
+
+`torch.hub.list("OWNER/timm_bcos")` names them; keyword arguments are those of `timm.create_model`.
+"""
+
+from timm_bcos.bcos_models import ENTRY_POINTS as _ENTRY_POINTS
+
+dependencies = ["torch", "torchvision", "timm", "huggingface_hub", "safetensors"]
+
+globals().update(_ENTRY_POINTS)

@@ -1,0 +1,116 @@
+"""Is a network's explanation exact? And if it is not, where does it break?"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from .dynamic import explanation_mode
+from .explain import _check_model, explain
+from .functional import encode_image
+
+__all__ = ["Check", "check"]
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True)
+class Check:
+    """The verdict on a network.
+
+    Attributes:
+        completeness_error: Largest |Σ contributions + bias - logit| / |logit - logit bias| over the images.
+        logit_shift: Largest change of a logit in explanation mode, relative to the largest logit.
+        image_share: Smallest share of (logit - logit bias) that the image explains; the rest comes from constants.
+        tolerance: What both errors are held against.
+        breaks_at: Path of the first module whose output is not W(x) · x + constants; None if exact.
+    """
+
+    completeness_error: float
+    logit_shift: float
+    image_share: float
+    tolerance: float
+    breaks_at: str | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether both errors are within the tolerance."""
+        return self.completeness_error <= self.tolerance and self.logit_shift <= self.tolerance
+
+
+def check(model: nn.Module, x: Tensor | None = None, *, tolerance: float | None = None) -> Check:
+    """Measure whether a network's explanations sum up to its logits.
+
+    Args:
+        model: A B-cos network in evaluation mode. Let running statistics have a scale first (train it, or run it once
+            in training mode): a network whose signal vanishes proves nothing.
+        x: Images (N, C, H, W) in [0, 1]; None makes a random one of the model's input size.
+        tolerance: None is 1e-10 in float64 and 1e-4 in float32.
+
+    Returns:
+        The verdict; where it is not exact, with the first module, in the order of execution, that breaks it.
+    """
+    stem = _check_model(model)
+    if x is None:
+        x = _random_image(model, stem.image_channels).to(stem.weight)
+    if tolerance is None:
+        tolerance = TOLERANCE.get(stem.weight.dtype, 1e-2)
+    explanation = explain(model, x)
+    with torch.no_grad():
+        plain = model(x)
+    plain = plain[0] if isinstance(plain, tuple) else plain
+    signal = explanation.logit - explanation.logit_bias
+    verdict = Check(
+        completeness_error=explanation.completeness_error.max().item(),
+        logit_shift=((plain - explanation.logits).abs().max() / plain.abs().max()).item(),
+        image_share=(explanation.contributions.sum((1, 2, 3)) / signal).min().item(),
+        tolerance=tolerance,
+    )
+    if verdict.exact:
+        return verdict
+    return Check(**{**verdict.__dict__, "breaks_at": _first_break(model, x, stem.image_channels, tolerance)})
+
+
+def _random_image(model: nn.Module, channels: int) -> Tensor:
+    """Smooth noise, which networks answer as they answer photos, unlike white noise."""
+    size = getattr(model, "pretrained_cfg", {}).get("input_size", (channels, 224, 224))[-2:]
+    coarse = torch.rand(1, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.interpolate(coarse, size, mode="bilinear").clamp(0, 1)
+
+
+def _first_break(model: nn.Module, x: Tensor, channels: int, tolerance: float) -> str | None:
+    """Every module's output must be W(x) · x + constants: test a random projection of each, in execution order."""
+    outputs: list[tuple[str, Tensor]] = []
+    handles = [m.register_forward_hook(_record(outputs, name)) for name, m in model.named_modules()]
+    try:
+        with torch.enable_grad(), explanation_mode(model), forward_ad.dual_level():
+            leaf = encode_image(x.detach(), channels).clone().requires_grad_()
+            model(leaf)
+            for name, output in outputs:
+                if output.requires_grad and not _adds_up(output, leaf, tolerance):
+                    return name or "(root)"
+    finally:
+        for handle in handles:
+            handle.remove()
+    return None
+
+
+def _record(outputs: list[tuple[str, Tensor]], name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output
+        if isinstance(output, Tensor):
+            outputs.append((name, output))
+
+    return hook
+
+
+def _adds_up(output: Tensor, leaf: Tensor, tolerance: float) -> bool:
+    value, tangent = forward_ad.unpack_dual(output)
+    direction = torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
+    (weights,) = torch.autograd.grad((value * direction).sum(), leaf, retain_graph=True, materialize_grads=True)
+    total = (weights * leaf).sum() + (0 if tangent is None else (tangent * direction).sum())
+    expected = (value * direction).sum()
+    return bool((total - expected).abs() <= tolerance * expected.abs().clamp_min((value * direction).norm()))
