@@ -13,7 +13,7 @@ from .check import Check, check
 from .config import BcosConfig
 from .convert import bcosify
 from .dynamic import constant, declare, explanation_mode, on_linear_path
-from .errors import BcosError, InputError, ModelStateError, TargetError, UnsupportedModuleError
+from .errors import BcosError, CheckpointError, InputError, ModelStateError, TargetError, UnsupportedModuleError
 from .explain import Explanation, explain, explain_targets
 from .functional import encode_image
 from .layers import BcosConv2d, BcosLinear
@@ -29,6 +29,7 @@ __all__ = [
     "BcosError",
     "BcosLinear",
     "Check",
+    "CheckpointError",
     "Explanation",
     "InputError",
     "ModelStateError",

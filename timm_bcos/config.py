@@ -11,6 +11,7 @@ CHOICES = {
     "activation": ("keep", "remove"),
     "max_pool": ("keep", "average"),
     "stem": ("normalised", "encoded"),
+    "probability": ("sigmoid", "softmax"),
     "classify_positions": ("never", "linear", "always"),
 }
 
@@ -41,6 +42,8 @@ class BcosConfig:
             acting per position too.
         temperature: T, what the pooled responses are divided by.
         logit_bias: Added to every logit; None is log(p / (1 - p)) at p = 1 / num_classes.
+        probability: What turns logits into probabilities: 'sigmoid', as B-cos networks train with binary
+            cross-entropy, or 'softmax' for a network that did before its conversion.
         linear: Patterns of module names that stay linear (B = 1, free weights): projections to queries, keys and
             values, as in the B-cos transformers.
 
@@ -63,6 +66,7 @@ class BcosConfig:
     classify_positions: Literal["never", "linear", "always"] = "linear"
     temperature: float = 1.0
     logit_bias: float | None = 0.0
+    probability: Literal["sigmoid", "softmax"] = "sigmoid"
     linear: tuple[str, ...] = ("*qkv", "*in_proj")
 
     def __post_init__(self) -> None:
@@ -104,9 +108,11 @@ class BcosConfig:
         """Start from pretrained weights (B-cosification, https://arxiv.org/abs/2411.00715): weights, norms and
         activations are kept.
 
-        With b = 1 and bias = True the function is preserved: same logits as the original on the same image.
+        With b = 1 and bias = True the function is preserved: same logits as the original on the same image, whose
+        probabilities then are its softmax.
         """
-        return cls(b=b, bias=bias, **changes)
+        preset = dict(probability="softmax" if b == 1 and bias else "sigmoid")
+        return cls(b=b, bias=bias, **(preset | changes))
 
     def layer_gamma(self, fan_in: int) -> float:
         """γ of a layer whose units see `fan_in` numbers (kernel height · width · input channels)."""

@@ -28,3 +28,7 @@ class UnsupportedModuleError(BcosError, TypeError):
         self.problems = problems
         listing = "\n".join(f"  - {problem}" for problem in problems)
         super().__init__(f"cannot convert {len(problems)} module(s); the model is unchanged:\n{listing}")
+
+
+class CheckpointError(BcosError, RuntimeError):
+    """A weight file that is missing, broken, unsafe or of another network."""

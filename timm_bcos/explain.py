@@ -36,6 +36,7 @@ class Explanation:
             computed as gradient · constant and never as the remainder.
         logit_bias: The classifier's fixed logit bias, which `bias` contains; 0 for inner neurons.
         layer: The explained neuron's layer, None for a logit.
+        probability_kind: 'sigmoid' or 'softmax', as the network's config says.
         position: (N, 2) its row and column (row 0 for token sequences), None for a logit.
     """
 
@@ -47,6 +48,7 @@ class Explanation:
     logit_bias: float = 0.0
     layer: str | None = None
     position: Tensor | None = None
+    probability_kind: str = "sigmoid"
 
     @property
     def logit(self) -> Tensor:
@@ -70,8 +72,9 @@ class Explanation:
 
     @property
     def probability(self) -> Tensor:
-        """(N, K) sigmoid of the logits: B-cos networks train with binary cross-entropy, so they need not sum to 1."""
-        return self.logits.sigmoid()
+        """(N, K) probabilities of the classes: sigmoids, as B-cos networks train with binary cross-entropy, so they need
+        not sum to 1; softmax for a conversion that preserves a network trained with it."""
+        return self.logits.softmax(1) if self.probability_kind == "softmax" else self.logits.sigmoid()
 
     @property
     def completeness_error(self) -> Tensor:
@@ -93,8 +96,19 @@ class Explanation:
         position = None if self.position is None else self.position[one]
         return Explanation(
             self.logits[one], self.target[one], self.weights[one], self.inputs[one], self.bias[one], self.logit_bias,
-            self.layer, position,
+            self.layer, position, self.probability_kind,
         )  # fmt: skip
+
+    @classmethod
+    def stack(cls, explanations: Sequence["Explanation"]) -> "Explanation":
+        """One batch of the explanations of several, for instance of different targets of one image."""
+        first = explanations[0]
+        tensors = {
+            name: torch.cat([getattr(e, name) for e in explanations])
+            for name in ("logits", "target", "weights", "inputs", "bias", "position")
+            if getattr(first, name) is not None
+        }
+        return cls(**tensors, logit_bias=first.logit_bias, layer=first.layer, probability_kind=first.probability_kind)
 
     def to_rgba(self, smooth: int = 15, percentile: float = 99.5) -> Tensor:
         """(N, H, W, 4) pictures in [0, 1]: each pixel in the colour that its weights look for, opaque where they are
@@ -291,6 +305,7 @@ class _Pass:
             logit_bias=_logit_bias(self.model) if self.layer is None else 0.0,
             layer=self.layer,
             position=neurons.position,
+            probability_kind=_probability_kind(self.model),
         )
 
 
@@ -363,3 +378,8 @@ def _logit_bias(model: nn.Module) -> float:
     heads = [found] if isinstance(found, nn.Module) else list(model.modules())
     biases = [m.logit_bias for m in heads if isinstance(m, BcosConvClassifier | BcosLinearClassifier)]
     return biases[-1] if biases else 0.0
+
+
+def _probability_kind(model: nn.Module) -> str:
+    config = getattr(model, "bcos_config", None)
+    return config.probability if config is not None else "sigmoid"

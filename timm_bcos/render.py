@@ -72,7 +72,7 @@ def map_to_rgba(contribution_map: Tensor, percentile: float = 99.5) -> Tensor:
     return torch.from_numpy(colormaps["bwr"](unit.detach().cpu().numpy()))
 
 
-def overlay(image: Tensor, contribution_map: Tensor, opacity: float = 0.6) -> Tensor:
+def overlay(image: Tensor, contribution_map: Tensor, opacity: float = 0.9) -> Tensor:
     """Contribution maps over the images in grey; the colour is as strong as the contribution.
 
     Args:
@@ -85,7 +85,7 @@ def overlay(image: Tensor, contribution_map: Tensor, opacity: float = 0.6) -> Te
     """
     colours = map_to_rgba(contribution_map)[..., :3]
     strength = (1 - colours.amin(-1, keepdim=True)) * opacity
-    grey = image.detach().cpu().double().mean(1)[..., None]
+    grey = 0.5 + image.detach().cpu().double().mean(1)[..., None] / 2  # light enough for blue to show
     return grey * (1 - strength) + colours * strength
 
 
@@ -102,7 +102,7 @@ def _title(explanation: "Explanation", row: int, class_names: Sequence[str] | No
 
 
 def _bars(axes: Any, explanation: "Explanation", row: int, class_names: Sequence[str] | None, top: int) -> None:
-    """The most probable classes; sigmoids, so they do not sum to 1."""
+    """The most probable classes, or the most active units."""
     values = explanation.probability[row] if explanation.layer is None else explanation.logits[row]
     best = values.topk(min(top, len(values)))
     names = [_class_name(class_names if explanation.layer is None else None, int(i)) for i in best.indices]
@@ -112,7 +112,7 @@ def _bars(axes: Any, explanation: "Explanation", row: int, class_names: Sequence
     axes.barh(range(len(names)), best.values.tolist(), color=colours)
     axes.set_yticks(range(len(names)), [name[:24] for name in names])
     axes.invert_yaxis()
-    axes.set_title("probability (sigmoid)" if explanation.layer is None else "activation", fontsize=10)
+    axes.set_title(f"probability ({explanation.probability_kind})" if explanation.layer is None else "activation", fontsize=10)
     if explanation.layer is None:
         axes.set_xlim(0, 1)
 

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# A fresh virtual environment, the package with its test extra, then every check.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=${VENV:-.venv-test}
+[ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+"$venv/bin/pip" install --quiet -e ".[test]"
+"$venv/bin/ruff" check .
+"$venv/bin/ruff" format --check .
+"$venv/bin/mypy"
+"$venv/bin/python" -m pytest -n 2 "$@"
