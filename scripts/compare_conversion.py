@@ -23,7 +23,9 @@ def loader(model: torch.nn.Module, args: argparse.Namespace) -> DataLoader:
 
 
 @torch.no_grad()
-def logits_and_labels(model: torch.nn.Module, args: argparse.Namespace, title: str) -> tuple[torch.Tensor, torch.Tensor]:
+def logits_and_labels(
+    model: torch.nn.Module, args: argparse.Namespace, title: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     batches = [(model(x), y) for x, y in tqdm(loader(model, args), desc=title)]
     return torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
 
@@ -40,7 +42,9 @@ def main(args: argparse.Namespace) -> None:
     for name, values in (("plain", expected), ("converted", logits)):
         correct = (values.argmax(1) == labels).sum().item()
         print(f"{name:<10} top-1 {100 * correct / len(labels):.1f} % ({correct} of {len(labels)})")
-    print(f"predictions agree on {same} of {len(labels)} images; largest relative difference of logits {difference:.1e}")
+    print(
+        f"predictions agree on {same} of {len(labels)} images; largest relative difference of logits {difference:.1e}"
+    )
 
 
 if __name__ == "__main__":

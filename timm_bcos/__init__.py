@@ -8,7 +8,7 @@ Importing this package registers its networks with timm:
     >>> explanation.plot()
 """
 
-from . import bcos_models as _bcos_models  # registers the networks
+from . import bcos_models, model, render  # noqa: F401  (importing bcos_models registers the networks)
 from .check import Check, check
 from .config import BcosConfig
 from .convert import bcosify

@@ -4,14 +4,16 @@ timm ties the stem's width to the growth rate k (2k channels). The paper varies 
 do the parameter counts of its Tab. B1 come out (https://arxiv.org/abs/2205.10268, supplement).
 """
 
-from torch import nn
+from typing import Any
+
 from timm.layers import create_classifier, get_device_dtype
-from timm.models.densenet import DenseBlock, DenseNet, DenseTransition
+from timm.models.densenet import DenseBlock, DenseTransition
+from torch import nn
 
 __all__ = ["restore_stem_width"]
 
 
-def restore_stem_width(model: DenseNet, width: int) -> None:
+def restore_stem_width(model: Any, width: int) -> None:
     """Rebuild a DenseNet's layers for a stem of `width` channels; nothing happens if it has them.
 
     Args:
@@ -33,11 +35,11 @@ def restore_stem_width(model: DenseNet, width: int) -> None:
     model.head_hidden_size = model.num_features * model.global_pool.feat_mult()
 
 
-def _rebuild_blocks(model: DenseNet, channels: int, dd: dict) -> int:
+def _rebuild_blocks(model: Any, channels: int, dd: dict[str, Any]) -> int:
     """Replace each block and transition by one for its new number of input channels; returns the last output's."""
     for name, module in list(model.features.named_children()):
         if isinstance(module, DenseBlock):
-            first = module.denselayer1
+            first: Any = module.denselayer1
             growth = first.conv2.out_channels
             bottleneck = first.conv1.out_channels // growth
             block = DenseBlock(
@@ -47,16 +49,16 @@ def _rebuild_blocks(model: DenseNet, channels: int, dd: dict) -> int:
             setattr(model.features, name, block)
             channels += len(module) * growth
         elif isinstance(module, DenseTransition):
-            setattr(model.features, name, DenseTransition(channels, channels // 2, type(module.norm), **dd))
+            setattr(model.features, name, DenseTransition(channels, channels // 2, type(model.features.norm5), **dd))
             channels //= 2
     model.features.norm5 = type(model.features.norm5)(channels, **dd)
     return channels
 
 
-def _width_at(model: DenseNet, name: str, stem_width: int) -> int:
+def _width_at(model: Any, name: str, stem_width: int) -> int:
     """Output channels of a child of `features`."""
     module = getattr(model.features, name)
     if not isinstance(module, DenseBlock):
         return stem_width if name == "norm0" else model.num_features
-    last = list(module.children())[-1]
+    last: Any = list(module.children())[-1]
     return last.conv1.in_channels + last.conv2.out_channels

@@ -12,8 +12,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.models import generate_default_cfgs, get_pretrained_cfg, model_entrypoint, register_model
-from timm.models import build_model_with_cfg, resolve_pretrained_cfg, split_model_name_tag
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    model_entrypoint,
+    register_model,
+    resolve_pretrained_cfg,
+    split_model_name_tag,
+)
 from torch import Tensor, nn
 
 from .bcos_cnn import Cnn9
@@ -22,12 +28,12 @@ from .config import BcosConfig
 from .convert import bcosify as convert
 from .layers import BcosConv2d, BcosLinear, BcosStem
 
-PAPER = dict(
+PAPER: dict[str, Any] = dict(
     paper_name="B-cos Networks: Alignment is All We Need for Interpretability",
     paper_ids="arXiv:2205.10268",
     origin_url="https://github.com/moboehle/B-cos",
 )
-UNNORMALISED = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+UNNORMALISED: dict[str, Any] = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -66,15 +72,19 @@ def _fully_convolutional(vgg: Any) -> None:
     vgg.pre_logits.input_kernel_size = 1
 
 
-def _cnn9_config(b: float, log_t: float) -> BcosConfig:
-    return BcosConfig.paper(b=b, gamma=10 ** (1.5 * b - 1.75), temperature=10**log_t, logit_bias=math.log(0.1 / 0.9))
-
-
-FLAT = dict(flatten_sequential=True)
+FLAT: dict[str, Any] = dict(flatten_sequential=True)
 CNN9_LOG_T = {1.0: -3, 1.25: -3, 1.5: -2, 1.75: 1, 2.0: 2, 2.25: 2, 2.5: 3}
-CNN9_CFG = dict(
+CNN9_CFG: dict[str, Any] = dict(
     input_size=(3, 32, 32), pool_size=(8, 8), num_classes=10, crop_pct=1.0, first_conv="features.0", classifier="fc"
 )
+
+
+def _cnn9(b: float) -> Network:
+    config = BcosConfig.paper(
+        b=b, gamma=10 ** (1.5 * b - 1.75), temperature=10 ** CNN9_LOG_T[b], logit_bias=math.log(0.1 / 0.9)
+    )
+    return Network(Cnn9, config, feature_cfg=dict(out_indices=(0, 1, 2), **FLAT), cfg=CNN9_CFG)
+
 
 NETWORKS: dict[str, Network] = {
     **{
@@ -97,28 +107,24 @@ NETWORKS: dict[str, Network] = {
         for size in (11, 13, 16, 19)
     },
     "bcos_inception_v3": Network("inception_v3", BcosConfig.paper(gamma_scale=200)),
-    "bcos_cnn9": Network(Cnn9, _cnn9_config(2.0, CNN9_LOG_T[2.0]), feature_cfg=dict(out_indices=(0, 1, 2), **FLAT), cfg=CNN9_CFG),
-    **{
-        f"bcos_cnn9_b{round(100 * b)}": Network(
-            Cnn9, _cnn9_config(b, log_t), feature_cfg=dict(out_indices=(0, 1, 2), **FLAT), cfg=CNN9_CFG
-        )
-        for b, log_t in CNN9_LOG_T.items()
-    },
+    "bcos_cnn9": _cnn9(2.0),
+    **{f"bcos_cnn9_b{round(100 * b)}": _cnn9(b) for b in CNN9_LOG_T},
 }
 
 
 def _cfg(network: Network) -> dict[str, Any]:
     """A pretrained cfg: the architecture's geometry, images in [0, 1] without normalisation."""
     keep = ("input_size", "pool_size", "first_conv", "classifier", "fixed_input_size", "min_input_size")
-    plain = {} if isinstance(network.arch, type) else get_pretrained_cfg(network.arch).to_dict()
+    plain = {} if isinstance(network.arch, type) else resolve_pretrained_cfg(network.arch).to_dict()
     geometry = {key: plain[key] for key in keep if plain.get(key) is not None}
     ours = dict(num_classes=1000, crop_pct=0.875, interpolation="bilinear", license="apache-2.0", **UNNORMALISED)
-    return geometry | ours | PAPER | network.cfg
+    return {**geometry, **ours, **PAPER, **network.cfg}
 
 
 def _create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     network = NETWORKS[name]
-    config, kwargs = network.config.override(kwargs)
+    changes, kwargs = BcosConfig.split(kwargs)
+    config = network.config.change(**changes)
 
     def build(**model_kwargs: Any) -> nn.Module:
         return network.build(config, **model_kwargs)
@@ -142,7 +148,8 @@ def _create_converted(
     `pretrained=True` starts from the architecture's own weights; where the cfg or its overlay names a weight source,
     that is loaded after the conversion instead, be it converted weights or plain ones.
     """
-    config, kwargs = BcosConfig().override(kwargs)
+    changes, kwargs = BcosConfig.split(kwargs)
+    config = BcosConfig.finetune(**changes)
     arch_name, tag = split_model_name_tag(arch)
     plain_cfg = resolve_pretrained_cfg(arch_name, pretrained_cfg=tag or None).to_dict()
     given = pretrained_cfg if isinstance(pretrained_cfg, dict) else {}
@@ -201,8 +208,6 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
     return entry
 
 
-default_cfgs = generate_default_cfgs(
-    {name: _cfg(network) for name, network in NETWORKS.items()}
-    | {"bcosify": _cfg(Network("resnet50", BcosConfig()))}
-)
+_cfgs: dict[str, Any] = {name: _cfg(network) for name, network in NETWORKS.items()}
+default_cfgs = generate_default_cfgs(_cfgs | {"bcosify": _cfg(Network("resnet50", BcosConfig()))})
 ENTRY_POINTS = {name: register_model(_entry_point(name)) for name in (*NETWORKS, "bcosify")}

@@ -4,13 +4,13 @@ import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import timm
 import torch
 import typer
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from . import __version__
@@ -38,16 +38,20 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
-def _options(version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False) -> None:
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
+) -> None:
     """B-cos networks for timm: exact explanations."""
 
 
 @app.command()
 def explain(
     photos: Annotated[list[Path], typer.Argument(help="Image files, or directories of them.")],
-    model: Annotated[str, typer.Option(help="A B-cos network, or any timm model, which is converted to one that computes the same.")],
+    model: Annotated[
+        str, typer.Option(help="A B-cos network, or a timm model, converted to one that computes the same.")
+    ],
     checkpoint: Annotated[Path | None, typer.Option(help="Weights, of the B-cos network or of the plain one.")] = None,
-    target: Annotated[list[str] | None, typer.Option(help="Class name or index to explain; repeat for several.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="Class name or index; repeat for several.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Without a target: how many of the most probable classes.")] = 3,
     out: Annotated[Path, typer.Option(help="Directory for the pictures.")] = Path("explanations"),
     classes: Annotated[Path | None, typer.Option(help="Class names, one a line; ImageNet's are built in.")] = None,
@@ -70,7 +74,7 @@ def explain(
 class _Explainer:
     """Explains one photo after the other; a broken one is reported and the others go on."""
 
-    network: nn.Module
+    network: Any
     names: list[str]
     targets: list[int] | None
     top: int
@@ -150,7 +154,7 @@ def open_photo(path: Path) -> Image.Image:
         raise InputError(f"broken image ({error})") from error
 
 
-def load_model(name: str, checkpoint: Path | None = None) -> nn.Module:
+def load_model(name: str, checkpoint: Path | None = None) -> Any:
     """A B-cos network by name, or a timm model converted so that it computes the same.
 
     Raises:
@@ -161,7 +165,8 @@ def load_model(name: str, checkpoint: Path | None = None) -> nn.Module:
     if not is_bcos and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise TargetError(f"timm knows no model {name!r}; close names: {', '.join(near) or 'none'}")
-    arguments = dict(model_name=name) if is_bcos else dict(model_name="bcosify", arch=name, b=1, bias=True)
+    converted: dict[str, Any] = dict(model_name="bcosify", arch=name, b=1, bias=True)
+    arguments: dict[str, Any] = dict(model_name=name) if is_bcos else converted
     if checkpoint is None:
         return _with_published_weights(name, arguments)
     weights = read_state_dict(checkpoint)
@@ -171,7 +176,7 @@ def load_model(name: str, checkpoint: Path | None = None) -> nn.Module:
     return network
 
 
-def _with_published_weights(name: str, arguments: dict) -> nn.Module:
+def _with_published_weights(name: str, arguments: dict[str, Any]) -> Any:
     try:
         return timm.create_model(**arguments, pretrained=True)
     except Exception as error:  # timm, the Hub client and urllib each raise their own
@@ -180,7 +185,7 @@ def _with_published_weights(name: str, arguments: dict) -> nn.Module:
         ) from error
 
 
-def _count_classes(network: nn.Module, weights: dict[str, Tensor]) -> dict[str, int]:
+def _count_classes(network: Any, weights: dict[str, Tensor]) -> dict[str, Any]:
     """A checkpoint may have been trained on other classes than the architecture's default."""
     head = network.get_classifier()
     name = next((n for n, m in network.named_modules() if m is head), "")
@@ -192,7 +197,7 @@ def _count_classes(network: nn.Module, weights: dict[str, Tensor]) -> dict[str, 
     return dict(num_classes=rows if is_plain else rows // getattr(head, "max_out", 1))
 
 
-def class_names(network: nn.Module, path: Path | None = None) -> list[str]:
+def class_names(network: Any, path: Path | None = None) -> list[str]:
     """Names of a network's classes: from a file, its cfg, or timm's ImageNet tables; numbers where there are none."""
     count = network.num_classes
     if path is not None:

@@ -88,7 +88,7 @@ class BcosConfig:
             temperature: T.
             changes: Any other field.
         """
-        preset = dict(
+        preset: dict[str, Any] = dict(
             max_out=2, gamma_scale=gamma_scale, temperature=temperature, normalize_weight=True, norm="remove",
             activation="remove", max_pool="average", stem="encoded", logit_bias=math.log(0.01 / 0.99), linear=(),
         )  # fmt: skip
@@ -97,7 +97,7 @@ class BcosConfig:
     @classmethod
     def v2(cls, **changes: Any) -> "BcosConfig":
         """The networks of the second paper: unit norm, γ = 1, uncentred batch norm (section 3 of arXiv 2306.10898)."""
-        preset = dict(
+        preset: dict[str, Any] = dict(
             normalize_weight=True, norm="uncentred", activation="remove", stem="encoded", logit_bias=None,
             classify_positions="always",
         )  # fmt: skip
@@ -124,10 +124,15 @@ class BcosConfig:
             return -math.log(max(num_classes - 1, 1))
         return self.logit_bias
 
-    def override(self, kwargs: dict[str, Any]) -> tuple["BcosConfig", dict[str, Any]]:
-        """Split keyword arguments into this config's fields, applied, and the rest, which belong to timm."""
-        names = {field.name for field in fields(self)}
+    @classmethod
+    def split(cls, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Keyword arguments that are fields of this class, and the rest, which belong to timm."""
+        names = {f.name for f in fields(cls)}
         own = {name: value for name, value in kwargs.items() if name in names}
-        if "gamma" in own:
-            own.setdefault("gamma_scale", None)
-        return replace(self, **own), {name: value for name, value in kwargs.items() if name not in names}
+        return own, {name: value for name, value in kwargs.items() if name not in names}
+
+    def change(self, **changes: Any) -> "BcosConfig":
+        """A copy with other values; a `gamma` also replaces γ = s / √d."""
+        if "gamma" in changes:
+            changes.setdefault("gamma_scale", None)
+        return replace(self, **changes)

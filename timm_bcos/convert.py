@@ -16,6 +16,7 @@ from .rules import COVERED_FILES, RULES, Place, Rule, keep, keep_whole
 __all__ = ["bcosify"]
 
 Plan = dict[str, nn.Module]
+Stats = tuple[float, ...] | None
 
 
 def bcosify(
@@ -75,14 +76,14 @@ def _plan(model: nn.Module, config: BcosConfig, rules: dict[type[nn.Module], Rul
     return plan
 
 
-def _walk(name: str, module: nn.Module, rules: Any, done: dict[int, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+def _walk(name: str, module: Any, rules: Any, done: dict[int, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """Modules with their paths, parents first, into whatever its rule has left in place."""
     yield name, module
     kept = done[id(module)]
     if _rule_for(module, name, rules) is keep_whole:
         return
-    for child_name, child in module.named_children():
-        if getattr(kept, child_name, None) is child:
+    for child_name, child in module._modules.items():  # `named_children` names a shared module only once
+        if child is not None and getattr(kept, child_name, None) is child:
             yield from _walk(f"{name}.{child_name}" if name else child_name, child, rules, done)
 
 
@@ -112,6 +113,8 @@ class _Places:
         self.model = model
         self.classifiers = _classifier_ids(model)
         self.stems = () if any(isinstance(m, BcosStem) for m in model.modules()) else _stem_names(model)
+        self.mean: Stats
+        self.std: Stats
         self.mean, self.std = _normalisation(model, config) if self.stems else (None, None)
 
     def of(self, name: str, module: nn.Module) -> Place:
@@ -138,10 +141,10 @@ class _Places:
             transparent += (nn.LayerNorm,)
         if not all(isinstance(m, transparent) for m in between):
             return "classifier"
-        return {"avg": "positions", "": "map"}.get(pool.pool_type, "classifier")
+        return {"avg": "positions", "": "map"}.get(str(pool.pool_type), "classifier")
 
 
-def _classifier_ids(model: nn.Module) -> set[int]:
+def _classifier_ids(model: Any) -> set[int]:
     """timm models tell; elsewhere the last linear layer is taken. An auxiliary head counts too."""
     if hasattr(model, "get_classifier"):
         found = model.get_classifier()
@@ -152,7 +155,7 @@ def _classifier_ids(model: nn.Module) -> set[int]:
     return {id(m) for m in [*heads, auxiliary] if m is not None}
 
 
-def _stem_names(model: nn.Module) -> tuple[str, ...]:
+def _stem_names(model: Any) -> tuple[str, ...]:
     """timm's cfg names the first convolutions; elsewhere it is the first one with as many inputs as the image."""
     names = getattr(model, "pretrained_cfg", {}).get("first_conv") or ()
     names = (names,) if isinstance(names, str) else tuple(names)
@@ -169,7 +172,7 @@ def _stem_names(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _normalisation(model: nn.Module, config: BcosConfig) -> tuple[Any, Any]:
+def _normalisation(model: Any, config: BcosConfig) -> tuple[Stats, Stats]:
     if config.stem == "encoded":
         return None, None
     cfg = getattr(model, "pretrained_cfg", None) or {}
@@ -192,7 +195,7 @@ def _link_heads(model: nn.Module) -> None:
                 child.deferred = defers
 
 
-def _take_unnormalised_images(model: nn.Module) -> None:
+def _take_unnormalised_images(model: Any) -> None:
     """The cfg tells timm's data pipeline to leave pixels in [0, 1]."""
     cfg = getattr(model, "pretrained_cfg", None)
     if cfg and hasattr(model, "pretrained_cfg"):

@@ -112,13 +112,32 @@ def _detached(value: Any) -> Any:
 
 
 @declare(
-    functional.patch_norm, functional.feature_norm,
-    torch.sigmoid, torch.Tensor.sigmoid, torch.Tensor.sigmoid_, F.sigmoid, F.hardsigmoid,
-    torch.softmax, torch.Tensor.softmax, F.softmax, F.log_softmax,
-    torch.var, torch.Tensor.var, torch.std, torch.Tensor.std,
-    torch.norm, torch.Tensor.norm, torch.linalg.vector_norm, F.normalize,
-    torch.sqrt, torch.Tensor.sqrt, torch.rsqrt, torch.Tensor.rsqrt, torch.exp, torch.Tensor.exp,
-)  # fmt: skip
+    functional.patch_norm,
+    functional.feature_norm,
+    torch.sigmoid,
+    torch.Tensor.sigmoid,
+    torch.Tensor.sigmoid_,
+    F.sigmoid,
+    F.hardsigmoid,
+    torch.softmax,
+    torch.Tensor.softmax,
+    F.softmax,
+    F.log_softmax,
+    torch.var,
+    torch.Tensor.var,
+    torch.std,
+    torch.Tensor.std,
+    torch.norm,
+    torch.Tensor.norm,
+    torch.linalg.vector_norm,
+    F.normalize,
+    torch.sqrt,
+    torch.Tensor.sqrt,
+    torch.rsqrt,
+    torch.Tensor.rsqrt,
+    torch.exp,
+    torch.Tensor.exp,
+)
 def _gate(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return func(*map(_detached, args), **kwargs)
 
@@ -126,8 +145,23 @@ def _gate(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 # Activations: a(x) = a(0) + x · slope, the slope a constant.
 
 
-@declare(F.gelu, F.silu, F.mish, F.hardswish, F.elu, F.celu, F.selu, F.softplus, F.relu6, F.hardtanh, F.softsign,
-         F.tanh, torch.tanh, torch.Tensor.tanh, torch.Tensor.tanh_)  # fmt: skip
+@declare(
+    F.gelu,
+    F.silu,
+    F.mish,
+    F.hardswish,
+    F.elu,
+    F.celu,
+    F.selu,
+    F.softplus,
+    F.relu6,
+    F.hardtanh,
+    F.softsign,
+    F.tanh,
+    torch.tanh,
+    torch.Tensor.tanh,
+    torch.Tensor.tanh_,
+)
 def _activation(func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if not on_linear_path(x):
         return func(x, *args, **kwargs)
@@ -148,8 +182,17 @@ def _scale_by_cosine(func: Callable[..., Any], linear: Tensor, norm: Tensor, b: 
 
 
 @declare(F.batch_norm)
-def _batch_norm(func: Any, x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None = None,
-                bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Tensor:  # fmt: skip
+def _batch_norm(
+    func: Any,
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
     if training or not on_linear_path(x):
         return func(x, running_mean, running_var, weight, bias, training, momentum, eps)
     scale = (running_var + eps).rsqrt() if weight is None else weight * (running_var + eps).rsqrt()
@@ -164,8 +207,14 @@ def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 
 @declare(F.layer_norm)
-def _layer_norm(func: Any, x: Tensor, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None,
-                eps: float = 1e-5) -> Tensor:  # fmt: skip
+def _layer_norm(
+    func: Any,
+    x: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
     if not on_linear_path(x):
         return func(x, normalized_shape, weight, bias, eps)
     dims = tuple(range(-len(normalized_shape), 0))
@@ -174,18 +223,23 @@ def _layer_norm(func: Any, x: Tensor, normalized_shape: Any, weight: Tensor | No
 
 
 @declare(F.group_norm)
-def _group_norm(func: Any, x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
-                eps: float = 1e-5) -> Tensor:  # fmt: skip
+def _group_norm(
+    func: Any, x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
     if not on_linear_path(x):
         return func(x, num_groups, weight, bias, eps)
     shape = (-1,) + (1,) * (x.ndim - 2)
     grouped = x.unflatten(1, (num_groups, -1)).flatten(2)
     normed = _layer_norm(F.layer_norm, grouped, grouped.shape[-1:], None, None, eps).reshape(x.shape)
-    return _affine(normed, None if weight is None else weight.reshape(shape), None if bias is None else bias.reshape(shape))
+    return _affine(
+        normed, None if weight is None else weight.reshape(shape), None if bias is None else bias.reshape(shape)
+    )
 
 
 @declare(F.rms_norm)
-def _rms_norm(func: Any, x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+def _rms_norm(
+    func: Any, x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
     if not on_linear_path(x):
         return func(x, normalized_shape, weight, eps)
     dims = tuple(range(-len(normalized_shape), 0))
@@ -196,7 +250,9 @@ def _rms_norm(func: Any, x: Tensor, normalized_shape: Any, weight: Tensor | None
 # Linear maps with a bias.
 
 
-def _with_bias(func: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor | None, rest: Any, kw: Any, shape: Any) -> Tensor:
+def _with_bias(
+    func: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor | None, rest: Any, kw: Any, shape: Any
+) -> Tensor:
     if bias is None or not on_linear_path(x):
         return func(x, weight, bias, *rest, **kw)
     return func(x, weight, None, *rest, **kw) + constant(bias.reshape(shape))
@@ -218,11 +274,22 @@ def _linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None
 
 
 @declare(F.scaled_dot_product_attention)
-def _attention(func: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-               is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:  # fmt: skip
+def _attention(
+    func: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     """The attention weights, recovered as the output for an identity matrix of values, are constants."""
     identity = torch.eye(key.shape[-2], dtype=value.dtype, device=value.device).expand(*key.shape[:-1], -1)
-    weights = func(_detached(query), _detached(key), identity, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    weights = func(
+        _detached(query), _detached(key), identity, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
     return weights @ value
 
 
@@ -246,9 +313,21 @@ def _addend(value: Any, like: Tensor) -> Any:
     return constant(value)
 
 
-@declare(torch.add, torch.sub, torch.Tensor.add, torch.Tensor.sub, torch.Tensor.__add__, torch.Tensor.__radd__,
-         torch.Tensor.__sub__, torch.Tensor.__rsub__, torch.Tensor.__iadd__, torch.Tensor.__isub__,
-         torch.Tensor.add_, torch.Tensor.sub_, torch.rsub)  # fmt: skip
+@declare(
+    torch.add,
+    torch.sub,
+    torch.Tensor.add,
+    torch.Tensor.sub,
+    torch.Tensor.__add__,
+    torch.Tensor.__radd__,
+    torch.Tensor.__sub__,
+    torch.Tensor.__rsub__,
+    torch.Tensor.__iadd__,
+    torch.Tensor.__isub__,
+    torch.Tensor.add_,
+    torch.Tensor.sub_,
+    torch.rsub,
+)
 def _sum(func: Callable[..., Any], a: Any, b: Any, **kwargs: Any) -> Any:
     if on_linear_path(a) or on_linear_path(b):
         like = a if isinstance(a, Tensor) else b
@@ -273,8 +352,19 @@ def _join(func: Callable[..., Any], tensors: Any, *args: Any, **kwargs: Any) -> 
     return func(tensors, *args, **kwargs)
 
 
-@declare(torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.Tensor.__imul__, torch.Tensor.mul_,
-         torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.Tensor.bmm)  # fmt: skip
+@declare(
+    torch.mul,
+    torch.Tensor.mul,
+    torch.Tensor.__mul__,
+    torch.Tensor.__rmul__,
+    torch.Tensor.__imul__,
+    torch.Tensor.mul_,
+    torch.matmul,
+    torch.Tensor.matmul,
+    torch.Tensor.__matmul__,
+    torch.bmm,
+    torch.Tensor.bmm,
+)
 def _product(func: Callable[..., Any], a: Any, b: Any) -> Any:
     """Two factors on the linear path share the product, half each; with one there is nothing to decide."""
     if not (on_linear_path(a) and on_linear_path(b)):

@@ -72,8 +72,11 @@ class Explanation:
 
     @property
     def probability(self) -> Tensor:
-        """(N, K) probabilities of the classes: sigmoids, as B-cos networks train with binary cross-entropy, so they need
-        not sum to 1; softmax for a conversion that preserves a network trained with it."""
+        """(N, K) probabilities of the classes.
+
+        Sigmoids, as B-cos networks train with binary cross-entropy, so they need not sum to 1; softmax for a
+        conversion that preserves a network trained with it.
+        """
         return self.logits.softmax(1) if self.probability_kind == "softmax" else self.logits.sigmoid()
 
     @property
@@ -190,7 +193,7 @@ def explain_targets(
         return [forward.explain(forward.neurons(column, None)) for column in table.T]
 
 
-class _Captured(Exception):
+class _Captured(Exception):  # noqa: N818  (a signal, no error)
     """Ends a forward pass once the layer wanted has answered."""
 
 
@@ -355,7 +358,11 @@ def _check_range(x: Tensor) -> None:
         raise InputError("images contain NaN or infinite pixels")
     low, high = x.detach().min().item(), x.detach().max().item()
     if low < -1e-4 or high > 1 + 1e-4:
-        hint = "divide by 255" if low >= 0 and high > 16 else "it looks mean/std-normalised: leave that out (mean 0, std 1)"
+        hint = (
+            "divide by 255"
+            if low >= 0 and high > 16
+            else "it looks mean/std-normalised: leave that out (mean 0, std 1)"
+        )
         raise InputError(f"pixels must lie in [0, 1], got [{low:.3g}, {high:.3g}]; {hint}")
 
 
@@ -373,7 +380,7 @@ def _position_index(position: int | tuple[int, int], grid: tuple[int, int]) -> i
     return row * grid[1] + column
 
 
-def _logit_bias(model: nn.Module) -> float:
+def _logit_bias(model: Any) -> float:
     found = model.get_classifier() if hasattr(model, "get_classifier") else None
     heads = [found] if isinstance(found, nn.Module) else list(model.modules())
     biases = [m.logit_bias for m in heads if isinstance(m, BcosConvClassifier | BcosLinearClassifier)]

@@ -16,7 +16,16 @@ from torch.overrides import handle_torch_function, has_torch_function, has_torch
 
 from .errors import InputError
 
-__all__ = ["encode_image", "feature_norm", "patch_norm", "row_norm", "same_padding", "scale_by_cosine", "to_logits", "unit_weight"]
+__all__ = [
+    "encode_image",
+    "feature_norm",
+    "patch_norm",
+    "row_norm",
+    "same_padding",
+    "scale_by_cosine",
+    "to_logits",
+    "unit_weight",
+]
 
 
 def encode_image(image: Tensor, in_chans: int) -> Tensor:
@@ -110,7 +119,10 @@ def patch_norm(
 
     Args:
         x: (N, C, H, W).
-        kernel: Window (height, width); likewise stride, zero padding and dilation.
+        kernel: Window (height, width).
+        stride: Of the window, per dimension.
+        padding: Zeros on each side, per dimension.
+        dilation: Spacing of the window, per dimension.
         groups: Channel groups G.
         eps: Added inside the root.
 
@@ -131,6 +143,7 @@ def feature_norm(x: Tensor, eps: float = 1e-12) -> Tensor:
 
     Args:
         x: (..., C).
+        eps: Keeps the norm of 0 off 0.
 
     Returns:
         (..., 1), in float32 for half-precision input.

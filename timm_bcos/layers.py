@@ -5,16 +5,33 @@ Differs from the official code in that the weight stays at `.weight`, as everywh
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 
-from .functional import encode_image, feature_norm, patch_norm, row_norm, same_padding, scale_by_cosine, to_logits, unit_weight
+from .functional import (
+    encode_image,
+    feature_norm,
+    patch_norm,
+    row_norm,
+    same_padding,
+    scale_by_cosine,
+    to_logits,
+    unit_weight,
+)
 
-__all__ = ["BcosConv2d", "BcosConvClassifier", "BcosFlatten", "BcosLinear", "BcosLinearClassifier", "BcosPool2d", "BcosStem"]
+__all__ = [
+    "BcosConv2d",
+    "BcosConvClassifier",
+    "BcosFlatten",
+    "BcosLinear",
+    "BcosLinearClassifier",
+    "BcosPool2d",
+    "BcosStem",
+]
 
 
 def _check(b: float, max_out: int, normalize_weight: bool) -> None:
@@ -62,7 +79,7 @@ class BcosConv2d(nn.Conv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = False,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         device: Any = None,
         dtype: Any = None,
         *,
@@ -198,6 +215,9 @@ class BcosStem(BcosConv2d):
 
     Shape: (N, image_channels, H, W) in [0, 1], or encoded (N, 2 · image_channels, H, W), to (N, out_channels, H', W').
     """
+
+    input_scale: Tensor
+    input_offset: Tensor
 
     def __init__(
         self, image_channels: int, *args: Any, mean: Sequence[float] | None = None, std: Sequence[float] | None = None,

@@ -1,7 +1,6 @@
 """What a converted network can do beyond timm's: explain itself, and stay B-cos when its head changes."""
 
-import copy
-from functools import lru_cache
+from functools import cache, wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,37 +42,29 @@ class BcosModel:
         return plain
 
 
-def _reset_classifier(self: Any, num_classes: int, *args: Any, **kwargs: Any) -> None:
-    """timm builds a plain head; convert it as the first one was."""
-    from .convert import bcosify
+def _overrides(plain: Any) -> dict[str, Any]:
+    """What differs from timm's class, where it has such a method; signatures stay timm's."""
 
-    super(type(self), self).reset_classifier(num_classes, *args, **kwargs)
-    bcosify(self, self.bcos_config, rules=self.bcos_rules)
+    def reset_classifier(self: Any, num_classes: int, *args: Any, **kwargs: Any) -> None:
+        from .convert import bcosify
 
+        plain.reset_classifier(self, num_classes, *args, **kwargs)  # timm builds a plain head
+        bcosify(self, self.bcos_config, rules=self.bcos_rules)
 
-def _forward_head(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """timm's, and features before the logits are pooled although the classifier pools by itself."""
-    x = super(type(self), self).forward_head(x, *args, **kwargs)
-    pools = [m for m in self.modules() if isinstance(m, BcosPool2d) and m.deferred]
-    pre_logits = args[0] if args else kwargs.get("pre_logits", False)
-    return pools[0].pool_now(x) if pre_logits and pools else x
+    def forward_head(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x = plain.forward_head(self, x, *args, **kwargs)
+        pre_logits = args[0] if args else kwargs.get("pre_logits", False)
+        pools = [m for m in self.modules() if isinstance(m, BcosPool2d) and m.deferred] if pre_logits else []
+        return pools[0].pool_now(x).flatten(1) if pools else x  # the classifier would have pooled
 
-
-OVERRIDES = {"reset_classifier": _reset_classifier, "forward_head": _forward_head}
-
-
-@lru_cache(maxsize=None)
-def _bcos_class(plain: type[nn.Module]) -> type[nn.Module]:
-    own = {name: method for name, method in OVERRIDES.items() if hasattr(plain, name)}
-    for name, method in own.items():
-        own[name] = _with_signature_of(getattr(plain, name), method)
-    return type(plain.__name__, (BcosModel, plain), {"_plain_class": plain, "__module__": plain.__module__, **own})
+    methods = dict(reset_classifier=reset_classifier, forward_head=forward_head)
+    return {name: wraps(getattr(plain, name))(method) for name, method in methods.items() if hasattr(plain, name)}
 
 
-def _with_signature_of(original: Any, method: Any) -> Any:
-    method = copy.copy(method)
-    method.__wrapped__ = original  # what `inspect.signature` shows, which timm and its users read
-    return method
+@cache
+def _bcos_class(plain: Any) -> Any:
+    own = dict(_plain_class=plain, __module__=plain.__module__, **_overrides(plain))
+    return type(plain.__name__, (BcosModel, plain), own)
 
 
 def _rebuild(plain: type[nn.Module]) -> nn.Module:

@@ -28,6 +28,9 @@ class UncentredBatchNorm2d(nn.Module):
     Shape: (N, C, H, W) to the same.
     """
 
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, device: Any = None, dtype: Any = None
     ) -> None:

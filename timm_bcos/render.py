@@ -112,7 +112,9 @@ def _bars(axes: Any, explanation: "Explanation", row: int, class_names: Sequence
     axes.barh(range(len(names)), best.values.tolist(), color=colours)
     axes.set_yticks(range(len(names)), [name[:24] for name in names])
     axes.invert_yaxis()
-    axes.set_title(f"probability ({explanation.probability_kind})" if explanation.layer is None else "activation", fontsize=10)
+    axes.set_title(
+        f"probability ({explanation.probability_kind})" if explanation.layer is None else "activation", fontsize=10
+    )
     if explanation.layer is None:
         axes.set_xlim(0, 1)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm import layers as timm_layers
-from timm.layers import activations, norm_act
+from timm.layers import activations, adaptive_avgmax_pool, norm_act
 from timm.layers.grn import GlobalResponseNorm
 from timm.models import _efficientnet_blocks
 from timm.models.inception_v3 import InceptionB, InceptionD
@@ -74,7 +74,7 @@ def clone(module: nn.Module, **parameters: Any) -> Any:
     return new
 
 
-def _adopt(layer: nn.Module, old: nn.Module, weight: Tensor, config: BcosConfig) -> nn.Module:
+def _adopt(layer: Any, old: Any, weight: Tensor, config: BcosConfig) -> nn.Module:
     """Give a new layer the old one's weight and, if biases are kept, its bias."""
     layer.weight = weight if weight is old.weight else nn.Parameter(weight, old.weight.requires_grad)  # type: ignore[assignment]
     layer.bias = old.bias if config.bias else None  # type: ignore[assignment]
@@ -114,9 +114,17 @@ def _conv(conv: nn.Conv2d, place: Place, config: BcosConfig) -> nn.Module:
         layer = BcosConv2d(conv.in_channels, conv.out_channels, **settings)
         return _adopt(layer, conv, _rows(conv.weight, unit), config)
     settings["device"] = conv.weight.device
-    stem = BcosStem(conv.in_channels, conv.out_channels, mean=place.mean, std=place.std, **settings)
+    mean, std = (_per_channel(values, conv.in_channels) for values in (place.mean, place.std))
+    stem = BcosStem(conv.in_channels, conv.out_channels, mean=mean, std=std, **settings)
     weight = torch.cat([conv.weight, -conv.weight], 1).detach() / 2
     return _adopt(stem, conv, _rows(weight, unit), config)
+
+
+def _per_channel(values: tuple[float, ...] | None, channels: int) -> tuple[float, ...] | None:
+    """Statistics of colour images for another number of channels: their average."""
+    if values is None or len(values) in (1, channels):
+        return values
+    return (sum(values) / len(values),)
 
 
 def _conv_classifier(module: nn.Linear | nn.Conv2d, place: Place, config: BcosConfig) -> nn.Module:
@@ -254,7 +262,8 @@ RULES: dict[type[nn.Module], Rule] = {
     # linear as they are, or without effect in evaluation
     **_table(
         keep,
-        nn.Identity, nn.Dropout, nn.Dropout2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Upsample, nn.ZeroPad2d,
+        nn.Identity, nn.Dropout, nn.Dropout2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
+        timm_layers.AdaptiveAvgMaxPool2d, adaptive_avgmax_pool.AdaptiveCatAvgMaxPool2d, nn.Upsample, nn.ZeroPad2d,
         nn.Sequential, nn.ModuleList, nn.ModuleDict, timm_layers.DropPath, timm_layers.DropBlock2d,
         timm_layers.PatchDropout, timm_layers.BlurPool2d, timm_layers.LayerScale,
         timm_layers.ClassifierHead, timm_layers.NormMlpClassifierHead, timm_layers.ConvNormAct, timm_layers.PatchEmbed,

@@ -1,0 +1,190 @@
+"""Time one training step, one inference and one explanation, side by side in one run.
+
+For each architecture: timm's plain network, the PyPI package `bcos`, ours without MaxOut as that package builds it, and
+the paper's with MaxOut 2. Rounds alternate between the networks, so that a slow moment of the machine hits all; each
+figure is the median over the rounds, as a ratio to the plain network's. Peak memory is measured in a process of its own
+per case.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import timm_bcos
+from timm_bcos.bcos_cnn import Cnn9
+
+V2 = timm_bcos.BcosConfig.v2()
+
+
+def official(name: str) -> nn.Module:
+    import bcos.models.densenet
+    import bcos.models.resnet
+
+    module = bcos.models.resnet if "resnet" in name else bcos.models.densenet
+    return getattr(module, name)(in_chans=6)
+
+
+class Cnn9Official(nn.Sequential):
+    """The nine layers, of the package's convolutions with MaxOut 2."""
+
+    def __init__(self) -> None:
+        from bcos.modules import BcosConv2d
+
+        from timm_bcos.bcos_cnn import CHANNELS, STRIDES
+
+        inputs = (6, *CHANNELS[:-1])
+        convs = [
+            BcosConv2d(i, o, 3, s, padding=1, max_out=2) for i, o, s in zip(inputs, CHANNELS, STRIDES, strict=True)
+        ]
+        head = BcosConv2d(CHANNELS[-1], 10, 1, max_out=2)
+        super().__init__(*convs, head, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class Cnn9Plain(Cnn9):
+    """The nine layers with batch norm and ReLU, what one would train without B-cos."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            *[nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(inplace=True)) for conv in self.features]
+        )
+
+
+CASES: dict[str, tuple[tuple[int, int], dict[str, Callable[[], nn.Module]]]] = {
+    **{
+        name: (
+            (8, 224),
+            {
+                "plain": partial(timm.create_model, name),
+                "bcos package": partial(official, name),
+                "ours": lambda name=name: timm_bcos.bcosify(timm.create_model(name), V2),
+                "ours, paper": partial(timm.create_model, f"bcos_{name}"),
+            },
+        )
+        for name in ("resnet50", "densenet121")
+    },
+    "cnn9": (
+        (64, 32),
+        {
+            "plain": Cnn9Plain,
+            "bcos package": Cnn9Official,
+            "ours": partial(timm.create_model, "bcos_cnn9", max_out=1),
+            "ours, paper": partial(timm.create_model, "bcos_cnn9"),
+        },
+    ),
+}
+
+
+def image_channels(network: nn.Module) -> int:
+    return (
+        6
+        if type(network).__module__.startswith(("bcos.", "__main__", "__mp_main__"))
+        and "Plain" not in type(network).__name__
+        else 3
+    )
+
+
+def train(network: nn.Module, x: Tensor, y: Tensor) -> None:
+    network.train()
+    network.zero_grad(set_to_none=True)
+    F.binary_cross_entropy_with_logits(network(x), y).backward()
+
+
+@torch.no_grad()
+def infer(network: nn.Module, x: Tensor, y: Tensor) -> None:
+    network.eval()
+    network(x)
+
+
+def explain(network: nn.Module, x: Tensor, y: Tensor) -> None:
+    network.eval()
+    if isinstance(network, timm_bcos.model.BcosModel):
+        timm_bcos.explain(network, x)
+        return
+    from contextlib import nullcontext
+
+    mode = network.explanation_mode() if hasattr(network, "explanation_mode") else nullcontext()
+    with mode:
+        leaf = x.clone().requires_grad_()
+        torch.autograd.grad(network(leaf).amax(1).sum(), leaf)
+
+
+JOBS = {"training step": train, "inference": infer, "explanation": explain}
+
+
+def prepare(
+    build: Callable[[], nn.Module], batch: tuple[int, int], channels_last: bool
+) -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    network = build()
+    x = torch.rand(batch[0], 3, batch[1], batch[1])
+    if image_channels(network) == 6:
+        x = torch.cat([x, 1 - x], 1)
+    if channels_last:
+        network, x = network.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        outputs = network(x).shape[1]
+    return network, x, torch.full((batch[0], outputs), 1 / outputs)
+
+
+def seconds(job: Callable[..., None], case: tuple[nn.Module, Tensor, Tensor]) -> float:
+    start = time.perf_counter()
+    job(*case)
+    return time.perf_counter() - start
+
+
+def peak_memory(name: str, kind: str, job: str, channels_last: bool) -> float:
+    """MiB that a job adds to a process that has built the network."""
+    batch, builders = CASES[name]
+    case = prepare(builders[kind], batch, channels_last)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    JOBS[job](*case)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def memory(*args: object) -> float:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(peak_memory, args)
+
+
+def main(args: argparse.Namespace) -> None:
+    warnings.simplefilter("ignore")
+    print(
+        f"torch {torch.__version__}, timm {timm.__version__}, {torch.get_num_threads()} threads, {args.rounds} rounds"
+    )
+    for name in args.networks:
+        batch, builders = CASES[name]
+        cases = {kind: prepare(build, batch, args.channels_last) for kind, build in builders.items()}
+        print(f"\n{name}, batch {batch[0]}, {batch[1]}²{', channels_last' if args.channels_last else ''}")
+        for title, job in JOBS.items():
+            times: dict[str, list[float]] = {kind: [] for kind in cases}
+            for i in tqdm(range(args.rounds + 1), desc=title, leave=False):
+                for kind, case in cases.items():
+                    elapsed = seconds(job, case)
+                    if i:  # the first round warms up
+                        times[kind].append(elapsed)
+            plain = statistics.median(times["plain"])
+            for kind, values in times.items():
+                ratio = statistics.median(values) / plain
+                peak = f"  peak {memory(name, kind, title, args.channels_last):6.0f} MiB" if args.memory else ""
+                print(f"  {title:<14} {kind:<13} {1e3 * statistics.median(values):8.1f} ms  {ratio:5.2f}× plain{peak}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="*", default=list(CASES), help=f"of {', '.join(CASES)}")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--memory", action="store_true", help="also measure peak memory")
+    main(parser.parse_args())

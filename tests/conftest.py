@@ -1,0 +1,76 @@
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+import timm_bcos
+from timm_bcos.layers import BcosConvClassifier, BcosLinearClassifier
+
+PHOTOS = Path(__file__).parent.parent / "scripts" / "photos"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def photo() -> Path:
+    return PHOTOS / "coffee.jpg"
+
+
+def real_image(size: int, batch: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Square crops of the repository's photos, (batch, 3, size, size) in [0, 1]."""
+    crops = []
+    for path in sorted(PHOTOS.glob("*.jpg"))[:batch]:
+        image = Image.open(path).convert("RGB").resize((size, size))
+        crops.append(torch.tensor(list(image.tobytes()), dtype=dtype).reshape(size, size, 3).permute(2, 0, 1) / 255)
+    return torch.stack(crops)
+
+
+def enliven(model: nn.Module, x: Tensor) -> nn.Module:
+    """Give an untrained network running statistics, and logits that differ from their bias by about 1.
+
+    Untrained B-cos networks hardly answer; sums that vanish beside the logit bias would prove nothing.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim <= 1 and "gamma" not in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        model.train()
+        for module in model.modules():
+            if hasattr(module, "momentum"):
+                module.momentum = 1.0
+        model(x)
+        model.eval()
+        heads = [m for m in model.modules() if isinstance(m, BcosConvClassifier | BcosLinearClassifier)]
+        if heads:
+            output = model(x)
+            output = output[0] if isinstance(output, tuple) else output
+            heads[-1].temperature *= (output - heads[-1].logit_bias).abs().max().item()
+    return model
+
+
+def assert_exact(model: nn.Module, x: Tensor, tolerance: float) -> timm_bcos.Explanation:
+    """Completeness, on a signal that is there, with logits that explanation mode leaves alone."""
+    explanation = timm_bcos.explain(model, x)
+    with torch.no_grad():
+        plain = model(x)
+    plain = plain[0] if isinstance(plain, tuple) else plain
+    assert (explanation.logit - explanation.logit_bias).abs().min() > 1e-3
+    assert explanation.completeness_error.max() <= tolerance
+    torch.testing.assert_close(explanation.logits, plain, rtol=tolerance, atol=tolerance * plain.abs().max().item())
+    return explanation
+
+
+def normalised(x: Tensor, cfg: dict) -> Tensor:
+    """As timm's transform does it for a plain network."""
+    mean, std = (torch.tensor(cfg[key], dtype=x.dtype)[:, None, None] for key in ("mean", "std"))
+    return (x - mean) / std
+
+
+def smooth_noise(batch: int, channels: int, size: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return F.interpolate(torch.rand(batch, channels, 8, 8, dtype=dtype), size, mode="bilinear")

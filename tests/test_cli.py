@@ -1,0 +1,161 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import PHOTOS
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import timm_bcos
+from timm_bcos import BcosError, CheckpointError, TargetError
+from timm_bcos.checkpoints import load_weights, read_state_dict
+from timm_bcos.cli import app, class_names, find_class, load_model, open_photo
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A small network with ten classes."""
+    path = tmp_path / "cnn9.safetensors"
+    save_file(timm.create_model("bcos_cnn9").state_dict(), path)
+    return path
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["explain", *map(str, arguments)])
+    if isinstance(result.exception, BcosError):
+        return 2, str(result.exception)
+    return result.exit_code, result.output
+
+
+def test_explains_a_photo(weights: Path, photo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, text = run(photo, "--model", "bcos_cnn9", "--checkpoint", weights, "--top", 2, "--out", out)
+    assert code == 0, text
+    assert str(photo) in text
+    assert text.count("completeness error") == 2
+    pictures = sorted(p.name for p in out.iterdir())
+    assert len(pictures) == 3
+    assert pictures[0] == "coffee.png"
+    assert Image.open(out / pictures[1]).mode == "RGBA"
+
+
+def test_named_targets(weights: Path, photo: Path, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]))
+    arguments = (photo, "--model", "bcos_cnn9", "--checkpoint", weights, "--classes", names, "--out", tmp_path / "out")
+    code, text = run(*arguments, "--target", "frog", "--target", 3)
+    assert code == 0, text
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["coffee.png", "coffee_cat.png", "coffee_frog.png"]
+    code, text = run(*arguments, "--target", "forg")
+    assert code == 2
+    assert "no class is called 'forg': frog" in text
+
+
+def test_directory_with_a_broken_photo(weights: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    (photos / "inner").mkdir(parents=True)
+    shutil.copy(PHOTOS / "coffee.jpg", photos / "cup.jpg")
+    shutil.copy(PHOTOS / "rocket.jpg", photos / "inner" / "cup.jpg")
+    (photos / "cut.jpg").write_bytes((PHOTOS / "coffee.jpg").read_bytes()[:9000])
+    (photos / "text.png").write_text("no picture")
+    (photos / "notes.txt").write_text("ignored")
+    code, text = run(photos, "--model", "bcos_cnn9", "--checkpoint", weights, "--top", 1, "--out", tmp_path / "out")
+    assert code == 1
+    assert "cut.jpg: broken image" in text
+    assert "text.png: not an image" in text
+    assert "2 of 4 photos failed" in text
+    assert {p.name for p in (tmp_path / "out").iterdir() if "_class" not in p.name} == {"cup.png", "cup_2.png"}
+
+
+def test_missing_photo_and_empty_directory(weights: Path, tmp_path: Path) -> None:
+    common = ("--model", "bcos_cnn9", "--checkpoint", weights, "--out", tmp_path / "out")
+    code, text = run(tmp_path / "none.jpg", *common)
+    assert code == 1
+    assert "none.jpg: no such file" in text
+    (tmp_path / "empty").mkdir()
+    code, text = run(tmp_path / "empty", *common)
+    assert code == 2
+    assert "no photos in" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_models() -> None:
+    with pytest.raises(TargetError, match=r"no model 'resnet_50'; close names: .*resnet50"):
+        load_model("resnet_50")
+    with pytest.raises(CheckpointError, match=r"no weights for bcos_resnet18: .*--checkpoint"):
+        load_model("bcos_resnet18")
+
+
+def test_checkpoints_of_plain_and_finetuned_networks(tmp_path: Path) -> None:
+    x = torch.rand(1, 3, 64, 64)
+    plain = timm.create_model("resnet18", num_classes=7).eval()
+    torch.save(
+        {"arch": "resnet18", "epoch": 3, "state_dict": {f"module.{k}": v for k, v in plain.state_dict().items()}},
+        tmp_path / "plain.pth.tar",
+    )
+    from_plain = load_model("resnet18", tmp_path / "plain.pth.tar").eval()
+    expected = timm_bcos.bcosify(plain, timm_bcos.BcosConfig.finetune(b=1, bias=True))(x)
+    torch.testing.assert_close(from_plain(x), expected)
+    finetuned = timm.create_model("bcos_resnet18", num_classes=3)
+    torch.save(finetuned.state_dict(), tmp_path / "own.pth")
+    assert load_model("bcos_resnet18", tmp_path / "own.pth").num_classes == 3
+
+
+class Payload:
+    """A pickle that would run code."""
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (Path("executed"),)
+
+
+def test_bad_checkpoints(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = timm.create_model("bcos_cnn9")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    (tmp_path / "cut.safetensors").write_bytes(weights.read_bytes()[:5000])
+    (tmp_path / "text.pth").write_text("no weights")
+    torch.save({"payload": Payload()}, tmp_path / "evil.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    other = timm.create_model("bcos_cnn9", num_classes=4).state_dict()
+    save_file(other, tmp_path / "other.safetensors")
+    save_file({k: v for k, v in other.items() if k != "features.3.weight"}, tmp_path / "missing.safetensors")
+    save_file(model.state_dict() | {"extra": torch.ones(1)}, tmp_path / "extra.safetensors")
+    cases = {
+        "none.pth": "no checkpoint at",
+        "cut.safetensors": "is no safetensors file",
+        "text.pth": "is no safetensors file nor PyTorch file of plain tensors",
+        "evil.pth": "plain tensors",
+        "list.pth": "holds no state dict",
+        "other.safetensors": r"'fc.weight' of shape \(8, 256, 1, 1\), Cnn9 needs \(20, 256, 1, 1\)",
+        "missing.safetensors": "has no 'features.3.weight', which Cnn9 needs",
+        "extra.safetensors": "has 'extra', which Cnn9 does not know",
+    }
+    for name, text in cases.items():
+        with pytest.raises(CheckpointError, match=text):
+            load_weights(model, tmp_path / name)
+    assert not (tmp_path / "executed").exists()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert set(read_state_dict(weights)) == set(before)
+
+
+def test_class_names() -> None:
+    model = timm.create_model("bcos_resnet18", device="meta")
+    names = class_names(model)
+    assert (names[967], len(names)) == ("espresso", 1000)
+    assert find_class("967", names, 1000) == find_class("Espresso", names, 1000) == 967
+    with pytest.raises(TargetError, match="several classes match 'shark'"):
+        find_class("shark", names, 1000)
+    with pytest.raises(TargetError, match="class 1000: the model has 1000 classes"):
+        find_class("1000", names, 1000)
+
+
+def test_photos_are_turned_upright(tmp_path: Path) -> None:
+    image = Image.new("L", (4, 2))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_photo(tmp_path / "turned.jpg").size == (2, 4)
+    assert open_photo(tmp_path / "turned.jpg").mode == "RGB"

@@ -1,0 +1,135 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+import timm_bcos
+from timm_bcos.dynamic import TABLE, DynamicLinearMode, explanation_mode
+
+Double = torch.float64
+BIAS = torch.randn(6, dtype=Double)
+WEIGHT = torch.randn(6, 6, dtype=Double)
+STATS = torch.rand(6, dtype=Double) + 0.5
+
+FUNCTIONS = {
+    "gelu": F.gelu,
+    "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "silu in place": lambda x: F.silu(x * 1, inplace=True),
+    "mish": F.mish,
+    "hardswish": F.hardswish,
+    "elu": F.elu,
+    "softplus": F.softplus,
+    "relu": F.relu,
+    "relu6": lambda x: F.relu6(10 * x),
+    "hardtanh": lambda x: F.hardtanh(3 * x),
+    "tanh": torch.tanh,
+    "leaky relu": F.leaky_relu,
+    "gate": lambda x: x * x.flip(-1).sigmoid(),
+    "gate in place": lambda x: (x * 1).mul_(x.sigmoid()),
+    "product": lambda x: x * x.flip(-1),
+    "product in place": lambda x: (x * 1).mul_(x.flip(-1)),
+    "matrix product": lambda x: x.unsqueeze(-1) @ x.unsqueeze(-2),
+    "quotient": lambda x: x / (1 + x.abs().mean(-1, keepdim=True)),
+    "sum with a constant": lambda x: 3 * x + BIAS,
+    "sum with a number": lambda x: 2 - x + 1,
+    "sum in place": lambda x: (x * 1).add_(BIAS),
+    "augmented sum": lambda x: augmented(x),
+    "concatenation": lambda x: torch.cat([x, BIAS.expand(2, -1)], -1),
+    "stack": lambda x: torch.stack([x, BIAS.expand(2, -1)]),
+    "addcmul": lambda x: torch.addcmul(BIAS, x, x.sigmoid(), value=0.5),
+    "linear": lambda x: F.linear(x, WEIGHT, BIAS),
+    "conv1d": lambda x: F.conv1d(x[:, :, None], WEIGHT[:, :, None], BIAS),
+    "conv2d": lambda x: F.conv2d(x[:, :, None, None], WEIGHT[:, :, None, None], BIAS),
+    "layer norm": lambda x: F.layer_norm(x, (6,), STATS, BIAS),
+    "group norm": lambda x: F.group_norm(x[:, :, None], 2, STATS, BIAS),
+    "rms norm": lambda x: F.rms_norm(x, (6,), STATS),
+    "batch norm": lambda x: F.batch_norm(x, BIAS, STATS, STATS, BIAS),
+    "plain batch norm": lambda x: F.batch_norm(x, BIAS, STATS),
+    "attention": lambda x: F.scaled_dot_product_attention(*[x.reshape(1, 2, 2, 3)] * 3),
+    "causal attention": lambda x: F.scaled_dot_product_attention(*[x.reshape(1, 1, 4, 3)] * 3, is_causal=True),
+    "response norm": lambda x: x * (x.norm(dim=-1, keepdim=True) / 3),
+    "max pooling": lambda x: F.max_pool1d(x[None], 2),
+}
+
+
+def augmented(x: Tensor) -> Tensor:
+    y = 2 * x
+    y += BIAS
+    y *= x.sigmoid()
+    return y
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_function_adds_up(name: str) -> None:
+    """In explanation mode f(x) = J x + (contribution of the constants), and its value does not change."""
+    function = FUNCTIONS[name]
+    x = torch.randn(2, 6, dtype=Double, requires_grad=True)
+    direction = torch.randn_like(function(x)).detach()
+    with explanation_mode(nn.Identity()), forward_ad.dual_level():
+        value, tangent = forward_ad.unpack_dual(function(x))
+        (jacobian,) = torch.autograd.grad((value * direction).sum(), x)
+    torch.testing.assert_close(value, function(x), rtol=1e-12, atol=1e-12)
+    constants = 0 if tangent is None else (tangent * direction).sum()
+    torch.testing.assert_close((jacobian * x).sum() + constants, (value * direction).sum(), rtol=1e-10, atol=1e-10)
+
+
+def test_constants_are_one_sided_derivatives() -> None:
+    """What constants contribute is the derivative by α when all of them are multiplied by α, the rest frozen."""
+    x = torch.randn(3, 6, dtype=Double, requires_grad=True)
+    with explanation_mode(nn.Identity()), forward_ad.dual_level():
+        hidden = F.layer_norm(F.linear(x, WEIGHT, BIAS), (6,), STATS, BIAS)
+        tangent = forward_ad.unpack_dual(hidden).tangent
+    plain = F.linear(x, WEIGHT, BIAS)
+    deviation = (plain.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(tangent, (BIAS - BIAS.mean()) / deviation * STATS + BIAS)
+
+
+def test_mode_restores_everything_and_nests() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.GELU())
+    model[0].bias.requires_grad_(False)
+    model.grad_checkpointing = True
+    with pytest.raises(RuntimeError, match="inside"), explanation_mode(model), explanation_mode(model):
+        assert not any(p.requires_grad for p in model.parameters())
+        assert model.grad_checkpointing is False
+        raise RuntimeError("inside")
+    assert model[0].weight.requires_grad
+    assert not model[0].bias.requires_grad
+    assert model.grad_checkpointing is True
+    x = torch.tensor([0.5], requires_grad=True)
+    (outside,) = torch.autograd.grad(F.gelu(x).sum(), x)
+    torch.testing.assert_close(outside, torch.autograd.functional.jacobian(F.gelu, x)[0])
+
+
+def test_declare_adds_a_function() -> None:
+    def cube(x: Tensor) -> Tensor:
+        if torch.overrides.has_torch_function_unary(x):
+            return torch.overrides.handle_torch_function(cube, (x,), x)
+        return x**3
+
+    @timm_bcos.declare(cube)
+    def _cube(func: object, x: Tensor) -> Tensor:
+        return x * x.detach() ** 2
+
+    try:
+        x = torch.tensor([2.0], requires_grad=True)
+        with DynamicLinearMode():
+            (gradient,) = torch.autograd.grad(cube(x).sum(), x)
+        assert gradient.item() == 4
+    finally:
+        del TABLE[cube]
+
+
+def test_captum_sees_the_linear_map() -> None:
+    captum = pytest.importorskip("captum.attr")
+    import timm
+    from conftest import enliven, real_image
+
+    x = real_image(32)
+    model = enliven(timm.create_model("bcos_cnn9"), x)
+    explanation = timm_bcos.explain(model, x)
+    encoded = timm_bcos.encode_image(x, 3)
+    with explanation_mode(model):
+        contributions = captum.InputXGradient(model).attribute(encoded.requires_grad_(), target=int(explanation.target))
+    torch.testing.assert_close(contributions, explanation.contributions)

@@ -1,0 +1,196 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from literal import bcos_conv2d, bcos_linear, uncentred_batch_norm
+from timm.layers import Conv2dSame
+
+from timm_bcos import BcosConv2d, BcosLinear, InputError, UncentredBatchNorm2d, encode_image
+from timm_bcos.layers import BcosConvClassifier, BcosStem
+
+Double = torch.float64
+UNITS = [
+    dict(),
+    dict(b=1.0),
+    dict(b=1.5, gamma=3.0),
+    dict(b=2.5, max_out=3),
+    dict(max_out=2, gamma=0.5),
+    dict(normalize_weight=False),
+    dict(normalize_weight=False, b=1.75),
+    dict(normalize_weight=False, b=1.0),
+]
+WINDOWS = [
+    dict(padding=1),
+    dict(stride=2, padding=1),
+    dict(padding=2, dilation=2),
+    dict(groups=2),
+    dict(groups=4, padding=1, stride=2),
+]
+
+
+def twin(unit: dict) -> dict:
+    settings = dict(b=2.0, max_out=1, gamma=1.0, normalize_weight=True) | unit
+    settings["normalize"] = settings.pop("normalize_weight")
+    return settings
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("unit", UNITS, ids=str)
+def test_conv_is_the_formula(unit: dict, window: dict) -> None:
+    layer = BcosConv2d(4, 4, 3, dtype=Double, **window, **unit)
+    x = torch.randn(2, 4, 6, 7, dtype=Double)
+    padded = F.pad(x, [window.get("padding", 0)] * 4)
+    geometry = {key: window.get(key, 1) for key in ("stride", "dilation", "groups")}
+    expected = bcos_conv2d(padded, layer.weight.detach(), **geometry, **twin(unit))
+    torch.testing.assert_close(layer(x).detach(), expected)
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=str)
+def test_linear_is_the_formula(unit: dict) -> None:
+    layer = BcosLinear(5, 3, dtype=Double, **unit)
+    x = torch.randn(4, 5, dtype=Double)
+    torch.testing.assert_close(layer(x).detach(), bcos_linear(x, layer.weight.detach(), **twin(unit)))
+    torch.testing.assert_close(layer(x[None, :, None])[0, :, 0], layer(x))
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=str)
+def test_gradients(unit: dict) -> None:
+    conv, linear = (
+        BcosConv2d(4, 2, 3, padding=1, groups=2, dtype=Double, **unit),
+        BcosLinear(4, 3, dtype=Double, **unit),
+    )
+    x = torch.randn(2, 4, 4, 4, dtype=Double, requires_grad=True)
+    for layer, value in ((conv, x), (linear, torch.randn(3, 4, dtype=Double, requires_grad=True))):
+        assert torch.autograd.gradcheck(
+            lambda v, w, f=layer: torch.func.functional_call(f, {"weight": w}, v), (value, layer.weight)
+        )
+        assert torch.autograd.gradgradcheck(layer, (value,))
+
+
+def test_padding_as_timm_uses_it() -> None:
+    x = torch.randn(1, 4, 7, 8, dtype=Double)
+    settings = dict(stride=1, dilation=1, groups=1, b=2.0, max_out=1, gamma=1.0, normalize=True)
+    same = BcosConv2d(4, 2, 3, padding="same", dtype=Double)
+    torch.testing.assert_close(same(x).detach(), bcos_conv2d(F.pad(x, [1] * 4), same.weight.detach(), **settings))
+    circular = BcosConv2d(4, 2, 3, padding=1, padding_mode="circular", dtype=Double)
+    expected = bcos_conv2d(F.pad(x, [1] * 4, "circular"), circular.weight.detach(), **settings)
+    torch.testing.assert_close(circular(x).detach(), expected)
+    tf = BcosConv2d(4, 2, 3, stride=2, pad_same=True, dtype=Double)
+    expected = bcos_conv2d(F.pad(x, [0, 1, 1, 1]), tf.weight.detach(), **settings | dict(stride=2))
+    torch.testing.assert_close(tf(x).detach(), expected)
+    assert tf(x).shape == Conv2dSame(4, 2, 3, stride=2, dtype=Double)(x).shape
+
+
+@pytest.mark.parametrize("unit", [dict(), dict(b=1.5), dict(max_out=2), dict(b=1)], ids=str)
+def test_agrees_with_the_official_package(unit: dict) -> None:
+    official = pytest.importorskip("bcos.modules")
+    theirs = official.BcosConv2d(8, 6, 3, padding=1, stride=2, **unit).double()
+    ours = BcosConv2d(8, 6, 3, padding=1, stride=2, dtype=Double, **unit)
+    ours.weight = theirs.linear.weight
+    x = torch.randn(2, 8, 9, 9, dtype=Double)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-14)
+    theirs, ours = official.BcosLinear(8, 6, **unit).double(), BcosLinear(8, 6, dtype=Double, **unit)
+    ours.weight = theirs.linear.weight
+    torch.testing.assert_close(ours(x[:, :, 0, 0]), theirs(x[:, :, 0, 0]), rtol=1e-12, atol=1e-14)
+
+
+def test_uncentred_norm() -> None:
+    norm = UncentredBatchNorm2d(3, momentum=0.5, dtype=Double)
+    norm.weight.data.uniform_()
+    x = 2 + torch.randn(4, 3, 5, 5, dtype=Double)
+    variance = x.var((0, 2, 3), correction=0)
+    expected = uncentred_batch_norm(x, norm.weight.detach(), variance, norm.eps)
+    torch.testing.assert_close(norm(x).detach(), expected)
+    torch.testing.assert_close(norm.running_var, 0.5 + 0.5 * variance)
+    expected = uncentred_batch_norm(x, norm.weight.detach(), norm.running_var, norm.eps)
+    torch.testing.assert_close(norm.eval()(x).detach(), expected)
+    assert torch.autograd.gradcheck(
+        UncentredBatchNorm2d(2, dtype=Double), torch.randn(2, 2, 3, 3, dtype=Double, requires_grad=True)
+    )
+
+
+def test_uncentred_norm_agrees_with_the_official_package() -> None:
+    norms = pytest.importorskip("bcos.modules.norms.uncentered_norms.batchnorm_uncentered")
+    theirs, ours = norms.BatchNormUncentered2d(3).double(), UncentredBatchNorm2d(3, dtype=Double)
+    x = 2 + torch.randn(4, 3, 5, 5, dtype=Double)
+    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+
+
+def test_survives_sync_batch_norm_conversion() -> None:
+    from timm.layers import convert_sync_batchnorm
+
+    model = torch.nn.Sequential(UncentredBatchNorm2d(3), torch.nn.BatchNorm2d(3))
+    converted = convert_sync_batchnorm(model)
+    assert type(converted[0]) is UncentredBatchNorm2d
+    assert type(converted[1]) is torch.nn.SyncBatchNorm
+
+
+def test_zero_patches_and_zero_rows() -> None:
+    layer = BcosConv2d(3, 4, 3, padding=1)
+    layer.weight.data[1] = 0
+    x = torch.zeros(1, 3, 5, 5, requires_grad=True)
+    layer(x).sum().backward()
+    assert layer(x).abs().max() == 0
+    assert x.grad is not None and x.grad.isfinite().all()
+    assert layer.weight.grad is not None and layer.weight.grad.isfinite().all()
+    vector = torch.zeros(2, 3, requires_grad=True)
+    BcosLinear(3, 2)(vector).sum().backward()
+    assert vector.grad is not None and vector.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_does_not_overflow(dtype: torch.dtype) -> None:
+    """Sums of squares of these inputs exceed float16's 65504; the B-cos response does not."""
+    x = 40 * torch.randn(1, 256, 8, 8)
+    assert (x**2).sum(1).max() > 65504
+    layer = BcosConv2d(256, 16, 3, padding=1)
+    expected = layer(x)
+    with torch.autocast("cpu", dtype):
+        torch.testing.assert_close(layer(x).float(), expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
+    half = layer.to(dtype)(x.to(dtype))
+    assert half.dtype == dtype
+    torch.testing.assert_close(half.float(), expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
+
+
+def test_channels_last() -> None:
+    layer = BcosConv2d(8, 8, 3, padding=1, max_out=2)
+    x = torch.randn(2, 8, 6, 6)
+    out = layer.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(out, layer(x))
+
+
+def test_stem_takes_images_and_encodings() -> None:
+    stem = BcosStem(3, 4, 3, padding=1)
+    x = torch.rand(2, 3, 6, 6)
+    torch.testing.assert_close(stem(x), stem(encode_image(x, 3)))
+    torch.testing.assert_close(encode_image(x, 3)[:, 3:], 1 - x)
+    assert BcosStem(1, 4, 3)(torch.rand(1, 1, 5, 5)).shape == BcosStem(5, 4, 3)(torch.rand(1, 5, 5, 5)).shape
+    with pytest.raises(InputError, match=r"expected images \(N, 3, H, W\).*got shape \(2, 4, 6, 6\)"):
+        stem(torch.rand(2, 4, 6, 6))
+    with pytest.raises(InputError, match="batch dimension"):
+        stem(x[0])
+
+
+def test_normalising_stem_equals_the_original_at_the_borders_too() -> None:
+    conv = torch.nn.Conv2d(3, 4, 3, padding=2, bias=False, dtype=Double)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    stem = BcosStem(3, 4, 3, padding=2, b=1, normalize_weight=False, mean=mean, std=std, dtype=Double)
+    stem.weight.data = torch.cat([conv.weight, -conv.weight], 1) / 2
+    x = torch.rand(1, 3, 6, 6, dtype=Double)
+    m, s = (torch.tensor(v, dtype=Double)[:, None, None] for v in (mean, std))
+    torch.testing.assert_close(stem(x), conv((x - m) / s))
+
+
+def test_classifier_votes_per_position() -> None:
+    head = BcosConvClassifier(6, 3, temperature=0.1, logit_bias=-2.0, dtype=Double)
+    x = torch.randn(2, 6, 4, 5, dtype=Double)
+    votes = torch.stack([head.respond(x[:, :, i : i + 1, j : j + 1])[:, :, 0, 0] for i in range(4) for j in range(5)])
+    torch.testing.assert_close(head(x), votes.mean(0) / 0.1 - 2.0)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "text"), [(dict(b=0.5), "b >= 1"), (dict(max_out=2, normalize_weight=False), "normalize_weight=True")]
+)
+def test_bad_settings(kwargs: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        BcosConv2d(3, 3, 3, **kwargs)

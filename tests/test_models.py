@@ -1,0 +1,262 @@
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from conftest import assert_exact, enliven, real_image
+from torch import nn
+
+import timm_bcos
+from timm_bcos.bcos_models import ENTRY_POINTS, NETWORKS
+from timm_bcos.layers import BcosConv2d
+
+SMALL = ["bcos_cnn9", "bcos_resnet18", "bcos_densenet121", "bcos_vgg11", "bcos_inception_v3", "bcosify"]
+LARGE = {"bcos_resnet101", "bcos_resnet152", "bcos_densenet161", "bcos_densenet201", "bcos_vgg16", "bcos_vgg19"}
+
+
+def size_for(name: str) -> int:
+    return {"bcos_inception_v3": 299, "bcos_cnn9": 32}.get(name, 64)
+
+
+def small(name: str, **kwargs: object) -> nn.Module:
+    if name == "bcosify":
+        kwargs = dict(arch="resnet18") | kwargs
+    return timm.create_model(name, num_classes=kwargs.pop("num_classes", 5), **kwargs)
+
+
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_every_registered_network_is_exact(name: str) -> None:
+    """Σ contributions + bias = logit, to rounding, in float64; in float32 for all but the slowest."""
+    size = 299 if "inception" in name else 32 if "cnn9" in name else 96
+    model, x = timm.create_model(name, num_classes=10), real_image(size)
+    enliven(model.eval(), x)
+    if name not in LARGE:
+        assert_exact(model, x, 1e-4)
+    assert_exact(model.double(), x.double(), 1e-10)
+
+
+TABLE_B1 = {20: 6.8, 22: 8.0, 24: 9.4, 26: 10.8, 28: 12.4, 30: 14.0, 32: 15.8}
+
+
+@pytest.mark.parametrize("growth_rate", TABLE_B1)
+def test_parameter_counts_of_table_b1(growth_rate: int) -> None:
+    model = timm.create_model("bcos_densenet121", growth_rate=growth_rate, max_out=2, device="meta")
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == TABLE_B1[growth_rate]
+
+
+def test_parameter_count_without_max_out() -> None:
+    model = timm.create_model("bcos_densenet121", max_out=1, device="meta")
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 7.9
+
+
+def test_paper_networks_have_no_norm_activation_or_bias() -> None:
+    gone = (nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d)
+    for name in ("bcos_densenet121", "bcos_resnet50", "bcos_vgg11", "bcos_inception_v3"):
+        model = timm.create_model(name, device="meta")
+        assert not [m for m in model.modules() if isinstance(m, gone)]
+        assert all(parameter.endswith("weight") for parameter, _ in model.named_parameters())
+        assert all(m.b == 2 and m.max_out == 2 for m in model.modules() if isinstance(m, BcosConv2d))
+
+
+def test_scales_of_the_papers() -> None:
+    conv = timm.create_model("bcos_resnet18", device="meta").layer2[0].conv1
+    assert conv.gamma == pytest.approx(100 / (64 * 9) ** 0.5)
+    assert timm.create_model("bcos_vgg11", device="meta").pre_logits.fc1.padding == (3, 3)
+    cnn = timm.create_model("bcos_cnn9_b150", device="meta")
+    assert cnn.features[0].gamma == pytest.approx(10**0.5)
+    assert (cnn.fc.temperature, cnn.fc.b) == (pytest.approx(1e-2), 1.5)
+    assert cnn.fc.logit_bias == pytest.approx(torch.tensor(0.1 / 0.9).log().item())
+    assert timm.create_model("bcos_resnet18", gamma=3.0, b=1.5, device="meta").layer2[0].conv1.gamma == 3.0
+
+
+def test_cfgs() -> None:
+    for name in ENTRY_POINTS:
+        cfg = timm.get_pretrained_cfg(name)
+        assert cfg.mean == (0.0, 0.0, 0.0), name
+        assert cfg.std == (1.0, 1.0, 1.0), name
+        assert cfg.license, name
+        assert cfg.paper_ids, name
+        assert cfg.origin_url, name
+        model = timm.create_model(name, device="meta")
+        assert f"{cfg.first_conv}.weight" in model.state_dict(), name
+        assert f"{cfg.classifier}.weight" in model.state_dict(), name
+    assert timm.get_pretrained_cfg("bcos_inception_v3").input_size == (3, 299, 299)
+    assert timm.data.resolve_model_data_config(timm.create_model("bcos_cnn9", device="meta"))["input_size"] == (
+        3,
+        32,
+        32,
+    )
+
+
+def test_bcosify_takes_the_data_settings_of_the_architecture() -> None:
+    model = timm.create_model("bcosify", arch="tf_efficientnet_lite0", device="meta")
+    config = timm.data.resolve_model_data_config(model)
+    plain = timm.get_pretrained_cfg("tf_efficientnet_lite0")
+    assert (config["input_size"], config["interpolation"], config["crop_pct"]) == (
+        plain.input_size,
+        plain.interpolation,
+        plain.crop_pct,
+    )
+    assert config["mean"] == (0.0, 0.0, 0.0)
+    assert model.pretrained_cfg["architecture"] == "bcosify"
+
+
+def test_bcosify_loads_plain_and_converted_weights(tmp_path: object) -> None:
+    x = real_image(64)
+    plain = timm.create_model("resnet18", num_classes=7).eval()
+    arguments = dict(arch="resnet18", num_classes=7, b=1, bias=True, pretrained=True)
+    overlay = dict(state_dict=plain.state_dict(), num_classes=7)
+    from_plain = timm.create_model("bcosify", **arguments, pretrained_cfg_overlay=overlay).eval()
+    expected = timm_bcos.bcosify(plain, timm_bcos.BcosConfig.finetune(b=1, bias=True))(x)
+    torch.testing.assert_close(from_plain(x), expected)
+    overlay = dict(state_dict=from_plain.state_dict(), num_classes=7)
+    torch.testing.assert_close(
+        timm.create_model("bcosify", **arguments, pretrained_cfg_overlay=overlay).eval()(x), expected
+    )
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_behaves_as_a_timm_model(name: str) -> None:
+    model, x = small(name).eval(), real_image(size_for(name), 2)
+    expected = model(x)
+    assert expected.shape == (2, 5)
+    features = model.forward_features(x)
+    torch.testing.assert_close(model.forward_head(features), expected)
+    pooled = model.forward_head(features, pre_logits=True)
+    assert pooled.shape == (2, model.head_hidden_size)
+    final, maps = model.forward_intermediates(x)
+    torch.testing.assert_close(final, features)
+    assert [m.shape[1] for m in maps] == [info["num_chs"] for info in model.feature_info]
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(twin(x), expected)
+    fresh = small(name).eval()
+    fresh.load_state_dict(model.state_dict())
+    torch.testing.assert_close(fresh(x), expected)
+    model.reset_classifier(0)
+    torch.testing.assert_close(model(x), pooled)
+    torch.testing.assert_close(small(name, num_classes=0).eval()(x).shape, pooled.shape)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_pooling_options(name: str) -> None:
+    x = real_image(size_for(name))
+    assert small(name, global_pool="max").eval()(x).shape == (1, 5)
+    assert small(name, num_classes=0, global_pool="").eval()(x).ndim == 4
+    assert small(name, global_pool="").eval()(x).ndim == 4  # a map of logits
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_features_only(name: str) -> None:
+    model = small(name, features_only=True).eval()
+    maps = model(real_image(size_for(name)))
+    assert [m.shape[1] for m in maps] == model.feature_info.channels()
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_image_channels(name: str, channels: int) -> None:
+    model = small(name, in_chans=channels).eval()
+    assert model.in_chans == channels
+    x = torch.rand(1, channels, size_for(name), size_for(name))
+    explanation = model.explain(x)
+    assert explanation.weights.shape[1] == 2 * channels
+
+
+@pytest.mark.parametrize("name", ["bcos_cnn9", "bcos_resnet18", "bcos_densenet121", "bcosify"])
+def test_grad_checkpointing_changes_nothing(name: str) -> None:
+    model, x = small(name).train(), real_image(size_for(name), 2)
+    gradients = []
+    for enable in (False, True):
+        twin = copy.deepcopy(model)
+        twin.set_grad_checkpointing(enable)
+        twin(x).square().sum().backward()
+        gradients.append([p.grad for p in twin.parameters()])
+        twin.eval()
+        assert twin.explain(x).completeness_error.max() < 1
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.filterwarnings("ignore")
+def test_script_trace_and_export(name: str) -> None:
+    """TorchScript where timm's architecture scripts (its DenseNet and ours: yes), torch.fx and torch.export."""
+    model, x = small(name).eval(), real_image(size_for(name))
+    expected = model(x).detach()
+    torch.testing.assert_close(torch.jit.script(model)(x), expected)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+    if name != "bcos_vgg11":  # timm's VGG branches on the size of its input
+        torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
+    assert isinstance(model, timm_bcos.model.BcosModel)
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_channels_last_and_autocast(name: str) -> None:
+    model, x = small(name), real_image(size_for(name), 2)
+    expected = model.eval()(x).detach()
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(last(x.to(memory_format=torch.channels_last)).detach(), expected)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype), torch.no_grad():
+            logits = model.eval()(x)
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, expected, rtol=0.1, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["bcos_cnn9", "bcos_resnet18", "bcosify"])
+def test_training_under_autocast(name: str, dtype: torch.dtype) -> None:
+    model, x = small(name).train(), real_image(size_for(name), 2)
+    with torch.autocast("cpu", dtype):
+        loss = nn.functional.binary_cross_entropy_with_logits(model(x), torch.full((2, 5), 0.2))
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_unknown_arguments_are_refused() -> None:
+    with pytest.raises(TypeError, match="no_such_argument"):
+        timm.create_model("bcos_resnet18", no_such_argument=1)
+    with pytest.raises(TypeError, match="no_such_argument"):
+        timm.create_model("bcosify", no_such_argument=1)
+
+
+def test_inception_auxiliary_head() -> None:
+    model = timm.create_model("bcos_inception_v3", aux_logits=True, num_classes=7).train()
+    logits, auxiliary = model(real_image(299, 2))
+    assert logits.shape == auxiliary.shape == (2, 7)
+    assert model.AuxLogits.fc.logit_bias == model.fc.logit_bias
+    assert model.eval().explain(real_image(299)).logits.shape == (1, 7)
+
+
+def test_import_leaves_timm_alone_and_is_light() -> None:
+    """Nothing heavy comes along, and timm's own models and modules stay as they were."""
+    code = (
+        "import sys, timm; before, modules = set(timm.list_models()), set(timm.list_modules()); import timm_bcos;"
+        "new = set(timm.list_models()) - before; assert before <= set(timm.list_models());"
+        "assert all(n.startswith('bcos') for n in new) and len(new) > 20, new;"
+        "assert set(timm.list_modules()) - modules == {'bcos_models'};"
+        "assert not {'matplotlib', 'typer', 'captum'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    assert timm.list_models("bcos_densenet*") == [f"bcos_densenet{size}" for size in (121, 161, 169, 201)]
+
+
+def test_torch_hub() -> None:
+    from pathlib import Path
+
+    root = str(Path(__file__).parent.parent)
+    model = torch.hub.load(root, "bcos_densenet121", source="local", num_classes=3)
+    assert model.num_classes == 3
+    sys.path.insert(0, root)
+    try:
+        import hubconf
+
+        offered = {name for name in vars(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")}
+    finally:
+        sys.path.remove(root)
+    assert offered == set(ENTRY_POINTS)
