@@ -57,7 +57,7 @@ def _overrides(plain: Any) -> dict[str, Any]:
         pools = [m for m in self.modules() if isinstance(m, BcosPool2d) and m.deferred] if pre_logits else []
         return pools[0].pool_now(x).flatten(1) if pools else x  # the classifier would have pooled
 
-    methods = dict(reset_classifier=reset_classifier, forward_head=forward_head)
+    methods: dict[str, Any] = dict(reset_classifier=reset_classifier, forward_head=forward_head)
     return {name: wraps(getattr(plain, name))(method) for name, method in methods.items() if hasattr(plain, name)}
 
 
@@ -67,7 +67,7 @@ def _bcos_class(plain: Any) -> Any:
     return type(plain.__name__, (BcosModel, plain), own)
 
 
-def _rebuild(plain: type[nn.Module]) -> nn.Module:
+def _rebuild(plain: Any) -> Any:
     new = _bcos_class(plain)
     return new.__new__(new)
 
@@ -75,7 +75,8 @@ def _rebuild(plain: type[nn.Module]) -> nn.Module:
 def adopt_class(model: nn.Module, config: BcosConfig, rules: dict[type[nn.Module], Any]) -> nn.Module:
     """Give a converted network its class: its own, with `BcosModel` mixed in. It pickles, copies and scripts."""
     if not isinstance(model, BcosModel):
-        model.__class__ = _bcos_class(type(model))
+        plain: Any = type(model)
+        model.__class__ = _bcos_class(plain)
     model.bcos_config = config  # type: ignore[assignment]
     model.bcos_rules = rules  # type: ignore[assignment]
     return model

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from .functional import divide_by_deviation
+
 __all__ = ["UncentredBatchNorm2d", "UncentredBatchNormAct2d"]
 
 
@@ -58,11 +60,16 @@ class UncentredBatchNorm2d(nn.Module):
         """The norm itself; a method of its own because TorchScript has no `super()`."""
         if not self.training:
             return x * (self.weight * (self.running_var + self.eps).rsqrt()).reshape(1, -1, 1, 1).to(x.dtype)
-        var, _ = torch.var_mean(x, (0, 2, 3), correction=0)
+        return self.normalize_batch(x)
+
+    @torch.jit.unused  # TorchScript serves inference
+    def normalize_batch(self, x: Tensor) -> Tensor:
+        """Normalise by the batch's own variance, and let the running one follow."""
+        y, var = divide_by_deviation(x, self.weight, self.eps)
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
-        return x * (self.weight * (var + self.eps).rsqrt()).reshape(1, -1, 1, 1).to(x.dtype)
+        return y
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
