@@ -35,6 +35,9 @@ FUNCTIONS = {
     "sum with a constant": lambda x: 3 * x + BIAS,
     "sum with a number": lambda x: 2 - x + 1,
     "sum in place": lambda x: (x * 1).add_(BIAS),
+    "number in front": lambda x: torch.rsub(x, 2.0),
+    "constant in front": lambda x: BIAS - x,
+    "constant in place": lambda x: into_constant(x),
     "augmented sum": lambda x: augmented(x),
     "concatenation": lambda x: torch.cat([x, BIAS.expand(2, -1)], -1),
     "stack": lambda x: torch.stack([x, BIAS.expand(2, -1)]),
@@ -58,6 +61,12 @@ def augmented(x: Tensor) -> Tensor:
     y = 2 * x
     y += BIAS
     y *= x.sigmoid()
+    return y
+
+
+def into_constant(x: Tensor) -> Tensor:
+    y = BIAS.expand(2, -1).clone()
+    y += x
     return y
 
 

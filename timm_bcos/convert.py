@@ -134,14 +134,15 @@ class _Places:
         pools = [i for i, m in enumerate(children[:own]) if isinstance(m, SelectAdaptivePool2d)]
         if not pools or self.config.classify_positions == "never":
             return "classifier"
-        pool = children[pools[-1]]
+        pool: Any = children[pools[-1]]
         between = children[pools[-1] + 1 : own]
         transparent: tuple[type[nn.Module], ...] = (nn.Identity, nn.Dropout, nn.Flatten)
         if self.config.classify_positions == "always":
             transparent += (nn.LayerNorm,)
         if not all(isinstance(m, transparent) for m in between):
             return "classifier"
-        return {"avg": "positions", "": "map"}.get(str(pool.pool_type), "classifier")
+        averages = isinstance(pool.pool, nn.AdaptiveAvgPool2d)  # timm's pools for NHWC maps are others
+        return "positions" if averages else "map" if pool.is_identity() else "classifier"
 
 
 def _classifier_ids(model: Any) -> set[int]:

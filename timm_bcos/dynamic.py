@@ -329,15 +329,21 @@ def _addend(value: Any, like: Tensor) -> Any:
     torch.rsub,
 )
 def _sum(func: Callable[..., Any], a: Any, b: Any, **kwargs: Any) -> Any:
-    if on_linear_path(a) or on_linear_path(b):
-        like = a if isinstance(a, Tensor) else b
-        if not on_linear_path(a) and func not in _IN_PLACE:
-            a = _addend(a, like)
-        b = _addend(b, like)
+    if on_linear_path(a):
+        return func(a, _addend(b, a), **kwargs)
+    if on_linear_path(b):  # a constant cannot be changed in place into what depends on the image
+        return _OUT_OF_PLACE.get(func, func)(_addend(a, b), b, **kwargs)
     return func(a, b, **kwargs)
 
 
-_IN_PLACE = {torch.Tensor.__iadd__, torch.Tensor.__isub__, torch.Tensor.add_, torch.Tensor.sub_}
+_OUT_OF_PLACE: dict[Any, Any] = {
+    torch.Tensor.__iadd__: torch.add,
+    torch.Tensor.add_: torch.add,
+    torch.Tensor.__isub__: torch.sub,
+    torch.Tensor.sub_: torch.sub,
+    torch.Tensor.__imul__: torch.mul,
+    torch.Tensor.mul_: torch.mul,
+}
 
 
 @declare(torch.addcmul, torch.Tensor.addcmul)
@@ -371,9 +377,6 @@ def _product(func: Callable[..., Any], a: Any, b: Any) -> Any:
         return func(a, b)
     func = _OUT_OF_PLACE.get(func, func)
     return 0.5 * func(a, _detached(b)) + 0.5 * func(_detached(a), b)
-
-
-_OUT_OF_PLACE = {torch.Tensor.__imul__: torch.mul, torch.Tensor.mul_: torch.mul}
 
 
 @declare(torch.div, torch.Tensor.div, torch.Tensor.__truediv__)
