@@ -8,12 +8,13 @@ per case.
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import timm
 import torch
@@ -86,15 +87,6 @@ CASES: dict[str, tuple[tuple[int, int], dict[str, Callable[[], nn.Module]]]] = {
 }
 
 
-def image_channels(network: nn.Module) -> int:
-    return (
-        6
-        if type(network).__module__.startswith(("bcos.", "__main__", "__mp_main__"))
-        and "Plain" not in type(network).__name__
-        else 3
-    )
-
-
 def train(network: nn.Module, x: Tensor, y: Tensor) -> None:
     network.train()
     network.zero_grad(set_to_none=True)
@@ -112,30 +104,38 @@ def explain(network: nn.Module, x: Tensor, y: Tensor) -> None:
     if isinstance(network, timm_bcos.model.BcosModel):
         timm_bcos.explain(network, x)
         return
-    from contextlib import nullcontext
-
-    mode = network.explanation_mode() if hasattr(network, "explanation_mode") else nullcontext()
-    with mode:
+    with detached(network):
         leaf = x.clone().requires_grad_()
         torch.autograd.grad(network(leaf).amax(1).sum(), leaf)
+
+
+@contextmanager
+def detached(network: nn.Module) -> Iterator[None]:
+    """The package's explanation mode, module by module; the plain network has none and gives its gradient."""
+    modules = [m for m in network.modules() if hasattr(m, "set_explanation_mode")]
+    for module in modules:
+        module.set_explanation_mode(True)
+    yield
+    for module in modules:
+        module.set_explanation_mode(False)
 
 
 JOBS = {"training step": train, "inference": infer, "explanation": explain}
 
 
-def prepare(
-    build: Callable[[], nn.Module], batch: tuple[int, int], channels_last: bool
-) -> tuple[nn.Module, Tensor, Tensor]:
+def prepare(name: str, kind: str, channels_last: bool) -> tuple[nn.Module, Tensor, Tensor]:
+    """The network, images and targets of a case; only the package takes encoded images alone."""
+    (batch, size), builders = CASES[name]
     torch.manual_seed(0)
-    network = build()
-    x = torch.rand(batch[0], 3, batch[1], batch[1])
-    if image_channels(network) == 6:
-        x = torch.cat([x, 1 - x], 1)
+    network = builders[kind]()
+    x = torch.rand(batch, 3, size, size)
+    if kind == "bcos package":
+        x = timm_bcos.encode_image(x, 3)
     if channels_last:
         network, x = network.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     with torch.no_grad():
         outputs = network(x).shape[1]
-    return network, x, torch.full((batch[0], outputs), 1 / outputs)
+    return network, x, torch.full((batch, outputs), 1 / outputs)
 
 
 def seconds(job: Callable[..., None], case: tuple[nn.Module, Tensor, Tensor]) -> float:
@@ -144,13 +144,19 @@ def seconds(job: Callable[..., None], case: tuple[nn.Module, Tensor, Tensor]) ->
     return time.perf_counter() - start
 
 
+def high_water_mark() -> float:
+    """MiB of resident memory at its highest (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
 def peak_memory(name: str, kind: str, job: str, channels_last: bool) -> float:
     """MiB that a job adds to a process that has built the network."""
-    batch, builders = CASES[name]
-    case = prepare(builders[kind], batch, channels_last)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    case = prepare(name, kind, channels_last)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the mark
+    before = high_water_mark()
     JOBS[job](*case)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return high_water_mark() - before
 
 
 def memory(*args: object) -> float:
@@ -165,7 +171,7 @@ def main(args: argparse.Namespace) -> None:
     )
     for name in args.networks:
         batch, builders = CASES[name]
-        cases = {kind: prepare(build, batch, args.channels_last) for kind, build in builders.items()}
+        cases = {kind: prepare(name, kind, args.channels_last) for kind in builders}
         print(f"\n{name}, batch {batch[0]}, {batch[1]}²{', channels_last' if args.channels_last else ''}")
         for title, job in JOBS.items():
             times: dict[str, list[float]] = {kind: [] for kind in cases}

@@ -5,6 +5,7 @@ from literal import bcos_conv2d, bcos_linear, uncentred_batch_norm
 from timm.layers import Conv2dSame
 
 from timm_bcos import BcosConv2d, BcosLinear, InputError, UncentredBatchNorm2d, encode_image
+from timm_bcos.functional import max_out
 from timm_bcos.layers import BcosConvClassifier, BcosStem
 
 Double = torch.float64
@@ -64,6 +65,20 @@ def test_gradients(unit: dict) -> None:
             lambda v, w, f=layer: torch.func.functional_call(f, {"weight": w}, v), (value, layer.weight)
         )
         assert torch.autograd.gradgradcheck(layer, (value,))
+
+
+def test_max_out_picks_the_largest_neighbour() -> None:
+    x = torch.randn(2, 6, 3, 3, dtype=Double, requires_grad=True)
+    for value in (x, x.contiguous(memory_format=torch.channels_last)):
+        out = max_out(value, 3, 1)
+        for o in range(2):
+            torch.testing.assert_close(out[:, o], value[:, 3 * o : 3 * o + 3].amax(1))
+        assert out.is_contiguous(memory_format=torch.channels_last) == value.is_contiguous(
+            memory_format=torch.channels_last
+        )
+    assert torch.autograd.gradcheck(lambda v: max_out(v, 3, 1), (x,))
+    assert torch.autograd.gradgradcheck(lambda v: max_out(v, 3, -1), (x,))
+    torch.testing.assert_close(max_out(x, 3, -1), x.amax(-1, keepdim=True))
 
 
 def test_padding_as_timm_uses_it() -> None:

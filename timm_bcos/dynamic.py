@@ -173,6 +173,12 @@ def _activation(func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) 
     return x * slope + constant(at_zero) if at_zero.any() else x * slope
 
 
+@declare(functional.max_out)
+def _max_out(func: Any, x: Tensor, units: int, dim: int) -> Tensor:
+    """Linear already: the winner is passed on. This form also carries forward-mode derivatives."""
+    return x.unflatten(dim, (-1, units)).max(dim + 1 if dim >= 0 else dim).values
+
+
 @declare(functional.scale_by_cosine)
 def _scale_by_cosine(func: Callable[..., Any], linear: Tensor, norm: Tensor, b: float, gamma: float) -> Tensor:
     return linear * functional.cosine_factor(_detached(linear), _detached(norm), b, gamma).to(linear.dtype)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .functional import (
     encode_image,
     feature_norm,
+    max_out,
     patch_norm,
     row_norm,
     same_padding,
@@ -127,7 +128,7 @@ class BcosConv2d(nn.Conv2d):
         weight = _effective_weight(self.weight, self.b, self.normalize_weight)
         linear = F.conv2d(x, weight, None, self.stride, self._zero_padding, self.dilation, self.groups)
         if self.max_out > 1:
-            linear = linear.unflatten(1, [self.out_channels, self.max_out]).max(2)[0]
+            linear = max_out(linear, self.max_out, 1)
         y = self._scale(linear, x)
         if not self.normalize_weight and self.b not in (1.0, 2.0):
             y = y * row_norm(self.weight).reshape(-1, 1, 1)
@@ -188,7 +189,7 @@ class BcosLinear(nn.Linear):
         """The B-cos response; a method of its own because TorchScript has no `super()`."""
         linear = F.linear(x, _effective_weight(self.weight, self.b, self.normalize_weight))
         if self.max_out > 1:
-            linear = linear.unflatten(-1, [self.out_features, self.max_out]).max(-1)[0]
+            linear = max_out(linear, self.max_out, -1)
         if self.b != 1.0:
             y = scale_by_cosine(linear, feature_norm(x), self.b, self.gamma)
         else:
