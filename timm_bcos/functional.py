@@ -88,6 +88,8 @@ class _SumOfSquares(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x: Tensor, groups: int) -> Tensor:
         ctx.save_for_backward(x)
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # squares overflow float16 at 65504
+        if groups == 1 and wide.is_contiguous(memory_format=torch.channels_last):
+            return torch.linalg.vector_norm(wide, dim=1, keepdim=True).square_()  # in one pass, in this layout alone
         return (wide * wide).unflatten(1, (groups, -1)).sum(2)  # (N, G, H, W)
 
     @staticmethod
