@@ -218,6 +218,14 @@ def test_training_under_autocast(name: str, dtype: torch.dtype) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_half_precision_networks_answer_in_half_precision(name: str) -> None:
+    """On the meta device, where timm's tests ask this, and where there is no autocast."""
+    model = small(name, device="meta").eval().to(torch.bfloat16)
+    x = torch.empty(1, 3, size_for(name), size_for(name), device="meta", dtype=torch.bfloat16)
+    assert model(x).dtype == torch.bfloat16
+
+
 def test_unknown_arguments_are_refused() -> None:
     with pytest.raises(TypeError, match="no_such_argument"):
         timm.create_model("bcos_resnet18", no_such_argument=1)

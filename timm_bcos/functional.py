@@ -266,7 +266,9 @@ def to_logits(y: Tensor, temperature: float, logit_bias: float) -> Tensor:
             return handle_torch_function(to_logits, (y,), y, temperature, logit_bias)
         if y.dtype == torch.float16 or y.dtype == torch.bfloat16:
             logits = y.float() / temperature + logit_bias
-            return logits if torch.is_autocast_enabled(y.device.type) else logits.to(y.dtype)
+            kind = y.device.type
+            autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not on "meta"
+            return logits if autocast else logits.to(y.dtype)
     return y / temperature + logit_bias
 
 
