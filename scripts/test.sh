@@ -8,4 +8,5 @@ venv=${VENV:-.venv-test}
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"
-"$venv/bin/python" -m pytest -n 2 "$@"
+# one thread for each of the two workers: more would wait for each other
+OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -n 2 "$@"
