@@ -30,7 +30,6 @@ KINDS = {
     "inception_v3": 139,
     "vit_dwee_patch16_reg1_gap_256": 256,
 }
-KINDS = {name: size for name, size in KINDS.items() if timm.is_model(name)}
 
 
 def plain_and_image(name: str, size: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:

@@ -185,15 +185,19 @@ def convert_plain_weights(state_dict: dict[str, Tensor], model: nn.Module) -> di
     own = model.state_dict()
     if all(key not in state_dict or state_dict[key].shape == own[key].shape for key in stems):
         return state_dict
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, BcosConv2d | BcosLinear)}
+    units = {f"{name}.weight": m.max_out for name, m in layers.items() if m.max_out > 1}
     converted = {}
     for key, value in state_dict.items():
         if key not in own:
             continue  # biases and running means that the conversion dropped
         if key in stems:
             value = torch.cat([value, -value], 1) / 2
-        if value.ndim and own[key].shape[0] != value.shape[0] and own[key].shape[0] % value.shape[0] == 0:
-            value = value.repeat_interleave(own[key].shape[0] // value.shape[0], 0)
-        converted[key] = value.reshape(own[key].shape) if value.numel() == own[key].numel() else value
+        if key in units:
+            value = value.repeat_interleave(units[key], 0)
+        if value.ndim == 2 and own[key].ndim == 4:  # a linear classifier that now votes per position
+            value = value[:, :, None, None]
+        converted[key] = value
     return converted
 
 

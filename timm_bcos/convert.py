@@ -63,7 +63,7 @@ def _plan(model: nn.Module, config: BcosConfig, rules: dict[type[nn.Module], Rul
     done: dict[int, nn.Module] = {}
     for name, module in _walk("", model, rules, done):
         if id(module) not in done:
-            rule = _rule_for(module, name, rules)
+            rule = _rule_for(module, rules)
             if rule is None:
                 problems.append(_problem(name, module))
                 done[id(module)] = module
@@ -80,14 +80,14 @@ def _walk(name: str, module: Any, rules: Any, done: dict[int, nn.Module]) -> Ite
     """Modules with their paths, parents first, into whatever its rule has left in place."""
     yield name, module
     kept = done[id(module)]
-    if _rule_for(module, name, rules) is keep_whole:
+    if _rule_for(module, rules) is keep_whole:
         return
     for child_name, child in module._modules.items():  # `named_children` names a shared module only once
         if child is not None and getattr(kept, child_name, None) is child:
             yield from _walk(f"{name}.{child_name}" if name else child_name, child, rules, done)
 
 
-def _rule_for(module: nn.Module, name: str, rules: dict[type[nn.Module], Rule]) -> Rule | None:
+def _rule_for(module: nn.Module, rules: dict[type[nn.Module], Rule]) -> Rule | None:
     kind = type(module)
     if kind in rules:
         return rules[kind]
@@ -199,7 +199,7 @@ def _link_heads(model: nn.Module) -> None:
 def _take_unnormalised_images(model: Any) -> None:
     """The cfg tells timm's data pipeline to leave pixels in [0, 1]."""
     cfg = getattr(model, "pretrained_cfg", None)
-    if cfg and hasattr(model, "pretrained_cfg"):
+    if cfg:
         channels = len(cfg.get("mean") or (0, 0, 0))
         model.pretrained_cfg = dict(cfg, mean=(0.0,) * channels, std=(1.0,) * channels)
         model.default_cfg = model.pretrained_cfg
