@@ -10,7 +10,8 @@ from conftest import assert_exact, enliven, real_image
 from torch import nn
 
 import timm_bcos
-from timm_bcos.bcos_models import ENTRY_POINTS, NETWORKS
+from timm_bcos.bcos_models import ENTRY_POINTS
+from timm_bcos.networks import NETWORKS
 from timm_bcos.layers import BcosConv2d
 
 SMALL = ["bcos_cnn9", "bcos_resnet18", "bcos_densenet121", "bcos_vgg11", "bcos_inception_v3", "bcosify"]

@@ -3,16 +3,17 @@
 import argparse
 import os
 import pickle
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .bcos_models import convert_plain_weights
 from .errors import CheckpointError
+from .weight_formats import convert_official_weights, convert_plain_weights
 
-__all__ = ["load_weights", "read_state_dict"]
+__all__ = ["load_exactly", "load_weights", "read_state_dict"]
 
 NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")  # where timm's train.py and others put the weights
 
@@ -54,20 +55,37 @@ def _read(path: Path) -> Any:
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a checkpoint of this network, or of the plain one that it was converted from.
+    """Load a checkpoint of this network, of the plain one that it was converted from, or of an official release.
 
     Raises:
         CheckpointError: If a name or shape differs, naming the first; the model keeps its weights.
     """
-    state_dict = convert_plain_weights(read_state_dict(path), model)
-    own = model.state_dict()
+    weights = convert_official_weights(read_state_dict(path), model)
+    load_exactly(model, convert_plain_weights(weights, model), str(path))
+
+
+def load_exactly(model: nn.Module, weights: dict[str, Tensor], source: str, fresh: Collection[str] = ()) -> None:
+    """Load a state dict whose names and shapes are the model's.
+
+    Args:
+        model: The network; changed only if everything fits.
+        weights: Its state dict.
+        source: Where they came from, for errors.
+        fresh: Names that may be missing, and keep their initial values.
+
+    Raises:
+        CheckpointError: Naming the first difference.
+    """
+    own, kind = model.state_dict(), type(model).__name__
     for name, value in own.items():
-        if name not in state_dict:
-            raise CheckpointError(f"{path} has no {name!r}, which {type(model).__name__} needs: another architecture?")
-        if state_dict[name].shape != value.shape:
-            found, wanted = tuple(state_dict[name].shape), tuple(value.shape)
-            raise CheckpointError(f"{path} has {name!r} of shape {found}, {type(model).__name__} needs {wanted}")
-    unknown = [name for name in state_dict if name not in own]
+        if name in fresh:
+            continue
+        if name not in weights:
+            raise CheckpointError(f"{source} has no {name!r}, which this {kind} needs: another architecture?")
+        if weights[name].shape != value.shape:
+            found, wanted = tuple(weights[name].shape), tuple(value.shape)
+            raise CheckpointError(f"{source} has {name!r} of shape {found}, this {kind} needs {wanted}")
+    unknown = [name for name in weights if name not in own]
     if unknown:
-        raise CheckpointError(f"{path} has {unknown[0]!r}, which {type(model).__name__} does not know")
-    model.load_state_dict(state_dict)
+        raise CheckpointError(f"{source} has {unknown[0]!r}, which this {kind} does not know: another architecture?")
+    model.load_state_dict(weights, strict=False)

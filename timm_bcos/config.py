@@ -98,8 +98,8 @@ class BcosConfig:
     def v2(cls, **changes: Any) -> "BcosConfig":
         """The networks of the second paper: unit norm, γ = 1, uncentred batch norm (section 3 of arXiv 2306.10898)."""
         preset: dict[str, Any] = dict(
-            normalize_weight=True, norm="uncentred", activation="remove", stem="encoded", logit_bias=None,
-            classify_positions="always",
+            normalize_weight=True, norm="uncentred", activation="remove", max_pool="average", stem="encoded",
+            logit_bias=None, classify_positions="always",
         )  # fmt: skip
         return cls(**(preset | changes))
 

@@ -66,6 +66,7 @@ class BcosConv2d(nn.Conv2d):
         normalize_weight: True for unit-norm rows ŵ; False keeps the rows' amplitude, y = γ · |cos|^(B-1) · wᵀx, as
             needed to start from pretrained weights.
         pad_same: TensorFlow's 'SAME' padding, computed from the input's size (timm's `Conv2dSame`).
+        eps: Stabilises the norm of a patch, sqrt(‖patch‖² + eps).
 
     Shape: (N, in_channels, H, W) to (N, out_channels, H', W').
     """
@@ -89,6 +90,7 @@ class BcosConv2d(nn.Conv2d):
         gamma: float = 1.0,
         normalize_weight: bool = True,
         pad_same: bool = False,
+        eps: float = 1e-6,
     ) -> None:
         _check(b, max_out, normalize_weight)
         super().__init__(
@@ -103,6 +105,7 @@ class BcosConv2d(nn.Conv2d):
         self.gamma = float(gamma)
         self.normalize_weight = normalize_weight
         self.pad_same = pad_same
+        self.eps = eps
         self._zero_padding, self._explicit_padding = self._split_padding()
 
     def _split_padding(self) -> tuple[list[int], list[int]]:
@@ -139,7 +142,7 @@ class BcosConv2d(nn.Conv2d):
         if self.b == 1.0:
             return linear if self.gamma == 1.0 else linear * self.gamma
         window = list(self.kernel_size), list(self.stride), self._zero_padding, list(self.dilation)
-        norm = patch_norm(x, window[0], window[1], window[2], window[3], self.groups)
+        norm = patch_norm(x, window[0], window[1], window[2], window[3], self.groups, self.eps)
         if self.groups == 1:
             return scale_by_cosine(linear, norm, self.b, self.gamma)
         by_group = linear.unflatten(1, [self.groups, self.out_channels // self.groups])

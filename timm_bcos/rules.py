@@ -101,7 +101,8 @@ def _rows(weight: Tensor, unit: dict[str, Any]) -> Tensor:
 
 
 def _conv(conv: nn.Conv2d, place: Place, config: BcosConfig) -> nn.Module:
-    fan_in = conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
+    channels = 2 * conv.in_channels if place.role == "stem" else conv.in_channels  # an image is encoded
+    fan_in = channels * conv.kernel_size[0] * conv.kernel_size[1]
     unit = LINEAR_UNIT if place.role == "linear" else _unit(config, fan_in)
     if place.role in ("classifier", "positions", "map") and conv.kernel_size == (1, 1):
         return _conv_classifier(conv, place, config)

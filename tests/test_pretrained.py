@@ -1,0 +1,430 @@
+"""Published weights: their formats, their download, and what is refused."""
+
+import functools
+import hashlib
+import http.server
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import enliven, real_image
+from torch import Tensor, nn
+
+import timm_bcos
+from timm_bcos.layers import BcosConv2d, BcosStem
+from timm_bcos.networks import SECOND_PAPER
+from timm_bcos.published import PUBLISHED
+
+compare_official = pytest.importorskip("compare_official")
+
+# One of each kind; `scripts/compare_official.py` compares all of them.
+V2_KINDS = [
+    "bcosv2_resnet18",
+    "bcosv2_resnet50",
+    "bcosv2_resnext50_32x4d",
+    "bcosv2_densenet121",
+    "bcosv2_densenet161",
+    "bcosv2_vgg11_bn",
+    "bcosv2_convnext_tiny",
+    "bcosv2_convnext_tiny_bnu",
+    "bcosv2_vit_tiny_patch16_224",
+    "bcosv2_vit_small_patch16_224",
+    "bcosv2_vitc_tiny_patch1_14",
+    "bcosv2_vitc_small_patch1_14",
+]
+
+
+@pytest.mark.parametrize("name", V2_KINDS)
+def test_agrees_with_the_official_code_on_official_files(name: str) -> None:
+    pytest.importorskip("bcos.models.pretrained")
+    pytest.importorskip("einops")
+    logits, contributions = compare_official.compare(name, real_image(64, dtype=torch.float64))
+    assert contributions <= 1e-10
+    assert logits <= 1e-8  # subtracting a logit bias of 7 from a faint signal costs digits
+
+
+def test_the_comparison_notices_a_wrong_weight() -> None:
+    """A small change of one layer is a large error: the test above can fail."""
+    x = timm_bcos.encode_image(real_image(64, dtype=torch.float64), 3).requires_grad_()
+    theirs = compare_official.official_network("resnet18", x.detach())
+    ours = timm.create_model("bcosv2_resnet18").double().eval()
+    ours.load_state_dict(timm_bcos.weight_formats.convert_official_weights(theirs.state_dict(), ours))
+    with torch.no_grad():
+        ours.layer3[0].conv1.weight[0] *= -1
+    assert min(compare_official._compare(ours, theirs, x)) > 1e-5
+
+
+def test_every_entry_of_the_official_list_has_a_counterpart() -> None:
+    entries = pytest.importorskip("bcos.models.pretrained").list_available()
+    ours = {compare_official.official_name(name) for name in SECOND_PAPER}
+    assert {entry.removesuffix("_long") for entry in entries if not entry.startswith("standard_")} == ours
+    tags = [weights.tag for name in SECOND_PAPER for weights in PUBLISHED[name]]
+    assert (len(tags), tags.count("mpi_long_in1k")) == (26, 3)
+
+
+def test_published_addresses_and_hashes_are_the_official_ones() -> None:
+    urls = pytest.importorskip("bcos.models.pretrained").URLS
+    theirs = {url for group in urls.values() for key, url in group.items() if "standard_" not in url}
+    assert {weights.url for name in SECOND_PAPER for weights in PUBLISHED[name]} == theirs
+
+
+# The first paper's format. The networks' literal twins are written from their description alone.
+
+
+def v1_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A state dict as the first release names it: `Sequential(network, pool, final)`, weights inside `linear`."""
+    weights = {}
+    for name, value in model.state_dict().items():
+        name = re.sub(r"pre_logits\.fc(\d)", lambda match: f"classifier.{int(match[1]) - 1}", name)
+        if hasattr(model, "pre_logits"):
+            name = name.replace("head.fc", "classifier.2")
+        weights[f"0.{name.removesuffix('.weight')}.linear.weight"] = value.clone()
+    if "0.classifier.2.linear.weight" in weights:
+        return _without_gaps(weights)
+    if "0.features.7.linear.weight" in weights and "0.fc.linear.weight" in weights:
+        return {f"{i}.linear.weight": value for i, value in enumerate(weights.values())}
+    return weights
+
+
+def _without_gaps(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The release's VGG counts convolutions and pools, timm's also activations."""
+    places = {"0": 0, "3": 2, "6": 4, "8": 5, "11": 7, "13": 8, "16": 10, "18": 11}
+    return {
+        re.sub(r"0\.features\.(\d+)", lambda match: f"0.features.{places[match[1]]}", name): value
+        for name, value in weights.items()
+    }
+
+
+class Literal:
+    """The first paper's networks, word by word: B-cos with MaxOut 2, sums and average pools, on a v1 state dict.
+
+    Args:
+        weights: By official name, in float64.
+        scale: s in γ = s / √d.
+        b: Exponent B.
+        gamma: Overrides s.
+    """
+
+    def __init__(self, weights: dict[str, Tensor], scale: float, b: float = 2, gamma: float | None = None) -> None:
+        self.weights = {name: value.double() for name, value in weights.items()}
+        self.scale, self.b, self.gamma = scale, b, gamma
+
+    def conv(self, x: Tensor, name: str, stride: int = 1, padding: int | tuple[int, int] = 0) -> Tensor:
+        weight = self.weights[f"{name}.linear.weight"]
+        rows, channels, height, width = weight.shape
+        patches = nn.functional.unfold(x, (height, width), padding=padding, stride=stride)
+        unit = weight.flatten(1) / weight.flatten(1).square().sum(1, keepdim=True).sqrt()
+        response = torch.einsum("od,ndp->nop", unit, patches).unflatten(1, (rows // 2, 2)).amax(2)
+        norm = (patches.square().sum(1, keepdim=True) + 1e-6).sqrt()
+        cosine = (response.abs() / norm).detach()
+        if self.b != 2:
+            cosine = (cosine + 1e-6) ** (self.b - 1)
+        gamma = self.gamma or self.scale / (channels * height * width) ** 0.5
+        pad = padding if isinstance(padding, tuple) else (padding, padding)
+        size = [(s + 2 * p - k) // stride + 1 for s, p, k in zip(x.shape[2:], pad, (height, width), strict=True)]
+        return (gamma * cosine * response).unflatten(2, size)
+
+    def resnet34(self, x: Tensor) -> Tensor:
+        x = nn.functional.avg_pool2d(self.conv(x, "0.conv1", 2, 3), 3, 2, 1)
+        for stage, blocks in enumerate((3, 4, 6, 3), start=1):
+            for block in range(blocks):
+                name, stride = f"0.layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+                shortcut = self.conv(x, f"{name}.downsample.0", 2) if stride == 2 else x
+                x = self.conv(self.conv(x, f"{name}.conv1", stride, 1), f"{name}.conv2", 1, 1) + shortcut
+        return self.conv(x, "0.fc").mean((2, 3))
+
+    def densenet121(self, x: Tensor) -> Tensor:
+        x = nn.functional.avg_pool2d(self.conv(x, "0.features.conv0", 2, 3), 3, 2, 1)
+        for block, layers in enumerate((6, 12, 24, 16), start=1):
+            for layer in range(1, layers + 1):
+                name = f"0.features.denseblock{block}.denselayer{layer}"
+                x = torch.cat([x, self.conv(self.conv(x, f"{name}.conv1"), f"{name}.conv2", 1, 1)], 1)
+            if block < 4:
+                x = nn.functional.avg_pool2d(self.conv(x, f"0.features.transition{block}.conv"), 2)
+        return self.conv(x, "0.classifier").mean((2, 3))
+
+    def vgg11(self, x: Tensor) -> Tensor:
+        for place, pool in ((0, 1), (2, 1), (4, 0), (5, 1), (7, 0), (8, 1), (10, 0), (11, 1)):
+            x = self.conv(x, f"0.features.{place}", 1, 1)
+            x = nn.functional.avg_pool2d(x, 2) if pool else x
+        x = self.conv(self.conv(x, "0.classifier.0", 1, 3), "0.classifier.1")
+        return self.conv(x, "0.classifier.2").mean((2, 3))
+
+    def nine_layers(self, x: Tensor) -> Tensor:
+        for i, stride in enumerate((1, 1, 2, 1, 1, 2, 1, 1)):
+            x = self.conv(x, str(i), stride, 1)
+        return self.conv(x, "8").mean((2, 3))
+
+    def inception_v3(self, x: Tensor) -> Tensor:
+        pool = nn.functional.avg_pool2d
+
+        def conv(x: Tensor, name: str, stride: int = 1, padding: int | tuple[int, int] = 0) -> Tensor:
+            return self.conv(x, f"0.{name}.conv", stride, padding)
+
+        x = conv(conv(conv(x, "Conv2d_1a_3x3", 2), "Conv2d_2a_3x3"), "Conv2d_2b_3x3", 1, 1)
+        x = conv(conv(pool(x, 3, 2), "Conv2d_3b_1x1"), "Conv2d_4a_3x3")
+        x = pool(x, 3, 2)
+        for m in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
+            five = conv(conv(x, f"{m}.branch5x5_1"), f"{m}.branch5x5_2", 1, 2)
+            three = conv(conv(x, f"{m}.branch3x3dbl_1"), f"{m}.branch3x3dbl_2", 1, 1)
+            three = conv(three, f"{m}.branch3x3dbl_3", 1, 1)
+            x = torch.cat([conv(x, f"{m}.branch1x1"), five, three, conv(pool(x, 3, 1, 1), f"{m}.branch_pool")], 1)
+        three = conv(conv(x, "Mixed_6a.branch3x3dbl_1"), "Mixed_6a.branch3x3dbl_2", 1, 1)
+        three = conv(three, "Mixed_6a.branch3x3dbl_3", 2)
+        x = torch.cat([conv(x, "Mixed_6a.branch3x3", 2), three, pool(x, 3, 2)], 1)
+        for m in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
+            seven = conv(conv(x, f"{m}.branch7x7_1"), f"{m}.branch7x7_2", 1, (0, 3))
+            seven, double = conv(seven, f"{m}.branch7x7_3", 1, (3, 0)), conv(x, f"{m}.branch7x7dbl_1")
+            for i in (2, 3, 4, 5):
+                double = conv(double, f"{m}.branch7x7dbl_{i}", 1, (3, 0) if i % 2 == 0 else (0, 3))
+            x = torch.cat([conv(x, f"{m}.branch1x1"), seven, double, conv(pool(x, 3, 1, 1), f"{m}.branch_pool")], 1)
+        m = "Mixed_7a"
+        seven = conv(conv(x, f"{m}.branch7x7x3_1"), f"{m}.branch7x7x3_2", 1, (0, 3))
+        seven = conv(conv(seven, f"{m}.branch7x7x3_3", 1, (3, 0)), f"{m}.branch7x7x3_4", 2)
+        x = torch.cat([conv(conv(x, f"{m}.branch3x3_1"), f"{m}.branch3x3_2", 2), seven, pool(x, 3, 2)], 1)
+        for m in ("Mixed_7b", "Mixed_7c"):
+            three = conv(x, f"{m}.branch3x3_1")
+            double = conv(conv(x, f"{m}.branch3x3dbl_1"), f"{m}.branch3x3dbl_2", 1, 1)
+            pairs = [
+                conv(branch, f"{m}.{name}{end}", 1, padding)
+                for branch, name in ((three, "branch3x3_2"), (double, "branch3x3dbl_3"))
+                for end, padding in (("a", (0, 1)), ("b", (1, 0)))
+            ]
+            x = torch.cat([conv(x, f"{m}.branch1x1"), *pairs, conv(pool(x, 3, 1, 1), f"{m}.branch_pool")], 1)
+        return self.conv(x, "0.fc").mean((2, 3))
+
+
+V1 = {
+    "bcos_resnet34": (64, dict(scale=100), "resnet34", 10.0),
+    "bcos_densenet121": (64, dict(scale=100), "densenet121", 1e-3),
+    "bcos_vgg11": (32, dict(scale=1000), "vgg11", 0.1),
+    "bcos_inception_v3": (96, dict(scale=200), "inception_v3", 1.0),
+    "bcos_cnn9": (32, dict(scale=0, gamma=10**1.25), "nine_layers", 1e2),
+    "bcos_cnn9_b150": (32, dict(scale=0, gamma=10**0.5, b=1.5), "nine_layers", 1e-2),
+    "bcos_cnn9_b225": (32, dict(scale=0, gamma=10**1.625, b=2.25), "nine_layers", 1e2),
+}
+
+
+@pytest.mark.parametrize("name", V1)
+def test_first_paper_agrees_with_its_literal_twin_on_official_files(name: str, tmp_path: Path) -> None:
+    """Logits without their bias, and contributions, of a file in the first release's format."""
+    size, settings, method, temperature = V1[name]
+    generated = timm.create_model(name)
+    weights = v1_weights(generated)
+    if name == "bcos_inception_v3":  # the release's file has the auxiliary head, timm's default network has not
+        weights["0.AuxLogits.fc.linear.weight"] = torch.rand(2000, 768, 1, 1)
+    torch.save(weights, tmp_path / "state_dict.pkl")
+    overlay = dict(file=str(tmp_path / "state_dict.pkl"))
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay).eval().double()
+    x = real_image(size, dtype=torch.float64)
+    explanation = model.explain(x)
+    encoded = timm_bcos.encode_image(x, 3).requires_grad_()
+    signal = getattr(Literal(weights, **settings), method)(encoded) / temperature
+    (gradient,) = torch.autograd.grad(signal[0, explanation.target], encoded)
+    assert signal.abs().max() > 0
+    found = explanation.logits - explanation.logit_bias
+    assert compare_official.relative_error(found, signal.detach()) <= 1e-5
+    assert compare_official.relative_error(explanation.contributions, (gradient * encoded).detach()) <= 1e-5
+
+
+@functools.cache
+def official_resnet() -> tuple[dict[str, Tensor], nn.Module]:
+    """A file in the v2 format, and the network that it is of."""
+    model = enliven(timm.create_model("bcosv2_resnet18"), real_image(64, 2)).eval()
+    weights = {}
+    for name, value in model.state_dict().items():
+        is_layer = isinstance(model.get_submodule(name.rpartition(".")[0]), BcosConv2d)
+        weights[name.replace(".weight", ".linear.weight") if is_layer else name] = value.clone()
+        if name.endswith("running_var"):
+            weights[name.replace("running_var", "running_mean")] = torch.randn_like(value)
+    return weights, model
+
+
+@pytest.fixture
+def official_file(tmp_path: Path) -> Path:
+    torch.save(official_resnet()[0], tmp_path / "resnet_18.pth")
+    return tmp_path / "resnet_18.pth"
+
+
+def load(file: Path, **kwargs: object) -> nn.Module:
+    overlay = dict(file=str(file))
+    return timm.create_model("bcosv2_resnet18", pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+
+
+def test_official_file_loads(official_file: Path) -> None:
+    model = load(official_file)
+    for name, value in official_resnet()[1].state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            torch.testing.assert_close(model.state_dict()[name], value)
+
+
+def test_our_own_file_loads(tmp_path: Path) -> None:
+    model = official_resnet()[1]
+    torch.save(model.state_dict(), tmp_path / "ours.pth")
+    loaded = load(tmp_path / "ours.pth")
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_other_classes_get_a_new_head(official_file: Path) -> None:
+    model = load(official_file, num_classes=10)
+    assert model(real_image(64)).shape == (1, 10)
+    assert torch.equal(model.layer4[0].conv1.weight, official_resnet()[1].layer4[0].conv1.weight)
+    headless = load(official_file, num_classes=0)
+    torch.testing.assert_close(
+        headless(real_image(64)), official_resnet()[1].forward_head(headless.forward_features(real_image(64)), True)
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_image_channels_get_an_adapted_stem(official_file: Path, channels: int) -> None:
+    """As timm adapts, the image's half and its complement's each: one channel is the sum, more repeat."""
+    stem = load(official_file, in_chans=channels).conv1
+    theirs = official_resnet()[1].conv1.weight
+    assert isinstance(stem, BcosStem) and stem.weight.shape[1] == 2 * channels
+    for half, (ours, original) in enumerate(zip(stem.weight.chunk(2, 1), theirs.chunk(2, 1), strict=True)):
+        expected = original.sum(1) if channels == 1 else original[:, 0] * 3 / 4
+        torch.testing.assert_close(ours[:, 0], expected, msg=f"half {half}")
+
+
+def test_features_only(official_file: Path) -> None:
+    features = load(official_file, features_only=True)
+    expected = official_resnet()[1].forward_intermediates(real_image(64), intermediates_only=True)
+    for ours, theirs in zip(features(real_image(64)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_hub_and_in_memory_weights_take_the_same_way(tmp_path: Path, official_file: Path) -> None:
+    overlay = dict(state_dict=official_resnet()[0])
+    model = timm.create_model("bcosv2_resnet18", pretrained=True, pretrained_cfg_overlay=overlay)
+    assert torch.equal(model.fc.weight, official_resnet()[1].fc.weight)
+    folder = tmp_path / "saved"
+    timm.models.save_for_hf(official_resnet()[1], str(folder))
+    local = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert torch.equal(local.fc.weight, official_resnet()[1].fc.weight)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("layer1.0.conv1.linear.weight"), "has no 'layer1.0.conv1.weight'"),
+        (lambda w: w.update({"conv1.linear.weight": torch.rand(64, 6, 3, 3)}), r"\(64, 6, 3, 3\).*\(64, 6, 7, 7\)"),
+        (lambda w: w.update({"layer9.weight": torch.rand(3)}), "'layer9.weight'.*does not know"),
+        (lambda w: w.update({"fc.linear.weight": torch.rand(7, 512, 1, 1)}), r"\(7, 512, 1, 1\)"),
+    ],
+)
+def test_foreign_files_are_refused(tmp_path: Path, change: object, message: str) -> None:
+    weights = dict(official_resnet()[0])
+    change(weights)
+    torch.save(weights, tmp_path / "w.pth")
+    with pytest.raises(timm_bcos.CheckpointError, match=message):
+        load(tmp_path / "w.pth")
+
+
+def test_pickled_code_is_never_run(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> object:
+            return (Path.touch, (tmp_path / "sprung",))
+
+    torch.save({"conv1.weight": torch.rand(1), "trap": Trap()}, tmp_path / "w.pth")
+    with pytest.raises(timm_bcos.CheckpointError, match="plain tensors"):
+        load(tmp_path / "w.pth")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_networks_without_weights_say_so() -> None:
+    with pytest.raises(timm_bcos.CheckpointError, match="no weights are published for bcos_resnet18"):
+        timm.create_model("bcos_resnet18", pretrained=True)
+
+
+# Downloads, from a server of our own.
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """Address and folder of a server on loopback."""
+    folder = tmp_path / "server"
+    folder.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    handler.log_message = lambda *args: None  # type: ignore[attr-defined]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}", folder
+        httpd.shutdown()
+
+
+@pytest.fixture
+def named_file(server: tuple[str, Path], official_file: Path) -> Path:
+    """The official file, on the server, with its hash in its name."""
+    content = official_file.read_bytes()
+    path = server[1] / f"resnet_18-{hashlib.sha256(content).hexdigest()[:10]}.pth"
+    path.write_bytes(content)
+    return path
+
+
+def fetch(server: tuple[str, Path], name: str | tuple[str, str], cache: Path) -> nn.Module:
+    url = f"{server[0]}/{name}" if isinstance(name, str) else (f"{server[0]}/{name[0]}", name[1])
+    return timm.create_model(
+        "bcosv2_resnet18", pretrained=True, pretrained_cfg_overlay=dict(url=url), cache_dir=str(cache)
+    )
+
+
+def test_download_shows_progress_and_is_cached(
+    server: tuple[str, Path], named_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = fetch(server, named_file.name, tmp_path / "cache")
+    assert torch.equal(model.fc.weight, official_resnet()[1].fc.weight)
+    assert "100%" in capfd.readouterr().err
+    named_file.unlink()
+    fetch(server, named_file.name, tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [named_file.name]
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:1000] + bytes([b[1000] ^ 1]) + b[1001:]])
+@pytest.mark.parametrize("where", ["on the way", "in the cache"])
+def test_damaged_files_are_refused_and_removed(
+    server: tuple[str, Path], named_file: Path, tmp_path: Path, damage: object, where: str
+) -> None:
+    cache = tmp_path / "cache"
+    if where == "in the cache":
+        fetch(server, named_file.name, cache)
+    broken = cache / named_file.name if where == "in the cache" else named_file
+    broken.write_bytes(damage(broken.read_bytes()))
+    with pytest.raises(timm_bcos.CheckpointError, match=r"SHA-256 that starts with .*removed"):
+        fetch(server, named_file.name, cache)
+    assert not list(cache.iterdir())
+
+
+def test_files_without_a_published_hash_are_told_and_must_be_readable(
+    server: tuple[str, Path], official_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (server[1] / "download").write_bytes(official_file.read_bytes())
+    fetch(server, ("download", "resnet.pth"), tmp_path / "cache")
+    assert hashlib.sha256(official_file.read_bytes()).hexdigest() in caplog.text
+    (server[1] / "download").write_bytes(official_file.read_bytes()[:5000])
+    with pytest.raises(timm_bcos.CheckpointError, match="no safetensors file nor PyTorch file"):
+        fetch(server, ("download", "other.pth"), tmp_path / "cache")
+    assert not (tmp_path / "cache" / "other.pth").exists()
+
+
+def test_no_network(tmp_path: Path, server: tuple[str, Path]) -> None:
+    for address in ("http://127.0.0.1:9/resnet_18-0123456789.pth", f"{server[0]}/absent-0123456789.pth"):
+        with pytest.raises(timm_bcos.CheckpointError, match=r"cannot download .*dict\(file=PATH\)"):
+            timm.create_model(
+                "bcosv2_resnet18", pretrained=True, pretrained_cfg_overlay=dict(url=address), cache_dir=str(tmp_path)
+            )
+    assert not list(tmp_path.glob("*.pth*"))
+
+
+def test_every_published_file_has_a_place_of_its_own_in_the_cache() -> None:
+    urls = {weights.url for published in PUBLISHED.values() for weights in published}
+    names = [url.rpartition("/")[2] if isinstance(url, str) else url[1] for url in urls]
+    assert len(set(names)) == len(names) == 38
+    hashed = [name for name in names if timm_bcos.pretrained.HASH_IN_NAME.search(name)]
+    assert len(hashed) == 26
