@@ -107,7 +107,7 @@ def test_checkpoints_of_plain_and_finetuned_networks(tmp_path: Path) -> None:
 def test_plain_weights_of_other_sizes_are_not_stretched_to_fit(tmp_path: Path) -> None:
     model = timm.create_model("bcosify", arch="resnet18", num_classes=6, b=1, bias=True)
     torch.save(timm.create_model("resnet18", num_classes=3).state_dict(), tmp_path / "three.pth")
-    with pytest.raises(CheckpointError, match=r"'fc.weight' of shape \(3, 512, 1, 1\), ResNet needs \(6, 512, 1, 1\)"):
+    with pytest.raises(CheckpointError, match=r"'fc.weight' of shape \(3, 512, 1, 1\), this ResNet needs \(6, 512, 1, 1\)"):
         load_weights(model, tmp_path / "three.pth")
 
 
@@ -136,9 +136,9 @@ def test_bad_checkpoints(tmp_path: Path, weights: Path, monkeypatch: pytest.Monk
         "text.pth": "is no safetensors file nor PyTorch file of plain tensors",
         "evil.pth": "plain tensors",
         "list.pth": "holds no state dict",
-        "other.safetensors": r"'fc.weight' of shape \(8, 256, 1, 1\), Cnn9 needs \(20, 256, 1, 1\)",
-        "missing.safetensors": "has no 'features.3.weight', which Cnn9 needs",
-        "extra.safetensors": "has 'extra', which Cnn9 does not know",
+        "other.safetensors": r"'fc.weight' of shape \(8, 256, 1, 1\), this Cnn9 needs \(20, 256, 1, 1\)",
+        "missing.safetensors": "has no 'features.3.weight', which this Cnn9 needs",
+        "extra.safetensors": "has 'extra', which this Cnn9 does not know",
     }
     for name, text in cases.items():
         with pytest.raises(CheckpointError, match=text):

@@ -1,4 +1,5 @@
 import copy
+import math
 import pickle
 import subprocess
 import sys
@@ -11,11 +12,18 @@ from torch import nn
 
 import timm_bcos
 from timm_bcos.bcos_models import ENTRY_POINTS
+from timm_bcos.bcos_vit import sincos_positions
+from timm_bcos.layers import BcosConv2d, BcosStem
 from timm_bcos.networks import NETWORKS
-from timm_bcos.layers import BcosConv2d
+from timm_bcos.published import PUBLISHED
 
-SMALL = ["bcos_cnn9", "bcos_resnet18", "bcos_densenet121", "bcos_vgg11", "bcos_inception_v3", "bcosify"]
-LARGE = {"bcos_resnet101", "bcos_resnet152", "bcos_densenet161", "bcos_densenet201", "bcos_vgg16", "bcos_vgg19"}
+CNNS = [
+    "bcos_cnn9", "bcos_resnet18", "bcos_densenet121", "bcos_vgg11", "bcos_inception_v3", "bcosify",
+    "bcosv2_resnet18", "bcosv2_vgg11_bn", "bcosv2_convnext_tiny",
+]  # fmt: skip
+VITS = ["bcosv2_vit_tiny_patch16_224", "bcosv2_vitc_tiny_patch1_14"]
+SMALL = CNNS + VITS
+MILLION = 10**6
 
 
 def size_for(name: str) -> int:
@@ -23,18 +31,21 @@ def size_for(name: str) -> int:
 
 
 def small(name: str, **kwargs: object) -> nn.Module:
+    defaults: dict[str, object] = dict(num_classes=5)
     if name == "bcosify":
-        kwargs = dict(arch="resnet18") | kwargs
-    return timm.create_model(name, num_classes=kwargs.pop("num_classes", 5), **kwargs)
+        defaults["arch"] = "resnet18"
+    if "vit" in name:
+        defaults["img_size"] = 64
+    return timm.create_model(name, **(defaults | kwargs))
 
 
 @pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_every_registered_network_is_exact(name: str) -> None:
     """Σ contributions + bias = logit, to rounding, in float64; in float32 for all but the slowest."""
     size = 299 if "inception" in name else 32 if "cnn9" in name else 96
-    model, x = timm.create_model(name, num_classes=10), real_image(size)
+    model, x = small(name, num_classes=10, **(dict(img_size=size) if "vit" in name else {})), real_image(size)
     enliven(model.eval(), x)
-    if name not in LARGE:
+    if sum(p.numel() for p in model.parameters()) < 60 * MILLION:
         assert_exact(model, x, 1e-4)
     assert_exact(model.double(), x.double(), 1e-10)
 
@@ -73,8 +84,12 @@ def test_scales_of_the_papers() -> None:
     assert timm.create_model("bcos_resnet18", gamma=3.0, b=1.5, device="meta").layer2[0].conv1.gamma == 3.0
 
 
+def tagged_names() -> list[str]:
+    return [f"{name}.{weights.tag}" for name in PUBLISHED for weights in PUBLISHED[name]]
+
+
 def test_cfgs() -> None:
-    for name in ENTRY_POINTS:
+    for name in [*tagged_names(), *ENTRY_POINTS]:
         cfg = timm.get_pretrained_cfg(name)
         assert cfg.mean == (0.0, 0.0, 0.0), name
         assert cfg.std == (1.0, 1.0, 1.0), name
@@ -90,6 +105,54 @@ def test_cfgs() -> None:
         32,
         32,
     )
+
+
+def test_published_weights_are_listed_and_described() -> None:
+    listed = timm.list_pretrained("bcos*")
+    assert set(listed) == set(tagged_names())
+    assert timm.get_pretrained_cfg("bcosv2_resnet50").tag == "mpi_in1k"
+    for name, size, resize in (("bcosv2_resnet50", 224, 256), ("bcosv2_resnet50.mpi_long_in1k", 224, 232),
+                               ("bcosv2_convnext_base", 224, 232), ("bcos_inception_v3", 299, 320)):  # fmt: skip
+        model = timm.create_model(name, device="meta")
+        data = timm.data.resolve_model_data_config(model)
+        transform = timm.data.create_transform(**data)
+        assert (transform.transforms[0].size, data["input_size"][-1]) == (resize, size)
+        assert data["interpolation"] == "bilinear"
+    long = timm.get_pretrained_cfg("bcosv2_resnet50.mpi_long_in1k")
+    assert "79.5" in long.description and "non-commercial" in long.notes[0] and long.license == "other"
+
+
+def test_position_embedding_is_the_literal_one() -> None:
+    found = sincos_positions(torch.zeros(1, 8, 2, 3))
+    for y in range(2):
+        for x in range(3):
+            angles = [(p, f) for p in (x, y) for f in (1.0, 1e-4)]
+            expected = [g(p * f) for axis in (0, 2) for g in (math.sin, math.cos) for p, f in angles[axis : axis + 2]]
+            torch.testing.assert_close(found[:, y, x], torch.tensor(expected))
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_transformers_change_their_input_size(name: str) -> None:
+    """Position embeddings are those of the new grid, so the network equals one built for it."""
+    model = small(name).eval()
+    fresh = small(name, img_size=(96, 64)).eval()
+    fresh.load_state_dict(model.state_dict())
+    dynamic = small(name, dynamic_img_size=True).eval()
+    dynamic.load_state_dict(model.state_dict())
+    x = torch.rand(1, 3, 96, 64)
+    with pytest.raises(AssertionError, match="height 64"):
+        model(x)
+    model.set_input_size((96, 64))
+    torch.testing.assert_close(model(x), fresh(x))
+    torch.testing.assert_close(dynamic(x), fresh(x))
+
+
+def test_patch_size_changes_keep_the_stem_b_cos() -> None:
+    model = timm.create_model("bcosify", arch="vit_tiny_patch16_224", img_size=64, num_classes=5).eval()
+    model.set_input_size(patch_size=8)
+    assert type(model.patch_embed.proj) is BcosStem
+    assert model.patch_embed.proj.weight.shape[1:] == (6, 8, 8)
+    assert model.explain(real_image(64)).completeness_error.max() < 1e-4
 
 
 def test_bcosify_takes_the_data_settings_of_the_architecture() -> None:
@@ -141,7 +204,7 @@ def test_behaves_as_a_timm_model(name: str) -> None:
     torch.testing.assert_close(small(name, num_classes=0).eval()(x).shape, pooled.shape)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", CNNS)
 def test_pooling_options(name: str) -> None:
     x = real_image(size_for(name))
     assert small(name, global_pool="max").eval()(x).shape == (1, 5)
@@ -166,7 +229,7 @@ def test_other_image_channels(name: str, channels: int) -> None:
     assert explanation.weights.shape[1] == 2 * channels
 
 
-@pytest.mark.parametrize("name", ["bcos_cnn9", "bcos_resnet18", "bcos_densenet121", "bcosify"])
+@pytest.mark.parametrize("name", ["bcos_cnn9", "bcos_densenet121", "bcosify", "bcosv2_convnext_tiny", VITS[0]])
 def test_grad_checkpointing_changes_nothing(name: str) -> None:
     model, x = small(name).train(), real_image(size_for(name), 2)
     gradients = []
@@ -189,7 +252,7 @@ def test_script_trace_and_export(name: str) -> None:
     expected = model(x).detach()
     torch.testing.assert_close(torch.jit.script(model)(x), expected)
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
-    if name != "bcos_vgg11":  # timm's VGG branches on the size of its input
+    if "vgg" not in name:  # timm's VGG branches on the size of its input
         torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
     assert isinstance(model, timm_bcos.model.BcosModel)
     torch.testing.assert_close(model(x), expected)
@@ -269,3 +332,8 @@ def test_torch_hub() -> None:
     finally:
         sys.path.remove(root)
     assert offered == set(ENTRY_POINTS)
+
+
+def test_readme_table_is_current() -> None:
+    model_table = pytest.importorskip("model_table")
+    assert model_table.table() in model_table.README.read_text()

@@ -42,9 +42,9 @@ def _cfg(network: Network, paper: dict[str, Any]) -> dict[str, Any]:
     return {**geometry, **ours, **paper, **network.cfg}
 
 
-def _cfgs() -> dict[str, dict[str, Any]]:
+def _cfgs() -> dict[str, Any]:
     """By name and tag; networks without published weights have one without a tag."""
-    cfgs = {}
+    cfgs: dict[str, Any] = {"bcosify": _cfg(Network("resnet50", BcosConfig()), PAPER_CFG)}
     for name, network in NETWORKS.items():
         cfg = _cfg(network, SECOND_PAPER_CFG if name in SECOND_PAPER else PAPER_CFG)
         published = PUBLISHED.get(name, ())
@@ -73,9 +73,7 @@ def _create(
             load_pretrained(model, cfg, convert_official_weights, cache_dir)
         return model
 
-    return build_model_with_cfg(
-        build, name, False, pretrained_cfg=cfg, feature_cfg=dict(network.feature_cfg), **kwargs
-    )
+    return build_model_with_cfg(build, name, False, pretrained_cfg=cfg, feature_cfg=dict(network.feature_cfg), **kwargs)
 
 
 WEIGHT_SOURCES = ("file", "url", "state_dict", "hf_hub_id")
@@ -136,5 +134,5 @@ def _describe(network: Network) -> str:
     return f"{arch} as a B-cos network. Keywords: timm's, and those of `timm_bcos.BcosConfig`."
 
 
-default_cfgs = generate_default_cfgs(_cfgs() | {"bcosify": _cfg(Network("resnet50", BcosConfig()), PAPER_CFG)})
+default_cfgs = generate_default_cfgs(_cfgs())
 ENTRY_POINTS = {name: register_model(_entry_point(name)) for name in (*NETWORKS, "bcosify")}

@@ -1,12 +1,15 @@
 """What a converted network can do beyond timm's: explain itself, and stay B-cos when its head changes."""
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, wraps
 from typing import Any
 
 from torch import Tensor, nn
 
 from .config import BcosConfig
-from .layers import BcosPool2d
+from .layers import BcosConv2d, BcosPool2d
 
 __all__ = ["BcosModel", "adopt_class"]
 
@@ -57,8 +60,41 @@ def _overrides(plain: Any) -> dict[str, Any]:
         pools = [m for m in self.modules() if isinstance(m, BcosPool2d) and m.deferred] if pre_logits else []
         return pools[0].pool_now(x).flatten(1) if pools else x  # the classifier would have pooled
 
-    methods: dict[str, Any] = dict(reset_classifier=reset_classifier, forward_head=forward_head)
+    def set_input_size(self: Any, *args: Any, **kwargs: Any) -> None:
+        with _lend_plain_projection(getattr(self, "patch_embed", None), self.bcos_config):
+            plain.set_input_size(self, *args, **kwargs)
+
+    methods: dict[str, Any] = dict(
+        reset_classifier=reset_classifier, forward_head=forward_head, set_input_size=set_input_size
+    )
     return {name: wraps(getattr(plain, name))(method) for name, method in methods.items() if hasattr(plain, name)}
+
+
+@contextmanager
+def _lend_plain_projection(patch_embed: Any, config: BcosConfig) -> Iterator[None]:
+    """timm resamples a patch embedding's weights into a new, plain convolution: they go back into a B-cos one."""
+    layer = getattr(patch_embed, "proj", None)
+    if not isinstance(layer, BcosConv2d):
+        yield
+        return
+    rows, channels = layer.weight.shape[:2]
+    plain = nn.Conv2d(channels, rows, layer.kernel_size, layer.stride, bias=False, device="meta")  # type: ignore[arg-type]
+    plain.weight = layer.weight
+    patch_embed.proj = plain
+    try:
+        yield
+    finally:
+        patch_embed.proj = layer if patch_embed.proj is plain else _resized(layer, patch_embed.proj, config)
+
+
+def _resized(layer: BcosConv2d, plain: nn.Conv2d, config: BcosConfig) -> BcosConv2d:
+    new = copy.copy(layer)
+    new._parameters = dict(layer._parameters)
+    new.weight = plain.weight
+    new.kernel_size, new.stride = plain.kernel_size, plain.stride
+    if config.gamma_scale is not None:
+        new.gamma = config.layer_gamma(plain.weight[0].numel())
+    return new
 
 
 @cache

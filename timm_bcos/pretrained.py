@@ -67,15 +67,15 @@ def _read(cfg: dict[str, Any], cache_dir: str | Path | None) -> tuple[str, State
     """The weights, and their source in words; which source counts is timm's order."""
     origin, file, hub_id = cfg.get("source"), cfg.get("file"), cfg.get("hf_hub_id")
     if origin == "local-dir":
-        return str(file), _told(str(file), lambda: load_state_dict_from_path(file))
+        return str(file), _told(str(file), lambda: load_state_dict_from_path(str(file)))
     if origin != "hf-hub" and cfg.get("state_dict"):
         return "the given state dict", cfg["state_dict"]
     if origin != "hf-hub" and file:
         return str(file), read_state_dict(file)
     if hub_id:
-        names = [cfg["hf_hub_filename"]] if cfg.get("hf_hub_filename") else []
+        name = {"filename": cfg["hf_hub_filename"]} if cfg.get("hf_hub_filename") else {}
         source = f"hf-hub:{hub_id}"
-        return source, _told(source, lambda: load_state_dict_from_hf(hub_id, *names, cache_dir=cache_dir))
+        return source, _told(source, lambda: load_state_dict_from_hf(hub_id, **name, cache_dir=cache_dir))
     if cfg.get("url"):
         path = download(cfg["url"], cache_dir)
         return str(path), _read_or_remove(path)

@@ -37,7 +37,7 @@ class Family:
 
 
 def _stage(path: str) -> Callable[[re.Match[str]], str]:
-    """The release counts ConvNeXt's stem, stages and downsamplings in one sequence: stage 0 is 2, stage 1 is 3 and 4."""
+    """The release counts ConvNeXt's stem, stages and downsamplings as one: stage 0 is its 2, stage 1 its 3 and 4."""
     return lambda match: f"stages.{(int(match[1]) - 1) // 2}." + match.expand(path)
 
 
@@ -140,7 +140,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _reshape(value: Tensor, own: Tensor) -> Tensor:
-    """Classifiers and scales with or without trailing 1s, and patches that were flattened as (rows, columns, channels)."""
+    """Classifiers and scales with or without trailing 1s; patches that were flattened as (rows, columns, channels)."""
     if value.shape == own.shape:
         return value
     if value.ndim == 2 and own.ndim == 4 and own.shape[2] > 1 and value.shape[1] % own[0, 0].numel() == 0:
@@ -205,6 +205,4 @@ def adapt_image_channels(state_dict: StateDict, model: nn.Module, channels: int)
 
 def classifier_names(model: nn.Module) -> list[str]:
     """Paths of the layers whose size is the number of classes, an auxiliary head's included."""
-    return [
-        name for name, m in model.named_modules() if isinstance(m, BcosConvClassifier | BcosLinearClassifier)
-    ]
+    return [name for name, m in model.named_modules() if isinstance(m, BcosConvClassifier | BcosLinearClassifier)]
