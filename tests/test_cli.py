@@ -107,7 +107,7 @@ def test_checkpoints_of_plain_and_finetuned_networks(tmp_path: Path) -> None:
 def test_plain_weights_of_other_sizes_are_not_stretched_to_fit(tmp_path: Path) -> None:
     model = timm.create_model("bcosify", arch="resnet18", num_classes=6, b=1, bias=True)
     torch.save(timm.create_model("resnet18", num_classes=3).state_dict(), tmp_path / "three.pth")
-    with pytest.raises(CheckpointError, match=r"'fc.weight' of shape \(3, 512, 1, 1\), this ResNet needs \(6, 512, 1, 1\)"):
+    with pytest.raises(CheckpointError, match=r"'fc.weight' of shape \(3, .* needs \(6, 512, 1, 1\)"):
         load_weights(model, tmp_path / "three.pth")
 
 

@@ -210,6 +210,53 @@ def test_hub_and_in_memory_weights_take_the_same_way(tmp_path: Path, official_fi
     assert torch.equal(local.fc.weight, official_resnet()[1].fc.weight)
 
 
+@functools.cache
+def official_weights(name: str) -> dict[str, Tensor]:
+    """In the format of the release that has this network."""
+    if name not in SECOND_PAPER:
+        return v1_weights(timm.create_model(name))
+    pytest.importorskip("einops")
+    x = timm_bcos.encode_image(real_image(64, 2, torch.float64), 3)
+    return compare_official.official_network(compare_official.official_name(name), x).float().state_dict()
+
+
+@pytest.mark.parametrize("options", [dict(num_classes=10), dict(num_classes=0), dict(in_chans=1), dict(in_chans=5)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bcosv2_densenet121",
+        "bcosv2_convnext_tiny_bnu",
+        "bcosv2_vit_tiny_patch16_224",
+        "bcosv2_vitc_tiny_patch1_14",
+        "bcos_resnet34",
+        "bcos_cnn9",
+    ],
+)
+def test_official_files_of_every_family_adapt(name: str, options: dict[str, int]) -> None:
+    """Another head, or other image channels: all else is what an unadapted network has."""
+    overlay = dict(state_dict=official_weights(name))
+    size = dict(img_size=64) if "vit" in name else {}
+    plain = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **size)
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **size, **options).eval()
+    adapted = plain.pretrained_cfg["classifier" if "num_classes" in options else "first_conv"]
+    for key, value in model.state_dict().items():
+        assert key.startswith(adapted) or torch.equal(value, plain.state_dict()[key]), key
+    outputs = model(torch.rand(2, options.get("in_chans", 3), 64, 64))
+    assert outputs.shape == (2, options.get("num_classes", plain.num_classes) or model.num_features)
+
+
+@pytest.mark.parametrize("name", ["bcosv2_vit_tiny_patch16_224", "bcosv2_convnext_tiny_bnu", "bcos_resnet34"])
+def test_features_of_official_files(name: str) -> None:
+    arguments = dict(pretrained=True, pretrained_cfg_overlay=dict(state_dict=official_weights(name)))
+    arguments |= dict(img_size=64) if "vit" in name else {}
+    features = timm.create_model(name, features_only=True, **arguments).eval()
+    x = real_image(64)
+    whole = timm.create_model(name, **arguments).eval()
+    expected = whole.forward_intermediates(x, indices=features.feature_info.out_indices, intermediates_only=True)
+    for ours, theirs in zip(features(x), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 # What is refused.
 
 

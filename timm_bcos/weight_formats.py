@@ -98,7 +98,7 @@ def convert_official_weights(state_dict: StateDict, model: nn.Module) -> StateDi
         return state_dict
     is_nine_layers = all(re.fullmatch(r"\d\.(linear\.)?weight", name) for name in state_dict)
     family = NINE_LAYERS if is_nine_layers else next((f for f in FAMILIES if f.ours in own), Family(""))
-    weights = {_rename(name, family): value for name, value in _strip(state_dict, model, is_nine_layers).items()}
+    weights = {_rename(name, family): value for name, value in _strip(state_dict, own, is_nine_layers).items()}
     if family.ordered is not None:
         weights = _match_in_order(weights, own, *family.ordered)
     weights = {name: _reshape(value, own[name]) if name in own else value for name, value in weights.items()}
@@ -106,17 +106,21 @@ def convert_official_weights(state_dict: StateDict, model: nn.Module) -> StateDi
 
 
 COUNTER = "num_batches_tracked"
+MEAN = "running_mean"
 
 
-def _strip(state_dict: StateDict, model: nn.Module, is_nine_layers: bool) -> StateDict:
-    """Names without the network's place in a Sequential and the inner `linear`; without what our networks lack."""
+def _strip(state_dict: StateDict, own: StateDict, is_nine_layers: bool) -> StateDict:
+    """Names without the network's place in a Sequential and the inner `linear`; without what our network lacks."""
     prefix = "0." if all(name.startswith("0.") for name in state_dict) and not is_nine_layers else ""
-    gone = (f"{prefix}AuxLogits.",) if getattr(model, "AuxLogits", None) is None else ()
-    return {
-        re.sub(r"\.linear\.weight$", ".weight", name.removeprefix(prefix)): value
-        for name, value in state_dict.items()
-        if not name.startswith(gone) and not name.endswith(("running_mean", COUNTER))
-    }
+    lacks_means = not any(name.endswith(MEAN) for name in own)  # uncentred batch norm has none
+    lacks_auxiliary_head = not any(name.startswith("AuxLogits.") for name in own)
+    stripped = {}
+    for name, value in state_dict.items():
+        name = re.sub(r"\.linear\.weight$", ".weight", name.removeprefix(prefix))
+        is_useless = (lacks_means and name.endswith(MEAN)) or (lacks_auxiliary_head and name.startswith("AuxLogits."))
+        if not is_useless and not name.endswith(COUNTER):
+            stripped[name] = value
+    return stripped
 
 
 def _rename(name: str, family: Family) -> str:
