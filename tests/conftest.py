@@ -1,4 +1,7 @@
+import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -9,7 +12,17 @@ from torch import Tensor, nn
 import timm_bcos
 from timm_bcos.layers import BcosConvClassifier, BcosLinearClassifier
 
-PHOTOS = Path(__file__).parent.parent / "scripts" / "photos"
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+PHOTOS = SCRIPTS / "photos"
+
+
+def load_script(name: str) -> ModuleType:
+    """A script as a module; their folder stays off the import path, where `coverage.py` would hide a package."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(autouse=True)
