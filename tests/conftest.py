@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 import timm_bcos
-from timm_bcos.layers import BcosConvClassifier, BcosLinearClassifier
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 PHOTOS = SCRIPTS / "photos"
@@ -53,18 +52,7 @@ def enliven(model: nn.Module, x: Tensor) -> nn.Module:
         for name, parameter in model.named_parameters():
             if parameter.ndim <= 1 and "gamma" not in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        model.train()
-        for module in model.modules():
-            if hasattr(module, "momentum"):
-                module.momentum = 1.0
-        model(x)
-        model.eval()
-        heads = [m for m in model.modules() if isinstance(m, BcosConvClassifier | BcosLinearClassifier)]
-        if heads:
-            output = model(x)
-            output = output[0] if isinstance(output, tuple) else output
-            heads[-1].temperature *= (output - heads[-1].logit_bias).abs().max().item()
-    return model
+    return timm_bcos.settle(model, x)
 
 
 def assert_exact(model: nn.Module, x: Tensor, tolerance: float) -> timm_bcos.Explanation:

@@ -8,8 +8,8 @@ Importing this package registers its networks with timm:
     >>> explanation.plot()
 """
 
-from . import bcos_models, model, render  # noqa: F401  (importing bcos_models registers the networks)
-from .check import Check, check
+from . import bcos_models, model, recurrent, render  # noqa: F401  (bcos_models registers networks, recurrent LSTMs)
+from .check import Check, check, settle
 from .config import BcosConfig
 from .convert import bcosify
 from .dynamic import constant, declare, explanation_mode, on_linear_path
@@ -48,4 +48,5 @@ __all__ = [
     "keep",
     "keep_whole",
     "on_linear_path",
+    "settle",
 ]

@@ -1,6 +1,6 @@
 """Is a network's explanation exact? And if it is not, where does it break?"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch.autograd import forward_ad
 from .dynamic import explanation_mode
 from .explain import _check_model, explain
 from .functional import encode_image
+from .layers import BcosConvClassifier, BcosLinearClassifier
 
-__all__ = ["Check", "check"]
+__all__ = ["Check", "check", "random_image", "settle"]
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
@@ -55,7 +56,8 @@ def check(model: nn.Module, x: Tensor | None = None, *, tolerance: float | None 
     """
     stem = _check_model(model)
     if x is None:
-        x = _random_image(model, stem.image_channels).to(stem.weight)
+        size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[-2:]
+        x = random_image(stem.image_channels, size).to(stem.weight)
     if tolerance is None:
         tolerance = TOLERANCE.get(stem.weight.dtype, 1e-2)
     explanation = explain(model, x)
@@ -74,11 +76,38 @@ def check(model: nn.Module, x: Tensor | None = None, *, tolerance: float | None 
     return Check(**{**verdict.__dict__, "breaks_at": _first_break(model, x, stem.image_channels, tolerance)})
 
 
-def _random_image(model: nn.Module, channels: int) -> Tensor:
-    """Smooth noise, which networks answer as they answer photos, unlike white noise."""
-    size = getattr(model, "pretrained_cfg", {}).get("input_size", (channels, 224, 224))[-2:]
+def settle(model: nn.Module, x: Tensor) -> nn.Module:
+    """Give an untrained network the running statistics of x, and logits that differ from their bias by about 1.
+
+    Untrained B-cos networks answer so faintly that beside the logit bias nothing is left to compare. Not for a network
+    whose weights mean something.
+
+    Args:
+        model: Any network, plain ones included. Its temperatures and running statistics change; it ends in evaluation
+            mode.
+        x: Images that it takes.
+    """
+    momenta = {m: m.momentum for m in model.modules() if isinstance(getattr(m, "momentum", None), float)}
+    with torch.no_grad():
+        for module in momenta:
+            module.momentum = 1.0  # type: ignore[assignment]
+        model.train()(torch.cat([x, x.flip(-1)]))
+        for module, momentum in momenta.items():
+            module.momentum = momentum
+        heads = [m for m in model.eval().modules() if isinstance(m, BcosConvClassifier | BcosLinearClassifier)]
+        if heads:
+            output = model(x)
+            output = output[0] if isinstance(output, tuple) else output
+            strength = (output - heads[-1].logit_bias).abs().max().item()
+            for head in heads:
+                head.temperature *= strength or 1.0
+    return model
+
+
+def random_image(channels: int, size: Sequence[int]) -> Tensor:
+    """(1, channels, *size) smooth noise, which networks answer as they answer photos, unlike white noise."""
     coarse = torch.rand(1, channels, 8, 8, generator=torch.Generator().manual_seed(0))
-    return torch.nn.functional.interpolate(coarse, size, mode="bilinear").clamp(0, 1)
+    return torch.nn.functional.interpolate(coarse, tuple(size), mode="bilinear").clamp(0, 1)
 
 
 def _first_break(model: nn.Module, x: Tensor, channels: int, tolerance: float) -> str | None:

@@ -14,6 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import __version__
+from .check import check as measure
+from .check import random_image, settle
 from .checkpoints import load_weights, read_state_dict
 from .errors import BcosError, CheckpointError, InputError, TargetError
 from .explain import Explanation, explain_targets
@@ -67,6 +69,28 @@ def explain(
         job.run(path)
     if job.failures:
         typer.echo(f"{len(job.failures)} of {len(paths)} photos failed: {', '.join(map(str, job.failures))}", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="A B-cos network, or a timm model, which is converted.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="Weights; without them the network is untrained.")] = None,
+    b: Annotated[float, typer.Option(help="Exponent B of a conversion.")] = 2.0,
+    size: Annotated[int | None, typer.Option(help="Image size; the network's own if not given.")] = None,
+) -> None:
+    """Measure whether a network's explanations are exact, and if not, name the module that breaks them."""
+    network = load_model(model, checkpoint, b=b, bias=False) if checkpoint else _untrained(model, b=b)
+    network = network.eval().double()
+    shape = network.pretrained_cfg.get("input_size", (3, 224, 224))
+    x = random_image(network.in_chans, (size, size) if size else shape[-2:]).double()
+    verdict = measure(network if checkpoint else settle(network, x), x)
+    typer.echo(f"{model}: {'exact' if verdict.exact else 'not exact'} in float64, image of {x.shape[-1]} pixels")
+    typer.echo(f"  completeness error  {verdict.completeness_error:.1e}")
+    typer.echo(f"  logit shift         {verdict.logit_shift:.1e}")
+    typer.echo(f"  image share         {verdict.image_share:.3f}")
+    if not verdict.exact:
+        typer.echo(f"  breaks at           {verdict.breaks_at or 'no single module'}")
         raise typer.Exit(1)
 
 
@@ -154,19 +178,19 @@ def open_photo(path: Path) -> Image.Image:
         raise InputError(f"broken image ({error})") from error
 
 
-def load_model(name: str, checkpoint: Path | None = None) -> Any:
-    """A B-cos network by name, or a timm model converted so that it computes the same.
+def load_model(name: str, checkpoint: Path | None = None, **conversion: Any) -> Any:
+    """A B-cos network by name, or a timm model, converted.
+
+    Args:
+        name: timm's.
+        checkpoint: Weights of either; None for the published ones.
+        conversion: `BcosConfig` fields for a timm model; by default it computes the same as before.
 
     Raises:
         CheckpointError: For weights that cannot be had or do not fit.
         TargetError: For a name that timm does not know.
     """
-    is_bcos = name.startswith(("bcos", "hf-hub:", "local-dir:"))
-    if not is_bcos and not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise TargetError(f"timm knows no model {name!r}; close names: {', '.join(near) or 'none'}")
-    converted: dict[str, Any] = dict(model_name="bcosify", arch=name, b=1, bias=True)
-    arguments: dict[str, Any] = dict(model_name=name) if is_bcos else converted
+    arguments = _arguments(name, **(conversion or dict(b=1, bias=True)))
     if checkpoint is None:
         return _with_published_weights(name, arguments)
     weights = read_state_dict(checkpoint)
@@ -174,6 +198,20 @@ def load_model(name: str, checkpoint: Path | None = None) -> Any:
     network = timm.create_model(**arguments, **classes)
     load_weights(network, checkpoint)
     return network
+
+
+def _untrained(name: str, **conversion: Any) -> Any:
+    return timm.create_model(**_arguments(name, **conversion))
+
+
+def _arguments(name: str, **conversion: Any) -> dict[str, Any]:
+    """For `timm.create_model`."""
+    if name.startswith(("bcos", "hf-hub:", "local-dir:")):
+        return dict(model_name=name)
+    if timm.is_model(name):
+        return dict(model_name="bcosify", arch=name, **conversion)
+    near = difflib.get_close_matches(name, timm.list_models(), n=3)
+    raise TargetError(f"timm knows no model {name!r}; close names: {', '.join(near) or 'none'}")
 
 
 def _with_published_weights(name: str, arguments: dict[str, Any]) -> Any:

@@ -13,7 +13,12 @@ CHOICES = {
     "stem": ("normalised", "encoded"),
     "probability": ("sigmoid", "softmax"),
     "classify_positions": ("never", "linear", "always"),
+    "positions": ("keep", "attention"),
 }
+
+
+# What attention's projections are called in timm.
+QKV = ("*qkv", "*in_proj", *(f"*.{name}{end}" for name in ("q", "k", "v", "kv") for end in ("", "_proj")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,9 @@ class BcosConfig:
             cross-entropy, or 'softmax' for a network that did before its conversion.
         linear: Patterns of module names that stay linear (B = 1, free weights): projections to queries, keys and
             values, as in the B-cos transformers.
+        positions: Where a vision transformer's position embeddings and class tokens act: 'keep' adds them to the
+            tokens, as trained, and their part of each logit is not the image's; 'attention' lets them enter queries
+            and keys only, so that the image explains the whole logit. That is another function: train it.
 
     Raises:
         ValueError: For a value outside its choices.
@@ -67,7 +75,8 @@ class BcosConfig:
     temperature: float = 1.0
     logit_bias: float | None = 0.0
     probability: Literal["sigmoid", "softmax"] = "sigmoid"
-    linear: tuple[str, ...] = ("*qkv", "*in_proj")
+    linear: tuple[str, ...] = QKV
+    positions: Literal["keep", "attention"] = "keep"
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():

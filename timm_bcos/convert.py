@@ -2,16 +2,17 @@
 
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
-from typing import Any
+from typing import Any, NoReturn
 
 from timm.layers import SelectAdaptivePool2d
 from torch import nn
 
 from .config import BcosConfig
-from .errors import BcosError, UnsupportedModuleError
-from .layers import BcosConvClassifier, BcosFlatten, BcosPool2d, BcosStem
+from .errors import BcosError, ModelStateError, UnsupportedModuleError
+from .layers import BcosConvClassifier, BcosFlatten, BcosPool2d, BcosStem, ImageReader
 from .model import BcosModel, adopt_class
-from .rules import COVERED_FILES, RULES, Place, Rule, keep, keep_whole
+from .positions import attention_blocks, confine_positions
+from .rules import RULES, Place, Rule, keep, keep_whole
 
 __all__ = ["bcosify"]
 
@@ -37,27 +38,35 @@ def bcosify(
 
     Raises:
         UnsupportedModuleError: Lists every module without a rule. The model is left untouched.
-        BcosError: If no module that reads the image, or no mean and std for it, can be found.
+        BcosError: If nothing says how the network's images are normalised.
 
     Example:
         >>> model = bcosify(timm.create_model("resnet50", pretrained=True), BcosConfig.finetune(b=1, bias=True))
     """
     config = config or BcosConfig()
     table = dict(rules)
-    plan = _plan(model, config, table)
+    if config.positions == "attention":
+        attention_blocks(model)
+    places = _Places(model, config)
+    plan = _plan(model, config, table, places)
     if "" in plan:
         return plan[""]
     for name, replacement in plan.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, replacement)
+    if places.needs_reader:
+        like = next(model.parameters())
+        model.image_reader = ImageReader(_image_channels(model), places.mean, places.std, like.device, like.dtype)
+    if config.positions == "attention" and not hasattr(model, "positions"):
+        confine_positions(model)
     _link_heads(model)
+    _refuse_folding(model)
     _take_unnormalised_images(model)
     return adopt_class(model, config, table)
 
 
-def _plan(model: nn.Module, config: BcosConfig, rules: dict[type[nn.Module], Rule]) -> Plan:
+def _plan(model: nn.Module, config: BcosConfig, rules: dict[type[nn.Module], Rule], places: "_Places") -> Plan:
     """Every replacement by path, parents first; a module with several names is converted once."""
-    places = _Places(model, config)
     plan: Plan = {}
     problems: list[str] = []
     done: dict[int, nn.Module] = {}
@@ -91,7 +100,7 @@ def _rule_for(module: nn.Module, rules: dict[type[nn.Module], Rule]) -> Rule | N
     kind = type(module)
     if kind in rules:
         return rules[kind]
-    if isinstance(module, BcosModel) or kind.__module__ in COVERED_FILES:
+    if isinstance(module, BcosModel) or kind.__module__.startswith("timm."):
         return keep
     is_own_container = any(True for _ in module.children()) and not kind.__module__.startswith(("timm.", "torch"))
     return keep if is_own_container else None
@@ -112,10 +121,12 @@ class _Places:
         self.config = config
         self.model = model
         self.classifiers = _classifier_ids(model)
-        self.stems = () if any(isinstance(m, BcosStem) for m in model.modules()) else _stem_names(model)
+        is_fresh = not any(isinstance(m, BcosStem | ImageReader) for m in model.modules())
+        self.stems = _stem_names(model) if is_fresh else ()
+        self.needs_reader = is_fresh and not self.stems
         self.mean: Stats
         self.std: Stats
-        self.mean, self.std = _normalisation(model, config) if self.stems else (None, None)
+        self.mean, self.std = _normalisation(model, config) if is_fresh else (None, None)
 
     def of(self, name: str, module: nn.Module) -> Place:
         if name in self.stems:
@@ -157,20 +168,21 @@ def _classifier_ids(model: Any) -> set[int]:
 
 
 def _stem_names(model: Any) -> tuple[str, ...]:
-    """timm's cfg names the first convolutions; elsewhere it is the first one with as many inputs as the image."""
+    """The convolutions that read the image; none if something else does, which then needs an `ImageReader`.
+
+    timm's cfg names them; elsewhere it is the first one with as many inputs as the image.
+    """
     names = getattr(model, "pretrained_cfg", {}).get("first_conv") or ()
     names = (names,) if isinstance(names, str) else tuple(names)
-    convs = {name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    if names and convs.issuperset(names):
-        return names
-    channels = getattr(model, "in_chans", 3)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and module.in_channels == channels:
-            return (name,)
-    raise BcosError(
-        f"no convolution of {type(model).__name__} reads an image with {channels} channels; "
-        f"set model.in_chans to the number of its image channels"
-    )
+    channels = _image_channels(model)
+    readers = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels == channels]
+    if names:
+        return names if set(names) <= set(readers) else ()
+    return tuple(readers[:1])
+
+
+def _image_channels(model: Any) -> int:
+    return getattr(model, "in_chans", 3)
 
 
 def _normalisation(model: Any, config: BcosConfig) -> tuple[Stats, Stats]:
@@ -184,6 +196,24 @@ def _normalisation(model: Any, config: BcosConfig) -> tuple[Stats, Stats]:
             f"or mean=(0.0,) and std=(1.0,) if it takes pixels in [0, 1]"
         )
     return tuple(mean), tuple(std)
+
+
+FOLDING = ("fuse", "reparameterize", "switch_to_deploy")
+
+
+def refuse_folding(*_: Any, **__: Any) -> NoReturn:
+    """What a converted module answers to timm's `reparameterize_model`."""
+    raise ModelStateError(
+        "a norm or a parallel branch cannot be folded into a B-cos layer, whose response is not linear in its weight: "
+        "call reparameterize_model on the plain network and convert the result"
+    )
+
+
+def _refuse_folding(model: nn.Module) -> None:
+    for module in model.modules():
+        for name in FOLDING:
+            if hasattr(type(module), name):
+                setattr(module, name, refuse_folding)
 
 
 def _link_heads(model: nn.Module) -> None:

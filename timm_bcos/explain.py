@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from .dynamic import explanation_mode
 from .errors import InputError, ModelStateError, TargetError
 from .functional import encode_image
-from .layers import BcosConvClassifier, BcosLinearClassifier, BcosStem
+from .layers import BcosConvClassifier, BcosLinearClassifier, BcosStem, ImageReader
 
 __all__ = ["Explanation", "explain", "explain_targets"]
 
@@ -320,8 +320,8 @@ def _capture_into(captured: list[Tensor]) -> Callable[..., None]:
     return hook
 
 
-def _check_model(model: nn.Module) -> BcosStem:
-    stems = [m for m in model.modules() if isinstance(m, BcosStem)]
+def _check_model(model: nn.Module) -> BcosStem | ImageReader:
+    stems = [m for m in model.modules() if isinstance(m, BcosStem | ImageReader)]
     if not stems:
         raise ModelStateError(
             f"{type(model).__name__} is no B-cos network: create one with timm.create_model('bcos_...'), "
@@ -333,7 +333,7 @@ def _check_model(model: nn.Module) -> BcosStem:
     return stems[0]
 
 
-def _check_images(x: Tensor, stem: BcosStem) -> None:
+def _check_images(x: Tensor, stem: BcosStem | ImageReader) -> None:
     channels = stem.image_channels
     if not isinstance(x, Tensor):
         raise InputError(f"expected a tensor of images, got {type(x).__name__}: apply the model's transform first")

@@ -32,6 +32,7 @@ __all__ = [
     "BcosLinearClassifier",
     "BcosPool2d",
     "BcosStem",
+    "ImageReader",
 ]
 
 
@@ -246,6 +247,45 @@ class BcosStem(BcosConv2d):
         if self.normalize_input:
             x = x * self.input_scale + self.input_offset
         return self.respond(x)
+
+
+class ImageReader(nn.Module):
+    """Reads the image for networks whose first layers cannot take its encoding: ones that fold it or split its colours.
+
+    It encodes and normalises as `BcosStem` does, and then hands over half the difference of the image and its
+    complement, which is the normalised image itself: a linear map of the encoding.
+
+    Args:
+        image_channels: Channels C of the image.
+        mean: Channel means that the network expects, or None for 0.5.
+        std: Channel standard deviations, or None for 1.
+
+    Shape: (N, C, H, W) in [0, 1], or encoded (N, 2C, H, W), to (N, C, H, W).
+    """
+
+    offset: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, image_channels: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+        device: Any = None, dtype: Any = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.image_channels = image_channels
+        per_channel = dict(device=device, dtype=dtype)
+        scale = 1 / torch.tensor(std or (1.0,), **per_channel).expand(image_channels)
+        offset = (1 - 2 * torch.tensor(mean or (0.5,), **per_channel).expand(image_channels)) * scale / 2
+        self.register_buffer("scale", scale.reshape(-1, 1, 1).clone(), persistent=False)
+        self.register_buffer("offset", offset.reshape(-1, 1, 1).clone(), persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """What says its device and dtype, as with any layer."""
+        return self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        image, complement = encode_image(x, self.image_channels).chunk(2, dim=1)
+        return (image - complement) * (self.scale / 2) + self.offset
 
 
 class BcosConvClassifier(BcosConv2d):

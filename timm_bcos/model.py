@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .config import BcosConfig
-from .layers import BcosConv2d, BcosPool2d
+from .layers import BcosConv2d, BcosPool2d, ImageReader
 
 __all__ = ["BcosModel", "adopt_class"]
 
@@ -25,6 +25,7 @@ class BcosModel:
     bcos_config: BcosConfig
     bcos_rules: dict[type[nn.Module], Any]
     _plain_class: type[nn.Module]
+    _has_reader: bool
 
     def explain(self, x: Tensor, target: Any = None, **kwargs: Any) -> Any:
         """Explain this network's output for images; see `timm_bcos.explain`."""
@@ -33,7 +34,7 @@ class BcosModel:
         return explain(self, x, target, **kwargs)  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self._plain_class,), self.__dict__
+        return _rebuild, (self._plain_class, self._has_reader), self.__dict__
 
     def __prepare_scriptable__(self) -> nn.Module:
         """TorchScript has no `super()`: it compiles timm's own class, whose modules are the B-cos ones."""
@@ -64,8 +65,17 @@ def _overrides(plain: Any) -> dict[str, Any]:
         with _lend_plain_projection(getattr(self, "patch_embed", None), self.bcos_config):
             plain.set_input_size(self, *args, **kwargs)
 
+    def _pos_embed(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def embed(x: Tensor) -> Any:
+            return plain._pos_embed(self, x, *args, **kwargs)
+
+        return self.positions.split_off(embed, x) if self.bcos_config.positions == "attention" else embed(x)
+
     methods: dict[str, Any] = dict(
-        reset_classifier=reset_classifier, forward_head=forward_head, set_input_size=set_input_size
+        reset_classifier=reset_classifier,
+        forward_head=forward_head,
+        set_input_size=set_input_size,
+        _pos_embed=_pos_embed,
     )
     return {name: wraps(getattr(plain, name))(method) for name, method in methods.items() if hasattr(plain, name)}
 
@@ -97,14 +107,32 @@ def _resized(layer: BcosConv2d, plain: nn.Conv2d, config: BcosConfig) -> BcosCon
     return new
 
 
+READING = ("forward", "forward_features", "forward_intermediates")
+
+
+def _reads_first(method: Any) -> Any:
+    """A forward method behind the network's `ImageReader`, which acts once when such methods call each other."""
+
+    def read_and_call(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(x, Tensor) and not getattr(x, "is_read", False):
+            x = self.image_reader(x)
+            x.is_read = True
+        return method(self, x, *args, **kwargs)
+
+    return wraps(method)(read_and_call)
+
+
 @cache
-def _bcos_class(plain: Any) -> Any:
-    own = dict(_plain_class=plain, __module__=plain.__module__, **_overrides(plain))
+def _bcos_class(plain: Any, has_reader: bool) -> Any:
+    methods = _overrides(plain)
+    if has_reader:
+        methods |= {name: _reads_first(getattr(plain, name)) for name in READING if hasattr(plain, name)}
+    own = dict(_plain_class=plain, _has_reader=has_reader, __module__=plain.__module__, **methods)
     return type(plain.__name__, (BcosModel, plain), own)
 
 
-def _rebuild(plain: Any) -> Any:
-    new = _bcos_class(plain)
+def _rebuild(plain: Any, has_reader: bool) -> Any:
+    new = _bcos_class(plain, has_reader)
     return new.__new__(new)
 
 
@@ -112,7 +140,7 @@ def adopt_class(model: nn.Module, config: BcosConfig, rules: dict[type[nn.Module
     """Give a converted network its class: its own, with `BcosModel` mixed in. It pickles, copies and scripts."""
     if not isinstance(model, BcosModel):
         plain: Any = type(model)
-        model.__class__ = _bcos_class(plain)
+        model.__class__ = _bcos_class(plain, isinstance(getattr(model, "image_reader", None), ImageReader))
     model.bcos_config = config  # type: ignore[assignment]
     model.bcos_rules = rules  # type: ignore[assignment]
     return model

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from timm.models import VisionTransformer, model_entrypoint
+from timm.layers import PatchEmbed
+from timm.models import model_entrypoint
 from torch import nn
 
 from .bcos_cnn import Cnn9
 from .bcos_densenet import restore_stem_width
-from .bcos_vit import PatchEmbedSinCos, conv_stem, flatten_patches
+from .bcos_vit import SimpleVisionTransformer, conv_stem_embed, flatten_patches
 from .config import BcosConfig
 from .convert import bcosify
 from .layers import BcosConv2d, BcosLinear
@@ -104,12 +105,12 @@ def _vit(size: str, stem: tuple[int, ...] = ()) -> Network:
     kwargs: dict[str, Any] = dict(
         patch_size=1 if stem else 16, embed_dim=width, depth=depth, num_heads=heads, qkv_bias=False,
         class_token=False, global_pool="avg", pos_embed="none", norm_layer=nn.LayerNorm,
-        embed_layer=partial(PatchEmbedSinCos, stem=partial(conv_stem, widths=stem) if stem else None),
+        embed_layer=partial(conv_stem_embed, widths=stem) if stem else PatchEmbed,
     )  # fmt: skip
     first_conv = "patch_embed.backbone.0.conv" if stem else "patch_embed.proj"
     cfg = dict(input_size=(3, 224, 224), fixed_input_size=True, first_conv=first_conv, classifier="head")
     getter = dict(out_indices=3, feature_cls="getter")
-    return Network(VisionTransformer, V2, kwargs, finish=flatten_patches, feature_cfg=getter, cfg=cfg)
+    return Network(SimpleVisionTransformer, V2, kwargs, finish=flatten_patches, feature_cfg=getter, cfg=cfg)
 
 
 PAPER: dict[str, Network] = {

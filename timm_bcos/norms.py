@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from .functional import divide_by_deviation
 
-__all__ = ["UncentredBatchNorm2d", "UncentredBatchNormAct2d"]
+__all__ = ["UncentredBatchNorm1d", "UncentredBatchNorm2d", "UncentredBatchNormAct2d"]
 
 
 class UncentredBatchNorm2d(nn.Module):
@@ -45,7 +45,7 @@ class UncentredBatchNorm2d(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0, device=device, dtype=torch.long))
 
     @classmethod
-    def from_batch_norm(cls, norm: nn.BatchNorm2d) -> Self:
+    def from_batch_norm(cls, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> Self:
         """Adopt the weight and the running statistics of a batch norm; its bias is left behind."""
         momentum = 0.1 if norm.momentum is None else norm.momentum
         new = cls(norm.num_features, norm.eps, momentum, device="meta")  # no storage: everything is adopted
@@ -73,6 +73,13 @@ class UncentredBatchNorm2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
+
+
+class UncentredBatchNorm1d(UncentredBatchNorm2d):
+    """The same for feature vectors (N, C) and sequences (N, C, L)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normalize(x.reshape(x.shape[0], x.shape[1], -1, 1)).reshape(x.shape)
 
 
 class UncentredBatchNormAct2d(UncentredBatchNorm2d):

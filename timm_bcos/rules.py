@@ -17,9 +17,9 @@ from timm import layers as timm_layers
 from timm.layers import activations, adaptive_avgmax_pool, norm_act
 from timm.layers.grn import GlobalResponseNorm
 from timm.models import _efficientnet_blocks
-from timm.models.inception_v3 import InceptionB, InceptionD
 from torch import Tensor, nn
 
+from .blocks import AVERAGED, WIDE
 from .config import BcosConfig
 from .layers import (
     BcosConv2d,
@@ -29,8 +29,10 @@ from .layers import (
     BcosLinearClassifier,
     BcosPool2d,
     BcosStem,
+    ImageReader,
 )
-from .norms import UncentredBatchNorm2d, UncentredBatchNormAct2d
+from .norms import UncentredBatchNorm1d, UncentredBatchNorm2d, UncentredBatchNormAct2d
+from .positions import PositionedQkv
 
 __all__ = ["RULES", "Place", "Rule", "keep", "keep_whole"]
 
@@ -121,6 +123,38 @@ def _conv(conv: nn.Conv2d, place: Place, config: BcosConfig) -> nn.Module:
     return _adopt(stem, conv, _rows(weight, unit), config)
 
 
+def _standardised_conv(conv: Any, place: Place, config: BcosConfig) -> nn.Module:
+    """Weight standardisation is applied once and for all: what it gives is the weight to start from."""
+    plain = nn.Conv2d(
+        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
+        bias=False, device="meta", dtype=conv.weight.dtype,
+    )  # fmt: skip
+    plain.__class__ = timm_layers.Conv2dSame if getattr(conv, "same_pad", False) else nn.Conv2d
+    gain = (conv.gain * conv.scale).flatten() if hasattr(conv, "gain") else None
+    rows = F.batch_norm(conv.weight.flatten(1)[None], None, None, gain, None, True, 0.0, conv.eps)
+    plain.weight = nn.Parameter(rows.detach().reshape(conv.weight.shape), conv.weight.requires_grad)
+    plain.bias = conv.bias
+    return _conv(plain.train(conv.training), place, config)
+
+
+def _linear_layer(layer: Any, place: Place, config: BcosConfig) -> nn.Module:
+    """A layer that has no B-cos form here stays linear; only its bias may go."""
+    return layer if config.bias or layer.bias is None else clone(layer, bias=None)
+
+
+def _lstm(lstm: nn.LSTM, place: Place, config: BcosConfig) -> nn.Module:
+    """Explanation mode takes LSTMs apart (`timm_bcos.recurrent`); without biases a new one adopts the weights."""
+    if config.bias or not lstm.bias:
+        return lstm
+    new = nn.LSTM(
+        lstm.input_size, lstm.hidden_size, lstm.num_layers, False, lstm.batch_first, lstm.dropout, lstm.bidirectional,
+        lstm.proj_size, device="meta",
+    )  # fmt: skip
+    for name, _ in list(new.named_parameters()):
+        setattr(new, name, getattr(lstm, name))
+    return new.train(lstm.training)
+
+
 def _per_channel(values: tuple[float, ...] | None, channels: int) -> tuple[float, ...] | None:
     """Statistics of colour images for another number of channels: their average."""
     if values is None or len(values) in (1, channels):
@@ -156,6 +190,12 @@ def _batch_norm(norm: nn.BatchNorm2d, place: Place, config: BcosConfig) -> nn.Mo
     if config.norm == "keep" and config.bias:
         return norm
     return UncentredBatchNorm2d.from_batch_norm(norm)
+
+
+def _batch_norm_1d(norm: nn.BatchNorm1d, place: Place, config: BcosConfig) -> nn.Module:
+    if config.norm == "remove":
+        return nn.Identity()
+    return norm if config.norm == "keep" and config.bias else UncentredBatchNorm1d.from_batch_norm(norm)
 
 
 def _batch_norm_act(norm: timm_layers.BatchNormAct2d, place: Place, config: BcosConfig) -> nn.Module:
@@ -201,30 +241,17 @@ def _flatten(flatten: nn.Flatten, place: Place, config: BcosConfig) -> nn.Module
     return BcosFlatten(flatten.start_dim, flatten.end_dim).train(flatten.training)
 
 
-class _AverageInceptionB(InceptionB):
-    """timm's block calls `max_pool2d` as a function; here its pooling branch averages."""
-
-    def _forward(self, x: Tensor) -> list[Tensor]:
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return [self.branch3x3(x), double, F.avg_pool2d(x, kernel_size=3, stride=2)]
+def _averaged(block: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
+    return block if config.max_pool == "keep" else _with_class(block, AVERAGED[type(block)])
 
 
-class _AverageInceptionD(InceptionD):
-    """Likewise."""
-
-    def _forward(self, x: Tensor) -> list[Tensor]:
-        long = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
-        return [self.branch3x3_2(self.branch3x3_1(x)), long, F.avg_pool2d(x, kernel_size=3, stride=2)]
+def _wide(block: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
+    return _with_class(block, WIDE[type(block)])
 
 
-AVERAGED = {InceptionB: _AverageInceptionB, InceptionD: _AverageInceptionD}
-
-
-def _inception(block: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
-    if config.max_pool == "keep":
-        return block
+def _with_class(block: nn.Module, kind: type[nn.Module]) -> nn.Module:
     new = clone(block)
-    new.__class__ = AVERAGED[type(block)]
+    new.__class__ = kind
     return new
 
 
@@ -234,8 +261,15 @@ def _table(rule: Rule, *types: type[nn.Module]) -> dict[type[nn.Module], Rule]:
 
 RULES: dict[type[nn.Module], Rule] = {
     **_table(_conv, nn.Conv2d, timm_layers.Conv2dSame),
+    **_table(
+        _standardised_conv,
+        timm_layers.StdConv2d, timm_layers.StdConv2dSame, timm_layers.ScaledStdConv2d, timm_layers.ScaledStdConv2dSame,
+    ),
     **_table(_linear, nn.Linear, timm_layers.Linear),
+    **_table(_linear_layer, nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d),
+    **_table(_lstm, nn.LSTM),
     **_table(_batch_norm, nn.BatchNorm2d),
+    **_table(_batch_norm_1d, nn.BatchNorm1d),
     **_table(_batch_norm_act, timm_layers.BatchNormAct2d),
     **_table(
         _norm,
@@ -248,11 +282,14 @@ RULES: dict[type[nn.Module], Rule] = {
         _activation,
         nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.SiLU, nn.Mish, nn.Hardswish, nn.ELU, nn.GELU, nn.Tanh,
         activations.GELU, activations.GELUTanh, activations.QuickGELU, activations.Swish, activations.Tanh,
+        activations.Mish, activations.HardSwish, activations.HardMish, activations.PReLU, nn.CELU, nn.SELU, nn.Softplus,
+        nn.Hardtanh, nn.Softsign,
     ),
     **_table(_max_pool, nn.MaxPool2d),
     **_table(_global_pool, timm_layers.SelectAdaptivePool2d),
     **_table(_flatten, nn.Flatten),
-    **_table(_inception, *AVERAGED),
+    **_table(_averaged, *AVERAGED),
+    **_table(_wide, *WIDE),
     # gates and statistics
     **_table(
         keep_whole,
@@ -265,6 +302,9 @@ RULES: dict[type[nn.Module], Rule] = {
         keep,
         nn.Identity, nn.Dropout, nn.Dropout2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
         timm_layers.AdaptiveAvgMaxPool2d, adaptive_avgmax_pool.AdaptiveCatAvgMaxPool2d, nn.Upsample, nn.ZeroPad2d,
+        nn.AvgPool1d, nn.MaxPool1d, nn.Unfold, nn.Fold, nn.PixelShuffle, nn.PixelUnshuffle, nn.ReflectionPad2d,
+        nn.ReplicationPad2d, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.AdaptiveAvgPool1d, nn.Dropout1d,
+        nn.Unflatten, nn.ParameterList, nn.ChannelShuffle, nn.AlphaDropout,
         nn.Sequential, nn.ModuleList, nn.ModuleDict, timm_layers.DropPath, timm_layers.DropBlock2d,
         timm_layers.PatchDropout, timm_layers.BlurPool2d, timm_layers.LayerScale,
         timm_layers.ClassifierHead, timm_layers.NormMlpClassifierHead, timm_layers.ConvNormAct, timm_layers.PatchEmbed,
@@ -277,17 +317,8 @@ RULES: dict[type[nn.Module], Rule] = {
     # this package's own
     **_table(
         keep_whole,
-        BcosConv2d, BcosStem, BcosConvClassifier, BcosLinear, BcosLinearClassifier, BcosPool2d, BcosFlatten,
-        UncentredBatchNorm2d,
+        BcosConv2d, BcosStem, ImageReader, BcosConvClassifier, BcosLinear, BcosLinearClassifier, BcosPool2d,
+        BcosFlatten, UncentredBatchNorm1d, UncentredBatchNorm2d,
     ),
-    **_table(keep, UncentredBatchNormAct2d, *AVERAGED.values()),
-}  # fmt: skip
-
-# Model files of timm whose blocks need no rule of their own: explanation mode covers what their forwards compute.
-COVERED_FILES = {
-    f"timm.models.{name}"
-    for name in (
-        "_efficientnet_blocks", "convnext", "densenet", "efficientnet", "inception_v3", "resnet", "vgg",
-        "vision_transformer", "_features",
-    )
+    **_table(keep, PositionedQkv, UncentredBatchNormAct2d, *AVERAGED.values(), *WIDE.values()),
 }  # fmt: skip

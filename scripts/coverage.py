@@ -1,0 +1,332 @@
+"""Convert timm's architectures and measure what the explanation of a real photo leaves unexplained.
+
+One row per architecture: by default the smallest of every model file, else all below a size, or a random one per file.
+Each is converted (B = 2, no biases), run once in training mode so that running statistics have a scale, and explained.
+A second conversion (B = 1, biases kept) must give the original's logits. Rows are appended to a JSON-lines file as they
+come, so an interrupted run resumes; each architecture runs in a process of its own. Ends with two tables.
+"""
+
+import argparse
+import contextlib
+import copy
+import csv
+import dataclasses
+import json
+import multiprocessing.connection
+import random
+import signal
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import timm_bcos
+from timm_bcos.layers import BcosConv2d, BcosLinear
+
+PHOTO = Path(__file__).parent / "photos" / "chelsea.jpg"
+SIZES = (96, 128, 160)  # tried before an architecture's own input size
+GOALS = dict(error64=1e-10, error32=1e-4, preserving=1e-3)
+
+
+@dataclass
+class Row:
+    """What is measured of one architecture.
+
+    Attributes:
+        file: timm's model file.
+        arch: The architecture.
+        params: Its parameters, in millions.
+        size: Image size.
+        verdict: 'exact', or why not.
+        error64: Completeness error in float64.
+        error32: In float32.
+        image_share: Share of logit − logit bias that the image explains.
+        shift: Largest relative change of a logit in explanation mode, in float64.
+        bcos_share: Share of the weights that are in B-cos layers; the rest are gates, tables and what stays linear.
+        gradients: 'all' if a training step gives each parameter a finite gradient, else the first without.
+        preserving: Largest relative error of the logits of the function-preserving conversion, in float32.
+        breaks_at: Where exactness ends.
+        seconds: How long it took.
+    """
+
+    file: str
+    arch: str
+    params: float = 0.0
+    size: int = 0
+    verdict: str = ""
+    error64: float | None = None
+    error32: float | None = None
+    image_share: float | None = None
+    shift: float | None = None
+    bcos_share: float | None = None
+    gradients: str = ""
+    preserving: float | None = None
+    breaks_at: str = ""
+    seconds: float = 0.0
+
+
+def photo(size: int, channels: int = 3) -> Tensor:
+    """(1, channels, size, size) in [0, 1], float64."""
+    from PIL import Image
+    from torchvision.transforms.functional import pil_to_tensor, resize
+
+    image = pil_to_tensor(Image.open(PHOTO).convert("RGB")).double() / 255
+    image = resize(image, [size, size], antialias=True).clamp(0, 1)
+    return image[[i % 3 for i in range(channels)]][None]
+
+
+def create(arch: str, size: int, **kwargs: Any) -> nn.Module:
+    """An untrained plain network whose norms and scales are not at their uninformative initial values."""
+    fixed = timm.get_pretrained_cfg(arch).fixed_input_size
+    torch.manual_seed(0)
+    model = timm.create_model(arch, **(dict(img_size=size) if fixed else {}), **kwargs)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim <= 1 or parameter.numel() == max(parameter.shape) or not parameter.any():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def logits_of(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def create_small(arch: str) -> tuple[nn.Module, int]:
+    """The plain network, and the smallest of a few image sizes that it takes; its own size if none."""
+    own = timm.get_pretrained_cfg(arch).input_size[-1]
+    for size in (s for s in SIZES if s < own):
+        try:
+            model = create(arch, size)
+            timm_bcos.settle(model, torch.rand(1, 3, size, size))
+        except Exception:  # whatever an architecture says to a size that it does not take
+            continue
+        return model, size
+    return create(arch, own), own
+
+
+def measure(file: str, arch: str, seconds: int) -> Row:
+    """Everything about one architecture; never raises."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    row, start = Row(file, arch), time.perf_counter()
+    signal.signal(signal.SIGALRM, _raise_timeout)
+    signal.alarm(seconds)
+    try:
+        _measure(row)
+    except timm_bcos.UnsupportedModuleError as error:
+        row.verdict = "refused: " + "; ".join(error.problems)[:300]
+    except Exception as error:  # a row says what happened
+        row.verdict = f"failed: {type(error).__name__}: {(str(error) or '-').splitlines()[0][:200]}"
+    finally:
+        signal.alarm(0)
+    row.seconds = round(time.perf_counter() - start, 1)
+    return row
+
+
+def _raise_timeout(*_: Any) -> None:
+    raise TimeoutError("took too long")
+
+
+def _measure(row: Row) -> None:
+    plain, row.size = create_small(row.arch)
+    row.params = round(sum(p.numel() for p in plain.parameters()) / 1e6, 2)
+    x = photo(row.size)
+    row.preserving = preserving_error(copy.deepcopy(plain), timm.get_pretrained_cfg(row.arch), x)
+    model = timm_bcos.bcosify(plain)
+    row.bcos_share = bcos_share(model)
+    row.gradients = training_step(model, x.float())
+    timm_bcos.settle(model, x.float())
+    row.error32 = timm_bcos.explain(model, x.float()).completeness_error.item()
+    verdict = timm_bcos.check(model.double(), x)
+    row.error64, row.shift, row.image_share = verdict.completeness_error, verdict.logit_shift, verdict.image_share
+    row.breaks_at = verdict.breaks_at or ""
+    reached = row.error64 <= GOALS["error64"] and row.error32 <= GOALS["error32"] and verdict.exact
+    row.verdict = "exact" if reached else "not exact"
+
+
+def bcos_share(model: nn.Module) -> float:
+    layers = [m for m in model.modules() if isinstance(m, BcosConv2d | BcosLinear) and m.b > 1]
+    weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    return sum(layer.weight.numel() for layer in layers) / weights
+
+
+def training_step(model: nn.Module, x: Tensor) -> str:
+    """'all', or the first parameter without a finite gradient."""
+    model.train()
+    outputs = model(torch.cat([x, x.flip(-1)]))
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    sum(nn.functional.softplus(output).mean() for output in outputs).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and (parameter.grad is None or not parameter.grad.isfinite().all()):
+            return name
+        parameter.grad = None
+    return "all"
+
+
+def preserving_error(plain: nn.Module, cfg: Any, x: Tensor) -> float:
+    """Largest relative error of the logits after a conversion with B = 1 and biases, in float32."""
+    mean, std = (torch.tensor(v).reshape(-1, 1, 1) for v in (cfg.mean, cfg.std))
+    normalised = ((x.float() - mean) / std).float()
+    timm_bcos.settle(plain, normalised)
+    with torch.no_grad():
+        expected = logits_of(plain(normalised))
+        model = timm_bcos.bcosify(plain, timm_bcos.BcosConfig.finetune(b=1, bias=True))
+        found = logits_of(model(x.float()))
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def count_parameters(arch: str) -> int:
+    """On the meta device where the architecture can be built there."""
+    warnings.filterwarnings("ignore")
+    try:
+        model = timm.create_model(arch, device="meta")
+    except Exception:  # some architectures compute in their constructors
+        model = timm.create_model(arch)
+    return sum(p.numel() for p in model.parameters())
+
+
+def all_architectures(cache: Path, jobs: int) -> dict[str, dict[str, int]]:
+    """Parameters by file and architecture; counting takes minutes, so it is cached."""
+    if cache.exists():
+        return json.loads(cache.read_text())
+    names = timm.list_models(exclude_filters=["bcos*"])
+    found: dict[str, dict[str, int]] = defaultdict(dict)
+    with ProcessPoolExecutor(jobs) as pool:
+        for arch, count in zip(names, tqdm(pool.map(count_parameters, names), "count", len(names)), strict=True):
+            found[timm.models.model_entrypoint(arch).__module__.rpartition(".")[2]][arch] = count
+    with timm_bcos.files.atomic_path(cache) as path:
+        path.write_text(json.dumps(found, indent=1))
+    return found
+
+
+def choose(args: argparse.Namespace, found: dict[str, dict[str, int]]) -> list[tuple[str, str]]:
+    """(file, architecture) pairs, in the order of the files."""
+    rng = random.Random(args.seed)
+    pairs = []
+    for file, archs in sorted(found.items()):
+        fitting = sorted(archs, key=lambda a: (archs[a], a))
+        if args.all:
+            chosen = [arch for arch in fitting if archs[arch] <= args.max_params * 1e6]
+        elif args.seed is not None:
+            chosen = [rng.choice([arch for arch in fitting if archs[arch] <= args.max_params * 1e6] or fitting[:1])]
+        else:
+            chosen = fitting[:1]
+        pairs += [(file, arch) for arch in chosen if not args.names or arch in args.names or file in args.names]
+    return pairs
+
+
+def run(pairs: list[tuple[str, str]], path: Path, jobs: int, seconds: int) -> list[Row]:
+    """Measure what the file does not have yet, appending each row as it comes."""
+    rows = {row.arch: row for row in read(path)}
+    todo = [pair for pair in pairs if pair[1] not in rows]
+    with path.open("a") as out:
+        for row in tqdm(measure_all(todo, jobs, seconds), "architectures", len(todo)):
+            rows[row.arch] = row
+            out.write(json.dumps(dataclasses.asdict(row)) + "\n")
+            out.flush()
+            if row.verdict != "exact":
+                tqdm.write(f"{row.file}/{row.arch}: {row.verdict} {row.breaks_at}")
+    return [rows[arch] for _, arch in pairs]
+
+
+def measure_all(todo: list[tuple[str, str]], jobs: int, seconds: int) -> Iterator[Row]:
+    """Rows as they come, each from a forked process: one that the system kills costs one row, and memory is freed."""
+    context = multiprocessing.get_context("fork")
+    running: dict[Any, tuple[Any, Row]] = {}
+    waiting = list(reversed(todo))
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            receiver, sender = context.Pipe(duplex=False)
+            pair = waiting.pop()
+            process = context.Process(target=_send, args=(sender, *pair, seconds))
+            process.start()
+            sender.close()
+            running[receiver] = process, Row(*pair, verdict="failed: the process was killed, probably for its memory")
+        for receiver in multiprocessing.connection.wait(list(running)):
+            process, row = running.pop(receiver)
+            with contextlib.suppress(EOFError):
+                row = receiver.recv()
+            process.join()
+            yield row
+
+
+def _send(sender: Any, file: str, arch: str, seconds: int) -> None:
+    sender.send(measure(file, arch, seconds))
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of an earlier run; a last line cut short by an interruption is dropped."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(Row(**json.loads(line)))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+COLUMNS = (
+    "file", "arch", "params", "size", "verdict", "error64", "error32", "image_share", "bcos_share", "shift",
+    "gradients", "preserving",
+)  # fmt: skip
+
+
+def markdown(rows: list[Row]) -> str:
+    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- " * len(COLUMNS) + "|"]
+    lines += ["| " + " | ".join(_cell(getattr(row, name)) for name in COLUMNS) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.2g}" if isinstance(value, float) else str(value).replace("|", "/")
+
+
+def summary(rows: list[Row]) -> str:
+    """How many reach each goal."""
+    exact = sum(row.verdict == "exact" for row in rows)
+    files = defaultdict(list)
+    for row in rows:
+        files[row.file].append(row.verdict == "exact")
+    preserving = [row for row in rows if row.preserving is not None]
+    good = sum(row.preserving <= GOALS["preserving"] for row in preserving if row.preserving is not None)
+    return (
+        f"{exact} of {len(rows)} architectures exact; every architecture exact in {sum(map(all, files.values()))} of "
+        f"{len(files)} files; function preserved to {GOALS['preserving']:g} in {good} of {len(rows)}; a training step "
+        f"reaches every parameter in {sum(row.gradients == 'all' for row in rows)} of {len(rows)}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="only these architectures or files")
+    parser.add_argument("--all", action="store_true", help="every architecture up to --max-params")
+    parser.add_argument("--max-params", type=float, default=60, help="in millions")
+    parser.add_argument("--seed", type=int, help="a random architecture of each file")
+    parser.add_argument("--shard", default="1/1", help="i/n: every n-th pair, from the i-th")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--seconds", type=int, default=600, help="per architecture")
+    parser.add_argument("--out", type=Path, default=Path("coverage"))
+    args = parser.parse_args()
+    args.out.mkdir(exist_ok=True)
+    first, shards = map(int, args.shard.split("/"))
+    pairs = choose(args, all_architectures(args.out / "parameters.json", args.jobs))[first - 1 :: shards]
+    rows = run(pairs, args.out / "rows.jsonl", args.jobs, args.seconds)
+    (args.out / "coverage.md").write_text(summary(rows) + "\n\n" + markdown(rows))
+    with (args.out / "coverage.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
+        writer.writeheader()
+        writer.writerows(map(dataclasses.asdict, rows))
+    print(summary(rows))
+
+
+if __name__ == "__main__":
+    main()
