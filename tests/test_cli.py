@@ -23,8 +23,8 @@ def weights(tmp_path: Path) -> Path:
     return path
 
 
-def run(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["explain", *map(str, arguments)])
+def run(*arguments: object, command: str = "explain") -> tuple[int, str]:
+    result = CliRunner().invoke(app, [command, *map(str, arguments)])
     if isinstance(result.exception, BcosError):
         return 2, str(result.exception)
     return result.exit_code, result.output
@@ -166,3 +166,21 @@ def test_photos_are_turned_upright(tmp_path: Path) -> None:
     image.save(tmp_path / "turned.jpg", exif=exif)
     assert open_photo(tmp_path / "turned.jpg").size == (2, 4)
     assert open_photo(tmp_path / "turned.jpg").mode == "RGB"
+
+
+def test_check_prints_the_verdict(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, text = run("test_resnet", "--size", 64, command="check")
+    assert code == 0, text
+    assert "test_resnet: exact in float64, image of 64 pixels" in text
+    code, text = run("bcos_cnn9", "--checkpoint", weights, command="check")
+    assert code in (0, 1) and "completeness error" in text
+    assert "close names: test_resnet" in run("test_resnot", command="check")[1]
+
+    def spoiled(name: str, **conversion: object) -> torch.nn.Module:
+        model = timm.create_model("bcosify", arch=name, **conversion)
+        model.layer2.register_forward_hook(lambda module, args, output: output + output.frac())
+        return model
+
+    monkeypatch.setattr(timm_bcos.cli, "_untrained", spoiled)
+    code, text = run("test_resnet", "--size", 64, command="check")
+    assert code == 1 and "not exact" in text and "breaks at           layer2" in text

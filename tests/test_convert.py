@@ -140,11 +140,6 @@ def test_unsupported_modules_are_all_listed_and_nothing_changes() -> None:
     bcosify(model, rules=RULES | {Unknown: keep})
 
 
-def test_other_model_files_are_refused_by_name() -> None:
-    with pytest.raises(UnsupportedModuleError, match=r"timm\.models\.swin_transformer\.SwinTransformerBlock"):
-        bcosify(timm.create_model("swin_tiny_patch4_window7_224", device="meta"))
-
-
 class Own(nn.Module):
     """A user's network, with a shared convolution, that is no timm model."""
 
@@ -174,10 +169,17 @@ def test_own_network() -> None:
     assert_exact(converted, x, 1e-10)
 
 
-def test_root_can_be_replaced_and_missing_stem_is_named() -> None:
+def test_root_can_be_replaced() -> None:
     assert type(bcosify(nn.Conv2d(3, 4, 3), BcosConfig.v2())) is BcosStem
-    with pytest.raises(BcosError, match="no convolution of Sequential reads an image with 3 channels"):
-        bcosify(nn.Sequential(nn.Linear(3, 3)))
+
+
+def test_networks_without_a_convolution_read_through_a_reader() -> None:
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5)).double().eval()
+    x, cfg = real_image(8, 2, torch.float64), dict(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.2))
+    expected = plain(normalised(x, cfg)).detach()
+    model = bcosify(plain, BcosConfig.finetune(b=1, bias=True, **cfg))
+    torch.testing.assert_close(model(x).detach(), expected)
+    assert_exact(model, x, 1e-10)
 
 
 def test_converting_again_only_converts_what_is_new() -> None:

@@ -52,6 +52,18 @@ FUNCTIONS = {
     "plain batch norm": lambda x: F.batch_norm(x, BIAS, STATS),
     "attention": lambda x: F.scaled_dot_product_attention(*[x.reshape(1, 2, 2, 3)] * 3),
     "causal attention": lambda x: F.scaled_dot_product_attention(*[x.reshape(1, 1, 4, 3)] * 3, is_causal=True),
+    "attention with a mask of the input": lambda x: F.scaled_dot_product_attention(
+        *[x.reshape(1, 2, 2, 3)] * 3, attn_mask=x[0, 0] * x.reshape(1, 2, 2, 3) @ x.reshape(1, 2, 3, 2)
+    ),
+    "power": lambda x: x**3 + x.pow(2) + torch.square(x),
+    "star relu": lambda x: 0.8 * F.relu(x) ** 2 - 0.4,
+    "fractional power": lambda x: x * x.square().mean(-1, keepdim=True) ** -0.5,
+    "einsum": lambda x: torch.einsum("ni,nj->nij", x, x),
+    "einsum of three": lambda x: torch.einsum("ni,nj,nj,ij->n", x, x, x, WEIGHT),
+    "clamp": lambda x: x.clamp(-0.5, 0.3) + torch.clamp(x, min=0.1),
+    "reciprocal": lambda x: x * (1 / (1 + x.square().sum())) + x * torch.reciprocal(2 + x.exp()),
+    "quotient in place": lambda x: (x * 1).div_(1 + x.square()),
+    "logarithm": lambda x: x * torch.log1p(x.square()) * x.cos(),
     "response norm": lambda x: x * (x.norm(dim=-1, keepdim=True) / 3),
     "max pooling": lambda x: F.max_pool1d(x[None], 2),
 }

@@ -232,11 +232,11 @@ def test_wrong_models(x: Tensor) -> None:
         explain(features, x)
 
 
-class Squares(nn.Module):
-    """Not dynamic linear in explanation mode: x² has the gradient 2x."""
+class Fractions(nn.Module):
+    """Not dynamic linear in explanation mode: x - floor(x) has the gradient 1."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x**2
+        return (1000 * x).frac()
 
 
 def test_check_names_the_module_that_breaks(model: nn.Module, x: Tensor) -> None:
@@ -245,7 +245,7 @@ def test_check_names_the_module_that_breaks(model: nn.Module, x: Tensor) -> None
     assert verdict.breaks_at is None
     assert verdict.image_share == pytest.approx(1, abs=1e-4)
     assert check(model).exact
-    model.features[5] = nn.Sequential(model.features[5], Squares()).eval()
+    model.features[5] = nn.Sequential(model.features[5], Fractions()).eval()
     model.fc.temperature *= 1e-6
     verdict = check(model, x)
     assert not verdict.exact

@@ -8,7 +8,7 @@ Importing this package registers its networks with timm:
     >>> explanation.plot()
 """
 
-from . import bcos_models, model, recurrent, render  # noqa: F401  (bcos_models registers networks, recurrent LSTMs)
+from . import bcos_models, dynamic_table, model, recurrent, render  # noqa: F401  (some register as they are imported)
 from .check import Check, check, settle
 from .config import BcosConfig
 from .convert import bcosify

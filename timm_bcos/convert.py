@@ -1,5 +1,6 @@
 """`bcosify`: turn any network into a B-cos network. It plans first, and applies the plan only if all of it works."""
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from typing import Any, NoReturn
@@ -55,8 +56,7 @@ def bcosify(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, replacement)
     if places.needs_reader:
-        like = next(model.parameters())
-        model.image_reader = ImageReader(_image_channels(model), places.mean, places.std, like.device, like.dtype)
+        model = _add_reader(model, places.mean, places.std)
     if config.positions == "attention" and not hasattr(model, "positions"):
         confine_positions(model)
     _link_heads(model)
@@ -214,6 +214,15 @@ def _refuse_folding(model: nn.Module) -> None:
         for name in FOLDING:
             if hasattr(type(module), name):
                 setattr(module, name, refuse_folding)
+
+
+def _add_reader(model: Any, mean: Stats, std: Stats) -> nn.Module:
+    like = next(model.parameters())
+    reader = ImageReader(_image_channels(model), mean, std, like.device, like.dtype)
+    if isinstance(model, nn.Sequential):  # which would run it as its last layer
+        return nn.Sequential(OrderedDict(image_reader=reader, network=model)).train(model.training)
+    model.image_reader = reader.train(model.training)
+    return model
 
 
 def _link_heads(model: nn.Module) -> None:

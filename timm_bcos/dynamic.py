@@ -4,22 +4,18 @@ Outputs stay what they are; only the graph that autograd records changes. Everyt
 not the linear path is treated as a constant (detached): cosine factors, norm statistics, attention weights, gates.
 One backward pass from a logit then gives that logit's row of W(x) exactly (section 3.2.1 of arXiv 2205.10268).
 
-`TABLE` says how each torch function is rewritten, which covers functions inside forwards as well as modules. A tensor
-is on the linear path when it requires a gradient: parameters are frozen in this mode, so only the image's path does.
-`declare` adds functions of your own.
+`TABLE` says how each torch function is rewritten (`timm_bcos.dynamic_table` fills it), which covers functions inside
+forwards as well as modules. A tensor is on the linear path when it requires a gradient: parameters are frozen in this
+mode, so only the image's path does. `declare` adds functions of your own.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-
-from . import functional
 
 Handler = Callable[..., Any]
 TABLE: dict[Callable[..., Any], Handler] = {}
@@ -48,7 +44,17 @@ def constant(value: Tensor) -> Tensor:
 def declare(*functions: Callable[..., Any]) -> Callable[[Handler], Handler]:
     """Decorator: how `functions` are rewritten in explanation mode.
 
-    The handler receives the function and then its arguments, and returns the same value with the gradient wanted.
+    The handler receives the function and then its arguments, and returns the same value with the gradient wanted: that
+    of a linear map, everything else being constant. Without a handler a function is differentiated as it is, which is
+    right for linear and piecewise linear ones. `timm_bcos.check` tells whether a network is exact.
+
+    Example:
+        >>> @timm_bcos.declare(my_gate)  # a gate: what it returns only scales
+        ... def _(func, x):
+        ...     return func(x.detach())
+        >>> @timm_bcos.declare(my_product)  # a product of two activations: half each
+        ... def _(func, a, b):
+        ...     return 0.5 * func(a, b.detach()) + 0.5 * func(a.detach(), b)
     """
 
     def register(handler: Handler) -> Handler:
@@ -102,289 +108,3 @@ def explanation_mode(model: nn.Module) -> Iterator[nn.Module]:
             parameter.requires_grad_(True)
         for module in checkpointing:
             module.grad_checkpointing = True  # type: ignore[assignment]
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
-
-
-# Statistics and gates: what they return only scales the linear path.
-
-
-@declare(
-    functional.patch_norm,
-    functional.feature_norm,
-    torch.sigmoid,
-    torch.Tensor.sigmoid,
-    torch.Tensor.sigmoid_,
-    F.sigmoid,
-    F.hardsigmoid,
-    torch.softmax,
-    torch.Tensor.softmax,
-    F.softmax,
-    F.log_softmax,
-    torch.var,
-    torch.Tensor.var,
-    torch.std,
-    torch.Tensor.std,
-    torch.norm,
-    torch.Tensor.norm,
-    torch.linalg.vector_norm,
-    F.normalize,
-    torch.sqrt,
-    torch.Tensor.sqrt,
-    torch.rsqrt,
-    torch.Tensor.rsqrt,
-    torch.exp,
-    torch.Tensor.exp,
-)
-def _gate(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return func(*map(_detached, args), **kwargs)
-
-
-# Activations: a(x) = a(0) + x · slope, the slope a constant.
-
-
-@declare(
-    F.gelu,
-    F.silu,
-    F.mish,
-    F.hardswish,
-    F.elu,
-    F.celu,
-    F.selu,
-    F.softplus,
-    F.relu6,
-    F.hardtanh,
-    F.softsign,
-    F.tanh,
-    torch.tanh,
-    torch.Tensor.tanh,
-    torch.Tensor.tanh_,
-)
-def _activation(func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if not on_linear_path(x):
-        return func(x, *args, **kwargs)
-    kwargs.pop("inplace", None)
-    point = _detached(x)
-    at_zero = func(torch.zeros_like(point), *args, **kwargs)
-    point = torch.where(point == 0, torch.finfo(point.dtype).eps, point)  # any slope serves at 0; take the tangent's
-    slope = (func(point.clone(), *args, **kwargs) - at_zero) / point
-    return x * slope + constant(at_zero) if at_zero.any() else x * slope
-
-
-@declare(functional.max_out)
-def _max_out(func: Any, x: Tensor, units: int, dim: int) -> Tensor:
-    """Linear already: the winner is passed on. This form also carries forward-mode derivatives."""
-    return x.unflatten(dim, (-1, units)).max(dim + 1 if dim >= 0 else dim).values
-
-
-@declare(functional.scale_by_cosine)
-def _scale_by_cosine(func: Callable[..., Any], linear: Tensor, norm: Tensor, b: float, gamma: float) -> Tensor:
-    return linear * functional.cosine_factor(_detached(linear), _detached(norm), b, gamma).to(linear.dtype)
-
-
-# Norms: statistics are constants; subtracting the mean of x's own features is linear.
-
-
-@declare(F.batch_norm)
-def _batch_norm(
-    func: Any,
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    if training or not on_linear_path(x):
-        return func(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    scale = (running_var + eps).rsqrt() if weight is None else weight * (running_var + eps).rsqrt()
-    shift = -running_mean * scale if bias is None else bias - running_mean * scale
-    shape = (1, -1) + (1,) * (x.ndim - 2)
-    return x * scale.reshape(shape).to(x.dtype) + constant(shift.reshape(shape).to(x.dtype))
-
-
-def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    y = y if weight is None else y * weight
-    return y if bias is None else y + constant(bias)
-
-
-@declare(F.layer_norm)
-def _layer_norm(
-    func: Any,
-    x: Tensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    if not on_linear_path(x):
-        return func(x, normalized_shape, weight, bias, eps)
-    dims = tuple(range(-len(normalized_shape), 0))
-    variance = _detached(x).var(dims, correction=0, keepdim=True)
-    return _affine((x - x.mean(dims, keepdim=True)) * (variance + eps).rsqrt(), weight, bias)
-
-
-@declare(F.group_norm)
-def _group_norm(
-    func: Any, x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> Tensor:
-    if not on_linear_path(x):
-        return func(x, num_groups, weight, bias, eps)
-    shape = (-1,) + (1,) * (x.ndim - 2)
-    grouped = x.unflatten(1, (num_groups, -1)).flatten(2)
-    normed = _layer_norm(F.layer_norm, grouped, grouped.shape[-1:], None, None, eps).reshape(x.shape)
-    return _affine(
-        normed, None if weight is None else weight.reshape(shape), None if bias is None else bias.reshape(shape)
-    )
-
-
-@declare(F.rms_norm)
-def _rms_norm(
-    func: Any, x: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
-) -> Tensor:
-    if not on_linear_path(x):
-        return func(x, normalized_shape, weight, eps)
-    dims = tuple(range(-len(normalized_shape), 0))
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
-    return _affine(x * (_detached(x).square().mean(dims, keepdim=True) + eps).rsqrt(), weight, None)
-
-
-# Linear maps with a bias.
-
-
-def _with_bias(
-    func: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor | None, rest: Any, kw: Any, shape: Any
-) -> Tensor:
-    if bias is None or not on_linear_path(x):
-        return func(x, weight, bias, *rest, **kw)
-    return func(x, weight, None, *rest, **kw) + constant(bias.reshape(shape))
-
-
-@declare(F.conv2d, torch.conv2d)
-def _conv2d(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **kwargs: Any) -> Tensor:
-    return _with_bias(func, input, weight, bias, rest, kwargs, (-1, 1, 1))
-
-
-@declare(F.conv1d, torch.conv1d)
-def _conv1d(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **kwargs: Any) -> Tensor:
-    return _with_bias(func, input, weight, bias, rest, kwargs, (-1, 1))
-
-
-@declare(F.linear)
-def _linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return _with_bias(func, input, weight, bias, (), {}, (-1,))
-
-
-@declare(F.scaled_dot_product_attention)
-def _attention(
-    func: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """The attention weights, recovered as the output for an identity matrix of values, are constants."""
-    identity = torch.eye(key.shape[-2], dtype=value.dtype, device=value.device).expand(*key.shape[:-1], -1)
-    weights = func(
-        _detached(query), _detached(key), identity, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
-    return weights @ value
-
-
-@declare(functional.to_logits)
-def _to_logits(func: Any, y: Tensor, temperature: float, logit_bias: float) -> Tensor:
-    if not on_linear_path(y):
-        return func(y, temperature, logit_bias)
-    y = y / temperature
-    return y + constant(torch.full((), logit_bias, dtype=y.dtype, device=y.device))
-
-
-# Sums with a constant, and products of two factors that both depend on the image.
-
-
-def _addend(value: Any, like: Tensor) -> Any:
-    """An operand of a sum with the linear path: marked as a constant unless it is on the path itself."""
-    if on_linear_path(value):
-        return value
-    if not isinstance(value, Tensor):
-        return constant(torch.full((), value, dtype=like.dtype, device=like.device)) if value else value
-    return constant(value)
-
-
-@declare(
-    torch.add,
-    torch.sub,
-    torch.Tensor.add,
-    torch.Tensor.sub,
-    torch.Tensor.__add__,
-    torch.Tensor.__radd__,
-    torch.Tensor.__sub__,
-    torch.Tensor.__rsub__,
-    torch.Tensor.__iadd__,
-    torch.Tensor.__isub__,
-    torch.Tensor.add_,
-    torch.Tensor.sub_,
-    torch.rsub,
-)
-def _sum(func: Callable[..., Any], a: Any, b: Any, **kwargs: Any) -> Any:
-    if on_linear_path(a):
-        return func(a, _addend(b, a), **kwargs)
-    if on_linear_path(b):  # a constant cannot be changed in place into what depends on the image
-        return _OUT_OF_PLACE.get(func, func)(_addend(a, b), b, **kwargs)
-    return func(a, b, **kwargs)
-
-
-_OUT_OF_PLACE: dict[Any, Any] = {
-    torch.Tensor.__iadd__: torch.add,
-    torch.Tensor.add_: torch.add,
-    torch.Tensor.__isub__: torch.sub,
-    torch.Tensor.sub_: torch.sub,
-    torch.Tensor.__imul__: torch.mul,
-    torch.Tensor.mul_: torch.mul,
-}
-
-
-@declare(torch.addcmul, torch.Tensor.addcmul)
-def _addcmul(func: Any, input: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
-    return _sum(torch.add, input, _product(torch.mul, a, b) * value)
-
-
-@declare(torch.cat, torch.concat, torch.stack)
-def _join(func: Callable[..., Any], tensors: Any, *args: Any, **kwargs: Any) -> Tensor:
-    if any(on_linear_path(t) for t in tensors):
-        tensors = [_addend(t, t) for t in tensors]
-    return func(tensors, *args, **kwargs)
-
-
-@declare(
-    torch.mul,
-    torch.Tensor.mul,
-    torch.Tensor.__mul__,
-    torch.Tensor.__rmul__,
-    torch.Tensor.__imul__,
-    torch.Tensor.mul_,
-    torch.matmul,
-    torch.Tensor.matmul,
-    torch.Tensor.__matmul__,
-    torch.bmm,
-    torch.Tensor.bmm,
-)
-def _product(func: Callable[..., Any], a: Any, b: Any) -> Any:
-    """Two factors on the linear path share the product, half each; with one there is nothing to decide."""
-    if not (on_linear_path(a) and on_linear_path(b)):
-        return func(a, b)
-    func = _OUT_OF_PLACE.get(func, func)
-    return 0.5 * func(a, _detached(b)) + 0.5 * func(_detached(a), b)
-
-
-@declare(torch.div, torch.Tensor.div, torch.Tensor.__truediv__)
-def _quotient(func: Callable[..., Any], a: Any, b: Any, **kwargs: Any) -> Any:
-    return func(a, _detached(b), **kwargs)

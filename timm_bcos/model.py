@@ -140,7 +140,8 @@ def adopt_class(model: nn.Module, config: BcosConfig, rules: dict[type[nn.Module
     """Give a converted network its class: its own, with `BcosModel` mixed in. It pickles, copies and scripts."""
     if not isinstance(model, BcosModel):
         plain: Any = type(model)
-        model.__class__ = _bcos_class(plain, isinstance(getattr(model, "image_reader", None), ImageReader))
+        has_reader = isinstance(getattr(model, "image_reader", None), ImageReader)
+        model.__class__ = _bcos_class(plain, has_reader and not isinstance(model, nn.Sequential))
     model.bcos_config = config  # type: ignore[assignment]
     model.bcos_rules = rules  # type: ignore[assignment]
     return model

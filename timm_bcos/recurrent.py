@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dynamic import _activation, _linear, declare, on_linear_path
+from .dynamic import declare, on_linear_path
+from .dynamic_table import _activation, _linear
 
 __all__: list[str] = []
 
