@@ -15,6 +15,7 @@ import json
 import multiprocessing.connection
 import random
 import signal
+import sys
 import time
 import warnings
 from collections import defaultdict
@@ -305,6 +306,32 @@ def summary(rows: list[Row]) -> str:
     )
 
 
+EXPLANATION = """\
+| column | what it says |
+| --- | --- |
+| params | millions of parameters |
+| size | image size, the smallest of a few that the architecture takes |
+| error64, error32 | distance of Σ contributions + bias from the logit, relative to logit − logit bias; \
+goals {error64:g} and {error32:g} |
+| image_share | what the image explains of logit − logit bias; the rest comes from constants |
+| bcos_share | share of the weights that are in B-cos layers |
+| shift | largest change of a logit in explanation mode, relative, float64 |
+| gradients | whether one training step reaches every parameter with a finite gradient |
+| preserving | largest relative error of the logits after conversion with B = 1 and biases, float32; \
+goal {preserving:g} |
+"""
+
+
+def document(rows: list[Row], arguments: list[str]) -> str:
+    """The page COVERAGE.md."""
+    versions = f"timm {timm.__version__}, torch {torch.__version__}, timm_bcos {timm_bcos.__version__}"
+    command = " ".join(["python scripts/coverage.py", *(a for a in arguments if not a.startswith("/"))])
+    return (
+        f"# Coverage\n\nMade by `{command}` with {versions}. Networks are untrained; the photo is "
+        f"`scripts/photos/{PHOTO.name}`.\n\n{summary(rows)}.\n\n{EXPLANATION.format(**GOALS)}\n{markdown(rows)}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="only these architectures or files")
@@ -314,13 +341,15 @@ def main() -> None:
     parser.add_argument("--shard", default="1/1", help="i/n: every n-th pair, from the i-th")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seconds", type=int, default=600, help="per architecture")
-    parser.add_argument("--out", type=Path, default=Path("coverage"))
+    parser.add_argument("--out", type=Path, default=Path("coverage"), help="rows of earlier runs, and the tables")
+    parser.add_argument("--table", type=Path, help="where the Markdown table goes instead")
     args = parser.parse_args()
     args.out.mkdir(exist_ok=True)
     first, shards = map(int, args.shard.split("/"))
     pairs = choose(args, all_architectures(args.out / "parameters.json", args.jobs))[first - 1 :: shards]
     rows = run(pairs, args.out / "rows.jsonl", args.jobs, args.seconds)
-    (args.out / "coverage.md").write_text(summary(rows) + "\n\n" + markdown(rows))
+    with timm_bcos.files.atomic_path(args.table or args.out / "coverage.md") as path:
+        path.write_text(document(rows, sys.argv[1:]))
     with (args.out / "coverage.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
         writer.writeheader()
