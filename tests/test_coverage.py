@@ -136,6 +136,8 @@ def test_positions_in_the_attention_leave_the_logit_to_the_image(name: str, kwar
         assert not torch.allclose(model(x), model(moved)), "positions still matter"
     assert abs(shares[0] - 1) > 1e-3
     assert shares[1] == pytest.approx(1, abs=1e-10)
+    kept = timm.create_model(name, img_size=64, num_classes=5, **kwargs).state_dict()
+    assert kept.keys() == model.state_dict().keys(), "pretrained weights load"
     twin = copy.deepcopy(model)
     torch.testing.assert_close(twin(x), model(x))
     assert twin.positions is not model.positions
@@ -144,8 +146,10 @@ def test_positions_in_the_attention_leave_the_logit_to_the_image(name: str, kwar
 
 def test_confined_positions_are_the_same_attention() -> None:
     """Literal twin: queries and keys of tokens plus positions, values of tokens alone."""
-    qkv, positions = nn.Linear(6, 18).double(), timm_bcos.positions.Positions()
-    layer = PositionedQkv(qkv, positions)
+    qkv = timm_bcos.BcosLinear(6, 18, bias=True, b=1, normalize_weight=False).double()
+    nn.init.normal_(qkv.bias)
+    positions = timm_bcos.positions.Positions()
+    layer = PositionedQkv.from_linear(qkv, positions)
     x, constants = torch.rand(2, 4, 6, dtype=torch.float64), torch.rand(1, 4, 6, dtype=torch.float64)
     stream = positions.split_off(lambda t: t + constants, x)
     torch.testing.assert_close(stream, x)

@@ -6,6 +6,7 @@ values: the image then explains the whole logit. A token that is nothing but a c
 and collects what it attends to.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UnsupportedModuleError
+from .layers import BcosLinear
 
 __all__ = ["PositionedQkv", "Positions", "attention_blocks", "confine_positions"]
 
@@ -32,32 +34,31 @@ class Positions:
         return embed(x) - self.tokens
 
 
-class PositionedQkv(nn.Module):
+class PositionedQkv(BcosLinear):
     """A projection to queries, keys and values whose queries and keys also see the positions.
 
-    Args:
-        qkv: The projection, of D features to 3 · D', queries and keys first.
+    Attributes:
         positions: What `Positions.split_off` left.
 
-    Shape: (N, L, D) to (N, L, 3 · D').
+    Shape: (N, L, D) to (N, L, 3 · D'), queries and keys first.
     """
 
-    def __init__(self, qkv: nn.Module, positions: Positions) -> None:
-        super().__init__()
-        self.qkv = qkv
-        self.positions = positions
+    positions: Positions
 
-    @property
-    def weight(self) -> Tensor:
-        """The projection's weight, which timm's blocks look at."""
-        return self.qkv.weight  # type: ignore[return-value]
+    @classmethod
+    def from_linear(cls, qkv: BcosLinear, positions: Positions) -> "PositionedQkv":
+        """The same layer, parameters included, with positions."""
+        new = copy.copy(qkv)
+        new.__class__ = cls
+        new.positions = positions  # type: ignore[assignment]
+        return new  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.positions.tokens
         if tokens is None:
             raise RuntimeError("the attention ran without the network's embedding before it")
-        query, key, value = self.qkv(x).chunk(3, dim=-1)
-        query_position, key_position, _ = self.qkv(tokens).chunk(3, dim=-1)
+        query, key, value = self.respond(x).chunk(3, dim=-1)
+        query_position, key_position, _ = self.respond(tokens).chunk(3, dim=-1)
         return torch.cat([query + query_position, key + key_position, value], dim=-1)
 
 
@@ -67,7 +68,7 @@ def attention_blocks(model: Any) -> list[Any]:
     Raises:
         UnsupportedModuleError: For any other network.
     """
-    blocks = [m for m in model.modules() if isinstance(getattr(m, "qkv", None), nn.Linear | PositionedQkv)]
+    blocks = [m for m in model.modules() if isinstance(getattr(m, "qkv", None), nn.Linear)]
     drops_patches = not isinstance(getattr(model, "patch_drop", None), nn.Identity)
     if blocks and hasattr(model, "_pos_embed") and not drops_patches:
         return blocks
@@ -82,4 +83,4 @@ def confine_positions(model: Any) -> None:
     """Let a converted vision transformer's constants act in its attention only; see this module's description."""
     model.positions = Positions()
     for block in attention_blocks(model):
-        block.qkv = PositionedQkv(block.qkv, model.positions)
+        block.qkv = PositionedQkv.from_linear(block.qkv, model.positions)

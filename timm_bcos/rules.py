@@ -320,5 +320,6 @@ RULES: dict[type[nn.Module], Rule] = {
         BcosConv2d, BcosStem, ImageReader, BcosConvClassifier, BcosLinear, BcosLinearClassifier, BcosPool2d,
         BcosFlatten, UncentredBatchNorm1d, UncentredBatchNorm2d,
     ),
-    **_table(keep, PositionedQkv, UncentredBatchNormAct2d, *AVERAGED.values(), *WIDE.values()),
+    **_table(keep_whole, PositionedQkv),
+    **_table(keep, UncentredBatchNormAct2d, *AVERAGED.values(), *WIDE.values()),
 }  # fmt: skip
