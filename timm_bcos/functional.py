@@ -64,6 +64,8 @@ def unit_weight(weight: Tensor, power: float = 1.0) -> Tensor:
         weight: (O, ...), one row per output unit.
         power: 1 for unit norm; 1/2 leaves rows of norm √‖w‖, whose B = 2 unit has the amplitude of w itself.
     """
+    if not torch.jit.is_scripting() and has_torch_function_unary(weight):
+        return handle_torch_function(unit_weight, (weight,), weight, power)
     norm = row_norm(weight)
     norm = norm + (norm == 0).to(norm.dtype)  # a row of zeros stays one
     return weight * norm.pow(-power).reshape([-1] + [1] * (weight.ndim - 1))
