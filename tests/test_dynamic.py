@@ -45,6 +45,8 @@ FUNCTIONS = {
     "linear": lambda x: F.linear(x, WEIGHT, BIAS),
     "conv1d": lambda x: F.conv1d(x[:, :, None], WEIGHT[:, :, None], BIAS),
     "conv2d": lambda x: F.conv2d(x[:, :, None, None], WEIGHT[:, :, None, None], BIAS),
+    "conv3d": lambda x: F.conv3d(x[:, :, None, None, None], WEIGHT[:, :, None, None, None], BIAS),
+    "conv transpose": lambda x: F.conv_transpose2d(x[:, :, None, None], WEIGHT[:, :, None, None], BIAS, stride=2),
     "layer norm": lambda x: F.layer_norm(x, (6,), STATS, BIAS),
     "group norm": lambda x: F.group_norm(x[:, :, None], 2, STATS, BIAS),
     "rms norm": lambda x: F.rms_norm(x, (6,), STATS),

@@ -200,14 +200,16 @@ def _with_bias(
     return func(x, weight, None, *rest, **kw) + constant(bias.reshape(shape))
 
 
-@declare(F.conv2d, torch.conv2d)
-def _conv2d(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **kwargs: Any) -> Tensor:
-    return _with_bias(func, input, weight, bias, rest, kwargs, (-1, 1, 1))
-
-
-@declare(F.conv1d, torch.conv1d)
-def _conv1d(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **kwargs: Any) -> Tensor:
-    return _with_bias(func, input, weight, bias, rest, kwargs, (-1, 1))
+@declare(
+    torch.conv1d,
+    torch.conv2d,
+    torch.conv3d,
+    torch.conv_transpose1d,
+    torch.conv_transpose2d,
+    torch.conv_transpose3d,
+)
+def _convolution(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **kw: Any) -> Tensor:
+    return _with_bias(func, input, weight, bias, rest, kw, (-1,) + (1,) * (weight.ndim - 2))
 
 
 @declare(F.linear)

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm import layers as timm_layers
-from timm.layers import activations, adaptive_avgmax_pool, norm_act
-from timm.layers.grn import GlobalResponseNorm
+from timm.layers import activations, norm_act
 from timm.models import _efficientnet_blocks
 from torch import Tensor, nn
 
@@ -297,20 +296,14 @@ RULES: dict[type[nn.Module], Rule] = {
         timm_layers.SEModule, timm_layers.SqueezeExcite, _efficientnet_blocks.SqueezeExcite, timm_layers.EcaModule,
         timm_layers.GlobalContext,
     ),
-    # linear as they are, or without effect in evaluation
+    # linear as they are, or without effect in evaluation; timm's containers need no entry
     **_table(
         keep,
-        nn.Identity, nn.Dropout, nn.Dropout2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
-        timm_layers.AdaptiveAvgMaxPool2d, adaptive_avgmax_pool.AdaptiveCatAvgMaxPool2d, nn.Upsample, nn.ZeroPad2d,
-        nn.AvgPool1d, nn.MaxPool1d, nn.Unfold, nn.Fold, nn.PixelShuffle, nn.PixelUnshuffle, nn.ReflectionPad2d,
-        nn.ReplicationPad2d, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d, nn.AdaptiveAvgPool1d, nn.Dropout1d,
-        nn.Unflatten, nn.ParameterList, nn.ChannelShuffle, nn.AlphaDropout,
-        nn.Sequential, nn.ModuleList, nn.ModuleDict, timm_layers.DropPath, timm_layers.DropBlock2d,
-        timm_layers.PatchDropout, timm_layers.BlurPool2d, timm_layers.LayerScale,
-        timm_layers.ClassifierHead, timm_layers.NormMlpClassifierHead, timm_layers.ConvNormAct, timm_layers.PatchEmbed,
-        timm_layers.Mlp, timm_layers.SwiGLU, timm_layers.GlobalResponseNormMlp, GlobalResponseNorm,
-        timm_layers.Attention, timm_layers.AttentionPoolLatent, timm_layers.MixedConv2d,
-        timm_layers.DiffAttention,
+        nn.Identity, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.Unflatten, nn.Dropout,
+        nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.AvgPool1d, nn.AvgPool2d, nn.MaxPool1d, nn.AdaptiveAvgPool1d,
+        nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d,
+        nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.Unfold, nn.Fold, nn.PixelShuffle, nn.PixelUnshuffle,
+        nn.ChannelShuffle,
     ),
     # linear maps and norms that explanation mode covers, without a B-cos form yet
     **_table(keep_whole, timm_layers.CondConv2d, timm_layers.EvoNorm2dS0),
@@ -318,8 +311,7 @@ RULES: dict[type[nn.Module], Rule] = {
     **_table(
         keep_whole,
         BcosConv2d, BcosStem, ImageReader, BcosConvClassifier, BcosLinear, BcosLinearClassifier, BcosPool2d,
-        BcosFlatten, UncentredBatchNorm1d, UncentredBatchNorm2d,
+        BcosFlatten, UncentredBatchNorm1d, UncentredBatchNorm2d, PositionedQkv,
     ),
-    **_table(keep_whole, PositionedQkv),
     **_table(keep, UncentredBatchNormAct2d, *AVERAGED.values(), *WIDE.values()),
 }  # fmt: skip
