@@ -45,7 +45,7 @@ def test_every_registered_network_is_exact(name: str) -> None:
     size = 299 if "inception" in name else 32 if "cnn9" in name else 96
     model, x = small(name, num_classes=10, **(dict(img_size=size) if "vit" in name else {})), real_image(size)
     enliven(model.eval(), x)
-    if sum(p.numel() for p in model.parameters()) < 60 * MILLION:
+    if sum(p.numel() for p in model.parameters()) < 55 * MILLION:
         assert_exact(model, x, 1e-4)
     assert_exact(model.double(), x.double(), 1e-10)
 
