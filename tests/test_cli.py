@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 import timm_bcos
 from timm_bcos import BcosError, CheckpointError, TargetError
 from timm_bcos.checkpoints import load_weights, read_state_dict
-from timm_bcos.cli import app, class_names, find_class, load_model, open_photo
+from timm_bcos.cli import app
+from timm_bcos.load import class_names, find_class, load_model
+from timm_bcos.photos import open_photo
 
 
 @pytest.fixture

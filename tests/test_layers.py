@@ -123,6 +123,15 @@ def test_uncentred_norm() -> None:
     )
 
 
+def test_batch_norm_without_momentum_averages_all_batches() -> None:
+    norm = UncentredBatchNorm2d(3, momentum=None, dtype=Double)
+    batches = torch.randn(3, 4, 3, 5, 5, dtype=Double)
+    for x in batches:
+        norm(x)
+    expected = torch.stack([x.var((0, 2, 3), correction=0) for x in batches]).mean(0)
+    torch.testing.assert_close(norm.running_var, expected)
+
+
 def test_uncentred_norm_agrees_with_the_official_package() -> None:
     norms = pytest.importorskip("bcos.modules.norms.uncentered_norms.batchnorm_uncentered")
     theirs, ours = norms.BatchNormUncentered2d(3).double(), UncentredBatchNorm2d(3, dtype=Double)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import timm_bcos
 from timm_bcos.checkpoints import read_state_dict
-from timm_bcos.cli import class_names, open_photo
+from timm_bcos.load import class_names
+from timm_bcos.photos import open_photo
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"

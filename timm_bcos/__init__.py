@@ -8,19 +8,29 @@ Importing this package registers its networks with timm:
     >>> explanation.plot()
 """
 
+__version__ = "0.1.0"
+
 from . import bcos_models, dynamic_table, model, recurrent, render  # noqa: F401  (some register as they are imported)
 from .check import Check, check, settle
 from .config import BcosConfig
 from .convert import bcosify
 from .dynamic import constant, declare, explanation_mode, on_linear_path
-from .errors import BcosError, CheckpointError, InputError, ModelStateError, TargetError, UnsupportedModuleError
+from .errors import (
+    BcosError,
+    CheckpointError,
+    InputError,
+    ModelStateError,
+    PublishError,
+    TargetError,
+    UnsupportedModuleError,
+)
 from .explain import Explanation, explain, explain_targets
 from .functional import encode_image
 from .layers import BcosConv2d, BcosLinear
+from .model_card import Card, Evaluation
 from .norms import UncentredBatchNorm2d
+from .publish import publish, save_repository
 from .rules import RULES, Place, keep, keep_whole
-
-__version__ = "0.1.0"
 
 __all__ = [
     "RULES",
@@ -28,12 +38,15 @@ __all__ = [
     "BcosConv2d",
     "BcosError",
     "BcosLinear",
+    "Card",
     "Check",
     "CheckpointError",
+    "Evaluation",
     "Explanation",
     "InputError",
     "ModelStateError",
     "Place",
+    "PublishError",
     "TargetError",
     "UncentredBatchNorm2d",
     "UnsupportedModuleError",
@@ -48,5 +61,7 @@ __all__ = [
     "keep",
     "keep_whole",
     "on_linear_path",
+    "publish",
+    "save_repository",
     "settle",
 ]

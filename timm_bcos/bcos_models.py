@@ -17,7 +17,7 @@ from .config import BcosConfig
 from .convert import bcosify as convert
 from .networks import NETWORKS, SECOND_PAPER, Network
 from .pretrained import load_pretrained
-from .published import PUBLISHED
+from .published import PUBLISHED, hub_addresses
 from .weight_formats import convert_official_weights, convert_plain_weights
 
 PAPER_CFG: dict[str, Any] = dict(
@@ -45,10 +45,14 @@ def _cfg(network: Network, paper: dict[str, Any]) -> dict[str, Any]:
 def _cfgs() -> dict[str, Any]:
     """By name and tag; networks without published weights have one without a tag."""
     cfgs: dict[str, Any] = {"bcosify": _cfg(Network("resnet50", BcosConfig()), PAPER_CFG)}
+    hub = hub_addresses()
     for name, network in NETWORKS.items():
         cfg = _cfg(network, SECOND_PAPER_CFG if name in SECOND_PAPER else PAPER_CFG)
         published = PUBLISHED.get(name, ())
-        cfgs.update({f"{name}.{weights.tag}": cfg | weights.cfg(cfg["input_size"][-1]) for weights in published})
+        for weights in published:
+            tagged = f"{name}.{weights.tag}"
+            address = dict(hf_hub_id=hub[tagged]) if tagged in hub else {}
+            cfgs[tagged] = cfg | weights.cfg(cfg["input_size"][-1]) | address
         if not published:
             cfgs[name] = cfg
     return cfgs

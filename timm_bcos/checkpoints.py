@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .errors import CheckpointError
 from .weight_formats import convert_official_weights, convert_plain_weights
 
-__all__ = ["load_exactly", "load_weights", "read_state_dict"]
+__all__ = ["load_exactly", "load_weights", "read_state_dict", "read_training_arguments"]
 
 NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")  # where timm's train.py and others put the weights
 
@@ -24,14 +24,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: For a missing, truncated or foreign file, naming it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}")
-    try:
-        content = _read(path)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path} is no safetensors file nor PyTorch file of plain tensors: {reason}") from error
+    content = _read(Path(path))
     for key in NESTED:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -41,7 +34,28 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in content.items()}
 
 
+def read_training_arguments(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The arguments of timm's train.py that made a checkpoint; None for other weight files.
+
+    Raises:
+        CheckpointError: For a missing, truncated or foreign file.
+    """
+    content = _read(Path(path))
+    arguments = content.get("args") if isinstance(content, dict) else None
+    return vars(arguments) if isinstance(arguments, argparse.Namespace) else None
+
+
 def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    try:
+        return _parse(path)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} is no safetensors file nor PyTorch file of plain tensors: {reason}") from error
+
+
+def _parse(path: Path) -> Any:
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file

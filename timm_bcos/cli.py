@@ -1,25 +1,25 @@
 """The command `timm-bcos`."""
 
-import difflib
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import timm
 import torch
 import typer
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 from tqdm import tqdm
 
 from . import __version__
+from .autoload import autoload_file, disable_autoload, enable_autoload
 from .check import check as measure
 from .check import random_image, settle
-from .checkpoints import load_weights, read_state_dict
-from .errors import BcosError, CheckpointError, InputError, TargetError
+from .errors import BcosError, InputError
 from .explain import Explanation, explain_targets
+from .load import class_names, create_model, find_class, load_model
+from .photos import find_photos, open_photo
 from .render import save_image
+from .run import run_script
 
 app = typer.Typer(help="B-cos networks for timm: exact explanations.", no_args_is_help=True, add_completion=False)
 
@@ -50,17 +50,25 @@ def _options(
 def explain(
     photos: Annotated[list[Path], typer.Argument(help="Image files, or directories of them.")],
     model: Annotated[
-        str, typer.Option(help="A B-cos network, or a timm model, converted to one that computes the same.")
-    ],
-    checkpoint: Annotated[Path | None, typer.Option(help="Weights, of the B-cos network or of the plain one.")] = None,
+        str | None, typer.Option(help="A B-cos network, or a timm model, converted to one that computes the same.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Weights, of the B-cos network or of the plain one; train.py's say of which model."),
+    ] = None,
     target: Annotated[list[str] | None, typer.Option(help="Class name or index; repeat for several.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Without a target: how many of the most probable classes.")] = 3,
     out: Annotated[Path, typer.Option(help="Directory for the pictures.")] = Path("explanations"),
-    classes: Annotated[Path | None, typer.Option(help="Class names, one a line; ImageNet's are built in.")] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="Class names, one a line, or a directory of a directory per class.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
 ) -> None:
-    """Explain what a network sees in photos: prints the classes and writes a figure and pictures per photo."""
-    paths = list(_find_photos(photos))
+    """Explain what a network sees in photos: prints the classes and writes a figure and pictures per photo.
+
+    Without a model it is the small one that comes with the package, which knows ten kinds of clothes.
+    """
+    paths = list(find_photos(photos))
     network = load_model(model, checkpoint).eval().to(device)
     names = class_names(network, classes)
     targets = [find_class(t, names, network.num_classes) for t in target] if target else None
@@ -80,7 +88,8 @@ def check(
     size: Annotated[int | None, typer.Option(help="Image size; the network's own if not given.")] = None,
 ) -> None:
     """Measure whether a network's explanations are exact, and if not, name the module that breaks them."""
-    network = load_model(model, checkpoint, b=b, bias=False) if checkpoint else _untrained(model, b=b)
+    conversion = dict(b=b, bias=False)
+    network = load_model(model, checkpoint, **conversion) if checkpoint else create_model(model, conversion)
     network = network.eval().double()
     shape = network.pretrained_cfg.get("input_size", (3, 224, 224))
     x = random_image(network.in_chans, (size, size) if size else shape[-2:]).double()
@@ -92,6 +101,32 @@ def check(
     if not verdict.exact:
         typer.echo(f"  breaks at           {verdict.breaks_at or 'no single module'}")
         raise typer.Exit(1)
+
+
+@app.command(context_settings=dict(allow_interspersed_args=False, ignore_unknown_options=True))
+def run(
+    script: Annotated[Path, typer.Argument(help="A script of timm's: train.py, validate.py, inference.py, ...")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="The script's own arguments.")] = None,
+) -> None:
+    """Run a script of timm's, unchanged, with the B-cos networks registered."""
+    run_script(script, arguments or [])
+
+
+class Switch(str, Enum):
+    """What `autoload` does."""
+
+    ON, OFF, STATUS = "on", "off", "status"
+
+
+@app.command()
+def autoload(switch: Annotated[Switch, typer.Argument(help="on, off or status")] = Switch.STATUS) -> None:
+    """Make every `import timm` of this Python find the B-cos networks, or no longer."""
+    if switch is Switch.ON:
+        enable_autoload()
+    elif switch is Switch.OFF:
+        disable_autoload()
+    state = "on" if autoload_file().exists() else "off"
+    typer.echo(f"autoload is {state} ({autoload_file()})")
 
 
 @dataclass
@@ -147,126 +182,3 @@ class _Explainer:
 
 def _slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
-
-
-def _find_photos(given: Iterable[Path]) -> Iterator[Path]:
-    endings = timm.data.get_img_extensions()
-    for path in given:
-        if not path.is_dir():
-            yield path
-            continue
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings)
-        if not found:
-            raise InputError(f"no photos in {path}: looked for {', '.join(sorted(endings))}")
-        yield from found
-
-
-def open_photo(path: Path) -> Image.Image:
-    """Open a photo upright, in RGB.
-
-    Raises:
-        InputError: If it is missing, no image, or truncated.
-    """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise InputError("no such file") from None
-    except UnidentifiedImageError:
-        raise InputError("not an image") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"broken image ({error})") from error
-
-
-def load_model(name: str, checkpoint: Path | None = None, **conversion: Any) -> Any:
-    """A B-cos network by name, or a timm model, converted.
-
-    Args:
-        name: timm's.
-        checkpoint: Weights of either; None for the published ones.
-        conversion: `BcosConfig` fields for a timm model; by default it computes the same as before.
-
-    Raises:
-        CheckpointError: For weights that cannot be had or do not fit.
-        TargetError: For a name that timm does not know.
-    """
-    arguments = _arguments(name, **(conversion or dict(b=1, bias=True)))
-    if checkpoint is None:
-        return _with_published_weights(name, arguments)
-    weights = read_state_dict(checkpoint)
-    classes = _count_classes(timm.create_model(**arguments, device="meta"), weights)
-    network = timm.create_model(**arguments, **classes)
-    load_weights(network, checkpoint)
-    return network
-
-
-def _untrained(name: str, **conversion: Any) -> Any:
-    return timm.create_model(**_arguments(name, **conversion))
-
-
-def _arguments(name: str, **conversion: Any) -> dict[str, Any]:
-    """For `timm.create_model`."""
-    if name.startswith(("bcos", "hf-hub:", "local-dir:")):
-        return dict(model_name=name)
-    if timm.is_model(name):
-        return dict(model_name="bcosify", arch=name, **conversion)
-    near = difflib.get_close_matches(name, timm.list_models(), n=3)
-    raise TargetError(f"timm knows no model {name!r}; close names: {', '.join(near) or 'none'}")
-
-
-def _with_published_weights(name: str, arguments: dict[str, Any]) -> Any:
-    try:
-        return timm.create_model(**arguments, pretrained=True)
-    except Exception as error:  # timm, the Hub client and urllib each raise their own
-        raise CheckpointError(
-            f"no weights for {name}: {str(error).splitlines()[0]}; give a file with --checkpoint"
-        ) from error
-
-
-def _count_classes(network: Any, weights: dict[str, Tensor]) -> dict[str, Any]:
-    """A checkpoint may have been trained on other classes than the architecture's default."""
-    head = network.get_classifier()
-    name = next((n for n, m in network.named_modules() if m is head), "")
-    found = weights.get(f"{name}.weight")
-    if found is None:
-        return {}
-    rows = found.shape[0]
-    is_plain = found.shape != head.weight.shape and found.ndim != head.weight.ndim
-    return dict(num_classes=rows if is_plain else rows // getattr(head, "max_out", 1))
-
-
-def class_names(network: Any, path: Path | None = None) -> list[str]:
-    """Names of a network's classes: from a file, its cfg, or timm's ImageNet tables; numbers where there are none."""
-    count = network.num_classes
-    if path is not None:
-        names = path.read_text().splitlines()
-        if len(names) != count:
-            raise InputError(f"{path} names {len(names)} classes, the model has {count}")
-        return names
-    labels = network.pretrained_cfg.get("label_names")
-    if labels and len(labels) == count:
-        return list(labels)
-    if count == 1000:
-        info = timm.data.ImageNetInfo()
-        return [info.index_to_description(i).split(",")[0] for i in range(count)]
-    return [f"class {i}" for i in range(count)]
-
-
-def find_class(wanted: str, names: list[str], count: int) -> int:
-    """The index of a class given by number, name, or a part of one name.
-
-    Raises:
-        TargetError: If there is none, or several.
-    """
-    if wanted.isdecimal():
-        if int(wanted) < count:
-            return int(wanted)
-        raise TargetError(f"class {wanted}: the model has {count} classes, counted from 0")
-    lower = [name.lower() for name in names]
-    matches = [i for i, name in enumerate(lower) if name == wanted.lower()]
-    matches = matches or [i for i, name in enumerate(lower) if wanted.lower() in name]
-    if len(matches) == 1:
-        return matches[0]
-    near = [names[i] for i in matches[:5]] or difflib.get_close_matches(wanted.lower(), lower, n=3)
-    problem = "several classes match" if matches else "no class is called"
-    raise TargetError(f"{problem} {wanted!r}: {', '.join(near) or 'give its index'}")

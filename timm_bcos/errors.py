@@ -32,3 +32,7 @@ class UnsupportedModuleError(BcosError, TypeError):
 
 class CheckpointError(BcosError, RuntimeError):
     """A weight file that is missing, broken, unsafe or of another network."""
+
+
+class PublishError(BcosError, RuntimeError):
+    """The Hugging Face Hub cannot be reached, or refuses an upload."""

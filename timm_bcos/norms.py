@@ -25,7 +25,7 @@ class UncentredBatchNorm2d(nn.Module):
     Args:
         num_features: Channels C.
         eps: Added to the variance.
-        momentum: Weight of the new batch in the running variance.
+        momentum: Weight of the new batch in the running variance; None averages all batches, as in torch.
 
     Shape: (N, C, H, W) to the same.
     """
@@ -34,7 +34,7 @@ class UncentredBatchNorm2d(nn.Module):
     num_batches_tracked: Tensor
 
     def __init__(
-        self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, device: Any = None, dtype: Any = None
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, device: Any = None, dtype: Any = None
     ) -> None:
         super().__init__()
         self.num_features = num_features
@@ -47,8 +47,7 @@ class UncentredBatchNorm2d(nn.Module):
     @classmethod
     def from_batch_norm(cls, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> Self:
         """Adopt the weight and the running statistics of a batch norm; its bias is left behind."""
-        momentum = 0.1 if norm.momentum is None else norm.momentum
-        new = cls(norm.num_features, norm.eps, momentum, device="meta")  # no storage: everything is adopted
+        new = cls(norm.num_features, norm.eps, norm.momentum, device="meta")  # no storage: everything is adopted
         for name in ("weight", "running_var", "num_batches_tracked"):
             setattr(new, name, getattr(norm, name))
         return new.train(norm.training)
@@ -68,7 +67,11 @@ class UncentredBatchNorm2d(nn.Module):
         y, var = divide_by_deviation(x, self.weight, self.eps)
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
-            self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
+            new = var.to(self.running_var.dtype)
+            if self.momentum is None:
+                self.running_var.lerp_(new, 1 / self.num_batches_tracked.to(new.dtype))
+            else:
+                self.running_var.lerp_(new, self.momentum)
         return y
 
     def extra_repr(self) -> str:
@@ -85,7 +88,7 @@ class UncentredBatchNorm1d(UncentredBatchNorm2d):
 class UncentredBatchNormAct2d(UncentredBatchNorm2d):
     """Uncentred batch norm with timm's drop and activation layers behind it (`timm.layers.BatchNormAct2d`)."""
 
-    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, device: Any = None,
+    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, device: Any = None,
                  dtype: Any = None) -> None:  # fmt: skip
         super().__init__(num_features, eps, momentum, device, dtype)
         self.drop: nn.Module = nn.Identity()

@@ -73,13 +73,22 @@ def _read(cfg: dict[str, Any], cache_dir: str | Path | None) -> tuple[str, State
     if origin != "hf-hub" and file:
         return str(file), read_state_dict(file)
     if hub_id:
-        name = {"filename": cfg["hf_hub_filename"]} if cfg.get("hf_hub_filename") else {}
-        source = f"hf-hub:{hub_id}"
-        return source, _told(source, lambda: load_state_dict_from_hf(hub_id, **name, cache_dir=cache_dir))
+        try:
+            return _read_from_hub(hub_id, cfg, cache_dir)
+        except CheckpointError as error:
+            if not cfg.get("url"):
+                raise
+            _logger.warning("%s; trying %s", error, cfg["url"])
     if cfg.get("url"):
         path = download(cfg["url"], cache_dir)
         return str(path), _read_or_remove(path)
     raise CheckpointError(f"no weights are published for {cfg.get('architecture', 'this model')}: {BY_HAND}")
+
+
+def _read_from_hub(hub_id: str, cfg: dict[str, Any], cache_dir: str | Path | None) -> tuple[str, StateDict]:
+    name = {"filename": cfg["hf_hub_filename"]} if cfg.get("hf_hub_filename") else {}
+    source = f"hf-hub:{hub_id}"
+    return source, _told(source, lambda: load_state_dict_from_hf(hub_id, **name, cache_dir=cache_dir))
 
 
 def _told(source: str, read: Callable[[], StateDict]) -> StateDict:

@@ -1,19 +1,31 @@
 """The weights that the papers' authors published: timm's tags, addresses, accuracies and evaluation sizes.
 
 Addresses and figures are those of the official releases. The ten hex digits that end a file's name are the start of
-its SHA-256. The first paper's release gives neither digits nor accuracies.
+its SHA-256. The first paper's release gives neither digits nor accuracies. `hub.json` lists
+the copies on the Hugging Face Hub, which are preferred; `scripts/publish.py --official` makes them and the list.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-__all__ = ["PUBLISHED", "Published"]
+__all__ = ["HUB_FILE", "PUBLISHED", "Published", "hub_addresses"]
 
 V1 = "https://nextcloud.mpi-klsb.mpg.de/index.php/s/{}/download"
 V2 = "https://github.com/B-cos/B-cos-v2/releases/download/v0.0.1-weights/{}.pth"
 
 IMAGENET_NOTE = "trained on ImageNet-1k, whose terms allow non-commercial research only and may apply to the weights"
 V1_NOTE = "the authors' licence allows non-commercial research, education and art only"
+
+
+HUB_FILE = Path(__file__).with_name("hub.json")
+
+
+def hub_addresses() -> dict[str, str]:
+    """Repositories on the Hugging Face Hub, by name and tag of the network."""
+    addresses: dict[str, str] = json.loads(HUB_FILE.read_text())
+    return addresses
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,153 @@
+"""Networks by name or from a checkpoint, and the names of their classes: what the command line and scripts share."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import timm
+import timm.utils
+from torch import Tensor
+
+from .checkpoints import load_weights, read_state_dict, read_training_arguments
+from .errors import CheckpointError, InputError, TargetError
+
+__all__ = ["class_names", "create_model", "find_class", "load_model", "read_class_names"]
+
+EMBEDDED = "bcos_efficientnet_lite0"  # its weights come with the package
+DATA_ARGUMENTS = ("input_size", "crop_pct", "interpolation")  # of train.py, which are also fields of a pretrained cfg
+
+
+def load_model(name: str | None = None, checkpoint: Path | None = None, **conversion: Any) -> Any:
+    """A B-cos network with weights; a timm model is converted to one.
+
+    Args:
+        name: timm's. None for the one that a checkpoint of timm's train.py was trained as.
+        checkpoint: Weights, of the B-cos network or of the plain one; None for the published ones.
+        conversion: `BcosConfig` fields for a timm model; by default it computes the same as before.
+
+    Raises:
+        CheckpointError: For weights that cannot be had or do not fit.
+        TargetError: For a name that timm does not know.
+    """
+    if checkpoint is None:
+        return _with_published_weights(name or EMBEDDED, conversion)
+    trained = read_training_arguments(checkpoint)
+    if name is None and trained is None:
+        raise CheckpointError(f"{checkpoint} does not say of which network it is: name it with --model")
+    network = _as_trained(trained, conversion) if trained and name is None else _that_fits(name, checkpoint, conversion)
+    load_weights(network, checkpoint)
+    return network
+
+
+def create_model(name: str, conversion: dict[str, Any], **kwargs: Any) -> Any:
+    """`timm.create_model`, with plain networks converted.
+
+    Args:
+        name: timm's.
+        conversion: `BcosConfig` fields for a plain network; without any it computes the same as before.
+        kwargs: For `timm.create_model`.
+    """
+    if name.startswith(("bcos", "hf-hub:", "local-dir:")):
+        return timm.create_model(name, **kwargs)
+    if timm.is_model(name):
+        return timm.create_model("bcosify", arch=name, **(conversion or dict(b=1, bias=True)), **kwargs)
+    near = difflib.get_close_matches(name, timm.list_models(), n=3)
+    raise TargetError(f"timm knows no model {name!r}; close names: {', '.join(near) or 'none'}")
+
+
+def _with_published_weights(name: str, conversion: dict[str, Any]) -> Any:
+    try:
+        return create_model(name, conversion, pretrained=True)
+    except TargetError:
+        raise
+    except Exception as error:  # timm, the Hub client and urllib each raise their own
+        raise CheckpointError(
+            f"no weights for {name}: {str(error).splitlines()[0]}; give a file with --checkpoint"
+        ) from error
+
+
+def _as_trained(trained: dict[str, Any], conversion: dict[str, Any]) -> Any:
+    """The network that train.py created; images are evaluated as there."""
+    overlay = {key: trained[key] for key in DATA_ARGUMENTS if trained.get(key)}
+    channels = trained.get("in_chans") or (trained.get("input_size") or (3,))[0]
+    shape = dict(num_classes=trained["num_classes"], in_chans=channels)
+    kwargs = {key: value for key, value in trained.get("model_kwargs", {}).items() if value is not None}
+    return create_model(trained["model"], conversion, pretrained_cfg_overlay=overlay, **{**shape, **kwargs})
+
+
+def _that_fits(name: str | None, checkpoint: Path, conversion: dict[str, Any]) -> Any:
+    """The named network, with as many classes as the checkpoint has."""
+    assert name is not None
+    weights = read_state_dict(checkpoint)
+    classes = _count_classes(create_model(name, conversion, device="meta"), weights)
+    return create_model(name, conversion, **classes)
+
+
+def _count_classes(network: Any, weights: dict[str, Tensor]) -> dict[str, Any]:
+    """A checkpoint may have been trained on other classes than the architecture's default."""
+    head = network.get_classifier()
+    name = next((n for n, m in network.named_modules() if m is head), "")
+    found = weights.get(f"{name}.weight")
+    if found is None:
+        return {}
+    rows = found.shape[0]
+    is_plain = found.shape != head.weight.shape and found.ndim != head.weight.ndim
+    return dict(num_classes=rows if is_plain else rows // getattr(head, "max_out", 1))
+
+
+def class_names(network: Any, path: Path | None = None) -> list[str]:
+    """Names of a network's classes: from a file, its cfg, or timm's ImageNet tables; numbers where there are none.
+
+    Raises:
+        InputError: If the file names another number of classes.
+    """
+    count = network.num_classes
+    if path is not None:
+        return read_class_names(path, count)
+    labels = network.pretrained_cfg.get("label_names")
+    if labels and len(labels) == count:
+        return list(labels)
+    if count == 1000:
+        info = timm.data.ImageNetInfo()
+        return [info.index_to_description(i).split(",")[0] for i in range(count)]
+    return [f"class {i}" for i in range(count)]
+
+
+def read_class_names(path: Path, count: int) -> list[str]:
+    """Class names from a file, one a line, or from a directory, which has a directory of images per class.
+
+    Raises:
+        InputError: If there is neither, or with another number of classes than `count`.
+    """
+    try:
+        names = _class_directories(path) if path.is_dir() else path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"no class names in {path}: {error}") from error
+    if len(names) != count:
+        raise InputError(f"{path} names {len(names)} classes, the model has {count}")
+    return names
+
+
+def _class_directories(path: Path) -> list[str]:
+    """In the order of timm's image folders."""
+    return sorted((entry.name for entry in path.iterdir() if entry.is_dir()), key=timm.utils.natural_key)
+
+
+def find_class(wanted: str, names: list[str], count: int) -> int:
+    """The index of a class given by number, name, or a part of one name.
+
+    Raises:
+        TargetError: If there is none, or several.
+    """
+    if wanted.isdecimal():
+        if int(wanted) < count:
+            return int(wanted)
+        raise TargetError(f"class {wanted}: the model has {count} classes, counted from 0")
+    lower = [name.lower() for name in names]
+    matches = [i for i, name in enumerate(lower) if name == wanted.lower()]
+    matches = matches or [i for i, name in enumerate(lower) if wanted.lower() in name]
+    if len(matches) == 1:
+        return matches[0]
+    near = [names[i] for i in matches[:5]] or difflib.get_close_matches(wanted.lower(), lower, n=3)
+    problem = "several classes match" if matches else "no class is called"
+    raise TargetError(f"{problem} {wanted!r}: {', '.join(near) or 'give its index'}")
