@@ -52,6 +52,7 @@ class Row:
         error32: In float32.
         image_share: Share of logit − logit bias that the image explains.
         shift: Largest relative change of a logit in explanation mode, in float64.
+        rounding: Where the shift exceeds its goal: the same for an image changed in its last digits.
         bcos_share: Share of the weights that are in B-cos layers; the rest are gates, tables and what stays linear.
         gradients: 'all' if a training step gives each parameter a finite gradient, else the first without.
         preserving: Largest relative error of the logits of the function-preserving conversion, in float32.
@@ -68,6 +69,7 @@ class Row:
     error32: float | None = None
     image_share: float | None = None
     shift: float | None = None
+    rounding: float | None = None
     bcos_share: float | None = None
     gradients: str = ""
     preserving: float | None = None
@@ -149,6 +151,7 @@ def _measure(row: Row) -> None:
     row.error32 = timm_bcos.explain(model, x.float()).completeness_error.item()
     verdict = timm_bcos.check(model.double(), x)
     row.error64, row.shift, row.image_share = verdict.completeness_error, verdict.logit_shift, verdict.image_share
+    row.rounding = verdict.rounding if row.shift > verdict.tolerance else None
     row.breaks_at = verdict.breaks_at or ""
     reached = row.error64 <= GOALS["error64"] and row.error32 <= GOALS["error32"] and verdict.exact
     row.verdict = "exact" if reached else "not exact"
@@ -277,7 +280,7 @@ def read(path: Path) -> list[Row]:
 
 COLUMNS = (
     "file", "arch", "params", "size", "verdict", "error64", "error32", "image_share", "bcos_share", "shift",
-    "gradients", "preserving",
+    "rounding", "gradients", "preserving",
 )  # fmt: skip
 
 
@@ -316,6 +319,8 @@ goals {error64:g} and {error32:g} |
 | image_share | what the image explains of logit − logit bias; the rest comes from constants |
 | bcos_share | share of the weights that are in B-cos layers |
 | shift | largest change of a logit in explanation mode, relative, float64 |
+| rounding | where shift exceeds {error64:g}: the same change of an image in its last digits, which an untrained network \
+of many layers amplifies; a shift of up to ten times that is rounding |
 | gradients | whether one training step reaches every parameter with a finite gradient |
 | preserving | largest relative error of the logits after conversion with B = 1 and biases, float32; \
 goal {preserving:g} |

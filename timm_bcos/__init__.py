@@ -25,6 +25,7 @@ from .errors import (
     UnsupportedModuleError,
 )
 from .explain import Explanation, explain, explain_targets
+from .export import export_explainer
 from .functional import encode_image
 from .layers import BcosConv2d, BcosLinear
 from .model_card import Card, Evaluation
@@ -58,6 +59,7 @@ __all__ = [
     "explain",
     "explain_targets",
     "explanation_mode",
+    "export_explainer",
     "keep",
     "keep_whole",
     "on_linear_path",

@@ -21,7 +21,12 @@ from .photos import find_photos, open_photo
 from .render import save_image
 from .run import run_script
 
-app = typer.Typer(help="B-cos networks for timm: exact explanations.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="B-cos networks for timm: exact explanations.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 
 
 def main() -> None:

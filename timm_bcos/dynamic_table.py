@@ -95,10 +95,26 @@ def _activation(func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) 
         return func(x, *args, **kwargs)
     kwargs.pop("inplace", None)
     point = _detached(x)
-    at_zero = func(torch.zeros_like(point), *args, **kwargs)
     point = torch.where(point == 0, torch.finfo(point.dtype).eps, point)  # any slope serves at 0; take the tangent's
-    slope = (func(point.clone(), *args, **kwargs) - at_zero) / point
-    return x * slope + constant(at_zero) if at_zero.any() else x * slope
+    if _is_zero_at_zero(func, args, kwargs):
+        return x * (func(point.clone(), *args, **kwargs) / point)
+    at_zero = func(torch.zeros_like(point), *args, **kwargs)
+    return x * ((func(point.clone(), *args, **kwargs) - at_zero) / point) + constant(at_zero)
+
+
+def _is_zero_at_zero(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Told from the arguments alone: a look at values would end `torch.export`'s trace."""
+    if func is F.softplus:
+        return False
+    if "clamp" not in func.__name__ and "clip" not in func.__name__ and func is not F.hardtanh:
+        return True
+    low, high = (
+        args[i] if len(args) > i else kwargs.get(name, kwargs.get(f"{name}_val"))
+        for i, name in enumerate(("min", "max"))
+    )
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        return False
+    return (low is None or low <= 0) and (high is None or high >= 0)
 
 
 @declare(torch.pow, torch.Tensor.pow, torch.Tensor.__pow__, torch.square, torch.Tensor.square)

@@ -106,7 +106,8 @@ def _window_sum(x: Tensor, kernel: list[int], stride: list[int], padding: list[i
     if kernel == [1, 1] and padding == [0, 0]:
         return x[:, :, :: stride[0], :: stride[1]]
     if dilation == [1, 1] and padding[0] <= kernel[0] // 2 and padding[1] <= kernel[1] // 2:
-        return F.avg_pool2d(x, kernel, stride, padding, divisor_override=1)
+        # not `divisor_override=1`: ONNX has none, and its export drops it silently
+        return F.avg_pool2d(x, kernel, stride, padding) * (kernel[0] * kernel[1])
     ones = torch.ones([x.shape[1], 1, kernel[0], kernel[1]], dtype=x.dtype, device=x.device)
     return F.conv2d(x, ones, None, stride, padding, dilation, x.shape[1])
 
