@@ -319,8 +319,8 @@ goals {error64:g} and {error32:g} |
 | image_share | what the image explains of logit − logit bias; the rest comes from constants |
 | bcos_share | share of the weights that are in B-cos layers |
 | shift | largest change of a logit in explanation mode, relative, float64 |
-| rounding | where shift exceeds {error64:g}: the same change of an image in its last digits, which an untrained network \
-of many layers amplifies; a shift of up to ten times that is rounding |
+| rounding | where shift exceeds {error64:g}: how far the logits move when the image changes in its last digits, which \
+an untrained network of many layers amplifies; a shift of up to ten times that is rounding |
 | gradients | whether one training step reaches every parameter with a finite gradient |
 | preserving | largest relative error of the logits after conversion with B = 1 and biases, float32; \
 goal {preserving:g} |

@@ -178,11 +178,11 @@ def test_check_prints_the_verdict(weights: Path, monkeypatch: pytest.MonkeyPatch
     assert code in (0, 1) and "completeness error" in text
     assert "close names: test_resnet" in run("test_resnot", command="check")[1]
 
-    def spoiled(name: str, **conversion: object) -> torch.nn.Module:
+    def spoiled(name: str, conversion: dict[str, object]) -> torch.nn.Module:
         model = timm.create_model("bcosify", arch=name, **conversion)
         model.layer2.register_forward_hook(lambda module, args, output: output + output.frac())
         return model
 
-    monkeypatch.setattr(timm_bcos.cli, "_untrained", spoiled)
+    monkeypatch.setattr(timm_bcos.cli, "create_model", spoiled)
     code, text = run("test_resnet", "--size", 64, command="check")
     assert code == 1 and "not exact" in text and "breaks at           layer2" in text

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import real_image
+from conftest import enliven, real_image
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -17,7 +17,6 @@ from timm_bcos import InputError
 
 KINDS: list[tuple[str, dict[str, Any], int]] = [
     ("bcos_cnn9", {}, 32),
-    ("bcosv2_resnet18", {}, 64),
     ("bcosify", dict(arch="test_resnet", b=1.5), 64),
     ("bcosify", dict(arch="test_efficientnet"), 64),
     ("bcosify", dict(arch="test_vit"), 160),
@@ -25,8 +24,8 @@ KINDS: list[tuple[str, dict[str, Any], int]] = [
 IDS = [kwargs.get("arch", name) for name, kwargs, _ in KINDS]
 
 
-def create(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    return timm.create_model(name, num_classes=5, **kwargs).eval()
+def create(name: str, kwargs: dict[str, Any], size: int = 32) -> nn.Module:
+    return enliven(timm.create_model(name, num_classes=5, **kwargs), real_image(size, 2))
 
 
 def batch(size: int) -> Tensor:
@@ -35,14 +34,14 @@ def batch(size: int) -> Tensor:
 
 @pytest.mark.parametrize(("name", "kwargs", "size"), KINDS, ids=IDS)
 def test_torch_export_with_any_batch_size(name: str, kwargs: dict[str, Any], size: int) -> None:
-    model, x = create(name, kwargs), batch(size)
+    model, x = create(name, kwargs, size), batch(size)
     program = torch.export.export(model, (x[:2],), dynamic_shapes=({0: Dim("batch", min=1)},))
     torch.testing.assert_close(program.module()(x), model(x))
 
 
 @pytest.mark.parametrize(("name", "kwargs", "size"), KINDS, ids=IDS)
 def test_torch_compile_without_a_graph_break(name: str, kwargs: dict[str, Any], size: int) -> None:
-    model, x = create(name, kwargs), batch(size)
+    model, x = create(name, kwargs, size), batch(size)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # fullgraph refuses graph breaks
     torch.testing.assert_close(compiled(x), model(x))
@@ -52,7 +51,7 @@ def test_torch_compile_without_a_graph_break(name: str, kwargs: dict[str, Any], 
 def test_onnx_with_any_batch_size(name: str, kwargs: dict[str, Any], size: int, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model, x, path = create(name, kwargs), batch(size), tmp_path / "model.onnx"
+    model, x, path = create(name, kwargs, size), batch(size), tmp_path / "model.onnx"
     torch.onnx.export(model, (x[:2],), path, dynamo=True, dynamic_shapes=({0: Dim("batch", min=1)},), verbose=False)
     session = onnxruntime.InferenceSession(path)
     (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
@@ -61,7 +60,7 @@ def test_onnx_with_any_batch_size(name: str, kwargs: dict[str, Any], size: int, 
 
 @pytest.mark.parametrize(("name", "kwargs", "size"), KINDS, ids=IDS)
 def test_exported_explanations(name: str, kwargs: dict[str, Any], size: int) -> None:
-    model, x = create(name, kwargs), batch(size)
+    model, x = create(name, kwargs, size), batch(size)
     learning = [p.requires_grad for p in model.parameters()]
     program = timm_bcos.export_explainer(model, x[:2])
     assert [p.requires_grad for p in model.parameters()] == learning

@@ -68,7 +68,8 @@ def _with_published_weights(name: str, conversion: dict[str, Any]) -> Any:
 
 def _as_trained(trained: dict[str, Any], conversion: dict[str, Any]) -> Any:
     """The network that train.py created; images are evaluated as there."""
-    overlay = {key: trained[key] for key in DATA_ARGUMENTS if trained.get(key)}
+    given = {key: trained[key] for key in DATA_ARGUMENTS if trained.get(key)}
+    overlay = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     channels = trained.get("in_chans") or (trained.get("input_size") or (3,))[0]
     shape = dict(num_classes=trained["num_classes"], in_chans=channels)
     kwargs = {key: value for key, value in trained.get("model_kwargs", {}).items() if value is not None}

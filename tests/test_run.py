@@ -1,0 +1,222 @@
+"""timm's scripts with our networks: `timm-bcos run`, `autoload`, and checkpoints as timm's train.py writes them."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import PHOTOS, real_image
+from timm.optim import create_optimizer_v2
+from timm.utils import CheckpointSaver
+from typer.testing import CliRunner
+
+import timm_bcos
+from timm_bcos import BcosError, CheckpointError, InputError, autoload
+from timm_bcos.cli import app
+from timm_bcos.load import load_model, read_class_names
+
+SCRIPT = """
+import sys
+import timm
+import neighbour
+print(__name__, sys.argv, len(timm.list_models('bcos_cnn9*')), neighbour.NUMBER)
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    (tmp_path / "neighbour.py").write_text("NUMBER = 7")
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def run(*command: str, **environment: str) -> str:
+    result = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, check=False
+    )
+    return result.stdout + result.stderr
+
+
+def test_runs_a_script_with_the_networks_registered(script: Path) -> None:
+    arguments = ["--model", "bcos_cnn9", "--help", "-b", "8"]
+    output = run(sys.executable, "-W", "ignore", "-m", "timm_bcos", "run", str(script), *arguments)
+    assert output.strip() == f"__main__ {[str(script), *arguments]} 8 7"
+
+
+def test_a_missing_script_is_named(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["run", str(tmp_path / "none.py")])
+    assert isinstance(result.exception, InputError)
+    assert "none.py" in str(result.exception)
+
+
+DISTRIBUTED = """
+import timm, torch, torch.distributed as dist
+from timm.task import ClassificationTask
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = timm.create_model("bcos_cnn9", num_classes=2)
+task = ClassificationTask(model, torch.nn.CrossEntropyLoss(), device=torch.device("cpu"))
+task.prepare_distributed(device_ids=[torch.device("cpu")])
+x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(dist.get_rank()))
+task.get_trainable_module()(x).sum().backward()
+grad = model.layers[0].weight.grad if hasattr(model, "layers") else next(model.parameters()).grad
+both = [torch.empty_like(grad) for _ in range(2)]
+dist.all_gather(both, grad)
+print("same gradients", torch.equal(*both), bool(grad.any()))
+dist.destroy_process_group()
+"""
+
+
+def test_trains_in_two_processes_on_the_cpu(tmp_path: Path) -> None:
+    """As `torchrun -m timm_bcos run train.py` does; timm names the CPU as a device, which torch alone refuses."""
+    script = tmp_path / "two.py"
+    script.write_text(DISTRIBUTED)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    output = run(*torchrun, "-m", "timm_bcos", "run", str(script))
+    assert output.count("same gradients True True") == 2, output
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Site-packages of our own."""
+    monkeypatch.setattr(autoload, "autoload_file", lambda: tmp_path / "timm_bcos_autoload.pth")
+    monkeypatch.setattr("timm_bcos.cli.autoload_file", autoload.autoload_file)
+    return tmp_path
+
+
+def start_with(site: Path, code: str) -> str:
+    """What Python does where `site` is a site directory, processed twice as in environments with a lib64 link."""
+    twice = f"import site; site.addsitedir({str(site)!r}); site.addsitedir({str(site)!r})\n"
+    return run(sys.executable, "-W", "ignore", "-c", twice + code)
+
+
+def test_autoload_switches(site: Path) -> None:
+    states = [CliRunner().invoke(app, ["autoload", switch]).output for switch in ("status", "on", "status", "off")]
+    assert [text.split()[2] for text in states] == ["off", "on", "on", "off"]
+    assert list(site.iterdir()) == []
+    assert not autoload.disable_autoload()
+
+
+def test_autoload_waits_for_timm(site: Path) -> None:
+    autoload.enable_autoload()
+    assert len((site / "timm_bcos_autoload.pth").read_text().splitlines()) == 1
+    code = "import sys; print('torch' in sys.modules, 'timm_bcos' in sys.modules)\nimport importlib.util as u\n"
+    code += "u.find_spec('timm')\nimport timm; print(len(timm.list_models('bcos_cnn9*')), 'timm_bcos' in sys.modules)"
+    assert start_with(site, code).split() == ["False", "False", "8", "True"]
+    assert start_with(site, "import timm_bcos, timm; print(len(timm.list_models('bcos_cnn9*')))").split() == ["8"]
+
+
+def test_autoload_never_breaks_timm(site: Path) -> None:
+    autoload.enable_autoload()
+    output = start_with(
+        site, "import sys; sys.modules['timm_bcos'] = None\nimport timm; print(timm.is_model('resnet18'))"
+    )
+    assert "True" in output
+    assert "autoload: import timm_bcos failed" in output
+    assert str(site) in output  # what to remove
+    assert start_with(site, "print('alive')").strip() == "alive"
+
+
+def test_autoload_without_permission(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoload, "autoload_file", lambda: site / "file" / "x.pth")
+    (site / "file").write_text("in the way of a directory")
+    with pytest.raises(BcosError, match="virtual environment"):
+        autoload.enable_autoload()
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """A checkpoint as train.py writes it: with its arguments and the optimizer."""
+    torch.manual_seed(1)
+    kwargs = dict(arch="test_resnet", logit_bias=-1.5)
+    model = timm.create_model("bcosify", num_classes=4, **kwargs)
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3)
+    model(real_image(64)).sum().backward()
+    optimizer.step()
+    args = argparse.Namespace(model="bcosify", model_kwargs=kwargs, num_classes=4, in_chans=None,
+                              input_size=[3, 64, 64], crop_pct=1.0, interpolation="", img_size=None)  # fmt: skip
+    saver = CheckpointSaver(model, optimizer, args=args, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
+    saver.save_checkpoint(0, 50.0)
+    torch.save(model.eval()(real_image(64)).detach(), tmp_path / "expected.pt")
+    return tmp_path / "model_best.pth.tar"
+
+
+def test_training_checkpoints_describe_their_network(trained: Path) -> None:
+    model = load_model(checkpoint=trained).eval()
+    torch.testing.assert_close(model(real_image(64)), torch.load(trained.parent / "expected.pt"), rtol=0, atol=0)
+    cfg = timm.data.resolve_model_data_config(model)
+    assert (cfg["input_size"], cfg["crop_pct"], cfg["mean"]) == ((3, 64, 64), 1.0, (0.0, 0.0, 0.0))
+
+
+def test_explain_takes_a_training_checkpoint(trained: Path, tmp_path: Path) -> None:
+    classes = tmp_path / "classes"
+    for name in ("class10", "class9", "class2", "class1"):
+        (classes / name).mkdir(parents=True)
+    arguments = ["--checkpoint", trained, "--classes", classes, "--top", 4, "--out", tmp_path / "out"]
+    result = CliRunner().invoke(app, ["explain", str(PHOTOS / "coffee.jpg"), *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    assert all(name in result.output for name in ("class1 ", "class2 ", "class9 ", "class10 "))
+    assert read_class_names(classes, 4) == ["class1", "class2", "class9", "class10"]
+
+
+def test_checkpoints_that_do_not_say_what_they_are(trained: Path, tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1)}, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match="--model"):
+        load_model(checkpoint=tmp_path / "weights.pth")
+    cut = tmp_path / "cut.pth.tar"
+    cut.write_bytes(trained.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match=r"cut\.pth\.tar"):
+        load_model(checkpoint=cut)
+    with pytest.raises(CheckpointError, match="another architecture"):
+        load_model("bcos_cnn9", trained)
+
+
+class Planted:
+    """Unpickling it would write a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_pickles_are_never_executed(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "args": Planted(tmp_path / "executed")}, tmp_path / "evil.pth.tar")
+    with pytest.raises(CheckpointError):
+        load_model(checkpoint=tmp_path / "evil.pth.tar")
+    with pytest.raises(CheckpointError):
+        load_model("bcos_cnn9", tmp_path / "evil.pth.tar")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_resumed_training_ends_where_the_uninterrupted_does(tmp_path: Path) -> None:
+    """With timm's own saver and loader, which train.py uses."""
+
+    def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        torch.nn.functional.softplus(model(x)).mean().backward()
+        optimizer.step()
+
+    def fresh() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(3)
+        model = timm.create_model("bcosify", arch="test_resnet", num_classes=2)
+        return model, create_optimizer_v2(model, "adamw", lr=1e-2)
+
+    model, optimizer = fresh()
+    step(model, optimizer, 0)
+    saver = CheckpointSaver(model, optimizer, checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path))
+    saver.save_checkpoint(0, 1.0)
+    step(model, optimizer, 1)
+    again, its_optimizer = fresh()
+    timm.models.resume_checkpoint(again, str(tmp_path / "last.pth.tar"), its_optimizer)
+    step(again, its_optimizer, 1)
+    for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert timm_bcos.explain(again.eval(), real_image(32)).completeness_error.max() < 1e-4
