@@ -11,6 +11,7 @@ Importing this package registers its networks with timm:
 __version__ = "0.1.0"
 
 from . import bcos_models, dynamic_table, model, recurrent, render  # noqa: F401  (some register as they are imported)
+from .attribution import attribute
 from .check import Check, check, settle
 from .config import BcosConfig
 from .convert import bcosify
@@ -19,6 +20,7 @@ from .errors import (
     BcosError,
     CheckpointError,
     InputError,
+    MethodError,
     ModelStateError,
     PublishError,
     TargetError,
@@ -45,12 +47,14 @@ __all__ = [
     "Evaluation",
     "Explanation",
     "InputError",
+    "MethodError",
     "ModelStateError",
     "Place",
     "PublishError",
     "TargetError",
     "UncentredBatchNorm2d",
     "UnsupportedModuleError",
+    "attribute",
     "bcosify",
     "check",
     "constant",

@@ -36,3 +36,7 @@ class CheckpointError(BcosError, RuntimeError):
 
 class PublishError(BcosError, RuntimeError):
     """The Hugging Face Hub cannot be reached, or refuses an upload."""
+
+
+class MethodError(BcosError, ValueError):
+    """An attribution method or metric that does not exist, lacks its library, or does not suit the architecture."""

@@ -4,8 +4,7 @@ The network itself exports as timm's do (`torch.export`, ONNX, `torch.compile`).
 which these formats do not hold; traced in explanation mode it becomes part of the program.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .dynamic import explanation_mode
 from .errors import InputError
 from .functional import encode_image
+from .model import frozen
 
 __all__ = ["export_explainer"]
 
@@ -47,7 +47,7 @@ def export_explainer(model: nn.Module, x: Tensor) -> ExportedProgram:
         raise InputError(f"example images of shape {tuple(x.shape)}: give (N, C, H, W) with N of at least 2")
     target = torch.full((len(x),), -1, device=x.device)
     batch = Dim("batch", min=1)
-    with _frozen(model):
+    with frozen(model):
         traced = make_fx(_explained(model), tracing_mode="symbolic", _allow_non_fake_inputs=True)(x, target)
     return torch.export.export(traced, (x, target), dynamic_shapes=({0: batch}, {0: batch}))
 
@@ -66,16 +66,3 @@ def _explained(model: Any) -> Callable[[Tensor, Tensor], Explained]:
         return logits.detach(), weights, (weights * encoded.detach()).sum(1)
 
     return forward
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Parameters without gradients while the block runs: the trace holds none of theirs."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in learning:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)

@@ -1,17 +1,18 @@
 """Networks by name or from a checkpoint, and the names of their classes: what the command line and scripts share."""
 
 import difflib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import timm.utils
-from torch import Tensor
 
 from .checkpoints import load_weights, read_state_dict, read_training_arguments
 from .errors import CheckpointError, InputError, TargetError
 
-__all__ = ["class_names", "create_model", "find_class", "load_model", "read_class_names"]
+__all__ = ["class_names", "create_model", "find_class", "load_model", "load_plain_model", "read_class_names"]
 
 EMBEDDED = "bcos_efficientnet_lite0"  # its weights come with the package
 DATA_ARGUMENTS = ("input_size", "crop_pct", "interpolation")  # of train.py, which are also fields of a pretrained cfg
@@ -31,12 +32,14 @@ def load_model(name: str | None = None, checkpoint: Path | None = None, **conver
     """
     if checkpoint is None:
         return _with_published_weights(name or EMBEDDED, conversion)
-    trained = read_training_arguments(checkpoint)
-    if name is None and trained is None:
-        raise CheckpointError(f"{checkpoint} does not say of which network it is: name it with --model")
-    network = _as_trained(trained, conversion) if trained and name is None else _that_fits(name, checkpoint, conversion)
-    load_weights(network, checkpoint)
-    return network
+    return _with_weights(name, checkpoint, partial(create_model, conversion=conversion))
+
+
+def load_plain_model(name: str | None = None, checkpoint: Path | None = None) -> Any:
+    """A timm model as it is, B-cos or not, with weights; arguments as in `load_model`."""
+    if checkpoint is None:
+        return timm.create_model(name or EMBEDDED, pretrained=True)
+    return _with_weights(name, checkpoint, timm.create_model)
 
 
 def create_model(name: str, conversion: dict[str, Any], **kwargs: Any) -> Any:
@@ -55,6 +58,18 @@ def create_model(name: str, conversion: dict[str, Any], **kwargs: Any) -> Any:
     raise TargetError(f"timm knows no model {name!r}; close names: {', '.join(near) or 'none'}")
 
 
+def _with_weights(name: str | None, checkpoint: Path, create: Callable[..., Any]) -> Any:
+    if name is not None:
+        network = create(name, **_classes_of(checkpoint, partial(create, name)))
+    else:
+        trained = read_training_arguments(checkpoint)
+        if trained is None:
+            raise CheckpointError(f"{checkpoint} does not say of which network it is: name it with --model")
+        network = _as_trained(trained, create)
+    load_weights(network, checkpoint)
+    return network
+
+
 def _with_published_weights(name: str, conversion: dict[str, Any]) -> Any:
     try:
         return create_model(name, conversion, pretrained=True)
@@ -66,26 +81,20 @@ def _with_published_weights(name: str, conversion: dict[str, Any]) -> Any:
         ) from error
 
 
-def _as_trained(trained: dict[str, Any], conversion: dict[str, Any]) -> Any:
+def _as_trained(trained: dict[str, Any], create: Callable[..., Any]) -> Any:
     """The network that train.py created; images are evaluated as there."""
     given = {key: trained[key] for key in DATA_ARGUMENTS if trained.get(key)}
     overlay = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     channels = trained.get("in_chans") or (trained.get("input_size") or (3,))[0]
     shape = dict(num_classes=trained["num_classes"], in_chans=channels)
     kwargs = {key: value for key, value in trained.get("model_kwargs", {}).items() if value is not None}
-    return create_model(trained["model"], conversion, pretrained_cfg_overlay=overlay, **{**shape, **kwargs})
+    return create(trained["model"], pretrained_cfg_overlay=overlay, **{**shape, **kwargs})
 
 
-def _that_fits(name: str | None, checkpoint: Path, conversion: dict[str, Any]) -> Any:
-    """The named network, with as many classes as the checkpoint has."""
-    assert name is not None
-    weights = read_state_dict(checkpoint)
-    classes = _count_classes(create_model(name, conversion, device="meta"), weights)
-    return create_model(name, conversion, **classes)
-
-
-def _count_classes(network: Any, weights: dict[str, Tensor]) -> dict[str, Any]:
+def _classes_of(checkpoint: Path, create: Callable[..., Any]) -> dict[str, Any]:
     """A checkpoint may have been trained on other classes than the architecture's default."""
+    weights = read_state_dict(checkpoint)
+    network = create(device="meta")
     head = network.get_classifier()
     name = next((n for n, m in network.named_modules() if m is head), "")
     found = weights.get(f"{name}.weight")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .config import BcosConfig
 from .layers import BcosConv2d, BcosPool2d, ImageReader
 
-__all__ = ["BcosModel", "adopt_class"]
+__all__ = ["BcosModel", "adopt_class", "frozen"]
 
 
 class BcosModel:
@@ -145,3 +145,16 @@ def adopt_class(model: nn.Module, config: BcosConfig, rules: dict[type[nn.Module
     model.bcos_config = config  # type: ignore[assignment]
     model.bcos_rules = rules  # type: ignore[assignment]
     return model
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Parameters take no gradients while the block runs: only the image does."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)

@@ -1,0 +1,194 @@
+"""Attribution methods: each against what is known of it."""
+
+from typing import Any, ClassVar
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import enliven, normalised, real_image
+from torch import Tensor, nn
+
+import timm_bcos
+from timm_bcos import InputError, MethodError, ModelStateError, TargetError, attribution_methods
+from timm_bcos.attribution import METHODS, Subject, attribute, register
+
+pytest.importorskip("captum")
+FEW: dict[str, dict[str, Any]] = dict(rise=dict(masks=40), lime=dict(samples=40), smoothgrad=dict(samples=3))
+
+
+REFUSED = {
+    ("bcos", "plain"): "no B-cos network",
+    ("lrp", "converted"): "lrp has rules",
+    ("attention_rollout", "plain"): "vision transformers",
+    ("attention_rollout", "converted"): "vision transformers",
+}
+
+
+@pytest.fixture(scope="module")
+def plain() -> nn.Module:
+    torch.manual_seed(0)
+    return enliven(timm.create_model("test_resnet", num_classes=4), real_image(64, 2))
+
+
+@pytest.fixture(scope="module")
+def converted() -> nn.Module:
+    torch.manual_seed(0)
+    return enliven(timm.create_model("bcosify", arch="test_resnet", num_classes=4), real_image(64, 2))
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("kind", ["plain", "converted"])
+def test_every_method_gives_signed_maps_or_a_reason(method: str, kind: str, request: pytest.FixtureRequest) -> None:
+    model, x = request.getfixturevalue(kind), real_image(64, 2)
+    options = FEW.get(method, {})
+    if (method, kind) in REFUSED:
+        with pytest.raises(MethodError, match=REFUSED[method, kind]):
+            attribute(model, x, [1, 2], method)
+        return
+    maps = attribute(model, x, [1, 2], method, **options)
+    assert maps.shape == (2, 64, 64)
+    assert maps.isfinite().all() and not maps.requires_grad and bool(maps.any())
+    torch.testing.assert_close(attribute(model, x, [1, 2], method, **options), maps, rtol=0, atol=0)
+    one_by_one = [attribute(model, image[None], c, method, **options) for image, c in zip(x, (1, 2), strict=True)]
+    if method != "smoothgrad":  # which draws its noise for the whole batch
+        torch.testing.assert_close(torch.cat(one_by_one), maps, rtol=1e-3, atol=1e-4 * maps.abs().max().item())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_own_explanation_is_the_contribution_map(converted: nn.Module) -> None:
+    x = real_image(64, 2)
+    torch.testing.assert_close(attribute(converted, x), timm_bcos.explain(converted, x).contribution_map)
+
+
+def test_gradients_are_those_of_the_normalised_image(plain: nn.Module) -> None:
+    x = real_image(64)
+    z = normalised(x, plain.pretrained_cfg).requires_grad_()
+    (expected,) = torch.autograd.grad(plain(z)[0, 3], z)
+    std = torch.tensor(plain.pretrained_cfg["std"])[:, None, None]
+    torch.testing.assert_close(attribute(plain, x, 3, "gradient"), (expected / std).sum(1))
+    torch.testing.assert_close(attribute(plain, x, 3, "ixg"), (expected * z).sum(1))
+
+
+def test_gradients_of_a_pixel_go_through_both_its_encodings(converted: nn.Module) -> None:
+    x = real_image(64).requires_grad_()
+    (expected,) = torch.autograd.grad(converted(x)[0, 1], x)
+    found = attribute(converted, x.detach(), 1, "gradient")
+    torch.testing.assert_close(found, expected.sum(1))
+    assert found.abs().max() > 1e-3  # the two encodings of a colour would cancel if they were summed
+
+
+def test_integrated_gradients_sum_up_to_the_difference(plain: nn.Module) -> None:
+    x = real_image(64)
+    z = normalised(x, plain.pretrained_cfg)
+    with torch.no_grad():
+        difference = (plain(z) - plain(torch.zeros_like(z)))[0, 2]
+    total = attribute(plain, x, 2, "ig", n_steps=300).sum()
+    torch.testing.assert_close(total, difference, rtol=0.02, atol=0.02)
+
+
+def test_grad_cam_literally(plain: nn.Module) -> None:
+    x = real_image(64)
+    features = plain.forward_features(normalised(x, plain.pretrained_cfg)).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(plain.forward_head(features)[0, 1], features)
+    cam = (features * gradient.mean((2, 3), keepdim=True)).sum(1, keepdim=True)
+    expected = F.interpolate(cam, (64, 64), mode="bilinear")[:, 0].detach()
+    torch.testing.assert_close(attribute(plain, x, 1, "gradcam"), expected)
+    other = attribute(plain, x, 1, "gradcam", layer="layer2")
+    assert not torch.allclose(other, expected)
+    with pytest.raises(MethodError, match="no layer 'layer9'"):
+        attribute(plain, x, 1, "gradcam", layer="layer9")
+
+
+class Brightness(nn.Module):
+    """Two classes: how bright the upper left and the lower right quarter are."""
+
+    num_classes = 2
+    pretrained_cfg: ClassVar[dict[str, Any]] = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        return 20 * torch.stack([x[..., :half, :half].mean((1, 2, 3)), x[..., half:, half:].mean((1, 2, 3))], 1)
+
+
+@pytest.mark.parametrize("method", ["gradient", "ixg", "ig", "occlusion", "rise", "lime"])
+def test_methods_find_what_the_network_looks_at(method: str) -> None:
+    x = F.interpolate(0.4 + 0.3 * torch.rand(1, 3, 4, 4), 32)  # patches, which LIME can tell apart
+    options: dict[str, Any] = dict(rise=dict(masks=300, p=0.5), lime=dict(samples=200)).get(method, {})
+    maps = attribute(Brightness().eval(), x, 0, method, **options)[0]
+    assert maps[:16, :16].mean() > maps[:16, 16:].mean()
+    assert maps[:16, :16].mean() > maps[16:, 16:].mean()
+
+
+def test_rise_sums_over_all_masks() -> None:
+    """40 masks come in two portions; the literal formula over all of them, from the same random numbers."""
+    model, x = Brightness().eval(), real_image(32)
+    found = attribute(model, x, 1, "rise", masks=40, p=0.3)
+    torch.manual_seed(0)
+    masks = torch.cat([attribution_methods.rise_masks(count, 8, 0.3, (32, 32)) for count in (32, 8)])
+    scores = torch.stack([model(x * mask).softmax(1)[0, 1] for mask in masks])
+    torch.testing.assert_close(found[0], (scores[:, None, None] * masks).sum(0) / (40 * 0.3))
+
+
+def test_rise_masks_cover_p_of_the_image() -> None:
+    masks = attribution_methods.rise_masks(2000, 8, 0.1, (30, 30))
+    assert masks.shape == (2000, 30, 30)
+    assert masks.min() >= 0 and masks.max() <= 1
+    assert masks.mean().item() == pytest.approx(0.1, abs=0.01)
+
+
+def test_attention_rollout_rows_are_distributions() -> None:
+    model = timm.create_model("test_vit", num_classes=3).eval()
+    fused = [m.fused_attn for m in model.modules() if hasattr(m, "fused_attn")]
+    maps = attribute(model, real_image(160), 0, "attention_rollout")
+    assert (maps > 0).all()
+    grid = F.avg_pool2d(maps, 16)[0]  # upsampling keeps means but at the borders
+    assert grid.sum().item() <= 1.05
+    assert [m.fused_attn for m in model.modules() if hasattr(m, "fused_attn")] == fused
+
+
+def test_seeds(plain: nn.Module) -> None:
+    x, state = real_image(64), torch.random.get_rng_state()
+    a, b, c = (attribute(plain, x, 0, "rise", masks=20, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_new_methods_register_in_one_line(plain: nn.Module) -> None:
+    try:
+        register("uniform")(lambda subject, x, targets: torch.ones_like(x[:, 0]))
+        assert attribute(plain, real_image(64), 0, "uniform").sum() == 64 * 64
+    finally:
+        METHODS.pop("uniform")
+
+
+def test_probabilities_follow_the_config(plain: nn.Module, converted: nn.Module) -> None:
+    x = real_image(64)
+    assert Subject(plain).probability(x).sum().item() == pytest.approx(1)
+    torch.testing.assert_close(Subject(converted).probability(x), converted(x).sigmoid().detach())
+
+
+def test_bad_input(plain: nn.Module) -> None:
+    x = real_image(64)
+    with pytest.raises(MethodError, match="no attribution method 'grad'"):
+        attribute(plain, x, 0, "grad")
+    with pytest.raises(InputError, match=r"\[0, 1\]"):
+        attribute(plain, x * 255, 0, "ixg")
+    with pytest.raises(InputError, match=r"\(N, C, H, W\)"):
+        attribute(plain, x[0], 0, "ixg")
+    with pytest.raises(TargetError, match="0 to 3"):
+        attribute(plain, x, [4], "ixg")
+    with pytest.raises(TargetError, match="give 1 classes"):
+        attribute(plain, x, [1, 2], "ixg")
+    with pytest.raises(ModelStateError, match="training mode"):
+        attribute(timm.create_model("test_resnet"), x, 0, "ixg")
+    with pytest.raises(MethodError, match="ReLU"):
+        attribute(timm.create_model("test_vit").eval(), real_image(160), 0, "guided_backprop")
+
+
+def test_a_missing_library_names_the_extra(plain: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "lime.lime_image", None)
+    attribution_methods._library.cache_clear()
+    with pytest.raises(MethodError, match=r"timm_bcos\[attribution\]"):
+        attribute(plain, real_image(64), 0, "lime")
+    attribution_methods._library.cache_clear()

@@ -1,0 +1,154 @@
+"""The grid pointing game on cases worked by hand, and its script on a small data set."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import PHOTOS, load_script
+from PIL import Image
+from torch import Tensor, nn
+
+from timm_bcos import InputError
+from timm_bcos.evaluation import Confidence, Grid, cell_shares, compose, confidences, localisation, sample_grids
+
+script = load_script("localisation")
+
+
+def test_a_map_in_one_cell_scores_one_there() -> None:
+    maps = torch.zeros(1, 6, 6)
+    maps[0, 2:4, 4:6] = 3.0
+    expected = torch.zeros(3, 3)
+    expected[1, 2] = 1
+    assert torch.equal(cell_shares(maps, 3)[0], expected)
+
+
+def test_a_uniform_map_scores_alike_everywhere() -> None:
+    torch.testing.assert_close(cell_shares(torch.full((2, 12, 12), 0.7), 3), torch.full((2, 3, 3), 1 / 9))
+
+
+def test_only_positive_attribution_counts() -> None:
+    maps = torch.tensor([[[1.0, -5.0], [2.0, 1.0]]])
+    assert torch.equal(cell_shares(maps, 2)[0], torch.tensor([[0.25, 0.0], [0.5, 0.25]]))
+    assert torch.equal(cell_shares(-maps.abs(), 2)[0], torch.zeros(2, 2))
+
+
+def test_smoothing_spreads_over_the_border_of_cells() -> None:
+    maps = torch.zeros(1, 8, 8)
+    maps[0, 3, 0:4] = 1.0
+    assert cell_shares(maps, 2)[0, 0, 0] == 1
+    smooth = cell_shares(maps, 2, smooth=3)[0]
+    assert smooth[0, 0] < 1 and smooth[1, 0] > 0
+    assert smooth.sum().item() == pytest.approx(1)
+
+
+def found(counts: dict[int, int]) -> list[Confidence]:
+    items = [(c, k) for c, count in counts.items() for k in range(count)]
+    return [Confidence(i, c, c, 0.9 - 0.01 * k) for i, (c, k) in enumerate(items)]
+
+
+def test_grids_have_different_classes_and_the_most_confident_unused_images() -> None:
+    everything = found(dict.fromkeys(range(6), 10))
+    grids = sample_grids(everything, 2, 10)
+    assert grids == sample_grids(list(reversed(everything)), 2, 10) != sample_grids(everything, 2, 10, seed=1)
+    used: dict[int, list[int]] = {}
+    for grid in grids:
+        assert len(set(grid.classes)) == 4
+        for c, i in zip(grid.classes, grid.indices, strict=True):
+            used.setdefault(c, []).append(i)
+    for c, indices in used.items():
+        assert indices == list(range(10 * c, 10 * c + len(indices)))  # in the order of confidence, none twice
+
+
+def test_images_that_the_model_gets_wrong_are_left_out() -> None:
+    wrong = [Confidence(i, c, (c + 1) % 4, 0.4) for i, c in enumerate(range(4))]
+    with pytest.raises(InputError, match="need 4 classes"):
+        sample_grids(wrong, 2, 1)
+
+
+def test_too_few_images_are_counted() -> None:
+    with pytest.raises(
+        InputError, match=r"after 3 grids only 0 classes have unused ones, so that 2 grids \(8 images\)"
+    ):
+        sample_grids(found(dict.fromkeys(range(4), 3)), 2, 5)
+    assert len(sample_grids(found(dict.fromkeys(range(4), 3)), 2, 5, reuse=True)) == 5
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Nine classes of two crops each."""
+    for c in range(9):
+        folder = tmp_path / "data" / "test" / f"class{c}"
+        folder.mkdir(parents=True)
+        for k, photo in enumerate(sorted(PHOTOS.glob("*.jpg"))[:2]):
+            Image.open(photo).convert("RGB").resize((64, 64)).rotate(40 * c).save(folder / f"{c}_{k}.png")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("bcosify", arch="test_resnet", num_classes=9,
+                             pretrained_cfg_overlay=dict(input_size=(3, 32, 32), crop_pct=1.0)).eval()  # fmt: skip
+
+
+def test_grid_pictures_are_made_of_their_images(model: nn.Module, photos: Path) -> None:
+    dataset = timm.data.create_dataset("", root=str(photos), split="test")
+    grid = Grid(2, (0, 3, 5, 8), (0, 1, 2, 4))
+    picture = compose(model, dataset, grid)
+    assert picture.shape == (1, 3, 64, 64)
+    alone = [compose(model, dataset, Grid(1, (i,), (0,))) for i in grid.indices]
+    assert torch.equal(picture[..., :32, 32:], alone[1])
+    assert torch.equal(picture[..., 32:, :32], alone[2])
+    model.pretrained_cfg["fixed_input_size"] = True
+    assert compose(model, dataset, grid).shape == (1, 3, 32, 32)
+
+
+def test_localisation_asks_for_the_class_of_each_cell(
+    model: nn.Module, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = timm.data.create_dataset("", root=str(photos), split="test")
+    grid = Grid(2, (0, 3, 5, 8), (7, 5, 3, 1))
+
+    def perfect(model: nn.Module, x: Tensor, classes: Tensor, method: str) -> Tensor:
+        maps = torch.zeros(4, 64, 64)
+        for k, c in enumerate(classes.tolist()):
+            cell = grid.classes.index(c)
+            maps[k, 32 * (cell // 2) : 32 * (cell // 2) + 32, 32 * (cell % 2) : 32 * (cell % 2) + 32] = 1
+        return maps
+
+    monkeypatch.setattr("timm_bcos.evaluation.attribute", perfect)
+    assert localisation(model, dataset, grid).tolist() == [1, 1, 1, 1]
+
+
+def test_confidences(model: nn.Module, photos: Path) -> None:
+    dataset = timm.data.create_dataset("", root=str(photos), split="test")
+    items = list(confidences(model, dataset, batch_size=5, progress=False))
+    assert [item.index for item in items] == list(range(18))
+    assert [item.label for item in items] == [c for c in range(9) for _ in range(2)]
+    assert all(0 <= item.confidence <= 1 for item in items)
+    small = timm.create_model("bcosify", arch="test_resnet", num_classes=4).eval()
+    with pytest.raises(InputError, match="the data set has class 4"):
+        list(confidences(small, dataset, progress=False))
+
+
+def test_the_script_resumes(
+    model: nn.Module, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(script, "load_model", lambda *_: model)
+    right = [Confidence(i, i // 2, i // 2, 0.5) for i in range(18)]
+    monkeypatch.setattr(script, "confidences", lambda *_: iter(right))
+    out = tmp_path / "out"
+    arguments = ["localisation.py", "--data-dir", str(photos), "--split", "test", "--out", str(out), "--grids", "2"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--methods", "bcos", "attention_rollout", "ixg", "--n", "2"])
+    script.main()
+    whole = (out / "values.csv").read_text()
+    assert len(whole.splitlines()) == 1 + 2 * 2 * 4
+    (out / "values.csv").write_text(whole[:-30])  # as an interruption leaves it
+    script.main()
+    values = script.read_values(out / "values.csv")
+    assert sorted(values) == [(2, method, k) for method in ("bcos", "ixg") for k in (0, 1)]
+    assert "left out: attention_rollout is for vision transformers" in capsys.readouterr().out
+    assert "| 2×2 | bcos |" in (out / "summary.md").read_text()
+    assert Image.open(out / "boxes.png").width > 100

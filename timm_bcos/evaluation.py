@@ -1,0 +1,183 @@
+"""The grid pointing game: in a grid of images of different classes, how much of a class's attribution is in its cell?
+
+Section 4 of arXiv 2205.10268. A map that lies wholly in the cell of its class scores 1, a uniform one 1 / n². Grids are
+made of the images that the model is most confident of, so that it surely sees the class.
+"""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .attribution import Subject, attribute
+from .errors import InputError
+
+__all__ = ["Confidence", "Grid", "cell_shares", "confidences", "load_image", "localisation", "sample_grids"]
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """What a model says of one image of a data set.
+
+    Attributes:
+        index: Of the image in the data set.
+        label: Its class.
+        predicted: The model's.
+        confidence: Probability of the label.
+    """
+
+    index: int
+    label: int
+    predicted: int
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Grid:
+    """n² images of different classes, row by row.
+
+    Attributes:
+        n: Cells per side.
+        indices: Of the images in the data set.
+        classes: Of the cells.
+    """
+
+    n: int
+    indices: tuple[int, ...]
+    classes: tuple[int, ...]
+
+
+def load_image(dataset: Any, index: int, cfg: Mapping[str, Any]) -> tuple[Tensor, int]:
+    """One image (C, H, W) in [0, 1], cut and scaled as the model's cfg says but not normalised, and its class."""
+    transform = timm.data.create_transform(**{**cfg, "mean": (0.0,) * 3, "std": (1.0,) * 3}, is_training=False)
+    image, label = dataset[index]
+    return transform(image.convert("RGB")), int(label)
+
+
+def confidences(model: nn.Module, dataset: Any, *, batch_size: int = 64, progress: bool = True) -> Iterator[Confidence]:
+    """What a model says of every image of a labelled data set, as it comes.
+
+    Args:
+        model: A B-cos network or a plain timm model, in eval mode.
+        dataset: As `timm.data.create_dataset` makes it.
+        batch_size: Images at a time.
+        progress: Show a bar.
+
+    Raises:
+        InputError: For a data set without labels, or with other classes than the model's.
+    """
+    subject = Subject(model)
+    cfg = timm.data.resolve_model_data_config(model)
+    device = next(model.parameters()).device
+    for start in tqdm(range(0, len(dataset), batch_size), "confidences", disable=not progress):
+        indices = range(start, min(start + batch_size, len(dataset)))
+        images, labels = zip(*(load_image(dataset, i, cfg) for i in indices), strict=True)
+        wrong = [label for label in labels if not 0 <= label < subject.model.num_classes]
+        if wrong:
+            raise InputError(f"the data set has class {wrong[0]}, the model {subject.model.num_classes} classes from 0")
+        probability = subject.probability(torch.stack(images).to(device)).cpu()
+        predicted = probability.argmax(1).tolist()
+        for i, label, guess, p in zip(indices, labels, predicted, probability, strict=True):
+            yield Confidence(i, label, guess, p[label].item())
+
+
+def sample_grids(found: Sequence[Confidence], n: int, count: int, *, seed: int = 0, reuse: bool = False) -> list[Grid]:
+    """Random sets of n² classes, each with its most confident image that no grid has used yet.
+
+    Args:
+        found: What the model says of the images; only those that it gets right are taken.
+        n: Cells per side.
+        count: Grids.
+        seed: Of the choice of classes.
+        reuse: Start again with a class's first image when all have been used.
+
+    Raises:
+        InputError: If there are too few images, saying how many are missing.
+    """
+    ranked: dict[int, list[int]] = {}
+    for item in sorted(found, key=lambda item: -item.confidence):
+        if item.predicted == item.label:
+            ranked.setdefault(item.label, []).append(item.index)
+    if len(ranked) < n * n:
+        raise InputError(
+            f"{n}×{n} grids need {n * n} classes with correctly classified images, {len(ranked)} have some"
+        )
+    rng = random.Random(seed)
+    used = dict.fromkeys(ranked, 0)
+    grids: list[Grid] = []
+    while len(grids) < count:
+        free = [c for c in sorted(ranked) if reuse or used[c] < len(ranked[c])]
+        if len(free) < n * n:
+            missing = count - len(grids)
+            raise InputError(
+                f"{count} grids of {n}×{n} need more images: after {len(grids)} grids only {len(free)} classes have "
+                f"unused ones, so that {missing} grids ({missing * n * n} images) are missing; ask for fewer, or reuse"
+            )
+        classes = rng.sample(free, n * n)
+        grids.append(Grid(n, tuple(ranked[c][used[c] % len(ranked[c])] for c in classes), tuple(classes)))
+        for c in classes:
+            used[c] += 1
+    return grids
+
+
+def cell_shares(maps: Tensor, n: int, smooth: int = 1) -> Tensor:
+    """Share of the positive attribution in each cell of an n×n grid.
+
+    Args:
+        maps: Signed (N, H, W), H and W divisible by n.
+        n: Cells per side.
+        smooth: Window of a mean filter over the positive part, odd; 1 for none.
+
+    Returns:
+        (N, n, n); sums to 1, or is 0 everywhere for a map without positive attribution.
+    """
+    positive = maps.clamp(min=0)[:, None]
+    if smooth > 1:
+        positive = F.avg_pool2d(positive, smooth, 1, smooth // 2)
+    height, width = maps.shape[1] // n, maps.shape[2] // n
+    sums = F.avg_pool2d(positive, (height, width), divisor_override=1)[:, 0]
+    total = sums.sum((1, 2), keepdim=True)
+    return torch.where(total > 0, sums / total.clamp(min=torch.finfo(sums.dtype).tiny), torch.zeros_like(sums))
+
+
+def localisation(
+    model: nn.Module, dataset: Any, grid: Grid, method: str = "bcos", *, smooth: int = 1, **options: Any
+) -> Tensor:
+    """Play one grid: for each cell's class, the share of its positive attribution that lies in the cell.
+
+    Args:
+        model: A B-cos network or a plain timm model, in eval mode.
+        dataset: What the grid's indices are of.
+        grid: From `sample_grids`.
+        method: Of `timm_bcos.attribution.METHODS`.
+        smooth: As in `cell_shares`.
+        options: Of `attribute`.
+
+    Returns:
+        (n²,), in [0, 1].
+    """
+    image = compose(model, dataset, grid)
+    classes = torch.tensor(grid.classes, device=image.device)
+    maps = attribute(model, image.expand(len(classes), -1, -1, -1), classes, method, **options)
+    return cell_shares(maps, grid.n, smooth).flatten(1).diagonal()
+
+
+def compose(model: Any, dataset: Any, grid: Grid) -> Tensor:
+    """The picture of a grid, (1, C, H, W); a model of fixed input size sees smaller cells, others a larger picture."""
+    cfg = timm.data.resolve_model_data_config(model)
+    images = torch.stack([load_image(dataset, index, cfg)[0] for index in grid.indices])
+    if model.pretrained_cfg.get("fixed_input_size"):
+        size = [s // grid.n for s in images.shape[-2:]]
+        images = F.interpolate(images, size, mode="bilinear", antialias=True).clamp(0, 1)
+    rows = [torch.cat(list(row), dim=-1) for row in images.split(grid.n)]
+    picture = torch.cat(rows, dim=-2)[None].to(next(model.parameters()).device)
+    if not model.pretrained_cfg.get("fixed_input_size"):
+        return picture
+    height, width = cfg["input_size"][-2:]
+    return F.interpolate(picture, (height, width), mode="bilinear") if picture.shape[-1] != width else picture
