@@ -44,7 +44,7 @@ def bcos(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
 
 
 class _OfPixels(nn.Module):
-    """Logits of images in [0, 1]; the gradient of a pixel goes through its encoding r and 1 - r, or its normalisation."""
+    """Logits of images in [0, 1]: gradients of a pixel go through its encoding r and 1 - r, or its normalisation."""
 
     def __init__(self, subject: Subject) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ def smooth_grad(subject: Subject, x: Tensor, targets: Tensor, *, samples: int = 
     captum = _captum()
     method = captum.NoiseTunnel(captum.Saliency(_OfPixels(subject)))
     return method.attribute(
-        z, target=targets, nt_samples=samples, nt_samples_batch_size=1, stdevs=stdev, abs=False
+        _pixels(x), target=targets, nt_samples=samples, nt_samples_batch_size=1, stdevs=stdev, abs=False
     ).sum(1)
 
 
