@@ -20,6 +20,7 @@ from .load import class_names, create_model, find_class, load_model
 from .photos import find_photos, open_photo
 from .render import save_image
 from .run import run_script
+from .video import VIDEO_SUFFIXES, explain_video
 
 app = typer.Typer(
     help="B-cos networks for timm: exact explanations.",
@@ -53,7 +54,7 @@ def _options(
 
 @app.command()
 def explain(
-    photos: Annotated[list[Path], typer.Argument(help="Image files, or directories of them.")],
+    photos: Annotated[list[Path], typer.Argument(help="Image files or films, or directories of images.")],
     model: Annotated[
         str | None, typer.Option(help="A B-cos network, or a timm model, converted to one that computes the same.")
     ] = None,
@@ -154,15 +155,26 @@ class _Explainer:
 
     def run(self, path: Path) -> None:
         try:
+            if path.suffix.lower() in VIDEO_SUFFIXES:
+                return self._run_video(path)
             x = self.transform(open_photo(path))[None].to(self.device)
         except InputError as error:
             self.failures.append(path)
             tqdm.write(f"{path}: {error}")
-            return
+            return None
         targets = None if self.targets is None else [self.targets]
         explanation = Explanation.stack(explain_targets(self.network, x, targets, top=self.top))
         self._report(path, explanation)
         self._save(path, explanation)
+        return None
+
+    def _run_video(self, path: Path) -> None:
+        """A film of the explanations beside the film; of one class, as films have no room for several."""
+        target = self.targets[0] if self.targets else None
+        frames = explain_video(self.network, path, self.out / f"{self._free_stem(path.stem)}{path.suffix}", target)
+        tqdm.write(str(path))
+        for c, count in frames.most_common(self.top):
+            tqdm.write(f"  {self.names[c]:<32.32} {count} frames")
 
     def _report(self, path: Path, explanation: Explanation) -> None:
         probability = explanation.probability.gather(1, explanation.target[:, None])[:, 0]
