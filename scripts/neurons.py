@@ -1,0 +1,74 @@
+"""What the units of a layer look for: their strongest images in a data set, explained, and the classes of these.
+
+    python scripts/neurons.py --checkpoint model_best.pth.tar --layer blocks.4 --data-dir data/clothing --split train
+
+Writes into --out: wall.png (crops of the most active units' strongest images, and their explanations), units.csv
+(activation and entropy of every unit), classes.png (the classes of the most one-sided units).
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+import timm
+
+from timm_bcos import BcosError
+from timm_bcos.files import atomic_path
+from timm_bcos.load import class_names, load_model
+from timm_bcos.neurons import Strongest, find_strongest, label_entropy, plot_label_counts, plot_wall
+from timm_bcos.render import save_figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="timm's name; not needed for a checkpoint of train.py")
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--layer", required=True, help="path of a layer whose output is a map")
+    parser.add_argument("--dataset", default="", help="kind of data set, as in timm's scripts")
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--class-map", default="")
+    parser.add_argument("--classes", type=Path, help="class names: a file, or a directory of a directory per class")
+    parser.add_argument("--units", type=int, default=6, help="on the pictures")
+    parser.add_argument("--images", type=int, default=6, help="per unit, on the wall")
+    parser.add_argument("--strongest", type=int, default=500, help="images per unit, for the entropy")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("neurons"))
+    args = parser.parse_args()
+    try:
+        run(args)
+    except BcosError as error:
+        raise SystemExit(str(error)) from error
+
+
+def run(args: argparse.Namespace) -> None:
+    model = load_model(args.model, args.checkpoint).eval().to(args.device)
+    dataset = timm.data.create_dataset(args.dataset, root=args.data_dir, split=args.split, class_map=args.class_map)
+    names = class_names(model, args.classes)
+    strongest = find_strongest(model, dataset, args.layer, args.strongest)
+    entropy = label_entropy(strongest.labels, len(names))
+    write_units(strongest, entropy.tolist(), names, args.out / "units.csv")
+    save_figure(
+        plot_wall(model, dataset, strongest, strongest.most_active(args.units), args.images), args.out / "wall.png"
+    )
+    one_sided = entropy.topk(min(args.units, len(entropy)), largest=False).indices.tolist()
+    save_figure(plot_label_counts(strongest, one_sided, names), args.out / "classes.png")
+    for unit in one_sided:
+        top = names[int(strongest.labels[unit].mode().values)]
+        print(f"unit {unit}: entropy {entropy[unit]:.3f} of the uniform distribution's, most often {top}")
+    print(f"wrote {args.out}")
+
+
+def write_units(strongest: Strongest, entropy: list[float], names: list[str], path: Path) -> None:
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["unit", "strongest", "images", "entropy", "most_frequent", "share"])
+        for unit, (values, labels) in enumerate(zip(strongest.values, strongest.labels, strict=True)):
+            top = int(labels.mode().values)
+            share = (labels == top).double().mean().item()
+            row = [unit, f"{values[0]:.6g}", len(labels), f"{entropy[unit]:.4f}", names[top], f"{share:.3f}"]
+            writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Units' strongest images, against all activations at once; entropies worked by hand."""
+
+import math
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import PHOTOS, load_script
+from PIL import Image
+from torch import nn
+
+import timm_bcos
+from timm_bcos import TargetError
+from timm_bcos.evaluation import load_image
+from timm_bcos.neurons import _crop, find_strongest, label_entropy
+
+script = load_script("neurons")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for c in range(3):
+        folder = tmp_path / "data" / "test" / f"class{c}"
+        folder.mkdir(parents=True)
+        for k, photo in enumerate(sorted(PHOTOS.glob("*.jpg"))):
+            Image.open(photo).convert("RGB").resize((64, 64)).rotate(50 * c).save(folder / f"{c}_{k}.png")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    overlay = dict(input_size=(3, 64, 64), crop_pct=1.0)
+    return timm.create_model("bcosify", arch="test_resnet", num_classes=3, pretrained_cfg_overlay=overlay).eval()
+
+
+def test_one_pass_finds_what_all_activations_at_once_say(model: nn.Module, photos: Path) -> None:
+    dataset = timm.data.create_dataset("", root=str(photos), split="test")
+    found = find_strongest(model, dataset, "layer2", 4, batch_size=2, progress=False)
+    cfg = timm.data.resolve_model_data_config(model)
+    images, labels = zip(*(load_image(dataset, i, cfg) for i in range(9)), strict=True)
+    activations: list[torch.Tensor] = []
+    model.layer2.register_forward_hook(lambda module, args, output: activations.append(output))
+    with torch.no_grad():
+        model(torch.stack(images))
+    peaks = activations[0].amax((2, 3)).T
+    values, indices = peaks.topk(4, dim=1)
+    torch.testing.assert_close(found.values, values)
+    alive = (values > 0).all(1)  # images to which a unit does not answer come in any order
+    assert alive.sum() > len(alive) / 2
+    assert torch.equal(found.indices[alive], indices[alive])
+    assert torch.equal(found.labels, torch.tensor(labels)[found.indices])
+    assert found.most_active(2, best=4) == values.mean(1).topk(2).indices.tolist()
+    unit = found.most_active(1)[0]
+    explanation = timm_bcos.explain(model, torch.stack(images)[indices[unit, :1]], unit, layer="layer2")
+    torch.testing.assert_close(explanation.logit[0], values[unit, 0])
+
+
+def test_entropy_by_hand() -> None:
+    labels = torch.tensor([[0, 0, 0, 0], [0, 1, 2, 3], [0, 0, 1, 1]])
+    expected = torch.tensor([0, 1, math.log(2) / math.log(4)], dtype=torch.float64)
+    torch.testing.assert_close(label_entropy(labels, 4), expected)
+
+
+def test_crops_stay_inside() -> None:
+    picture = torch.arange(90.0 * 90).reshape(90, 90, 1)
+    assert torch.equal(_crop(picture, (0, 89)), picture[:30, 60:])
+    assert torch.equal(_crop(picture, (45, 45)), picture[30:60, 30:60])
+
+
+def test_layers_that_cannot_be_searched(model: nn.Module, photos: Path) -> None:
+    dataset = timm.data.create_dataset("", root=str(photos), split="test")
+    with pytest.raises(TargetError, match=r"'fc' has no spatial positions: it returns \(9, 3\)"):
+        find_strongest(model, dataset, "fc", progress=False)
+    with pytest.raises(TargetError, match="no layer 'layer9'"):
+        find_strongest(model, dataset, "layer9", progress=False)
+
+
+def test_script(model: nn.Module, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "load_model", lambda *_: model)
+    arguments = ["neurons.py", "--layer", "layer3", "--data-dir", str(photos), "--split", "test"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--out", str(tmp_path / "out"), "--units", "2", "--images", "3"])
+    script.main()
+    assert len((tmp_path / "out" / "units.csv").read_text().splitlines()) == 1 + 192
+    for name in ("wall.png", "classes.png"):
+        assert Image.open(tmp_path / "out" / name).width > 100
