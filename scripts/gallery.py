@@ -1,0 +1,64 @@
+"""Explanations of many images on one picture.
+
+    python scripts/gallery.py classes --checkpoint model_best.pth.tar --data-dir data/clothing --split test
+    python scripts/gallery.py methods --checkpoint model_best.pth.tar --data-dir data/clothing --split test
+
+`classes` shows the images of each class that the network is most confident of, with their explanations in colour;
+`methods` one image per class, explained by every attribution method that suits the network.
+"""
+
+import argparse
+from pathlib import Path
+
+import timm
+import torch
+
+from timm_bcos import BcosError
+from timm_bcos.attribution import METHODS, attribute
+from timm_bcos.evaluation import confidences, load_image
+from timm_bcos.galleries import most_confident, plot_classes, plot_methods
+from timm_bcos.load import class_names, load_model, load_plain_model
+from timm_bcos.render import save_figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("classes", "methods"))
+    parser.add_argument("--model", help="timm's name; not needed for a checkpoint of train.py")
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--plain", action="store_true", help="a plain timm model as it is, for `methods`")
+    parser.add_argument("--dataset", default="", help="kind of data set, as in timm's scripts")
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--class-map", default="")
+    parser.add_argument("--classes", type=Path, help="class names: a file, or a directory of a directory per class")
+    parser.add_argument("--show", nargs="+", metavar="CLASS", type=int, help="indices; the first six by default")
+    parser.add_argument("--images", type=int, default=6, help="per class, for `classes`")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("gallery.png"))
+    args = parser.parse_args()
+    try:
+        run(args)
+    except BcosError as error:
+        raise SystemExit(str(error)) from error
+
+
+def run(args: argparse.Namespace) -> None:
+    model = (load_plain_model if args.plain else load_model)(args.model, args.checkpoint).eval().to(args.device)
+    dataset = timm.data.create_dataset(args.dataset, root=args.data_dir, split=args.split, class_map=args.class_map)
+    names, cfg = class_names(model, args.classes), timm.data.resolve_model_data_config(model)
+    shown = args.show or range(min(6, len(names)))
+    chosen = most_confident(list(confidences(model, dataset)), args.images if args.kind == "classes" else 1, shown)
+    x = torch.stack([load_image(dataset, item.index, cfg)[0] for item in chosen]).to(args.device)
+    targets = [item.label for item in chosen]
+    if args.kind == "classes":
+        save_figure(plot_classes(model, x, targets, names), args.out)
+    else:
+        attribute(model, x[:1], targets[:1], "gradient")  # which fills METHODS
+        save_figure(plot_methods(model, x, targets, args.methods or list(METHODS), names), args.out)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

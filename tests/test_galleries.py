@@ -1,0 +1,63 @@
+"""Galleries of explanations, and the images that they choose."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import PHOTOS, load_script, real_image
+from PIL import Image
+from torch import nn
+
+from timm_bcos import InputError
+from timm_bcos.evaluation import Confidence
+from timm_bcos.galleries import most_confident, plot_classes, plot_methods
+
+script = load_script("gallery")
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("bcosify", arch="test_resnet", num_classes=3).eval()
+
+
+def test_most_confident_images_that_are_right() -> None:
+    found = [
+        Confidence(0, 0, 0, 0.4), Confidence(1, 0, 0, 0.9), Confidence(2, 0, 1, 0.3),
+        Confidence(3, 1, 1, 0.5), Confidence(4, 1, 1, 0.6), Confidence(5, 0, 0, 0.8),
+    ]  # fmt: skip
+    assert [item.index for item in most_confident(found, 2, [0, 1])] == [1, 5, 4, 3]
+    with pytest.raises(InputError, match="class 1 has 2 images that the model gets right, 1 fewer than the 3"):
+        most_confident(found, 3, [0, 1])
+
+
+def test_a_column_for_each_method_that_suits(model: nn.Module) -> None:
+    figure = plot_methods(model, real_image(64, 2), [0, 1], ["bcos", "lrp", "ixg"], ["a", "b", "c"])
+    titles = [ax.get_title() for ax in figure.axes[:4]]
+    assert titles == ["image", "B-cos in colour", "bcos", "ixg"]  # lrp does not suit
+    assert len(figure.axes) == 8
+
+
+def test_two_rows_for_each_class(model: nn.Module) -> None:
+    x = real_image(64, 2).repeat(2, 1, 1, 1)
+    figure = plot_classes(model, x, [2, 2, 0, 0], ["a", "b", "c"])
+    assert len(figure.axes) == 8
+    assert [ax.get_title(loc="left") for ax in figure.axes[::4]] == ["c", "a"]
+    assert all(len(ax.images) == 1 for ax in figure.axes)
+
+
+@pytest.mark.parametrize("kind", ["classes", "methods"])
+def test_script(kind: str, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for c in range(2):
+        folder = tmp_path / "data" / "test" / f"class{c}"
+        folder.mkdir(parents=True)
+        for k, photo in enumerate(sorted(PHOTOS.glob("*.jpg"))[:2]):
+            Image.open(photo).convert("RGB").resize((64, 64)).save(folder / f"{c}_{k}.png")
+    monkeypatch.setattr(script, "load_model", lambda *_: model)
+    monkeypatch.setattr(script, "confidences", lambda *_: [Confidence(i, i // 2, i // 2, 0.5) for i in range(4)])
+    out = tmp_path / "gallery.png"
+    arguments = ["gallery.py", kind, "--data-dir", str(tmp_path / "data"), "--split", "test", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", [*arguments, "--show", "0", "1", "--images", "2", "--methods", "bcos", "ixg"])
+    script.main()
+    assert Image.open(out).width > 200
