@@ -1,0 +1,102 @@
+"""Deletion, insertion, faithfulness, sensitivity and randomisation of attribution methods: one table per model.
+
+    python scripts/metrics.py --checkpoint model_best.pth.tar --data-dir data/clothing --split test --images 20
+
+Writes --out/metrics.csv (every value, appended as it comes: an interrupted run resumes) and --out/metrics.md.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from tqdm import tqdm
+
+from timm_bcos import BcosError, MethodError
+from timm_bcos.evaluation import load_image
+from timm_bcos.files import atomic_path
+from timm_bcos.load import load_model, load_plain_model
+from timm_bcos.metrics import METRICS, evaluate
+
+METHODS = ("bcos", "gradient", "ixg", "ig", "deeplift", "smoothgrad", "gradcam")
+FIELDS = ("metric", "method", "image", "value")
+Values = dict[tuple[str, str], list[float]]
+
+
+def read(path: Path, images: int) -> Values:
+    """Values by metric and method, where all images have one."""
+    found: Values = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                if None not in row.values():
+                    found.setdefault((row["metric"], row["method"]), []).append(float(row["value"]))
+    return {key: values[-images:] for key, values in found.items() if len(values) >= images}
+
+
+def table(values: Values, methods: list[str], metrics: list[str]) -> str:
+    """Means and standard deviations."""
+    lines = ["| method | " + " | ".join(metrics) + " |", "| --- |" + " ---: |" * len(metrics)]
+    for method in methods:
+        found = [values.get((metric, method)) for metric in metrics]
+        if any(found):
+            cells = [f"{np.nanmean(v):.3f} ± {np.nanstd(v):.3f}" if v else "" for v in found]
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="timm's name; not needed for a checkpoint of train.py")
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--plain", action="store_true", help="a plain timm model as it is, not converted")
+    parser.add_argument("--dataset", default="", help="kind of data set, as in timm's scripts")
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--class-map", default="")
+    parser.add_argument("--images", type=int, default=20, help="evenly spread over the data set")
+    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD")
+    parser.add_argument("--metrics", nargs="+", default=list(METRICS), choices=list(METRICS))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("metrics"))
+    args = parser.parse_args()
+    try:
+        run(args)
+    except BcosError as error:
+        raise SystemExit(str(error)) from error
+
+
+def run(args: argparse.Namespace) -> None:
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "metrics.csv"
+    model = (load_plain_model if args.plain else load_model)(args.model, args.checkpoint).eval().to(args.device)
+    dataset = timm.data.create_dataset(args.dataset, root=args.data_dir, split=args.split, class_map=args.class_map)
+    cfg = timm.data.resolve_model_data_config(model)
+    indices = np.linspace(0, len(dataset) - 1, min(args.images, len(dataset))).round().astype(int).tolist()
+    images, labels = zip(*(load_image(dataset, i, cfg) for i in indices), strict=True)
+    x, targets = torch.stack(images).to(args.device), torch.tensor(labels, device=args.device)
+    pairs = [(metric, method) for metric in args.metrics for method in args.methods]
+    done = read(path, len(indices))
+    for metric, method in tqdm(pairs, "metrics"):
+        if (metric, method) in done:
+            continue
+        try:
+            values = evaluate(model, x, targets, metric, method).tolist()
+        except MethodError as error:
+            tqdm.write(f"left out: {error}")
+            continue
+        is_new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerows([FIELDS] if is_new else [])
+            writer.writerows((metric, method, i, f"{v:.6g}") for i, v in zip(indices, values, strict=True))
+    text = table(read(path, len(indices)), args.methods, args.metrics)
+    with atomic_path(args.out / "metrics.md") as temporary:
+        temporary.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
