@@ -38,6 +38,22 @@ class _Probability(nn.Module):
         return Subject(self.network).probability(x.clamp(0, 1))
 
 
+class _MaskedProbability(nn.Module):
+    """Masks (N, 1, H, W) to the probabilities of N images: where the mask is 0 an image shows its mean colour.
+
+    Quantus changes single numbers; of a mask these are whole pixels.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
+        super().__init__()
+        self.network, self.x = model, x
+        self.mean = x.mean((2, 3), keepdim=True)
+        self.eval()
+
+    def forward(self, mask: Tensor) -> Tensor:
+        return Subject(self.network).probability(self.x * mask + self.mean * (1 - mask))
+
+
 def _quantus() -> Any:
     try:
         return importlib.import_module("quantus")
@@ -49,13 +65,11 @@ def _flipping(sign: int) -> Callable[..., Any]:
     """Replacing the least important pixels first, read backwards, is inserting the most important ones."""
 
     def values(call: "_Call") -> Any:
-        channels, pixels = call.x.shape[1], call.x[0, 0].numel()
+        pixels = call.x[0, 0].numel()
         step = next(s for s in range(max(pixels // STEPS, 1), 0, -1) if pixels % s == 0)  # Quantus wants equal steps
-        # it counts channels; those of a pixel have equal attribution and so go together
-        settings = dict(features_in_step=step * channels, perturb_baseline="mean", disable_warnings=True)
-        curve = np.asarray(call(_quantus().PixelFlipping(**settings), a_batch=_positive(sign * call.maps)))
-        # (N, steps); Quantus' own area calls a function that numpy has removed
-        return np.trapezoid(curve, axis=1) / (curve.shape[1] - 1)
+        metric = _quantus().PixelFlipping(features_in_step=step, perturb_baseline=0.0, disable_warnings=True)
+        curve = np.asarray(call.on_masks(metric, _positive(sign * call.maps)))  # (N, steps)
+        return np.trapezoid(curve, axis=1) / (curve.shape[1] - 1)  # Quantus' own calls what numpy has removed
 
     return values
 
@@ -63,9 +77,9 @@ def _flipping(sign: int) -> Callable[..., Any]:
 def _faithfulness_correlation(call: "_Call") -> Any:
     pixels = call.x[0, 0].numel()
     metric = _quantus().FaithfulnessCorrelation(
-        nr_runs=50, subset_size=pixels // 16, perturb_baseline="mean", return_aggregate=False, disable_warnings=True
+        nr_runs=50, subset_size=pixels // 16, perturb_baseline=0.0, return_aggregate=False, disable_warnings=True
     )
-    return call(metric, a_batch=_positive(call.maps))
+    return call.on_masks(metric, _positive(call.maps))
 
 
 def _positive(maps: Any) -> Any:
@@ -76,12 +90,12 @@ def _positive(maps: Any) -> Any:
 
 def _max_sensitivity(call: "_Call") -> Any:
     metric = _quantus().MaxSensitivity(nr_samples=5, lower_bound=0.02, disable_warnings=True)
-    return call(metric, a_batch=call.maps, explain_func=call.explain)
+    return call.on_images(metric)
 
 
 def _randomisation(call: "_Call") -> Any:
     metric = _quantus().MPRT(skip_layers=True, return_last_correlation=True, disable_warnings=True)
-    return call(metric, a_batch=call.maps, explain_func=call.explain)
+    return call.on_images(metric)
 
 
 class _Call:
@@ -91,12 +105,18 @@ class _Call:
         self.model, self.x, self.targets, self.method, self.options = model, x, targets, method, options
         self.maps = attribute(model, x, targets, method, **options)[:, None].cpu().numpy()
 
-    def __call__(self, metric: Any, **kwargs: Any) -> Any:
-        arrays = dict(x_batch=self.x.cpu().numpy(), y_batch=self.targets.cpu().numpy())
+    def on_images(self, metric: Any) -> Any:
+        return self._run(metric, _Probability(self.model), self.x, a_batch=self.maps, explain_func=self.explain)
+
+    def on_masks(self, metric: Any, maps: Any) -> Any:
+        ones = torch.ones_like(self.x[:, :1])
+        return self._run(metric, _MaskedProbability(self.model, self.x), ones, a_batch=maps)
+
+    def _run(self, metric: Any, model: nn.Module, inputs: Tensor, **kwargs: Any) -> Any:
+        settings = dict(device=str(inputs.device), softmax=False, channel_first=True, batch_size=len(inputs))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return metric(_Probability(self.model), **arrays, device=str(self.x.device), softmax=False,
-                          channel_first=True, **kwargs)  # fmt: skip
+            return metric(model, inputs.cpu().numpy(), self.targets.cpu().numpy(), **settings, **kwargs)
 
     def explain(self, model: Any, inputs: Any, targets: Any, **_: Any) -> Any:
         """Quantus hands over noisy images, or a network with other weights."""
