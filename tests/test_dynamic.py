@@ -57,6 +57,11 @@ FUNCTIONS = {
     "attention with a mask of the input": lambda x: F.scaled_dot_product_attention(
         *[x.reshape(1, 2, 2, 3)] * 3, attn_mask=x[0, 0] * x.reshape(1, 2, 2, 3) @ x.reshape(1, 2, 3, 2)
     ),
+    "choice": lambda x: torch.where(x > 0.1, 2 * x, BIAS),
+    "choice of two": lambda x: torch.where(x > 0.1, x, x.flip(-1)),
+    "maximum with a constant": lambda x: torch.maximum(x, 0.1 * BIAS),
+    "minimum of two": lambda x: torch.minimum(x, x.flip(-1)),
+    "padding": lambda x: F.pad(x, (1, 2)) + F.pad(x, (1, 2), value=0.5),
     "power": lambda x: x**3 + x.pow(2) + torch.square(x),
     "star relu": lambda x: 0.8 * F.relu(x) ** 2 - 0.4,
     "fractional power": lambda x: x * x.square().mean(-1, keepdim=True) ** -0.5,

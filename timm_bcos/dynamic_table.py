@@ -1,5 +1,6 @@
 """How torch functions are rewritten in explanation mode: gates, activations, norms, linear maps, sums and products."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -316,6 +317,25 @@ _OUT_OF_PLACE: dict[Any, Any] = {
 @declare(torch.addcmul, torch.Tensor.addcmul)
 def _addcmul(func: Any, input: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
     return _sum(torch.add, input, _product(torch.mul, a, b) * value)
+
+
+@declare(torch.where)
+def _where(func: Any, condition: Tensor, *branches: Any) -> Any:
+    on_path = next((b for b in branches if on_linear_path(b)), None)
+    return func(condition, *branches if on_path is None else (_addend(b, on_path) for b in branches))
+
+
+@declare(torch.maximum, torch.minimum, torch.Tensor.maximum, torch.Tensor.minimum)
+def _extremum(func: Callable[..., Any], a: Tensor, b: Tensor) -> Tensor:
+    """Which of the two it is, is a constant of the linear map."""
+    return _where(torch.where, func(_detached(a), _detached(b)) == _detached(a), a, b)
+
+
+@declare(F.pad)
+def _pad(func: Any, x: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Tensor:
+    if not on_linear_path(x) or not value or not math.isfinite(value):
+        return func(x, pad, mode, value)
+    return func(x, pad, mode, 0.0) + constant(func(torch.zeros_like(_detached(x)), pad, mode, value))
 
 
 @declare(torch.cat, torch.concat, torch.stack)

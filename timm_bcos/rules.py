@@ -302,8 +302,8 @@ RULES: dict[type[nn.Module], Rule] = {
         nn.Identity, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.Unflatten, nn.Dropout,
         nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.AvgPool1d, nn.AvgPool2d, nn.MaxPool1d, nn.AdaptiveAvgPool1d,
         nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d,
-        nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.Unfold, nn.Fold, nn.PixelShuffle, nn.PixelUnshuffle,
-        nn.ChannelShuffle,
+        nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.Unfold, nn.Fold, nn.PixelShuffle,
+        nn.PixelUnshuffle, nn.ChannelShuffle,
     ),
     # linear maps and norms that explanation mode covers, without a B-cos form yet
     **_table(keep_whole, timm_layers.CondConv2d, timm_layers.EvoNorm2dS0),
