@@ -70,10 +70,7 @@ def explain(
     ] = None,
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
 ) -> None:
-    """Explain what a network sees in photos: prints the classes and writes a figure and pictures per photo.
-
-    Without a model it is the small one that comes with the package, which knows ten kinds of clothes.
-    """
+    """Explain what a network sees in photos: prints the classes and writes a figure and pictures per photo."""
     paths = list(find_photos(photos))
     network = load_model(model, checkpoint).eval().to(device)
     names = class_names(network, classes)

@@ -14,7 +14,6 @@ from .errors import CheckpointError, InputError, TargetError
 
 __all__ = ["class_names", "create_model", "find_class", "load_model", "load_plain_model", "read_class_names"]
 
-EMBEDDED = "bcos_efficientnet_lite0"  # its weights come with the package
 DATA_ARGUMENTS = ("input_size", "crop_pct", "interpolation")  # of train.py, which are also fields of a pretrained cfg
 
 
@@ -27,18 +26,19 @@ def load_model(name: str | None = None, checkpoint: Path | None = None, **conver
         conversion: `BcosConfig` fields for a timm model; by default it computes the same as before.
 
     Raises:
+        InputError: Without a name and a checkpoint.
         CheckpointError: For weights that cannot be had or do not fit.
         TargetError: For a name that timm does not know.
     """
     if checkpoint is None:
-        return _with_published_weights(name or EMBEDDED, conversion)
+        return _with_published_weights(_named(name), conversion)
     return _with_weights(name, checkpoint, partial(create_model, conversion=conversion))
 
 
 def load_plain_model(name: str | None = None, checkpoint: Path | None = None) -> Any:
     """A timm model as it is, B-cos or not, with weights; arguments as in `load_model`."""
     if checkpoint is None:
-        return timm.create_model(name or EMBEDDED, pretrained=True)
+        return timm.create_model(_named(name), pretrained=True)
     return _with_weights(name, checkpoint, timm.create_model)
 
 
@@ -56,6 +56,12 @@ def create_model(name: str, conversion: dict[str, Any], **kwargs: Any) -> Any:
         return timm.create_model("bcosify", arch=name, **(conversion or dict(b=1, bias=True)), **kwargs)
     near = difflib.get_close_matches(name, timm.list_models(), n=3)
     raise TargetError(f"timm knows no model {name!r}; close names: {', '.join(near) or 'none'}")
+
+
+def _named(name: str | None) -> str:
+    if name is None:
+        raise InputError("no network given: name one with --model, or give a checkpoint of train.py with --checkpoint")
+    return name
 
 
 def _with_weights(name: str | None, checkpoint: Path, create: Callable[..., Any]) -> Any:

@@ -1,0 +1,161 @@
+"""Train a family of networks with timm's train.py, one after the other, and tabulate them.
+
+    python scripts/ablation.py b --train-script train.py --data-dir data/cifar10 --val-split test -- \
+        -b 64 --epochs 100 --opt adam --lr 1e-3 --min-lr 1e-5 --warmup-epochs 0 --bce-loss --smoothing 1e-6
+    python scripts/ablation.py growth --train-script train.py --data-dir imagenet -- --epochs 100 --opt adam --lr 2.5e-4
+
+`b` is the CIFAR network for seven exponents: accuracy, and how well the rows of W(x) align with the image (Fig. B3 of
+the supplement of arXiv 2205.10268). `growth` is DenseNet-121 with growth rates 20 to 32, with and without MaxOut:
+accuracy against parameters (Tab. B1). What follows `--` goes to train.py. A finished network is not trained again, an
+interrupted one resumes. Writes --out/table.md and --out/figure.png.
+"""
+
+import argparse
+import csv
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from tqdm import tqdm
+
+import timm_bcos
+from timm_bcos.evaluation import load_image
+from timm_bcos.files import atomic_path
+from timm_bcos.load import load_model
+from timm_bcos.render import save_figure
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A network of the family: its name, timm's name, its keywords, and its place on the horizontal axis."""
+
+    name: str
+    model: str
+    kwargs: tuple[tuple[str, Any], ...] = ()
+    x: float | None = None  # None: its parameters
+    line: str = ""
+
+
+FAMILIES = {
+    "b": [Variant(f"B = {b / 100:g}", f"bcos_cnn9_b{b}", x=b / 100) for b in (100, 125, 150, 175, 200, 225, 250)],
+    "growth": [
+        Variant(f"g = {g}, MaxOut {m}", "bcos_densenet121", (("growth_rate", g), ("max_out", m)), line=f"MaxOut {m}")
+        for m in (2, 1) for g in (20, 22, 24, 26, 28, 30, 32)
+    ],
+}  # fmt: skip
+
+
+@dataclass
+class Result:
+    """What is measured of one."""
+
+    variant: Variant
+    parameters: float
+    top1: float
+    alignment: float
+
+
+def train(variant: Variant, args: argparse.Namespace) -> Path:
+    """Its folder, with a finished training in it."""
+    folder = args.out / variant.name.replace(" ", "").replace(",", "_")
+    if (folder / "done").exists():
+        return folder
+    command = [sys.executable, "-m", "timm_bcos", "run", str(args.train_script), "--data-dir", args.data_dir,
+               "--val-split", args.val_split, "--model", variant.model, "--output", str(args.out), "--experiment",
+               folder.name, "--device", args.device, "--checkpoint-hist", "1", *args.rest]  # fmt: skip
+    if variant.kwargs:
+        command += ["--model-kwargs", *(f"{key}={value}" for key, value in variant.kwargs)]
+    if (folder / "last.pth.tar").exists():
+        command += ["--resume", str(folder / "last.pth.tar")]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log.txt").open("a") as log:
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    if code:
+        raise SystemExit(f"training {variant.name} failed: see {folder / 'log.txt'}")
+    (folder / "done").touch()
+    return folder
+
+
+def best_top1(folder: Path) -> float:
+    with (folder / "summary.csv").open(newline="") as file:
+        return max(float(row["eval_top1"]) for row in csv.DictReader(file))
+
+
+def alignment(model: Any, images: torch.Tensor) -> float:
+    """Mean cosine of the explanation of the predicted class and the encoded image."""
+    explanation = timm_bcos.explain(model, images)
+    weights, inputs = (t.flatten(1) for t in (explanation.weights, timm_bcos.encode_image(images, images.shape[1])))
+    return torch.nn.functional.cosine_similarity(weights, inputs).mean().item()
+
+
+def some_images(model: Any, args: argparse.Namespace) -> torch.Tensor:
+    dataset = timm.data.create_dataset("", root=args.data_dir, split=args.val_split)
+    cfg = timm.data.resolve_model_data_config(model)
+    indices = torch.linspace(0, len(dataset) - 1, min(args.images, len(dataset))).round().int().tolist()
+    return torch.stack([load_image(dataset, i, cfg)[0] for i in indices])
+
+
+def measure(variant: Variant, folder: Path, args: argparse.Namespace) -> Result:
+    model = load_model(checkpoint=folder / "model_best.pth.tar").eval()
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    return Result(variant, parameters, best_top1(folder), alignment(model, some_images(model, args)))
+
+
+def table(results: list[Result]) -> str:
+    lines = ["| network | parameters (M) | top-1 (%) | alignment |", "| --- | ---: | ---: | ---: |"]
+    lines += [f"| {r.variant.name} | {r.parameters:.1f} | {r.top1:.2f} | {r.alignment:.3f} |" for r in results]
+    return "\n".join(lines) + "\n"
+
+
+def figure(results: list[Result]) -> Any:
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(9, 3.5), layout="constrained")
+    for ax, name, label in zip(picture.subplots(1, 2), ("top1", "alignment"), ("top-1 (%)", "alignment"), strict=True):
+        for line in dict.fromkeys(r.variant.line for r in results):
+            chosen = [r for r in results if r.variant.line == line]
+            places = [r.parameters if r.variant.x is None else r.variant.x for r in chosen]
+            ax.plot(places, [getattr(r, name) for r in chosen], "o-", label=line)
+        ax.set(xlabel="B" if results[0].variant.x is not None else "parameters (M)", ylabel=label)
+        if results[0].variant.line:
+            ax.legend()
+    return picture
+
+
+def run(args: argparse.Namespace) -> Iterator[Result]:
+    chosen = [v for v in FAMILIES[args.family] if not args.only or v.name.replace(" ", "") in args.only]
+    for variant in tqdm(chosen, "networks"):
+        yield measure(variant, train(variant, args), args)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("family", choices=list(FAMILIES))
+    parser.add_argument("--train-script", type=Path, required=True, help="timm's train.py")
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--val-split", default="validation")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="for instance B=2 or g=20,MaxOut2")
+    parser.add_argument("--images", type=int, default=200, help="for the alignment")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("ablation"))
+    own, rest = sys.argv[1:], []
+    if "--" in own:
+        own, rest = own[: own.index("--")], own[own.index("--") + 1 :]
+    args = parser.parse_args(own)
+    args.rest = rest
+    results = []
+    for result in run(args):  # partial results are kept
+        results.append(result)
+        with atomic_path(args.out / "table.md") as path:
+            path.write_text(table(results))
+    save_figure(figure(results), args.out / "figure.png")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
