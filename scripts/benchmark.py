@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import timm_bcos
+from timm_bcos import attribution_methods  # noqa: F401  (registers the methods)
+from timm_bcos.attribution import METHODS
 from timm_bcos.bcos_cnn import Cnn9
 
 V2 = timm_bcos.BcosConfig.v2()
@@ -164,8 +166,37 @@ def memory(*args: object) -> float:
         return pool.apply(peak_memory, args)
 
 
+def time_methods(name: str, batches: list[int], rounds: int) -> None:
+    """Images per second of each attribution method, and its time relative to the network's own explanation."""
+    kwargs = {} if name.startswith("bcos") else dict(arch=name)
+    network = timm.create_model("bcosify" if kwargs else name, **kwargs).eval()
+    images = torch.rand(max(batches), *network.pretrained_cfg["input_size"])
+    own: dict[int, float] = {}
+    print(f"\n{name}, {images.shape[-1]}², images per second, and time relative to the network's own explanation")
+    for method in ("bcos", *(m for m in METHODS if m != "bcos")):
+        cells = []
+        for size in batches if not METHODS[method].slow else batches[:1]:
+            try:
+                times = [_time_method(network, images[:size], method) for _ in range(rounds + 1)][1:]
+            except timm_bcos.MethodError as error:
+                cells = [str(error)]
+                break
+            own.setdefault(size, statistics.median(times))
+            median = statistics.median(times)
+            cells.append(f"batch {size}: {size / median:7.2f}/s {median / own[size]:7.2f}×")
+        print(f"  {method:<18} {'   '.join(cells)}")
+
+
+def _time_method(network: nn.Module, x: Tensor, method: str) -> float:
+    start = time.perf_counter()
+    timm_bcos.attribute(network, x, 0, method)
+    return time.perf_counter() - start
+
+
 def main(args: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
+    if args.methods:
+        return time_methods(args.methods, args.batches, args.rounds)
     print(
         f"torch {torch.__version__}, timm {timm.__version__}, {torch.get_num_threads()} threads, {args.rounds} rounds"
     )
@@ -185,6 +216,7 @@ def main(args: argparse.Namespace) -> None:
                 ratio = statistics.median(values) / plain
                 peak = f"  peak {memory(name, kind, title, args.channels_last):6.0f} MiB" if args.memory else ""
                 print(f"  {title:<14} {kind:<13} {1e3 * statistics.median(values):8.1f} ms  {ratio:5.2f}× plain{peak}")
+    return None
 
 
 if __name__ == "__main__":
@@ -193,4 +225,6 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--memory", action="store_true", help="also measure peak memory")
+    parser.add_argument("--methods", metavar="MODEL", help="instead: time the attribution methods on this network")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], help="for --methods")
     main(parser.parse_args())
