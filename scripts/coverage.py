@@ -34,7 +34,7 @@ import timm_bcos
 from timm_bcos.layers import BcosConv2d, BcosLinear
 
 PHOTO = Path(__file__).parent / "photos" / "chelsea.jpg"
-SIZES = (96, 128, 160)  # tried before an architecture's own input size
+SIZES = (96, 112, 128, 160, 168)  # tried before an architecture's own input size
 GOALS = dict(error64=1e-10, error32=1e-4, preserving=1e-3)
 
 

@@ -14,28 +14,21 @@ import timm
 import torch
 
 from timm_bcos import BcosError
+from timm_bcos.arguments import add_arguments, load_network_and_data
 from timm_bcos.attribution import METHODS, attribute
 from timm_bcos.evaluation import confidences, load_image
 from timm_bcos.galleries import most_confident, plot_classes, plot_methods
-from timm_bcos.load import class_names, load_model, load_plain_model
+from timm_bcos.load import class_names
 from timm_bcos.render import save_figure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, classes=True)
     parser.add_argument("kind", choices=("classes", "methods"))
-    parser.add_argument("--model", help="timm's name; not needed for a checkpoint of train.py")
-    parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--plain", action="store_true", help="a plain timm model as it is, for `methods`")
-    parser.add_argument("--dataset", default="", help="kind of data set, as in timm's scripts")
-    parser.add_argument("--data-dir", required=True)
-    parser.add_argument("--split", default="validation")
-    parser.add_argument("--class-map", default="")
-    parser.add_argument("--classes", type=Path, help="class names: a file, or a directory of a directory per class")
     parser.add_argument("--show", nargs="+", metavar="CLASS", type=int, help="indices; the first six by default")
     parser.add_argument("--images", type=int, default=6, help="per class, for `classes`")
     parser.add_argument("--methods", nargs="+", metavar="METHOD")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("gallery.png"))
     args = parser.parse_args()
     try:
@@ -45,8 +38,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    model = (load_plain_model if args.plain else load_model)(args.model, args.checkpoint).eval().to(args.device)
-    dataset = timm.data.create_dataset(args.dataset, root=args.data_dir, split=args.split, class_map=args.class_map)
+    model, dataset = load_network_and_data(args)
     names, cfg = class_names(model, args.classes), timm.data.resolve_model_data_config(model)
     shown = args.show or range(min(6, len(names)))
     chosen = most_confident(list(confidences(model, dataset)), args.images if args.kind == "classes" else 1, shown)

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 from tqdm import tqdm
 
 import timm_bcos
 from timm_bcos import BcosError, MethodError
+from timm_bcos.arguments import add_arguments, load_network_and_data
 from timm_bcos.evaluation import Confidence, Grid, confidences, localisation, sample_grids
 from timm_bcos.files import atomic_path
-from timm_bcos.load import load_model, load_plain_model
 from timm_bcos.render import save_figure
 
 FIELDS = ("n", "method", "grid", "cell", "class", "image", "value")
@@ -109,20 +108,13 @@ def box_plots(rows: list[tuple[int, str, np.ndarray]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="timm's name; not needed for a checkpoint of train.py")
-    parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--plain", action="store_true", help="a plain timm model as it is, not converted")
-    parser.add_argument("--dataset", default="", help="kind of data set, as in timm's scripts")
-    parser.add_argument("--data-dir", required=True)
-    parser.add_argument("--split", default="validation")
-    parser.add_argument("--class-map", default="")
+    add_arguments(parser)
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD")
     parser.add_argument("--n", nargs="+", type=int, default=[2, 3], help="cells per side")
     parser.add_argument("--grids", type=int, default=500)
     parser.add_argument("--reuse", action="store_true", help="use images again when a class has no more")
     parser.add_argument("--smooth", type=int, default=1, help="window of a mean filter over the positive attribution")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("localisation"))
     args = parser.parse_args()
     try:
@@ -133,8 +125,7 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
-    model = (load_plain_model if args.plain else load_model)(args.model, args.checkpoint).eval().to(args.device)
-    dataset = timm.data.create_dataset(args.dataset, root=args.data_dir, split=args.split, class_map=args.class_map)
+    model, dataset = load_network_and_data(args)
     found = cached_confidences(model, dataset, args.out / "confidences.csv")
     right = sum(item.predicted == item.label for item in found)
     print(f"{right} of {len(found)} images are classified correctly")

@@ -15,9 +15,9 @@ import torch
 from tqdm import tqdm
 
 from timm_bcos import BcosError, MethodError
+from timm_bcos.arguments import add_arguments, load_network_and_data
 from timm_bcos.evaluation import load_image
 from timm_bcos.files import atomic_path
-from timm_bcos.load import load_model, load_plain_model
 from timm_bcos.metrics import METRICS, evaluate
 
 METHODS = ("bcos", "gradient", "ixg", "ig", "deeplift", "smoothgrad", "gradcam")
@@ -49,17 +49,10 @@ def table(values: Values, methods: list[str], metrics: list[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="timm's name; not needed for a checkpoint of train.py")
-    parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--plain", action="store_true", help="a plain timm model as it is, not converted")
-    parser.add_argument("--dataset", default="", help="kind of data set, as in timm's scripts")
-    parser.add_argument("--data-dir", required=True)
-    parser.add_argument("--split", default="validation")
-    parser.add_argument("--class-map", default="")
+    add_arguments(parser)
     parser.add_argument("--images", type=int, default=20, help="evenly spread over the data set")
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD")
     parser.add_argument("--metrics", nargs="+", default=list(METRICS), choices=list(METRICS))
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("metrics"))
     args = parser.parse_args()
     try:
@@ -71,8 +64,7 @@ def main() -> None:
 def run(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "metrics.csv"
-    model = (load_plain_model if args.plain else load_model)(args.model, args.checkpoint).eval().to(args.device)
-    dataset = timm.data.create_dataset(args.dataset, root=args.data_dir, split=args.split, class_map=args.class_map)
+    model, dataset = load_network_and_data(args)
     cfg = timm.data.resolve_model_data_config(model)
     indices = np.linspace(0, len(dataset) - 1, min(args.images, len(dataset))).round().astype(int).tolist()
     images, labels = zip(*(load_image(dataset, i, cfg) for i in indices), strict=True)

@@ -10,29 +10,21 @@ import argparse
 import csv
 from pathlib import Path
 
-import timm
-
 from timm_bcos import BcosError
+from timm_bcos.arguments import add_arguments, load_network_and_data
 from timm_bcos.files import atomic_path
-from timm_bcos.load import class_names, load_model
+from timm_bcos.load import class_names
 from timm_bcos.neurons import Strongest, find_strongest, label_entropy, plot_label_counts, plot_wall
 from timm_bcos.render import save_figure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="timm's name; not needed for a checkpoint of train.py")
-    parser.add_argument("--checkpoint", type=Path)
+    add_arguments(parser, plain=False, classes=True)
     parser.add_argument("--layer", required=True, help="path of a layer whose output is a map")
-    parser.add_argument("--dataset", default="", help="kind of data set, as in timm's scripts")
-    parser.add_argument("--data-dir", required=True)
-    parser.add_argument("--split", default="validation")
-    parser.add_argument("--class-map", default="")
-    parser.add_argument("--classes", type=Path, help="class names: a file, or a directory of a directory per class")
     parser.add_argument("--units", type=int, default=6, help="on the pictures")
     parser.add_argument("--images", type=int, default=6, help="per unit, on the wall")
     parser.add_argument("--strongest", type=int, default=500, help="images per unit, for the entropy")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("neurons"))
     args = parser.parse_args()
     try:
@@ -42,8 +34,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    model = load_model(args.model, args.checkpoint).eval().to(args.device)
-    dataset = timm.data.create_dataset(args.dataset, root=args.data_dir, split=args.split, class_map=args.class_map)
+    model, dataset = load_network_and_data(args)
     names = class_names(model, args.classes)
     strongest = find_strongest(model, dataset, args.layer, args.strongest)
     entropy = label_entropy(strongest.labels, len(names))

@@ -31,6 +31,7 @@ KINDS = {
     "levit_128s": "1-d batch norm",
     "lowformer_b0": "transposed convolutions",
     "nextvit_small": "1-d pooling",
+    "resnetv2_50d_frn": "a maximum with a learned threshold",
     "sequencer2d_s": "LSTMs",
     "starnet_s1": "products of two activations",
     "swin_tiny_patch4_window7_224": "shifted windows, NHWC",

@@ -136,7 +136,7 @@ def test_confidences(model: nn.Module, photos: Path) -> None:
 def test_the_script_resumes(
     model: nn.Module, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(script, "load_model", lambda *_: model)
+    monkeypatch.setattr("timm_bcos.arguments.load_model", lambda *_: model)
     right = [Confidence(i, i // 2, i // 2, 0.5) for i in range(18)]
     monkeypatch.setattr(script, "confidences", lambda *_: iter(right))
     out = tmp_path / "out"

@@ -54,7 +54,7 @@ def test_script(kind: str, model: nn.Module, tmp_path: Path, monkeypatch: pytest
         folder.mkdir(parents=True)
         for k, photo in enumerate(sorted(PHOTOS.glob("*.jpg"))[:2]):
             Image.open(photo).convert("RGB").resize((64, 64)).save(folder / f"{c}_{k}.png")
-    monkeypatch.setattr(script, "load_model", lambda *_: model)
+    monkeypatch.setattr("timm_bcos.arguments.load_model", lambda *_: model)
     monkeypatch.setattr(script, "confidences", lambda *_: [Confidence(i, i // 2, i // 2, 0.5) for i in range(4)])
     out = tmp_path / "gallery.png"
     arguments = ["gallery.py", kind, "--data-dir", str(tmp_path / "data"), "--split", "test", "--out", str(out)]

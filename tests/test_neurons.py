@@ -78,7 +78,7 @@ def test_layers_that_cannot_be_searched(model: nn.Module, photos: Path) -> None:
 
 
 def test_script(model: nn.Module, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(script, "load_model", lambda *_: model)
+    monkeypatch.setattr("timm_bcos.arguments.load_model", lambda *_: model)
     arguments = ["neurons.py", "--layer", "layer3", "--data-dir", str(photos), "--split", "test"]
     monkeypatch.setattr("sys.argv", [*arguments, "--out", str(tmp_path / "out"), "--units", "2", "--images", "3"])
     script.main()

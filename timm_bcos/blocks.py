@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from timm.layers import RmsNormFp32
 from timm.models.efficientvit_mit import LiteMLA
 from timm.models.inception_v3 import InceptionB, InceptionD
 from torch import Tensor, nn
@@ -34,5 +35,14 @@ class _WideLiteMLA(LiteMLA):
         return (out[..., :-1] / (out[..., -1:] + self.eps)).to(v.dtype)
 
 
+class _WideRmsNorm(RmsNormFp32):
+    """Likewise for timm's norm in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = None if self.weight is None else self.weight.to(wide)
+        return F.rms_norm(x.to(wide), self.normalized_shape, weight, self.eps).to(x.dtype)
+
+
 AVERAGED: dict[type[nn.Module], type[nn.Module]] = {InceptionB: _AverageInceptionB, InceptionD: _AverageInceptionD}
-WIDE: dict[type[nn.Module], type[nn.Module]] = {LiteMLA: _WideLiteMLA}
+WIDE: dict[type[nn.Module], type[nn.Module]] = {LiteMLA: _WideLiteMLA, RmsNormFp32: _WideRmsNorm}
