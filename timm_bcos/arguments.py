@@ -28,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, plain: bool = True, classe
     parser.add_argument("--split", default="validation")
     parser.add_argument("--class-map", default="")
     if classes:
-        parser.add_argument(
-            "--classes", type=Path, help="class names: a file, or a directory of directories"
-        )
+        parser.add_argument("--classes", type=Path, help="class names: a file, or a directory of directories")
     parser.add_argument("--device", default="cpu")
 
 
