@@ -13,8 +13,7 @@ from pathlib import Path
 import timm
 import torch
 
-from timm_bcos import BcosError
-from timm_bcos.arguments import add_arguments, load_network_and_data
+from timm_bcos.arguments import add_arguments, load_network_and_data, parse_and_run
 from timm_bcos.attribution import METHODS, attribute
 from timm_bcos.evaluation import confidences, load_image
 from timm_bcos.galleries import most_confident, plot_classes, plot_methods
@@ -30,11 +29,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=6, help="per class, for `classes`")
     parser.add_argument("--methods", nargs="+", metavar="METHOD")
     parser.add_argument("--out", type=Path, default=Path("gallery.png"))
-    args = parser.parse_args()
-    try:
-        run(args)
-    except BcosError as error:
-        raise SystemExit(str(error)) from error
+    parse_and_run(parser, run)
 
 
 def run(args: argparse.Namespace) -> None:

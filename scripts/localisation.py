@@ -19,8 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 import timm_bcos
-from timm_bcos import BcosError, MethodError
-from timm_bcos.arguments import add_arguments, load_network_and_data
+from timm_bcos import MethodError
+from timm_bcos.arguments import add_arguments, load_network_and_data, parse_and_run
 from timm_bcos.evaluation import Confidence, Grid, confidences, localisation, sample_grids
 from timm_bcos.files import atomic_path
 from timm_bcos.render import save_figure
@@ -116,11 +116,7 @@ def main() -> None:
     parser.add_argument("--smooth", type=int, default=1, help="window of a mean filter over the positive attribution")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("localisation"))
-    args = parser.parse_args()
-    try:
-        run(args)
-    except BcosError as error:
-        raise SystemExit(str(error)) from error
+    parse_and_run(parser, run)
 
 
 def run(args: argparse.Namespace) -> None:

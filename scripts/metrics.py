@@ -14,8 +14,8 @@ import timm
 import torch
 from tqdm import tqdm
 
-from timm_bcos import BcosError, MethodError
-from timm_bcos.arguments import add_arguments, load_network_and_data
+from timm_bcos import MethodError
+from timm_bcos.arguments import add_arguments, load_network_and_data, parse_and_run
 from timm_bcos.evaluation import load_image
 from timm_bcos.files import atomic_path
 from timm_bcos.metrics import METRICS, evaluate
@@ -54,11 +54,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD")
     parser.add_argument("--metrics", nargs="+", default=list(METRICS), choices=list(METRICS))
     parser.add_argument("--out", type=Path, default=Path("metrics"))
-    args = parser.parse_args()
-    try:
-        run(args)
-    except BcosError as error:
-        raise SystemExit(str(error)) from error
+    parse_and_run(parser, run)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -10,8 +10,7 @@ import argparse
 import csv
 from pathlib import Path
 
-from timm_bcos import BcosError
-from timm_bcos.arguments import add_arguments, load_network_and_data
+from timm_bcos.arguments import add_arguments, load_network_and_data, parse_and_run
 from timm_bcos.files import atomic_path
 from timm_bcos.load import class_names
 from timm_bcos.neurons import Strongest, find_strongest, label_entropy, plot_label_counts, plot_wall
@@ -26,11 +25,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=6, help="per unit, on the wall")
     parser.add_argument("--strongest", type=int, default=500, help="images per unit, for the entropy")
     parser.add_argument("--out", type=Path, default=Path("neurons"))
-    args = parser.parse_args()
-    try:
-        run(args)
-    except BcosError as error:
-        raise SystemExit(str(error)) from error
+    parse_and_run(parser, run)
 
 
 def run(args: argparse.Namespace) -> None:

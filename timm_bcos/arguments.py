@@ -1,14 +1,16 @@
 """What the scripts that look at a network and a data set ask for on the command line."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import timm
 
+from .errors import BcosError
 from .load import load_model, load_plain_model
 
-__all__ = ["add_arguments", "load_network_and_data"]
+__all__ = ["add_arguments", "load_network_and_data", "parse_and_run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, plain: bool = True, classes: bool = False) -> None:
@@ -42,3 +44,12 @@ def load_network_and_data(args: argparse.Namespace) -> tuple[Any, Any]:
     model = load(args.model, args.checkpoint).eval().to(args.device)
     dataset = timm.data.create_dataset(args.dataset, root=args.data_dir, split=args.split, class_map=args.class_map)
     return model, dataset
+
+
+def parse_and_run(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None]) -> None:
+    """Run a script; errors that we raise on purpose are one line, without a traceback."""
+    args = parser.parse_args()
+    try:
+        run(args)
+    except BcosError as error:
+        raise SystemExit(str(error)) from error
