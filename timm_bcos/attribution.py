@@ -139,7 +139,7 @@ def attribute(
     size = 1 if chosen.slow else batch_size
     batches = list(zip(x.split(size), classes.split(size), strict=True))
     maps = []
-    # every batch draws the same numbers: maps do not depend on the batch size
+    # every batch draws the same numbers: maps do not depend on the batch size (smoothgrad's do)
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), frozen(model):
         for images, wanted in tqdm(batches, chosen.name, disable=not progress):
             torch.manual_seed(seed)
