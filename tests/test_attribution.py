@@ -56,6 +56,19 @@ def test_every_method_gives_signed_maps_or_a_reason(method: str, kind: str, requ
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("method", ["occlusion", "lime", "rise"])
+def test_slow_methods_change_an_image_once_for_all_its_targets(plain: nn.Module, method: str) -> None:
+    first, second = real_image(64, 2)[:, None]
+    x, targets, seen = torch.cat([first, first, second]), [0, 2, 1], []
+    handle = plain.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    together = attribute(plain, x, targets, method, **FEW.get(method, {}))
+    passes, seen[:] = sum(seen), []
+    single = [attribute(plain, i[None], c, method, **FEW.get(method, {})) for i, c in zip(x, targets, strict=True)]
+    handle.remove()
+    torch.testing.assert_close(together, torch.cat(single))
+    assert 3 * passes == 2 * sum(seen)
+
+
 def test_own_explanation_is_the_contribution_map(converted: nn.Module) -> None:
     x = real_image(64, 2)
     torch.testing.assert_close(attribute(converted, x), timm_bcos.explain(converted, x).contribution_map)

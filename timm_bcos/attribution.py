@@ -71,7 +71,7 @@ class Method:
     Attributes:
         name: Its name for `attribute`.
         function: (subject, images, targets, **options) to maps (N, H, W).
-        slow: Shows progress, one image at a time.
+        slow: Looks at many changed copies of an image: takes one image at a time, with all its classes.
     """
 
     name: str
@@ -87,7 +87,8 @@ def register(name: str, *, slow: bool = False) -> Callable[[Attribute], Attribut
 
     Args:
         name: What `attribute` calls it.
-        slow: It takes one image at a time, with a progress bar.
+        slow: It looks at many changed copies of an image: it is handed one image at a time, repeated for each of its
+            targets, and need change only the first.
     """
 
     def add(function: Attribute) -> Attribute:
@@ -115,7 +116,7 @@ def attribute(
         x: Images (N, C, H, W) in [0, 1], for plain models too: their cfg says how to normalise.
         targets: A class per image, one for all, or None for the predicted ones.
         method: A key of `METHODS`.
-        batch_size: Images at a time; slow methods take one.
+        batch_size: Images at a time; slow methods take one, and neighbours that are the same image together.
         seed: Of the methods that draw random numbers; the same seed gives the same maps.
         progress: Show a bar.
         options: Of the method, for instance `n_steps` of 'ig'.
@@ -129,15 +130,13 @@ def attribute(
         TargetError: For classes that the model does not have.
         ModelStateError: For a model in training mode.
     """
-    from . import attribution_methods  # noqa: F401  (registers them)
-
     if method not in METHODS:
         raise MethodError(f"no attribution method {method!r}: choose one of {', '.join(METHODS)}")
     chosen, subject = METHODS[method], Subject(model)
     _check_images(x)
     classes = _targets(subject, x, targets, batch_size)
-    size = 1 if chosen.slow else batch_size
-    batches = list(zip(x.split(size), classes.split(size), strict=True))
+    sizes = _runs(x) if chosen.slow else batch_size
+    batches = list(zip(x.split(sizes), classes.split(sizes), strict=True))
     maps = []
     # every batch draws the same numbers: maps do not depend on the batch size (smoothgrad's do)
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), frozen(model):
@@ -145,6 +144,12 @@ def attribute(
             torch.manual_seed(seed)
             maps.append(chosen.function(subject, images, wanted, **options).detach())
     return torch.cat(maps)
+
+
+def _runs(x: Tensor) -> list[int]:
+    """How many images follow each other that are the same one."""
+    changes = (x[1:] != x[:-1]).flatten(1).any(1).nonzero()[:, 0] + 1
+    return torch.diff(changes.cpu(), prepend=torch.tensor([0]), append=torch.tensor([len(x)])).tolist()
 
 
 def _check_images(x: Tensor) -> None:

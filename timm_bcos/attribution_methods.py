@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -162,11 +163,11 @@ def occlusion(
     """How much the logit falls where a square of the input is zero; by default an eighth of the image, half apart."""
     window = window or max(x.shape[-1] // 8, 1)
     stride = stride or max(window // 2, 1)
-    z = subject.prepare(x)
+    z = subject.prepare(x[:1])
     shape = (z.shape[1], window, window)
     with torch.no_grad():
-        method = _captum().Occlusion(subject)
-        maps = method.attribute(z, shape, (z.shape[1], stride, stride), target=targets, perturbations_per_eval=16)
+        method = _captum().Occlusion(lambda one: subject(one)[0, targets])
+        maps = method.attribute(z, shape, (z.shape[1], stride, stride))
     return maps.sum(1)
 
 
@@ -186,18 +187,17 @@ def lime(
         batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(x)
         return subject.probability(batch).cpu().numpy()
 
-    maps = []
-    for image, target in zip(x, targets.tolist(), strict=True):
-        pixels = image.permute(1, 2, 0).double().cpu().numpy()
+    pixels = x[0].permute(1, 2, 0).double().cpu().numpy()
+    with mock.patch.object(lime_image, "tqdm", iter):  # its bar has no switch
         explanation = explainer.explain_instance(
-            pixels, classify, labels=(target,), top_labels=None, num_samples=samples, num_features=features,
+            pixels, classify, labels=targets.tolist(), top_labels=None, num_samples=samples, num_features=features,
             segmentation_fn=segmentation, batch_size=32, random_seed=seed,
         )  # fmt: skip
-        weights = np.zeros(explanation.segments.max() + 1)
-        for segment, weight in explanation.local_exp[target]:
-            weights[segment] = weight
-        maps.append(torch.from_numpy(weights[explanation.segments]).to(x))
-    return torch.stack(maps)
+    weights = np.zeros((len(x), explanation.segments.max() + 1))
+    for row, target in enumerate(targets.tolist()):
+        segments, values = zip(*explanation.local_exp[target], strict=True)
+        weights[row, list(segments)] = values
+    return torch.from_numpy(weights[:, explanation.segments]).to(x)
 
 
 @register("rise", slow=True)
@@ -206,9 +206,8 @@ def rise(subject: Subject, x: Tensor, targets: Tensor, *, masks: int = 500, cell
     total = torch.zeros_like(x[:, 0])
     for start in range(0, masks, 32):
         some = rise_masks(min(32, masks - start), cells, p, x.shape[-2:]).to(x)
-        for i, target in enumerate(targets.tolist()):
-            probability = subject.probability(x[i] * some[:, None])[:, target]
-            total[i] += (probability[:, None, None] * some).sum(0)
+        probability = subject.probability(x[0] * some[:, None])[:, targets]
+        total += torch.einsum("mk,mhw->khw", probability, some)
     return total / (masks * p)
 
 
