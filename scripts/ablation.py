@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 import timm_bcos
-from timm_bcos.evaluation import load_image
+from timm_bcos.evaluation import image_loader
 from timm_bcos.files import atomic_path
 from timm_bcos.load import load_model
 from timm_bcos.render import save_figure
@@ -95,9 +95,9 @@ def alignment(model: Any, images: torch.Tensor) -> float:
 
 def some_images(model: Any, args: argparse.Namespace) -> torch.Tensor:
     dataset = timm.data.create_dataset("", root=args.data_dir, split=args.val_split)
-    cfg = timm.data.resolve_model_data_config(model)
+    load = image_loader(model, dataset)
     indices = torch.linspace(0, len(dataset) - 1, min(args.images, len(dataset))).round().int().tolist()
-    return torch.stack([load_image(dataset, i, cfg)[0] for i in indices])
+    return torch.stack([load(i)[0] for i in indices])
 
 
 def measure(variant: Variant, folder: Path, args: argparse.Namespace) -> Result:

@@ -12,7 +12,7 @@ from torch import nn
 
 import timm_bcos
 from timm_bcos import TargetError
-from timm_bcos.evaluation import load_image
+from timm_bcos.evaluation import image_loader
 from timm_bcos.neurons import _crop, find_strongest, label_entropy
 
 script = load_script("neurons")
@@ -38,8 +38,7 @@ def model() -> nn.Module:
 def test_one_pass_finds_what_all_activations_at_once_say(model: nn.Module, photos: Path) -> None:
     dataset = timm.data.create_dataset("", root=str(photos), split="test")
     found = find_strongest(model, dataset, "layer2", 4, batch_size=2, progress=False)
-    cfg = timm.data.resolve_model_data_config(model)
-    images, labels = zip(*(load_image(dataset, i, cfg) for i in range(9)), strict=True)
+    images, labels = zip(*map(image_loader(model, dataset), range(9)), strict=True)
     activations: list[torch.Tensor] = []
     model.layer2.register_forward_hook(lambda module, args, output: activations.append(output))
     with torch.no_grad():

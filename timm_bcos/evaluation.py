@@ -5,7 +5,7 @@ made of the images that the model is most confident of, so that it surely sees t
 """
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .attribution import Subject, attribute
 from .errors import InputError
 
-__all__ = ["Confidence", "Grid", "cell_shares", "confidences", "load_image", "localisation", "sample_grids"]
+__all__ = ["Confidence", "Grid", "cell_shares", "confidences", "image_loader", "localisation", "sample_grids"]
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,19 @@ class Grid:
     classes: tuple[int, ...]
 
 
-def load_image(dataset: Any, index: int, cfg: Mapping[str, Any]) -> tuple[Tensor, int]:
-    """One image (C, H, W) in [0, 1], cut and scaled as the model's cfg says but not normalised, and its class."""
+def image_loader(model: nn.Module, dataset: Any) -> Callable[[int], tuple[Tensor, int]]:
+    """A function from an index to an image (C, H, W) in [0, 1] and its class.
+
+    Images are cut and scaled as the model's cfg says, but not normalised.
+    """
+    cfg = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**{**cfg, "mean": (0.0,) * 3, "std": (1.0,) * 3}, is_training=False)
-    image, label = dataset[index]
-    return transform(image.convert("RGB")), int(label)
+
+    def load(index: int) -> tuple[Tensor, int]:
+        image, label = dataset[index]
+        return transform(image.convert("RGB")), int(label)
+
+    return load
 
 
 def confidences(model: nn.Module, dataset: Any, *, batch_size: int = 64, progress: bool = True) -> Iterator[Confidence]:
@@ -73,11 +81,11 @@ def confidences(model: nn.Module, dataset: Any, *, batch_size: int = 64, progres
         InputError: For a data set without labels, or with other classes than the model's.
     """
     subject = Subject(model)
-    cfg = timm.data.resolve_model_data_config(model)
+    load = image_loader(model, dataset)
     device = next(model.parameters()).device
     for start in tqdm(range(0, len(dataset), batch_size), "confidences", disable=not progress):
         indices = range(start, min(start + batch_size, len(dataset)))
-        images, labels = zip(*(load_image(dataset, i, cfg) for i in indices), strict=True)
+        images, labels = zip(*map(load, indices), strict=True)
         wrong = [label for label in labels if not 0 <= label < subject.model.num_classes]
         if wrong:
             raise InputError(f"the data set has class {wrong[0]}, the model {subject.model.num_classes} classes from 0")
@@ -170,8 +178,8 @@ def localisation(
 
 def compose(model: Any, dataset: Any, grid: Grid) -> Tensor:
     """The picture of a grid, (1, C, H, W); a model of fixed input size sees smaller cells, others a larger picture."""
-    cfg = timm.data.resolve_model_data_config(model)
-    images = torch.stack([load_image(dataset, index, cfg)[0] for index in grid.indices])
+    load = image_loader(model, dataset)
+    images = torch.stack([load(index)[0] for index in grid.indices])
     if model.pretrained_cfg.get("fixed_input_size"):
         size = [s // grid.n for s in images.shape[-2:]]
         images = F.interpolate(images, size, mode="bilinear", antialias=True).clamp(0, 1)
@@ -179,5 +187,5 @@ def compose(model: Any, dataset: Any, grid: Grid) -> Tensor:
     picture = torch.cat(rows, dim=-2)[None].to(next(model.parameters()).device)
     if not model.pretrained_cfg.get("fixed_input_size"):
         return picture
-    height, width = cfg["input_size"][-2:]
+    height, width = timm.data.resolve_model_data_config(model)["input_size"][-2:]
     return F.interpolate(picture, (height, width), mode="bilinear") if picture.shape[-1] != width else picture

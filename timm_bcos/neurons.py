@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .attribution import Subject
 from .errors import TargetError
-from .evaluation import load_image
+from .evaluation import image_loader
 from .explain import Explanation, explain
 from .render import on_white
 
@@ -59,7 +58,7 @@ def find_strongest(
     Raises:
         TargetError: For a layer that does not exist, or has no spatial positions.
     """
-    subject, cfg = Subject(model), timm.data.resolve_model_data_config(model)
+    subject, load = Subject(model), image_loader(model, dataset)
     module = dict(model.named_modules()).get(layer)
     if module is None:
         raise TargetError(f"the model has no layer {layer!r}")
@@ -67,7 +66,7 @@ def find_strongest(
     best: tuple[Tensor, ...] = ()
     for start in tqdm(range(0, len(dataset), batch_size), layer, disable=not progress):
         indices = list(range(start, min(start + batch_size, len(dataset))))
-        images, labels = zip(*(load_image(dataset, i, cfg) for i in indices), strict=True)
+        images, labels = zip(*map(load, indices), strict=True)
         peaks = _peaks(subject, module, layer, torch.stack(images).to(device))
         new = (peaks, torch.tensor(indices).expand_as(peaks), torch.tensor(labels).expand_as(peaks))
         both = new if not best else tuple(torch.cat(pair, 1) for pair in zip(best, new, strict=True))
@@ -133,9 +132,9 @@ def plot_wall(model: Any, dataset: Any, strongest: Strongest, units: Sequence[in
 
 
 def _explain_unit(model: Any, dataset: Any, strongest: Strongest, unit: int, images: int) -> Explanation:
-    cfg = timm.data.resolve_model_data_config(model)
+    load = image_loader(model, dataset)
     indices = strongest.indices[unit, :images].tolist()
-    x = torch.stack([load_image(dataset, i, cfg)[0] for i in indices]).to(next(model.parameters()).device)
+    x = torch.stack([load(i)[0] for i in indices]).to(next(model.parameters()).device)
     return explain(model, x, unit, layer=strongest.layer)
 
 
