@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.layers import activations
 from torch import Tensor, nn
 
 from .attribution import Subject, register
@@ -21,6 +22,12 @@ from .errors import MethodError
 from .explain import explain
 
 __all__: list[str] = []
+
+
+ELEMENTWISE = (
+    nn.ReLU6, nn.SiLU, nn.GELU, nn.Mish, nn.CELU, nn.SELU, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh,
+    *(kind for kind in vars(activations).values() if isinstance(kind, type) and issubclass(kind, nn.Module)),
+)  # fmt: skip
 
 
 @cache
@@ -77,8 +84,12 @@ def integrated_gradients(subject: Subject, x: Tensor, targets: Tensor, *, n_step
 
 @register("deeplift")
 def deep_lift(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
-    """DeepLIFT from a baseline of zeros; its rescale rule applies to the activations that captum knows."""
-    return _captum().DeepLift(subject).attribute(_leaf(subject, x), target=targets).sum(1)
+    """DeepLIFT from a baseline of zeros: the rescale rule for activations, the gradient for B-cos layers and norms."""
+    captum = _library("captum.attr._core.deep_lift")  # whose table lacks most activations of timm's models
+    known = captum.SUPPORTED_NON_LINEAR
+    more = {kind: captum.nonlinear for kind in ELEMENTWISE if kind not in known}
+    with mock.patch.dict(known, more):
+        return captum.DeepLift(subject).attribute(_leaf(subject, x), target=targets).sum(1)
 
 
 @register("smoothgrad")
