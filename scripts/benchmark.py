@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import timm_bcos
-from timm_bcos import attribution_methods  # noqa: F401  (registers the methods)
 from timm_bcos.attribution import METHODS
 from timm_bcos.bcos_cnn import Cnn9
 

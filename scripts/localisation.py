@@ -11,7 +11,7 @@ resumes), summary.md and boxes.png.
 import argparse
 import csv
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from tqdm import tqdm
 
 import timm_bcos
 from timm_bcos import MethodError
-from timm_bcos.arguments import add_arguments, load_network_and_data, parse_and_run
+from timm_bcos.arguments import add_arguments, load_network_and_data, parse_and_run, remember_settings
 from timm_bcos.evaluation import Confidence, Grid, confidences, localisation, sample_grids
 from timm_bcos.files import atomic_path
 from timm_bcos.render import save_figure
 
-FIELDS = ("n", "method", "grid", "cell", "class", "image", "value")
+FIELDS = ("n", "smooth", "method", "grid", "cell", "class", "image", "value")
+Key = tuple[int, int, str, int]  # cells per side, smoothing window, method, grid
 METHODS = ("bcos", "gradient", "ixg", "ig", "deeplift", "smoothgrad", "guided_backprop", "gradcam", "lrp",
            "attention_rollout", "occlusion", "lime", "rise")  # fmt: skip
 
@@ -41,14 +42,14 @@ def cached_confidences(model: Any, dataset: Any, path: Path) -> list[Confidence]
     return [Confidence(int(r["index"]), int(r["label"]), int(r["predicted"]), float(r["confidence"])) for r in rows]
 
 
-def read_values(path: Path) -> dict[tuple[int, str, int], list[float]]:
-    """Values of whole grids, by (n, method, grid); what an interruption cut short is played again."""
-    found: dict[tuple[int, str, int], dict[int, float]] = {}
+def read_values(path: Path) -> dict[Key, list[float]]:
+    """Values of whole grids; what an interruption cut short is played again."""
+    found: dict[Key, dict[int, float]] = {}
     if path.exists():
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 if None not in row.values():
-                    key = (int(row["n"]), row["method"], int(row["grid"]))
+                    key = (int(row["n"]), int(row["smooth"]), row["method"], int(row["grid"]))
                     found.setdefault(key, {})[int(row["cell"])] = float(row["value"])
     return {key: list(cells.values()) for key, cells in found.items() if len(cells) == key[0] ** 2}
 
@@ -58,50 +59,63 @@ def play(model: Any, dataset: Any, grids: Iterable[Grid], method: str, args: arg
     path = args.out / "values.csv"
     done = read_values(path)
     for number, grid in enumerate(tqdm(list(grids), f"{method} {args.cells}×{args.cells}")):
-        if (grid.n, method, number) in done:
+        missing = [window for window in args.smooth if (grid.n, window, method, number) not in done]
+        if not missing:
             continue
-        values = localisation(model, dataset, grid, method, smooth=args.smooth).tolist()
-        rows = zip(range(len(values)), grid.classes, grid.indices, values, strict=True)
+        shares = localisation(model, dataset, grid, method, smooth=missing).tolist()
         is_new = not path.exists()
         with path.open("a", newline="") as file:
             writer = csv.writer(file)
             writer.writerows([FIELDS] if is_new else [])
-            writer.writerows((grid.n, method, number, cell, c, i, f"{v:.6f}") for cell, c, i, v in rows)
+            for window, values in zip(missing, shares, strict=True):
+                cells = zip(range(len(values)), grid.classes, grid.indices, values, strict=True)
+                writer.writerows((grid.n, window, method, number, cell, c, i, f"{v:.6f}") for cell, c, i, v in cells)
 
 
-def summarise(path: Path, methods: Iterable[str]) -> Iterator[tuple[int, str, np.ndarray]]:
-    """(n, method, values), in the order of the methods."""
-    by_method: dict[tuple[int, str], list[float]] = {}
-    for (n, method, _), values in sorted(read_values(path).items()):
-        by_method.setdefault((n, method), []).extend(values)
-    for n in sorted({n for n, _ in by_method}):
-        for method in methods:
-            if (n, method) in by_method:
-                yield n, method, np.array(by_method[n, method])
+Panel = tuple[int, int]  # cells per side, smoothing window
 
 
-def table(rows: Iterable[tuple[int, str, np.ndarray]]) -> str:
-    lines = [
-        "| grid | method | lower quartile | median | upper quartile | values |",
-        "| --- | --- " + "| ---: " * 4 + "|",
-    ]
-    for n, method, values in rows:
-        low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
-        lines.append(f"| {n}×{n} | {method} | {low:.3f} | {middle:.3f} | {high:.3f} | {len(values)} |")
+def summarise(path: Path, methods: Iterable[str]) -> dict[Panel, dict[str, np.ndarray]]:
+    """Values by grid size and window, then by method, in the order of the methods."""
+    found: dict[Panel, dict[str, list[float]]] = {}
+    for (n, window, method, _), values in sorted(read_values(path).items()):
+        found.setdefault((n, window), {}).setdefault(method, []).extend(values)
+    return {
+        panel: {method: np.array(values[method]) for method in methods if method in values}
+        for panel, values in sorted(found.items())
+    }
+
+
+def table(panels: dict[Panel, dict[str, np.ndarray]]) -> str:
+    """Median and quartiles; a row per method, a column per grid size and window."""
+    titles = [f"{n}×{n}, {_smoothing(window)}" for n, window in panels]
+    lines = ["| method | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(titles)]
+    for method in dict.fromkeys(method for values in panels.values() for method in values):
+        cells = [_quartiles(values[method]) if method in values else "" for values in panels.values()]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def box_plots(rows: list[tuple[int, str, np.ndarray]], path: Path) -> None:
-    """A panel per grid size, a box per method, and what a uniform map scores."""
+def _smoothing(window: int) -> str:
+    return "raw" if window == 1 else f"smoothed {window}×{window}"
+
+
+def _quartiles(values: np.ndarray) -> str:
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
+    return f"**{middle:.2f}** ({low:.2f} to {high:.2f}; {len(values)})"
+
+
+def box_plots(panels: dict[Panel, dict[str, np.ndarray]], path: Path) -> None:
+    """A panel per grid size and window, a box per method, and what a uniform map scores."""
     from matplotlib.figure import Figure
 
-    sizes = sorted({n for n, _, _ in rows})
-    figure = Figure(figsize=(1 + 5 * len(sizes), 4), layout="constrained")
-    for axes, n in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
-        shown = [(method, values) for size, method, values in rows if size == n]
-        axes.boxplot([values for _, values in shown], tick_labels=[method for method, _ in shown], showfliers=False)
+    figure = Figure(figsize=(1 + 4 * len(panels), 3.6), layout="constrained")
+    for axes, ((n, window), values) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        axes.boxplot(list(values.values()), tick_labels=list(values), showfliers=False)
         axes.axhline(1 / n**2, color="grey", linestyle="--", linewidth=1)
-        axes.set(title=f"{n}×{n}", ylabel="share of positive attribution in the cell", ylim=(0, 1))
+        axes.set(title=f"{n}×{n}, {_smoothing(window)}", ylabel="share in the cell", ylim=(0, 1))
         axes.tick_params(axis="x", rotation=90)
     save_figure(figure, path)
 
@@ -113,14 +127,14 @@ def main() -> None:
     parser.add_argument("--n", nargs="+", type=int, default=[2, 3], help="cells per side")
     parser.add_argument("--grids", type=int, default=500)
     parser.add_argument("--reuse", action="store_true", help="use images again when a class has no more")
-    parser.add_argument("--smooth", type=int, default=1, help="window of a mean filter over the positive attribution")
+    parser.add_argument("--smooth", nargs="+", type=int, default=[1, 15], help="windows of a mean filter over the map")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("localisation"))
     parse_and_run(parser, run)
 
 
 def run(args: argparse.Namespace) -> None:
-    args.out.mkdir(parents=True, exist_ok=True)
+    remember_settings(args, args.out, "reuse", "seed")
     model, dataset = load_network_and_data(args)
     found = cached_confidences(model, dataset, args.out / "confidences.csv")
     right = sum(item.predicted == item.label for item in found)
@@ -133,13 +147,13 @@ def run(args: argparse.Namespace) -> None:
                 play(model, dataset, grids, method, args)
             except MethodError as error:
                 print(f"left out: {error}")
-    rows = list(summarise(args.out / "values.csv", args.methods))
-    if not rows:
+    panels = summarise(args.out / "values.csv", args.methods)
+    if not panels:
         raise timm_bcos.InputError("no method suits this model")
     with atomic_path(args.out / "summary.md") as path:
-        path.write_text(table(rows))
-    box_plots(rows, args.out / "boxes.png")
-    print(table(rows))
+        path.write_text(table(panels))
+    box_plots(panels, args.out / "boxes.png")
+    print(table(panels))
 
 
 if __name__ == "__main__":

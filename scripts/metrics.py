@@ -10,13 +10,12 @@ import csv
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from tqdm import tqdm
 
 from timm_bcos import MethodError
-from timm_bcos.arguments import add_arguments, load_network_and_data, parse_and_run
-from timm_bcos.evaluation import load_image
+from timm_bcos.arguments import add_arguments, load_network_and_data, parse_and_run, remember_settings
+from timm_bcos.evaluation import image_loader
 from timm_bcos.files import atomic_path
 from timm_bcos.metrics import METRICS, evaluate
 
@@ -58,12 +57,11 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    args.out.mkdir(parents=True, exist_ok=True)
+    remember_settings(args, args.out, "images")
     path = args.out / "metrics.csv"
     model, dataset = load_network_and_data(args)
-    cfg = timm.data.resolve_model_data_config(model)
     indices = np.linspace(0, len(dataset) - 1, min(args.images, len(dataset))).round().astype(int).tolist()
-    images, labels = zip(*(load_image(dataset, i, cfg) for i in indices), strict=True)
+    images, labels = zip(*map(image_loader(model, dataset), indices), strict=True)
     x, targets = torch.stack(images).to(args.device), torch.tensor(labels, device=args.device)
     pairs = [(metric, method) for metric in args.metrics for method in args.methods]
     done = read(path, len(indices))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import timm
 
+from timm_bcos.embedded import EMBEDDED
 from timm_bcos.networks import NETWORKS
 from timm_bcos.published import PUBLISHED
 
@@ -19,7 +20,8 @@ def rows(name: str) -> list[str]:
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     height = model.pretrained_cfg["input_size"][-1]
     if name not in PUBLISHED:
-        return [f"| `{name}` | | {parameters:.1f} | | {height} |"]
+        own = [f"`.{tag}`" for known, _, tag in (tagged.partition(".") for tagged in EMBEDDED) if known == name]
+        return [f"| `{name}` | {tag} | {parameters:.1f} | | {height} |" for tag in own or [""]]
     return [
         f"| `{name}` | `.{weights.tag}` | {parameters:.1f} | {weights.top1 or ''} | {weights.resize} → {height} |"
         for weights in PUBLISHED[name]

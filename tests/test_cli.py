@@ -44,12 +44,6 @@ def test_explains_a_photo(weights: Path, photo: Path, tmp_path: Path) -> None:
     assert Image.open(out / pictures[1]).mode == "RGBA"
 
 
-def test_a_network_has_to_be_named(photo: Path) -> None:
-    code, text = run(photo)
-    assert code == 2
-    assert "--model" in text and "--checkpoint" in text
-
-
 def test_named_targets(weights: Path, photo: Path, tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("\n".join(["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]))

@@ -34,6 +34,16 @@ def test_only_positive_attribution_counts() -> None:
     assert torch.equal(cell_shares(-maps.abs(), 2)[0], torch.zeros(2, 2))
 
 
+def test_smoothing_comes_before_the_sign() -> None:
+    """Neighbours of opposite signs cancel: what is left is the cell that is positive on average."""
+    maps = torch.ones(1, 12, 12)
+    maps[0, ::2, ::2] = maps[0, 1::2, 1::2] = -1.0
+    maps[0, :6, :6] += 1
+    raw, smooth = (cell_shares(maps, 2, window)[0, 0, 0].item() for window in (1, 5))
+    assert raw == pytest.approx(0.4)  # 18 pixels of 2 against three times 18 of 1
+    assert smooth > 0.75
+
+
 def test_smoothing_spreads_over_the_border_of_cells() -> None:
     maps = torch.zeros(1, 8, 8)
     maps[0, 3, 0:4] = 1.0
@@ -119,7 +129,8 @@ def test_localisation_asks_for_the_class_of_each_cell(
         return maps
 
     monkeypatch.setattr("timm_bcos.evaluation.attribute", perfect)
-    assert localisation(model, dataset, grid).tolist() == [1, 1, 1, 1]
+    assert localisation(model, dataset, grid, smooth=[1]).tolist() == [[1, 1, 1, 1]]
+    assert localisation(model, dataset, grid, smooth=[1, 3]).shape == (2, 4)
 
 
 def test_confidences(model: nn.Module, photos: Path) -> None:
@@ -133,6 +144,12 @@ def test_confidences(model: nn.Module, photos: Path) -> None:
         list(confidences(small, dataset, progress=False))
 
 
+def test_a_plain_network_has_to_be_named(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["x", "--plain", "--data-dir", str(photos), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="no network given: name one with --model"):
+        script.main()
+
+
 def test_the_script_resumes(
     model: nn.Module, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,11 +161,17 @@ def test_the_script_resumes(
     monkeypatch.setattr(sys, "argv", [*arguments, "--methods", "bcos", "attention_rollout", "ixg", "--n", "2"])
     script.main()
     whole = (out / "values.csv").read_text()
-    assert len(whole.splitlines()) == 1 + 2 * 2 * 4
+    assert len(whole.splitlines()) == 1 + 2 * 2 * 2 * 4
     (out / "values.csv").write_text(whole[:-30])  # as an interruption leaves it
     script.main()
     values = script.read_values(out / "values.csv")
-    assert sorted(values) == [(2, method, k) for method in ("bcos", "ixg") for k in (0, 1)]
+    assert sorted(values) == [
+        (2, window, method, k) for window in (1, 15) for method in ("bcos", "ixg") for k in (0, 1)
+    ]
     assert "left out: attention_rollout is for vision transformers" in capsys.readouterr().out
-    assert "| 2×2 | bcos |" in (out / "summary.md").read_text()
+    assert "| method | 2×2, raw | 2×2, smoothed 15×15 |" in (out / "summary.md").read_text()
     assert Image.open(out / "boxes.png").width > 100
+    monkeypatch.setattr(sys, "argv", [*arguments, "--methods", "bcos", "--n", "2", "--seed", "1"])
+    with pytest.raises(SystemExit, match="holds results for seed=0, not 1"):
+        script.main()
+    assert script.read_values(out / "values.csv") == values

@@ -13,13 +13,14 @@ from torch import nn
 import timm_bcos
 from timm_bcos.bcos_models import ENTRY_POINTS
 from timm_bcos.bcos_vit import sincos_positions
+from timm_bcos.embedded import EMBEDDED
 from timm_bcos.layers import BcosConv2d, BcosStem
 from timm_bcos.networks import NETWORKS
 from timm_bcos.published import PUBLISHED
 
 CNNS = [
     "bcos_cnn9", "bcos_resnet18", "bcos_densenet121", "bcos_vgg11", "bcos_inception_v3", "bcosify",
-    "bcosv2_resnet18", "bcosv2_vgg11_bn", "bcosv2_convnext_tiny",
+    "bcosv2_resnet18", "bcosv2_vgg11_bn", "bcosv2_convnext_tiny", "bcos_efficientnet_lite0", "bcos_cifar_resnet20",
 ]  # fmt: skip
 VITS = ["bcosv2_vit_tiny_patch16_224", "bcosv2_vitc_tiny_patch1_14"]
 SMALL = CNNS + VITS
@@ -27,7 +28,7 @@ MILLION = 10**6
 
 
 def size_for(name: str) -> int:
-    return {"bcos_inception_v3": 299, "bcos_cnn9": 32}.get(name, 64)
+    return {"bcos_inception_v3": 299, "bcos_cnn9": 32, "bcos_cifar_resnet20": 32}.get(name, 64)
 
 
 def small(name: str, **kwargs: object) -> nn.Module:
@@ -42,7 +43,7 @@ def small(name: str, **kwargs: object) -> nn.Module:
 @pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_every_registered_network_is_exact(name: str) -> None:
     """Σ contributions + bias = logit, to rounding, in float64; in float32 for all but the slowest."""
-    size = 299 if "inception" in name else 32 if "cnn9" in name else 96
+    size = 299 if "inception" in name else 32 if "cnn9" in name or "cifar" in name else 96
     model, x = small(name, num_classes=10, **(dict(img_size=size) if "vit" in name else {})), real_image(size)
     enliven(model.eval(), x)
     if sum(p.numel() for p in model.parameters()) < 55 * MILLION:
@@ -85,7 +86,7 @@ def test_scales_of_the_papers() -> None:
 
 
 def tagged_names() -> list[str]:
-    return [f"{name}.{weights.tag}" for name in PUBLISHED for weights in PUBLISHED[name]]
+    return [f"{name}.{weights.tag}" for name in PUBLISHED for weights in PUBLISHED[name]] + list(EMBEDDED)
 
 
 def test_cfgs() -> None:

@@ -10,7 +10,8 @@ Importing this package registers its networks with timm:
 
 __version__ = "0.1.0"
 
-from . import bcos_models, dynamic_table, model, recurrent, render  # noqa: F401  (some register as they are imported)
+# some register as they are imported
+from . import attribution_methods, bcos_models, dynamic_table, model, recurrent, render  # noqa: F401
 from .attribution import attribute
 from .check import Check, check, settle
 from .config import BcosConfig

@@ -1,16 +1,21 @@
 """What the scripts that look at a network and a data set ask for on the command line."""
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import timm
 
-from .errors import BcosError
+from .embedded import DEFAULT_NETWORK
+from .errors import BcosError, InputError
+from .files import atomic_path
 from .load import load_model, load_plain_model
 
-__all__ = ["add_arguments", "load_network_and_data", "parse_and_run"]
+__all__ = ["add_arguments", "load_network_and_data", "parse_and_run", "remember_settings"]
+
+SETTINGS = ("model", "checkpoint", "plain", "dataset", "data_dir", "split", "class_map")
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, plain: bool = True, classes: bool = False) -> None:
@@ -21,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser, *, plain: bool = True, classe
         plain: Offer plain timm models.
         classes: Offer class names.
     """
-    parser.add_argument("--model", help="timm's name; not needed for a checkpoint of train.py")
+    parser.add_argument(
+        "--model", help=f"timm's name; not needed for a checkpoint of train.py; {DEFAULT_NETWORK} by default"
+    )
     parser.add_argument("--checkpoint", type=Path)
     if plain:
         parser.add_argument("--plain", action="store_true", help="a plain timm model as it is, not converted")
@@ -44,6 +51,37 @@ def load_network_and_data(args: argparse.Namespace) -> tuple[Any, Any]:
     model = load(args.model, args.checkpoint).eval().to(args.device)
     dataset = timm.data.create_dataset(args.dataset, root=args.data_dir, split=args.split, class_map=args.class_map)
     return model, dataset
+
+
+def remember_settings(args: argparse.Namespace, folder: Path, *names: str) -> None:
+    """Note in `folder/settings.json` what its results depend on, so that no run resumes results of other settings.
+
+    Args:
+        args: Of a script with `add_arguments`.
+        folder: Made if need be.
+        names: The script's own arguments that matter.
+
+    Raises:
+        InputError: If the folder holds results of other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {name: _as_text(getattr(args, name)) for name in (*SETTINGS, *names) if hasattr(args, name)}
+    path = folder / "settings.json"
+    if not path.exists():
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(settings, indent=1) + "\n")
+    stored = json.loads(path.read_text())
+    changed = [name for name in settings if stored.get(name) != settings[name]]
+    if changed:
+        raise InputError(
+            f"{folder} holds results for {changed[0]}={stored.get(changed[0])}, not {settings[changed[0]]}: "
+            f"choose another folder with --out"
+        )
+
+
+def _as_text(value: Any) -> str:
+    """Paths as they are found from anywhere."""
+    return str(value.resolve()) if isinstance(value, Path) else str(value)
 
 
 def parse_and_run(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None]) -> None:

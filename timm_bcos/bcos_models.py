@@ -1,4 +1,4 @@
-"""What timm learns from this package; importing this module registers it: the papers' networks, and `bcosify`."""
+"""What timm learns from this package by importing this module: the papers' networks, fine-tuned ones, and `bcosify`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,8 @@ from torch import nn
 
 from .config import BcosConfig
 from .convert import bcosify as convert
-from .networks import NETWORKS, SECOND_PAPER, Network
+from .embedded import EMBEDDED
+from .networks import FINETUNED, NETWORKS, SECOND_PAPER, Network
 from .pretrained import load_pretrained
 from .published import PUBLISHED, hub_addresses
 from .weight_formats import convert_official_weights, convert_plain_weights
@@ -29,6 +30,11 @@ SECOND_PAPER_CFG: dict[str, Any] = dict(
     paper_name="B-cos Alignment for Inherently Interpretable CNNs and Vision Transformers",
     paper_ids="arXiv:2306.10898",
     origin_url="https://github.com/B-cos/B-cos-v2",
+)
+FINETUNED_CFG: dict[str, Any] = dict(
+    paper_name="B-cosification: Transforming Deep Neural Networks to be Inherently Interpretable",
+    paper_ids="arXiv:2411.00715",
+    origin_url="https://github.com/shrebox/B-cosification",
 )
 UNNORMALISED: dict[str, Any] = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 GEOMETRY = ("input_size", "pool_size", "first_conv", "classifier", "fixed_input_size", "min_input_size")
@@ -45,17 +51,18 @@ def _cfg(network: Network, paper: dict[str, Any]) -> dict[str, Any]:
 def _cfgs() -> dict[str, Any]:
     """By name and tag; networks without published weights have one without a tag."""
     cfgs: dict[str, Any] = {"bcosify": _cfg(Network("resnet50", BcosConfig()), PAPER_CFG)}
-    hub = hub_addresses()
+    hub = {tagged: dict(hf_hub_id=address) for tagged, address in hub_addresses().items()}
     for name, network in NETWORKS.items():
-        cfg = _cfg(network, SECOND_PAPER_CFG if name in SECOND_PAPER else PAPER_CFG)
-        published = PUBLISHED.get(name, ())
-        for weights in published:
-            tagged = f"{name}.{weights.tag}"
-            address = dict(hf_hub_id=hub[tagged]) if tagged in hub else {}
-            cfgs[tagged] = cfg | weights.cfg(cfg["input_size"][-1]) | address
-        if not published:
-            cfgs[name] = cfg
+        cfg = _cfg(network, _paper(name))
+        crop = cfg["input_size"][-1]
+        weights = {f"{name}.{published.tag}": published.cfg(crop) for published in PUBLISHED.get(name, ())}
+        weights |= {tagged: own for tagged, own in EMBEDDED.items() if tagged.partition(".")[0] == name}
+        cfgs |= {tagged: cfg | found | hub.get(tagged, {}) for tagged, found in (weights or {name: {}}).items()}
     return cfgs
+
+
+def _paper(name: str) -> dict[str, Any]:
+    return FINETUNED_CFG if name in FINETUNED else SECOND_PAPER_CFG if name in SECOND_PAPER else PAPER_CFG
 
 
 def _create(

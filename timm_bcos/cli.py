@@ -60,7 +60,10 @@ def explain(
     ] = None,
     checkpoint: Annotated[
         Path | None,
-        typer.Option(help="Weights, of the B-cos network or of the plain one; train.py's say of which model."),
+        typer.Option(
+            help="Weights, of the B-cos network or of the plain one; train.py's say of which model. Without a model "
+            "either, a network for clothes that comes with the package."
+        ),
     ] = None,
     target: Annotated[list[str] | None, typer.Option(help="Class name or index; repeat for several.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Without a target: how many of the most probable classes.")] = 3,
@@ -168,7 +171,8 @@ class _Explainer:
     def _run_video(self, path: Path) -> None:
         """A film of the explanations beside the film; of one class, as films have no room for several."""
         target = self.targets[0] if self.targets else None
-        frames = explain_video(self.network, path, self.out / f"{self._free_stem(path.stem)}{path.suffix}", target)
+        film = self._free_stem(path.stem, path.suffix) + path.suffix
+        frames = explain_video(self.network, path, self.out / film, target)
         tqdm.write(str(path))
         for c, count in frames.most_common(self.top):
             tqdm.write(f"  {self.names[c]:<32.32} {count} frames")
@@ -186,11 +190,11 @@ class _Explainer:
         for picture, c in zip(explanation.to_rgba(), explanation.target.tolist(), strict=True):
             save_image(picture, self.out / f"{stem}_{_slug(self.names[c])}.png")
 
-    def _free_stem(self, stem: str) -> str:
+    def _free_stem(self, stem: str, suffix: str = ".png") -> str:
         """Photos of one name in several directories do not overwrite each other."""
         candidates = (stem if i == 1 else f"{stem}_{i}" for i in range(1, len(self.taken) + 2))
-        free = next(c for c in candidates if c not in self.taken)
-        self.taken.add(free)
+        free = next(c for c in candidates if c + suffix not in self.taken)
+        self.taken.add(free + suffix)
         return free
 
 

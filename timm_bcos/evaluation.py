@@ -95,13 +95,16 @@ def confidences(model: nn.Module, dataset: Any, *, batch_size: int = 64, progres
             yield Confidence(i, label, guess, p[label].item())
 
 
-def sample_grids(found: Sequence[Confidence], n: int, count: int, *, seed: int = 0, reuse: bool = False) -> list[Grid]:
+def sample_grids(
+    found: Sequence[Confidence], n: int, count: int, *, threshold: float = 0.5, seed: int = 0, reuse: bool = False
+) -> list[Grid]:
     """Random sets of n² classes, each with its most confident image that no grid has used yet.
 
     Args:
-        found: What the model says of the images; only those that it gets right are taken.
+        found: What the model says of the images.
         n: Cells per side.
         count: Grids.
+        threshold: Only images that the model gets right with at least this probability are taken.
         seed: Of the choice of classes.
         reuse: Start again with a class's first image when all have been used.
 
@@ -110,11 +113,12 @@ def sample_grids(found: Sequence[Confidence], n: int, count: int, *, seed: int =
     """
     ranked: dict[int, list[int]] = {}
     for item in sorted(found, key=lambda item: -item.confidence):
-        if item.predicted == item.label:
+        if item.predicted == item.label and item.confidence >= threshold:
             ranked.setdefault(item.label, []).append(item.index)
     if len(ranked) < n * n:
         raise InputError(
-            f"{n}×{n} grids need {n * n} classes with correctly classified images, {len(ranked)} have some"
+            f"{n}×{n} grids need {n * n} classes with images that the model gets right with a probability of at least "
+            f"{threshold:g}, {len(ranked)} have some"
         )
     rng = random.Random(seed)
     used = dict.fromkeys(ranked, 0)
@@ -140,14 +144,12 @@ def cell_shares(maps: Tensor, n: int, smooth: int = 1) -> Tensor:
     Args:
         maps: Signed (N, H, W), H and W divisible by n.
         n: Cells per side.
-        smooth: Window of a mean filter over the positive part, odd; 1 for none.
+        smooth: Window of a mean filter over the signed map, odd; 1 for none. The paper's code takes 15.
 
     Returns:
         (N, n, n); sums to 1, or is 0 everywhere for a map without positive attribution.
     """
-    positive = maps.clamp(min=0)[:, None]
-    if smooth > 1:
-        positive = F.avg_pool2d(positive, smooth, 1, smooth // 2)
+    positive = F.avg_pool2d(maps[:, None], smooth, 1, smooth // 2).clamp(min=0)
     height, width = maps.shape[1] // n, maps.shape[2] // n
     sums = F.avg_pool2d(positive, (height, width), divisor_override=1)[:, 0]
     total = sums.sum((1, 2), keepdim=True)
@@ -155,7 +157,13 @@ def cell_shares(maps: Tensor, n: int, smooth: int = 1) -> Tensor:
 
 
 def localisation(
-    model: nn.Module, dataset: Any, grid: Grid, method: str = "bcos", *, smooth: int = 1, **options: Any
+    model: nn.Module,
+    dataset: Any,
+    grid: Grid,
+    method: str = "bcos",
+    *,
+    smooth: Sequence[int] = (1, 15),
+    **options: Any,
 ) -> Tensor:
     """Play one grid: for each cell's class, the share of its positive attribution that lies in the cell.
 
@@ -164,16 +172,16 @@ def localisation(
         dataset: What the grid's indices are of.
         grid: From `sample_grids`.
         method: Of `timm_bcos.attribution.METHODS`.
-        smooth: As in `cell_shares`.
+        smooth: Windows, as in `cell_shares`; the maps are made once for all.
         options: Of `attribute`.
 
     Returns:
-        (n²,), in [0, 1].
+        (windows, n²), in [0, 1].
     """
     image = compose(model, dataset, grid)
     classes = torch.tensor(grid.classes, device=image.device)
     maps = attribute(model, image.expand(len(classes), -1, -1, -1), classes, method, **options)
-    return cell_shares(maps, grid.n, smooth).flatten(1).diagonal()
+    return torch.stack([cell_shares(maps, grid.n, window).flatten(1).diagonal() for window in smooth])
 
 
 def compose(model: Any, dataset: Any, grid: Grid) -> Tensor:

@@ -10,6 +10,7 @@ import timm
 import timm.utils
 
 from .checkpoints import load_weights, read_state_dict, read_training_arguments
+from .embedded import DEFAULT_NETWORK
 from .errors import CheckpointError, InputError, TargetError
 
 __all__ = ["class_names", "create_model", "find_class", "load_model", "load_plain_model", "read_class_names"]
@@ -21,25 +22,31 @@ def load_model(name: str | None = None, checkpoint: Path | None = None, **conver
     """A B-cos network with weights; a timm model is converted to one.
 
     Args:
-        name: timm's. None for the one that a checkpoint of timm's train.py was trained as.
+        name: timm's. None for the one that a checkpoint of timm's train.py was trained as, or without a checkpoint for
+            the network that comes with this package.
         checkpoint: Weights, of the B-cos network or of the plain one; None for the published ones.
         conversion: `BcosConfig` fields for a timm model; by default it computes the same as before.
 
     Raises:
-        InputError: Without a name and a checkpoint.
         CheckpointError: For weights that cannot be had or do not fit.
         TargetError: For a name that timm does not know.
     """
     if checkpoint is None:
-        return _with_published_weights(_named(name), conversion)
+        return _with_published_weights(name or DEFAULT_NETWORK, conversion)
     return _with_weights(name, checkpoint, partial(create_model, conversion=conversion))
 
 
 def load_plain_model(name: str | None = None, checkpoint: Path | None = None) -> Any:
-    """A timm model as it is, B-cos or not, with weights; arguments as in `load_model`."""
-    if checkpoint is None:
-        return timm.create_model(_named(name), pretrained=True)
-    return _with_weights(name, checkpoint, timm.create_model)
+    """A timm model as it is, B-cos or not, with weights; arguments as in `load_model`.
+
+    Raises:
+        InputError: Without a name and a checkpoint.
+    """
+    if checkpoint is not None:
+        return _with_weights(name, checkpoint, timm.create_model)
+    if name is None:
+        raise InputError("no network given: name one with --model, or give a checkpoint of train.py with --checkpoint")
+    return timm.create_model(name, pretrained=True)
 
 
 def create_model(name: str, conversion: dict[str, Any], **kwargs: Any) -> Any:
@@ -56,12 +63,6 @@ def create_model(name: str, conversion: dict[str, Any], **kwargs: Any) -> Any:
         return timm.create_model("bcosify", arch=name, **(conversion or dict(b=1, bias=True)), **kwargs)
     near = difflib.get_close_matches(name, timm.list_models(), n=3)
     raise TargetError(f"timm knows no model {name!r}; close names: {', '.join(near) or 'none'}")
-
-
-def _named(name: str | None) -> str:
-    if name is None:
-        raise InputError("no network given: name one with --model, or give a checkpoint of train.py with --checkpoint")
-    return name
 
 
 def _with_weights(name: str | None, checkpoint: Path, create: Callable[..., Any]) -> Any:

@@ -2,7 +2,9 @@
 
 Papers: B-cos Networks (CVPR 2022), https://arxiv.org/abs/2205.10268, names `bcos_*`; B-cos Alignment for Inherently
 Interpretable CNNs and Vision Transformers (TPAMI 2024), https://arxiv.org/abs/2306.10898, names `bcosv2_*`. Differs
-from the official code in that Inception's auxiliary head is optional, as in timm (`aux_logits=True`).
+from the official code in that Inception's auxiliary head is optional, as in timm (`aux_logits=True`). `FINETUNED` are
+converted pretrained networks (B-cosification, NeurIPS 2024, https://arxiv.org/abs/2411.00715) whose weights come with
+this package.
 """
 
 import math
@@ -18,11 +20,12 @@ from torch import nn
 from .bcos_cnn import Cnn9
 from .bcos_densenet import restore_stem_width
 from .bcos_vit import SimpleVisionTransformer, conv_stem_embed, flatten_patches
+from .cifar_resnet import CifarResNet
 from .config import BcosConfig
 from .convert import bcosify
 from .layers import BcosConv2d, BcosLinear
 
-__all__ = ["NETWORKS", "Network"]
+__all__ = ["FINETUNED", "NETWORKS", "SECOND_PAPER", "Network"]
 
 
 @dataclass(frozen=True)
@@ -167,4 +170,24 @@ SECOND_PAPER: dict[str, Network] = {
     **{f"bcosv2_vitc_{size}_patch1_14": _vit(size, CONV_STEMS[size]) for size in WIDTH_HEADS},
 }
 
-NETWORKS = PAPER | SECOND_PAPER
+CIFAR_CFG: dict[str, Any] = dict(
+    input_size=(3, 32, 32), pool_size=(8, 8), num_classes=10, crop_pct=1.0, first_conv="conv1", classifier="linear"
+)
+IMAGENET_STEM: dict[str, Any] = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+FINETUNED: dict[str, Network] = {
+    "bcos_efficientnet_lite0": Network(
+        "tf_efficientnet_lite0",
+        BcosConfig.finetune(logit_bias=-2.2),
+        feature_cfg=FLAT,
+        cfg=dict(input_size=(3, 160, 160), pool_size=(5, 5), num_classes=10, interpolation="bicubic"),
+    ),
+    "bcos_cifar_resnet20": Network(
+        CifarResNet,
+        BcosConfig.finetune(logit_bias=-2.2, **IMAGENET_STEM),
+        feature_cfg=dict(out_indices=(0, 1, 2)),
+        cfg=CIFAR_CFG,
+    ),
+}
+
+NETWORKS = PAPER | SECOND_PAPER | FINETUNED

