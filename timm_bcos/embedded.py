@@ -34,4 +34,11 @@ EMBEDDED: dict[str, dict[str, Any]] = {
         license="other",
         notes=(CLOTHES_NOTE, IMAGENET_NOTE),
     ),
+    "bcos_cifar_resnet20.cifar10": _embedded(
+        "bcos_cifar_resnet20.cifar10",
+        CIFAR10,
+        description="top-1 on JPEG copies of CIFAR-10's test split: 86.6 %",
+        license="bsd-2-clause",
+        notes=(CIFAR_NOTE,),
+    ),
 }

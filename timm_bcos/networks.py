@@ -184,7 +184,7 @@ FINETUNED: dict[str, Network] = {
     ),
     "bcos_cifar_resnet20": Network(
         CifarResNet,
-        BcosConfig.finetune(logit_bias=-2.2, **IMAGENET_STEM),
+        BcosConfig.finetune(logit_bias=-2.2, classify_positions="never", **IMAGENET_STEM),
         feature_cfg=dict(out_indices=(0, 1, 2)),
         cfg=CIFAR_CFG,
     ),
