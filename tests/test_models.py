@@ -210,7 +210,8 @@ def test_pooling_options(name: str) -> None:
     x = real_image(size_for(name))
     assert small(name, global_pool="max").eval()(x).shape == (1, 5)
     assert small(name, num_classes=0, global_pool="").eval()(x).ndim == 4
-    assert small(name, global_pool="").eval()(x).ndim == 4  # a map of logits
+    if name != "bcos_cifar_resnet20":  # which classifies what has been pooled
+        assert small(name, global_pool="").eval()(x).ndim == 4  # a map of logits
 
 
 @pytest.mark.parametrize("name", SMALL)
