@@ -80,10 +80,11 @@ def summarise(path: Path, methods: Iterable[str]) -> dict[Panel, dict[str, np.nd
     found: dict[Panel, dict[str, list[float]]] = {}
     for (n, window, method, _), values in sorted(read_values(path).items()):
         found.setdefault((n, window), {}).setdefault(method, []).extend(values)
-    return {
+    asked = {
         panel: {method: np.array(values[method]) for method in methods if method in values}
         for panel, values in sorted(found.items())
     }
+    return {panel: values for panel, values in asked.items() if values}
 
 
 def table(panels: dict[Panel, dict[str, np.ndarray]]) -> str:

@@ -171,6 +171,7 @@ def test_the_script_resumes(
     assert "left out: attention_rollout is for vision transformers" in capsys.readouterr().out
     assert "| method | 2×2, raw | 2×2, smoothed 15×15 |" in (out / "summary.md").read_text()
     assert Image.open(out / "boxes.png").width > 100
+    assert script.summarise(out / "values.csv", ["gradcam"]) == {}  # which has not been played
     monkeypatch.setattr(sys, "argv", [*arguments, "--methods", "bcos", "--n", "2", "--seed", "1"])
     with pytest.raises(SystemExit, match="holds results for seed=0, not 1"):
         script.main()
