@@ -42,6 +42,8 @@ def test_smoothing_comes_before_the_sign() -> None:
     raw, smooth = (cell_shares(maps, 2, window)[0, 0, 0].item() for window in (1, 5))
     assert raw == pytest.approx(0.4)  # 18 pixels of 2 against three times 18 of 1
     assert smooth > 0.75
+    with pytest.raises(InputError, match="smooth=4: give an odd window"):
+        cell_shares(maps, 2, 4)
 
 
 def test_smoothing_spreads_over_the_border_of_cells() -> None:

@@ -22,23 +22,18 @@ CIFAR_NOTE = (
 )
 
 
-def _embedded(name: str, label_names: list[str], **cfg: Any) -> dict[str, Any]:
-    return dict(file=str(WEIGHTS / f"{name}.safetensors"), label_names=label_names, **cfg)
-
-
-EMBEDDED: dict[str, dict[str, Any]] = {
-    "bcos_efficientnet_lite0.clothing": _embedded(
-        "bcos_efficientnet_lite0.clothing",
-        CLOTHES,
+CFGS: dict[str, dict[str, Any]] = {
+    "bcos_efficientnet_lite0.clothing": dict(
+        label_names=CLOTHES,
         description="top-1 on the clothing photos' test split: 86.8 %",
         license="other",
         notes=(CLOTHES_NOTE, IMAGENET_NOTE),
     ),
-    "bcos_cifar_resnet20.cifar10": _embedded(
-        "bcos_cifar_resnet20.cifar10",
-        CIFAR10,
+    "bcos_cifar_resnet20.cifar10": dict(
+        label_names=CIFAR10,
         description="top-1 on JPEG copies of CIFAR-10's test split: 86.6 %",
         license="bsd-2-clause",
         notes=(CIFAR_NOTE,),
     ),
 }
+EMBEDDED = {name: dict(file=str(WEIGHTS / f"{name}.safetensors"), **cfg) for name, cfg in CFGS.items()}

@@ -148,7 +148,12 @@ def cell_shares(maps: Tensor, n: int, smooth: int = 1) -> Tensor:
 
     Returns:
         (N, n, n); sums to 1, or is 0 everywhere for a map without positive attribution.
+
+    Raises:
+        InputError: For an even window, which would shift the map.
     """
+    if smooth < 1 or smooth % 2 == 0:
+        raise InputError(f"smooth={smooth}: give an odd window, 1 for no smoothing")
     positive = F.avg_pool2d(maps[:, None], smooth, 1, smooth // 2).clamp(min=0)
     height, width = maps.shape[1] // n, maps.shape[2] // n
     sums = F.avg_pool2d(positive, (height, width), divisor_override=1)[:, 0]
