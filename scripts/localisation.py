@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="METHOD")
     parser.add_argument("--n", nargs="+", type=int, default=[2, 3], help="cells per side")
     parser.add_argument("--grids", type=int, default=500)
+    parser.add_argument("--threshold", type=float, default=0.5, help="of the confidence, below which no image is taken")
     parser.add_argument("--reuse", action="store_true", help="use images again when a class has no more")
     parser.add_argument("--smooth", nargs="+", type=int, default=[1, 15], help="windows of a mean filter over the map")
     parser.add_argument("--seed", type=int, default=0)
@@ -135,14 +136,14 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    remember_settings(args, args.out, "reuse", "seed")
+    remember_settings(args, args.out, "reuse", "seed", "threshold")
     model, dataset = load_network_and_data(args)
     found = cached_confidences(model, dataset, args.out / "confidences.csv")
     right = sum(item.predicted == item.label for item in found)
     print(f"{right} of {len(found)} images are classified correctly")
     for n in args.n:
         args.cells = n
-        grids = sample_grids(found, n, args.grids, seed=args.seed, reuse=args.reuse)
+        grids = sample_grids(found, n, args.grids, threshold=args.threshold, seed=args.seed, reuse=args.reuse)
         for method in args.methods:
             try:
                 play(model, dataset, grids, method, args)

@@ -230,3 +230,32 @@ def test_a_missing_library_names_the_extra(plain: nn.Module, monkeypatch: pytest
     with pytest.raises(MethodError, match=r"timm_bcos\[attribution\]"):
         attribute(plain, real_image(64), 0, "lime")
     attribution_methods._library.cache_clear()
+
+
+class Residual(nn.Module):
+    """A sum, a mean and a gate by functions, and timm's batch norm with an activation, all without biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_classes, self.pretrained_cfg = 3, dict(input_size=(3, 16, 16), mean=(0.0,) * 3, std=(1.0,) * 3)
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), timm.layers.BatchNormAct2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.se, self.act, self.fc = timm.layers.SqueezeExcite(8), nn.ReLU(), nn.Linear(8, 3, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.bn1(self.conv1(x))
+        return self.fc(self.act(x + self.se(self.bn2(self.conv2(x)))).mean((2, 3)))
+
+
+def test_relevance_adds_up_to_the_logit_whatever_its_sign() -> None:
+    torch.manual_seed(0)
+    model, x = Residual().double().eval(), real_image(16, 3).double()
+    for norm in (model.bn1, model.bn2):
+        norm.running_var.uniform_(0.5, 2)
+        norm.weight.data.normal_()
+    before, logits = {k: v.clone() for k, v in model.state_dict().items()}, model(x).detach()
+    assert logits.min() < 0 < logits.max()
+    for target in range(3):
+        relevance = attribute(model, x, [target] * 3, "lrp").sum((1, 2))
+        torch.testing.assert_close(relevance, logits[:, target], rtol=1e-3, atol=0)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)

@@ -81,7 +81,8 @@ def remember_settings(args: argparse.Namespace, folder: Path, *names: str) -> No
 
 def _as_text(value: Any) -> str:
     """Paths as they are found from anywhere."""
-    return str(value.resolve()) if isinstance(value, Path) else str(value)
+    is_path = isinstance(value, Path) or (isinstance(value, str) and value and Path(value).exists())
+    return str(Path(value).resolve() if is_path else value)
 
 
 def parse_and_run(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None]) -> None:

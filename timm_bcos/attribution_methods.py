@@ -121,17 +121,22 @@ def grad_cam(subject: Subject, x: Tensor, targets: Tensor, *, layer: str | None 
 
 @register("lrp")
 def lrp(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
-    """Layer-wise Relevance Propagation by zennit: z⁺ in convolutions, ε in linear layers, flat in the first one."""
+    """Layer-wise Relevance Propagation of the logit: z⁺ in convolutions, ε in linear ones, flat in the first layer."""
     if subject.is_bcos:
         raise MethodError("lrp has rules for linear layers between activations; a B-cos layer is neither")
     if any(isinstance(module, nn.LayerNorm) for module in subject.modules()):
         raise MethodError(
             f"lrp's rules are for convolutions and batch norms; {type(subject.model).__name__} has others"
         )
+    attributors, composites = _library("zennit.attribution"), _library("zennit.composites")
+    from .relevance import MergeBatchNorms, RelevanceOfFunctions
+
+    passed_on = [(ELEMENTWISE, _library("zennit.rules").Pass())]
+    composite = composites.EpsilonPlusFlat(layer_map=passed_on, canonizers=[MergeBatchNorms()])
     wanted = F.one_hot(targets, subject.model.num_classes).to(x)
-    composite = _library("zennit.composites").EpsilonPlusFlat()
-    with _library("zennit.attribution").Gradient(subject, composite, attr_output=lambda _: wanted) as attributor:
-        _, relevance = attributor(subject.prepare(x))
+    propagate = attributors.Gradient(subject, composite, attr_output=lambda logits: wanted * logits)
+    with propagate, RelevanceOfFunctions():
+        _, relevance = propagate(subject.prepare(x))
     return relevance.sum(1)
 
 

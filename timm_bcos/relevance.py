@@ -1,0 +1,89 @@
+"""Layer-wise Relevance Propagation: what zennit's rules for modules leave out in timm's networks.
+
+zennit has rules for modules. Sums of branches, means and gates, which timm computes by functions, and timm's batch
+norms with an activation inside are covered here, so that no relevance is made on the way (section 2 of Bach et al.,
+2015).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from zennit.canonizers import MergeBatchNorm
+from zennit.core import stabilize
+
+__all__ = ["MergeBatchNorms", "RelevanceOfFunctions"]
+
+
+class _InProportion(torch.autograd.Function):
+    """A linear function of tensors; each input takes relevance in proportion to what it adds to the output."""
+
+    @staticmethod
+    def forward(ctx: Any, func: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        ctx.func = func
+        ctx.save_for_backward(*inputs)
+        return func(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, relevance: Tensor) -> Any:  # type: ignore[override]
+        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            output = ctx.func(*inputs)
+        shares = torch.autograd.grad(output, inputs, relevance / stabilize(output.detach()))
+        return None, *(x.detach() * share for x, share in zip(inputs, shares, strict=True))
+
+
+def _sum(func: Callable[..., Tensor], x: Any, other: Any, **kwargs: Any) -> Tensor:
+    if not (isinstance(x, Tensor) and isinstance(other, Tensor)):
+        return func(x, other, **kwargs)
+    return _InProportion.apply(lambda a, b: torch.add(a, b, **kwargs), x, other)  # type: ignore[no-any-return]
+
+
+def _mean(func: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _InProportion.apply(lambda a: func(a, *args, **kwargs), x)  # type: ignore[no-any-return]
+
+
+def _gate(func: Callable[..., Tensor], x: Any, other: Any) -> Tensor:
+    """The smaller factor is the gate, a constant; the other passes its relevance on."""
+    tensors = [t for t in (x, other) if isinstance(t, Tensor)]
+    signal = max(tensors, key=lambda t: t.numel())
+    factor = other if signal is x else x
+    constant = factor.detach() if isinstance(factor, Tensor) else factor
+    return _InProportion.apply(lambda a: torch.mul(a, constant), signal)  # type: ignore[no-any-return]
+
+
+TABLE: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__), _sum),
+    **dict.fromkeys((torch.mean, Tensor.mean), _mean),
+    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__imul__, Tensor.__rmul__), _gate),
+}
+
+
+class RelevanceOfFunctions(TorchFunctionMode):
+    """Inside it, the "gradients" of sums, means and products are relevance."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        is_signal = any(isinstance(x, Tensor) and x.requires_grad for x in args)
+        handler = TABLE.get(func) if is_signal and torch.is_grad_enabled() else None
+        return handler(func, *args, **(kwargs or {})) if handler else func(*args, **(kwargs or {}))
+
+
+class MergeBatchNorms(MergeBatchNorm):  # type: ignore[misc]
+    """Merges batch norms into the convolution before them, timm's with an activation inside too."""
+
+    def apply(self, root_module: nn.Module) -> list[Any]:
+        """The merges, each of which zennit undoes in the end."""
+        instances = []
+        last: nn.Module | None = None
+        for module in root_module.modules():
+            if isinstance(last, self.linear_type) and isinstance(module, self.batch_norm_type):
+                instance = self.copy()
+                instance.register((last,), module)
+                instances.append(instance)
+            if not any(True for _ in module.children()) or isinstance(module, self.batch_norm_type):
+                last = module
+        return instances
