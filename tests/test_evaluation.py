@@ -165,6 +165,8 @@ def test_the_script_resumes(
     whole = (out / "values.csv").read_text()
     assert len(whole.splitlines()) == 1 + 2 * 2 * 2 * 4
     (out / "values.csv").write_text(whole[:-30])  # as an interruption leaves it
+    monkeypatch.chdir(photos.parent)  # from where the data have another name
+    sys.argv[sys.argv.index("--data-dir") + 1] = photos.name
     script.main()
     values = script.read_values(out / "values.csv")
     assert sorted(values) == [
