@@ -152,6 +152,23 @@ def test_a_plain_network_has_to_be_named(photos: Path, tmp_path: Path, monkeypat
         script.main()
 
 
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [("nowhere", "no data set at .*nowhere, split 'test': there is nothing"), ("flat", "has images of 1 classes")],
+)
+def test_data_without_labels(
+    place: str, text: str, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "flat").mkdir()
+    Image.open(PHOTOS / "coffee.jpg").save(tmp_path / "flat" / "photo.jpg")
+    monkeypatch.setattr("timm_bcos.arguments.load_model", lambda *_: model)
+    monkeypatch.setattr(
+        sys, "argv", ["x", "--data-dir", str(tmp_path / place), "--split", "test", "--out", str(tmp_path)]
+    )
+    with pytest.raises(SystemExit, match=text):
+        script.main()
+
+
 def test_the_script_resumes(
     model: nn.Module, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,13 +49,13 @@ def test_two_rows_for_each_class(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("kind", ["classes", "methods"])
 def test_script(kind: str, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for c in range(2):
+    for c in range(3):
         folder = tmp_path / "data" / "test" / f"class{c}"
         folder.mkdir(parents=True)
         for k, photo in enumerate(sorted(PHOTOS.glob("*.jpg"))[:2]):
             Image.open(photo).convert("RGB").resize((64, 64)).save(folder / f"{c}_{k}.png")
     monkeypatch.setattr("timm_bcos.arguments.load_model", lambda *_: model)
-    monkeypatch.setattr(script, "confidences", lambda *_: [Confidence(i, i // 2, i // 2, 0.5) for i in range(4)])
+    monkeypatch.setattr(script, "confidences", lambda *_: [Confidence(i, i // 2, i // 2, 0.5) for i in range(6)])
     out = tmp_path / "gallery.png"
     arguments = ["gallery.py", kind, "--data-dir", str(tmp_path / "data"), "--split", "test", "--out", str(out)]
     monkeypatch.setattr("sys.argv", [*arguments, "--show", "0", "1", "--images", "2", "--methods", "bcos", "ixg"])

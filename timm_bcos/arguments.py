@@ -46,11 +46,27 @@ def load_network_and_data(args: argparse.Namespace) -> tuple[Any, Any]:
 
     Raises:
         BcosError: For a network, checkpoint or weights that cannot be had.
+        InputError: For a data set that cannot be had, or whose classes are not the network's.
     """
     load = load_plain_model if getattr(args, "plain", False) else load_model
     model = load(args.model, args.checkpoint).eval().to(args.device)
-    dataset = timm.data.create_dataset(args.dataset, root=args.data_dir, split=args.split, class_map=args.class_map)
-    return model, dataset
+    return model, _load_data(args, model.num_classes)
+
+
+def _load_data(args: argparse.Namespace, num_classes: int) -> Any:
+    place = f"{args.data_dir}, split {args.split!r}"
+    try:
+        dataset = timm.data.create_dataset(args.dataset, root=args.data_dir, split=args.split, class_map=args.class_map)
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:  # as timm's readers differ
+        raise InputError(f"no data set at {place}: {str(error) or 'there is nothing'}") from error
+    classes = getattr(dataset.reader, "class_to_idx", None)
+    count = len(set(classes.values())) if classes else num_classes
+    if count != num_classes:
+        raise InputError(
+            f"{place} has images of {count} classes, the model {num_classes}: labels come from a folder per class, or "
+            f"from folders and --class-map, which lists the names of all classes"
+        )
+    return dataset
 
 
 def remember_settings(args: argparse.Namespace, folder: Path, *names: str) -> None:

@@ -100,9 +100,10 @@ def label_entropy(labels: Tensor, num_classes: int) -> Tensor:
     Returns:
         (C,) in [0, 1]: 1 if all classes come equally often, 0 if only one comes.
     """
-    counts = nn.functional.one_hot(labels, num_classes).sum(1).double()
+    ones = torch.ones_like(labels, dtype=torch.double)
+    counts = torch.zeros(len(labels), num_classes).double().scatter_add_(1, labels, ones)
     shares = counts / counts.sum(1, keepdim=True)
-    return -torch.special.xlogy(shares, shares).sum(1) / math.log(num_classes)
+    return torch.special.entr(shares).sum(1) / math.log(num_classes)
 
 
 def plot_wall(model: Any, dataset: Any, strongest: Strongest, units: Sequence[int], images: int = 6) -> Any:
