@@ -107,17 +107,21 @@ def _quartiles(values: np.ndarray) -> str:
 
 
 def box_plots(panels: dict[Panel, dict[str, np.ndarray]], path: Path) -> None:
-    """A panel per grid size and window, a box per method, and what a uniform map scores."""
+    """A row per grid size, a column per window, a box per method, and what a uniform map scores."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1 + 4 * len(panels), 3.6), layout="constrained")
-    for axes, ((n, window), values) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-    ):
-        axes.boxplot(list(values.values()), tick_labels=list(values), showfliers=False)
-        axes.axhline(1 / n**2, color="grey", linestyle="--", linewidth=1)
-        axes.set(title=f"{n}×{n}, {_smoothing(window)}", ylabel="share in the cell", ylim=(0, 1))
-        axes.tick_params(axis="x", rotation=90)
+    sizes, windows = (sorted(set(values)) for values in zip(*panels, strict=True))
+    figure = Figure(figsize=(1 + 4 * len(windows), 3.6 * len(sizes)), layout="constrained")
+    axes = figure.subplots(len(sizes), len(windows), squeeze=False)
+    for ax in axes.flat:
+        ax.set_visible(False)
+    for (n, window), values in panels.items():
+        ax = axes[sizes.index(n), windows.index(window)]
+        ax.set_visible(True)
+        ax.boxplot(list(values.values()), tick_labels=list(values), showfliers=False)
+        ax.axhline(1 / n**2, color="grey", linestyle="--", linewidth=1)
+        ax.set(title=f"{n}×{n}, {_smoothing(window)}", ylabel="share in the cell", ylim=(0, 1))
+        ax.tick_params(axis="x", rotation=90)
     save_figure(figure, path)
 
 
