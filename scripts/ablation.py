@@ -82,8 +82,9 @@ def train(variant: Variant, args: argparse.Namespace) -> Path:
 
 
 def best_top1(folder: Path) -> float:
+    """Of summary.csv, which has its header again wherever train.py resumed."""
     with (folder / "summary.csv").open(newline="") as file:
-        return max(float(row["eval_top1"]) for row in csv.DictReader(file))
+        return max(float(row["eval_top1"]) for row in csv.DictReader(file) if row["eval_top1"] != "eval_top1")
 
 
 def alignment(model: Any, images: torch.Tensor) -> float:

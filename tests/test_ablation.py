@@ -25,7 +25,7 @@ model = timm.create_model(given["--model"], num_classes=2)
 args = argparse.Namespace(model=given["--model"], num_classes=2, model_kwargs={})
 torch.save(dict(state_dict=model.state_dict(), args=args), folder / "model_best.pth.tar")
 torch.save({}, folder / "last.pth.tar")
-(folder / "summary.csv").write_text("epoch,eval_top1\\n0,40.0\\n1,60.5\\n2,50.0\\n")
+(folder / "summary.csv").write_text("epoch,eval_top1\\n0,40.0\\nepoch,eval_top1\\n1,60.5\\n2,50.0\\n")
 if given["--fail"] == folder.name:
     sys.exit(3)
 """
