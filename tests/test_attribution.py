@@ -232,6 +232,20 @@ def test_a_missing_library_names_the_extra(plain: nn.Module, monkeypatch: pytest
     attribution_methods._library.cache_clear()
 
 
+@pytest.mark.parametrize("rectifier", [nn.ReLU, nn.ReLU6])
+def test_guided_backprop_passes_only_positive_gradients_through_active_units(rectifier: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    first, second = nn.Linear(12, 40, dtype=torch.double), nn.Linear(40, 2, dtype=torch.double)
+    model: Any = nn.Sequential(nn.Flatten(1), first, rectifier(), second).eval()
+    model.num_classes, model.pretrained_cfg = 2, dict(mean=(0.0,) * 3, std=(0.1,) * 3)
+    x = torch.rand(1, 3, 2, 2, dtype=torch.double)
+    value = first(x.flatten(1) / 0.1)
+    active = (value > 0) & ((value < 6) | (rectifier is nn.ReLU))
+    assert 0 < active.sum() < 40 and ((value > 6).any())
+    expected = (active * second.weight[1].clamp(min=0)) @ first.weight / 0.1
+    torch.testing.assert_close(attribute(model, x, 1, "guided_backprop"), expected.reshape(1, 3, 2, 2).sum(1))
+
+
 class Residual(nn.Module):
     """A sum, a mean and a gate by functions, and timm's batch norm with an activation, all without biases."""
 

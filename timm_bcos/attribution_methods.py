@@ -6,7 +6,7 @@ Settings are those of the B-cos paper's comparison (section 4 and supplement of 
 import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -24,6 +24,7 @@ from .explain import explain
 __all__: list[str] = []
 
 
+RECTIFIERS = (nn.ReLU, nn.ReLU6)
 ELEMENTWISE = (
     nn.ReLU6, nn.SiLU, nn.GELU, nn.Mish, nn.CELU, nn.SELU, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh,
     *(kind for kind in vars(activations).values() if isinstance(kind, type) and issubclass(kind, nn.Module)),
@@ -104,10 +105,18 @@ def smooth_grad(subject: Subject, x: Tensor, targets: Tensor, *, samples: int = 
 
 @register("guided_backprop")
 def guided_backprop(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
-    """Guided Backpropagation, for networks with ReLU modules."""
-    if not any(type(module) is nn.ReLU for module in subject.modules()):
-        raise MethodError("guided_backprop changes the gradient of nn.ReLU modules, of which the model has none")
-    return _captum().GuidedBackprop(_OfPixels(subject)).attribute(_pixels(x), targets).sum(1)
+    """Guided Backpropagation, for networks with ReLU or ReLU6 modules."""
+    if not any(isinstance(module, RECTIFIERS) for module in subject.modules()):
+        raise MethodError("guided_backprop changes the gradient of ReLU modules, of which the model has none")
+    captum = _library("captum.attr._core.guided_backprop_deconvnet")  # which leaves ReLU6 as it is
+    method = captum.GuidedBackprop(_OfPixels(subject))
+    with mock.patch.object(method, "_register_hooks", partial(_hook_rectifier, captum, method)):
+        return method.attribute(_pixels(x), targets).sum(1)
+
+
+def _hook_rectifier(captum: Any, method: Any, module: nn.Module) -> None:
+    if isinstance(module, RECTIFIERS):
+        method.backward_hooks += captum._register_backward_hook(module, method._backward_hook, method)
 
 
 @register("gradcam")
