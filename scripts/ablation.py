@@ -7,14 +7,13 @@
 `b` is the CIFAR network for seven exponents: accuracy, and how well the rows of W(x) align with the image (Fig. B3 of
 the supplement of arXiv 2205.10268). `growth` is DenseNet-121 with growth rates 20 to 32, with and without MaxOut:
 accuracy against parameters (Tab. B1). What follows `--` goes to train.py. A finished network is not trained again, an
-interrupted one resumes. Writes --out/table.md and --out/figure.png.
+interrupted one resumes; the last epoch counts. Writes --out/table.md and --out/figure.png.
 """
 
 import argparse
 import csv
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ import torch
 from tqdm import tqdm
 
 import timm_bcos
+from timm_bcos import BcosError, InputError
+from timm_bcos.arguments import parse_and_run, remember_settings
 from timm_bcos.evaluation import image_loader
 from timm_bcos.files import atomic_path
 from timm_bcos.load import load_model
@@ -67,7 +68,7 @@ def train(variant: Variant, args: argparse.Namespace) -> Path:
         return folder
     command = [sys.executable, "-m", "timm_bcos", "run", str(args.train_script), "--data-dir", args.data_dir,
                "--val-split", args.val_split, "--model", variant.model, "--output", str(args.out), "--experiment",
-               folder.name, "--device", args.device, "--checkpoint-hist", "1", *args.rest]  # fmt: skip
+               folder.name, "--device", args.device, "--checkpoint-hist", "1", *args.options]  # fmt: skip
     if variant.kwargs:
         command += ["--model-kwargs", *(f"{key}={value}" for key, value in variant.kwargs)]
     if (folder / "last.pth.tar").exists():
@@ -76,15 +77,15 @@ def train(variant: Variant, args: argparse.Namespace) -> Path:
     with (folder / "log.txt").open("a") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
     if code:
-        raise SystemExit(f"training {variant.name} failed: see {folder / 'log.txt'}")
+        raise BcosError(f"training {variant.name} failed: see {folder / 'log.txt'}")
     (folder / "done").touch()
     return folder
 
 
-def best_top1(folder: Path) -> float:
-    """Of summary.csv, which has its header again wherever train.py resumed."""
+def last_top1(folder: Path) -> float:
+    """Of summary.csv; not the best one, which would be chosen by the images that it is measured on."""
     with (folder / "summary.csv").open(newline="") as file:
-        return max(float(row["eval_top1"]) for row in csv.DictReader(file) if row["eval_top1"] != "eval_top1")
+        return float(list(csv.DictReader(file))[-1]["eval_top1"])
 
 
 def alignment(model: Any, images: torch.Tensor) -> float:
@@ -102,9 +103,9 @@ def some_images(model: Any, args: argparse.Namespace) -> torch.Tensor:
 
 
 def measure(variant: Variant, folder: Path, args: argparse.Namespace) -> Result:
-    model = load_model(checkpoint=folder / "model_best.pth.tar").eval()
+    model = load_model(checkpoint=folder / "last.pth.tar").eval()
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    return Result(variant, parameters, best_top1(folder), alignment(model, some_images(model, args)))
+    return Result(variant, parameters, last_top1(folder), alignment(model, some_images(model, args)))
 
 
 def table(results: list[Result]) -> str:
@@ -128,10 +129,19 @@ def figure(results: list[Result]) -> Any:
     return picture
 
 
-def run(args: argparse.Namespace) -> Iterator[Result]:
-    chosen = [v for v in FAMILIES[args.family] if not args.only or v.name.replace(" ", "") in args.only]
-    for variant in tqdm(chosen, "networks"):
-        yield measure(variant, train(variant, args), args)
+def run(args: argparse.Namespace) -> None:
+    family = {v.name.replace(" ", ""): v for v in FAMILIES[args.family]}
+    unknown = set(args.only) - set(family)
+    if unknown:
+        raise InputError(f"--only {' '.join(sorted(unknown))}: choose of {' '.join(family)}")
+    remember_settings(args, args.out, "family", "val_split", "images", "options")
+    results = []
+    for variant in tqdm([v for name, v in family.items() if name in args.only or not args.only], "networks"):
+        results.append(measure(variant, train(variant, args), args))
+        with atomic_path(args.out / "table.md") as path:  # partial results are kept
+            path.write_text(table(results))
+    save_figure(figure(results), args.out / "figure.png")
+    print(table(results))
 
 
 def main() -> None:
@@ -140,22 +150,14 @@ def main() -> None:
     parser.add_argument("--train-script", type=Path, required=True, help="timm's train.py")
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--val-split", default="validation")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="for instance B=2 or g=20,MaxOut2")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="for instance B=2 or g=20,MaxOut2")
     parser.add_argument("--images", type=int, default=200, help="for the alignment")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("ablation"))
-    own, rest = sys.argv[1:], []
-    if "--" in own:
-        own, rest = own[: own.index("--")], own[own.index("--") + 1 :]
-    args = parser.parse_args(own)
-    args.rest = rest
-    results = []
-    for result in run(args):  # partial results are kept
-        results.append(result)
-        with atomic_path(args.out / "table.md") as path:
-            path.write_text(table(results))
-    save_figure(figure(results), args.out / "figure.png")
-    print(table(results))
+    given = sys.argv[1:]
+    end = given.index("--") if "--" in given else len(given)
+    parser.set_defaults(options=given[end + 1 :])
+    parse_and_run(parser, run, given[:end])
 
 
 if __name__ == "__main__":

@@ -23,10 +23,9 @@ with (folder.parent / "calls").open("a") as calls:
     calls.write(folder.name + (" resumed" if "--resume" in given else "") + "\\n")
 model = timm.create_model(given["--model"], num_classes=2)
 args = argparse.Namespace(model=given["--model"], num_classes=2, model_kwargs={})
-torch.save(dict(state_dict=model.state_dict(), args=args), folder / "model_best.pth.tar")
-torch.save({}, folder / "last.pth.tar")
-(folder / "summary.csv").write_text("epoch,eval_top1\\n0,40.0\\nepoch,eval_top1\\n1,60.5\\n2,50.0\\n")
-if given["--fail"] == folder.name:
+torch.save(dict(state_dict=model.state_dict(), args=args), folder / "last.pth.tar")
+(folder / "summary.csv").write_text("epoch,eval_top1\\n0,40.0\\nepoch,eval_top1\\n1,70.0\\n2,60.5\\n")
+if pathlib.Path(given["--fail"]).read_text() == folder.name:
     sys.exit(3)
 """
 
@@ -46,15 +45,30 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_trains_tabulates_and_resumes(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [*arguments, "--", "--fail", "B=2"])
+    (tmp_path / "fail").write_text("B=2")
+    monkeypatch.setattr(sys, "argv", [*arguments, "--", "--fail", str(tmp_path / "fail")])
     with pytest.raises(SystemExit, match=r"training B = 2 failed: see .*log\.txt"):
         script.main()
     assert "| B = 1 | 3.8 | 60.50 |" in (tmp_path / "out" / "table.md").read_text()
-    monkeypatch.setattr(sys, "argv", [*arguments, "--", "--fail", "none"])
+    (tmp_path / "fail").write_text("none")
     script.main()
     assert (tmp_path / "out" / "calls").read_text().split("\n")[:3] == ["B=1", "B=2", "B=2 resumed"]
     assert "| B = 2 | 3.8 | 60.50 |" in capsys.readouterr().out
     assert Image.open(tmp_path / "out" / "figure.png").width > 100
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [(["--only", "B=3"], "--only B=3: choose of B=1 B=1.25"), (["--", "--lr", "1"], "holds results for options=")],
+)
+def test_refuses(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], message: str
+) -> None:
+    (tmp_path / "fail").write_text("B=1")
+    for options, expected in ((["--", "--fail", str(tmp_path / "fail")], "training B = 1 failed"), (more, message)):
+        monkeypatch.setattr(sys, "argv", [*arguments, *options])
+        with pytest.raises(SystemExit, match=expected):
+            script.main()
 
 
 def test_alignment_is_one_where_the_network_looks_for_the_image_itself() -> None:

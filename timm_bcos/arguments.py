@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +101,17 @@ def _as_text(value: Any) -> str:
     return str(Path(value).resolve() if is_path else value)
 
 
-def parse_and_run(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None]) -> None:
-    """Run a script; errors that we raise on purpose are one line, without a traceback."""
-    args = parser.parse_args()
+def parse_and_run(
+    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], given: Sequence[str] | None = None
+) -> None:
+    """Run a script; errors that we raise on purpose are one line, without a traceback.
+
+    Args:
+        parser: Of the script.
+        run: It.
+        given: Its command line; by default all of it.
+    """
+    args = parser.parse_args(given)
     try:
         run(args)
     except BcosError as error:
