@@ -111,18 +111,20 @@ def _open(path: Path) -> tuple[Iterator[np.ndarray], float, int | None]:
 
 
 class _writer:  # noqa: N801  (reads as a verb: with _writer(path, rate))
-    """Encodes frames as they come: H.264, or the palette of a GIF."""
+    """Encodes frames as they come: H.264, or a GIF with a palette of its own for each frame."""
 
     def __init__(self, path: Path, rate: float) -> None:
         from fractions import Fraction
 
-        gif = path.suffix.lower() == ".gif"
+        self.is_gif = path.suffix.lower() == ".gif"
+        codec, pixels = ("gif", "pal8") if self.is_gif else ("libx264", "yuv420p")
         self.container = _av().open(str(path), "w")
-        self.stream = self.container.add_stream("gif" if gif else "libx264", Fraction(rate).limit_denominator(1000))
-        self.stream.pix_fmt = "rgb8" if gif else "yuv420p"
+        self.stream = self.container.add_stream(codec, Fraction(rate).limit_denominator(1000))
+        self.stream.pix_fmt = pixels
 
     def write(self, picture: np.ndarray) -> None:
-        frame = _av().VideoFrame.from_ndarray(picture, format="rgb24")
+        pixels, layout = (_with_palette(picture), "pal8") if self.is_gif else (picture, "rgb24")
+        frame = _av().VideoFrame.from_ndarray(pixels, format=layout)
         if not self.stream.codec_context.is_open:
             self.stream.height, self.stream.width = picture.shape[:2]
         self.container.mux(self.stream.encode(frame))
@@ -136,3 +138,12 @@ class _writer:  # noqa: N801  (reads as a verb: with _writer(path, rate))
                 self.container.mux(self.stream.encode(None))
         finally:
             self.container.close()
+
+
+def _with_palette(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (H, W) into a palette (256, 4) of alpha and the picture's most useful colours."""
+    image = Image.fromarray(picture).quantize(256)
+    colours = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    palette = np.full((256, 4), 255, np.uint8)
+    palette[: len(colours), 1:] = colours
+    return np.asarray(image), palette
