@@ -19,7 +19,7 @@ from timm_bcos.evaluation import image_loader
 from timm_bcos.files import atomic_path
 from timm_bcos.metrics import METRICS, evaluate
 
-METHODS = ("bcos", "gradient", "ixg", "ig", "deeplift", "smoothgrad", "gradcam")
+METHODS = ("bcos", "gradient", "ixg", "ig", "deeplift", "smoothgrad", "guided_backprop", "gradcam", "lrp")
 FIELDS = ("metric", "method", "image", "value")
 Values = dict[tuple[str, str], list[float]]
 
