@@ -132,6 +132,15 @@ def test_batch_norm_without_momentum_averages_all_batches() -> None:
     torch.testing.assert_close(norm.running_var, expected)
 
 
+def test_batch_norm_begins_anew() -> None:
+    norm = UncentredBatchNorm2d(3)
+    norm.weight.data.uniform_()
+    norm(torch.randn(4, 3, 5, 5))
+    norm.reset_parameters()
+    for name, value in UncentredBatchNorm2d(3).state_dict().items():
+        torch.testing.assert_close(norm.state_dict()[name], value)
+
+
 def test_uncentred_norm_agrees_with_the_official_package() -> None:
     norms = pytest.importorskip("bcos.modules.norms.uncentered_norms.batchnorm_uncentered")
     theirs, ours = norms.BatchNormUncentered2d(3).double(), UncentredBatchNorm2d(3, dtype=Double)

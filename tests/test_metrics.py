@@ -112,6 +112,21 @@ def test_repeatable_and_without_traces(metric: str) -> None:
     assert not model.training
 
 
+def test_batch_norms_keep_the_signal_of_random_weights_alive() -> None:
+    model = timm.create_model("bcos_efficientnet_lite0", pretrained=True).eval()
+    correlation = evaluate(model, real_image(64, 2), torch.tensor([1, 6]), "randomisation")
+    assert correlation.isfinite().all() and 0 < correlation.abs().max() < 0.9
+
+
+def test_maps_without_content_are_an_error() -> None:
+    register("nothing")(lambda subject, x, targets: torch.zeros_like(x[:, 0]))
+    try:
+        with pytest.raises(MethodError, match=r"randomisation of nothing: .* all equal to zero"):
+            evaluate(UpperHalf().eval(), real_image(16, 2), torch.tensor([0, 1]), "randomisation", "nothing")
+    finally:
+        METHODS.pop("nothing")
+
+
 def test_unknown_metric() -> None:
     with pytest.raises(MethodError, match="no metric 'area'"):
         evaluate(UpperHalf().eval(), real_image(32), torch.tensor([0]), "area")

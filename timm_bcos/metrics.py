@@ -7,6 +7,8 @@
 | faithfulness_correlation | correlation of attribution and fall of the probability, over sets of pixels | higher |
 | max_sensitivity | largest relative change of the map under small noise on the image | lower |
 | randomisation | rank correlation with the map of the network with random weights | nearer 0 |
+
+Batch norms of the network with random weights have the statistics of the images at hand.
 """
 
 import importlib
@@ -122,7 +124,22 @@ class _Call:
         """Quantus hands over noisy images, or a network with other weights."""
         x = torch.as_tensor(inputs).to(self.x).clamp(0, 1)
         classes = torch.as_tensor(targets, device=x.device)
+        if model.network is not self.model:
+            _estimate_statistics(model.network, x)
         return attribute(model.network, x, classes, self.method, **self.options)[:, None].cpu().numpy()
+
+
+@torch.no_grad()
+def _estimate_statistics(network: nn.Module, x: Tensor) -> None:
+    """Let batch norms take the statistics of random weights: with others a deep network's signal fades to nothing."""
+    subject = Subject(network)
+    norms: list[Any] = [module for module in network.modules() if hasattr(module, "reset_running_stats")]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the average, which is that of this one batch
+        norm.train()
+    subject(subject.prepare(x))
+    subject.eval()
 
 
 METRICS: dict[str, Callable[["_Call"], Any]] = {
@@ -152,7 +169,7 @@ def evaluate(
         (N,) of float64.
 
     Raises:
-        MethodError: For an unknown metric or method, or without Quantus.
+        MethodError: For an unknown metric or method, for maps that Quantus refuses (all zero), or without Quantus.
     """
     if metric not in METRICS:
         raise MethodError(f"no metric {metric!r}: choose one of {', '.join(METRICS)}")
@@ -163,6 +180,8 @@ def evaluate(
         np.random.seed(seed)
         try:
             values = METRICS[metric](_Call(model, x, targets, method, options))
+        except AssertionError as error:  # of Quantus
+            raise MethodError(f"{metric} of {method}: {error}") from error
         finally:
             np.random.set_state(state)
     return torch.as_tensor(np.asarray(values, dtype=np.float64)).reshape(len(x))

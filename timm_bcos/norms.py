@@ -74,6 +74,16 @@ class UncentredBatchNorm2d(nn.Module):
                 self.running_var.lerp_(new, self.momentum)
         return y
 
+    def reset_running_stats(self) -> None:
+        """Forget all batches."""
+        self.running_var.fill_(1)
+        self.num_batches_tracked.zero_()
+
+    def reset_parameters(self) -> None:
+        """Begin anew, as torch's batch norms do."""
+        self.reset_running_stats()
+        nn.init.ones_(self.weight)
+
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
 
