@@ -57,6 +57,19 @@ def test_bias_is_what_the_constants_contribute(transformer: nn.Module) -> None:
     torch.testing.assert_close(explanation.bias, torch.cat(single))
 
 
+def test_the_stem_is_whole_again(x: Tensor) -> None:
+    network = bcosify(timm.create_model("test_resnet").eval(), BcosConfig.finetune(b=2))
+    offsets = {name: b.clone() for name, b in network.named_buffers() if name.endswith("input_offset")}
+    network.explain(x)
+    with pytest.raises(TargetError, match="counted from 0"):
+        network.explain(x, 10**6)
+    buffers = dict(network.named_buffers())
+    assert offsets
+    for name, offset in offsets.items():
+        assert not buffers[name].requires_grad
+        torch.testing.assert_close(buffers[name], offset, rtol=0, atol=0)
+
+
 def test_a_batch_is_its_images(model: nn.Module, x: Tensor) -> None:
     batch = explain(model, x)
     assert batch.target.tolist() == model(x).argmax(1).tolist()

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from .dynamic import explanation_mode
 from .errors import InputError, ModelStateError, TargetError
 from .functional import encode_image
-from .layers import BcosConvClassifier, BcosLinearClassifier, BcosStem, ImageReader
+from .layers import BcosConvClassifier, BcosLinearClassifier, BcosStem, ImageReader, scaled_offsets
 
 __all__ = ["Explanation", "explain", "explain_targets"]
 
@@ -202,7 +202,7 @@ class _Neurons:
     values: Tensor  # (N,) on the graph
     activations: Tensor  # (N, K) at the neurons' positions
     unit: Tensor  # (N,)
-    constants: Tensor  # (N,) derivative by all additive constants
+    constants: Tensor  # (N,) derivative by all additive constants behind the stem
     position: Tensor | None  # (N, 2)
 
 
@@ -224,6 +224,8 @@ class _Pass:
             stack.enter_context(explanation_mode(self.model))
             stack.enter_context(forward_ad.dual_level())
             self.leaf = self.inputs.clone().requires_grad_()
+            self.offset_factor = self.leaf.new_ones(len(self.leaf), 1, 1, 1).requires_grad_()
+            stack.enter_context(scaled_offsets(self.model, self.offset_factor))
             output = self._forward()
             self._check_output(output)
             self.output, tangent = forward_ad.unpack_dual(output)
@@ -298,13 +300,15 @@ class _Pass:
 
     def explain(self, neurons: _Neurons) -> Explanation:
         """One backward pass: images do not see each other, so the gradient of the sum holds each one's row of W."""
-        (weights,) = torch.autograd.grad(neurons.values.sum(), self.leaf, retain_graph=True, materialize_grads=True)
+        weights, offset = torch.autograd.grad(
+            neurons.values.sum(), [self.leaf, self.offset_factor], retain_graph=True, materialize_grads=True
+        )
         return Explanation(
             logits=neurons.activations,
             target=neurons.unit,
             weights=weights,
             inputs=self.inputs,
-            bias=neurons.constants.detach().clone(),
+            bias=neurons.constants.detach() + offset.flatten(),
             logit_bias=_logit_bias(self.model) if self.layer is None else 0.0,
             layer=self.layer,
             position=neurons.position,
