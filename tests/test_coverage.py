@@ -102,7 +102,7 @@ def test_image_reader_is_a_linear_map_of_the_encoding() -> None:
     expected = (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     torch.testing.assert_close(reader(x), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(reader(timm_bcos.encode_image(x, 3)), reader(x))
-    assert not ImageReader(3, (0.5, 0.5, 0.5), std).input_offset.any()
+    assert not ImageReader(3, (0.5, 0.5, 0.5), std).offset.any()
 
 
 def test_networks_behind_a_reader_keep_timms_ways() -> None:

@@ -137,6 +137,16 @@ def _scale_by_cosine(func: Callable[..., Any], linear: Tensor, norm: Tensor, b: 
     return linear * functional.cosine_factor(_detached(linear), _detached(norm), b, gamma).to(linear.dtype)
 
 
+@declare(functional.scale_and_offset)
+def _scale_and_offset(func: Callable[..., Any], image: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """Where the stem reads the very images that `explain` differentiates by, they bring a factor for the offset.
+
+    Its derivative comes with the backward pass, whereas a forward-mode derivative is carried through the whole network.
+    """
+    factor = getattr(image, "offset_factor", None)
+    return image * scale + (constant(offset) if factor is None else offset * factor)
+
+
 # Norms: statistics are constants; subtracting the mean of x's own features is linear.
 
 

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from .dynamic import explanation_mode
 from .errors import InputError, ModelStateError, TargetError
 from .functional import encode_image
-from .layers import BcosConvClassifier, BcosLinearClassifier, BcosStem, ImageReader, scaled_offsets
+from .layers import BcosConvClassifier, BcosLinearClassifier, BcosStem, ImageReader
 
 __all__ = ["Explanation", "explain", "explain_targets"]
 
@@ -225,7 +225,7 @@ class _Pass:
             stack.enter_context(forward_ad.dual_level())
             self.leaf = self.inputs.clone().requires_grad_()
             self.offset_factor = self.leaf.new_ones(len(self.leaf), 1, 1, 1).requires_grad_()
-            stack.enter_context(scaled_offsets(self.model, self.offset_factor))
+            self.leaf.offset_factor = self.offset_factor  # type: ignore[attr-defined]
             output = self._forward()
             self._check_output(output)
             self.output, tangent = forward_ad.unpack_dual(output)

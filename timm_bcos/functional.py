@@ -25,6 +25,7 @@ __all__ = [
     "patch_norm",
     "row_norm",
     "same_padding",
+    "scale_and_offset",
     "scale_by_cosine",
     "to_logits",
     "unit_weight",
@@ -55,6 +56,13 @@ def encode_image(image: Tensor, in_chans: int) -> Tensor:
     if image.shape[1] == 2 * in_chans:
         return image
     return torch.cat([image, 1 - image], dim=1)
+
+
+def scale_and_offset(image: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """Normalise encoded images (N, 2C, H, W): image · scale + offset, both of shape (2C, 1, 1)."""
+    if not torch.jit.is_scripting() and has_torch_function_unary(image):
+        return handle_torch_function(scale_and_offset, (image,), image, scale, offset)
+    return image * scale + offset
 
 
 def unit_weight(weight: Tensor, power: float = 1.0) -> Tensor:

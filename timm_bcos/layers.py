@@ -4,8 +4,7 @@ Papers: https://arxiv.org/abs/2205.10268 (B-cos, MaxOut, γ), https://arxiv.org/
 Differs from the official code in that the weight stays at `.weight`, as everywhere in timm.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,6 +19,7 @@ from .functional import (
     patch_norm,
     row_norm,
     same_padding,
+    scale_and_offset,
     scale_by_cosine,
     to_logits,
     unit_weight,
@@ -246,7 +246,7 @@ class BcosStem(BcosConv2d):
     def forward(self, x: Tensor) -> Tensor:
         x = encode_image(x, self.image_channels)
         if self.normalize_input:
-            x = x * self.input_scale + self.input_offset
+            x = scale_and_offset(x, self.input_scale, self.input_offset)
         return self.respond(x)
 
 
@@ -264,8 +264,8 @@ class ImageReader(nn.Module):
     Shape: (N, C, H, W) in [0, 1], or encoded (N, 2C, H, W), to (N, C, H, W).
     """
 
-    input_offset: Tensor
-    input_scale: Tensor
+    offset: Tensor
+    scale: Tensor
 
     def __init__(
         self, image_channels: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
@@ -276,38 +276,17 @@ class ImageReader(nn.Module):
         per_channel = dict(device=device, dtype=dtype)
         scale = 1 / torch.tensor(std or (1.0,), **per_channel).expand(image_channels)
         offset = (1 - 2 * torch.tensor(mean or (0.5,), **per_channel).expand(image_channels)) * scale / 2
-        self.register_buffer("input_scale", scale.reshape(-1, 1, 1).clone(), persistent=False)
-        self.register_buffer("input_offset", offset.reshape(-1, 1, 1).clone(), persistent=False)
+        self.register_buffer("scale", scale.reshape(-1, 1, 1).clone(), persistent=False)
+        self.register_buffer("offset", offset.reshape(-1, 1, 1).clone(), persistent=False)
 
     @property
     def weight(self) -> Tensor:
         """What says its device and dtype, as with any layer."""
-        return self.input_scale
+        return self.scale
 
     def forward(self, x: Tensor) -> Tensor:
         image, complement = encode_image(x, self.image_channels).chunk(2, dim=1)
-        return (image - complement) * (self.input_scale / 2) + self.input_offset
-
-
-@contextmanager
-def scaled_offsets(model: nn.Module, factor: Tensor) -> Iterator[None]:
-    """Context manager in which what the stems of `model` add to the image is multiplied by `factor`.
-
-    The derivative by `factor` is the contribution of that constant, which one backward pass gives together with the
-    image's, whereas a forward-mode derivative would be carried through the whole network.
-
-    Args:
-        model: A B-cos network.
-        factor: (N, 1, 1, 1) ones, for N images.
-    """
-    kept = [(m, m.input_offset) for m in model.modules() if isinstance(m, BcosStem | ImageReader)]
-    try:
-        for stem, offset in kept:
-            stem.input_offset = offset * factor
-        yield
-    finally:
-        for stem, offset in kept:
-            stem.input_offset = offset
+        return (image - complement) * (self.scale / 2) + self.offset
 
 
 class BcosConvClassifier(BcosConv2d):

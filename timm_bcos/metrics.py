@@ -96,7 +96,7 @@ def _max_sensitivity(call: "_Call") -> Any:
 
 
 def _randomisation(call: "_Call") -> Any:
-    metric = _quantus().MPRT(skip_layers=True, return_last_correlation=True, disable_warnings=True)
+    metric = _quantus().MPRT(skip_layers=True, return_last_correlation=True, abs=False, disable_warnings=True)
     return call.on_images(metric)
 
 
