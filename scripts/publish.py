@@ -23,6 +23,8 @@ from timm_bcos import BcosError, Card, Evaluation
 from timm_bcos.load import load_model, read_class_names
 from timm_bcos.published import HUB_FILE, PUBLISHED, Published, hub_addresses
 
+TRAINED_ONLY = ("classes", "description", "accuracy", "dataset", "command", "licence", "note", "dtype", "folder")
+
 
 def publish_trained(args: argparse.Namespace) -> None:
     source, repo_id = args.names
@@ -97,6 +99,9 @@ def main() -> None:
     parser.add_argument("--folder", help="write the repository's files here instead")
     args = parser.parse_args()
     if args.official:
+        unused = [name for name in TRAINED_ONLY if getattr(args, name) != parser.get_default(name)]
+        if unused:
+            parser.error(f"--{unused[0]} does not go with --official")
         raise SystemExit(publish_official(args))
     if len(args.names) != 2:
         parser.error("give a checkpoint or model, and ORG/NAME")

@@ -1,3 +1,4 @@
+import io
 import shutil
 from pathlib import Path
 
@@ -126,6 +127,10 @@ def test_bad_checkpoints(tmp_path: Path, weights: Path, monkeypatch: pytest.Monk
     before = {name: value.clone() for name, value in model.state_dict().items()}
     (tmp_path / "cut.safetensors").write_bytes(weights.read_bytes()[:5000])
     (tmp_path / "text.pth").write_text("no weights")
+    (tmp_path / "empty.pth").touch()
+    torch.save({1: torch.zeros(1)}, tmp_path / "numbers.pth")
+    legacy = io.BytesIO()
+    torch.save(model.state_dict(), legacy, _use_new_zipfile_serialization=False)
     torch.save({"payload": Payload()}, tmp_path / "evil.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     other = timm.create_model("bcos_cnn9", num_classes=4).state_dict()
@@ -137,6 +142,8 @@ def test_bad_checkpoints(tmp_path: Path, weights: Path, monkeypatch: pytest.Monk
         "cut.safetensors": "is no safetensors file",
         "text.pth": "is no safetensors file nor PyTorch file of plain tensors",
         "evil.pth": "plain tensors",
+        "empty.pth": "EOFError",
+        "numbers.pth": "holds no state dict",
         "list.pth": "holds no state dict",
         "other.safetensors": r"'fc.weight' of shape \(8, 256, 1, 1\), this Cnn9 needs \(20, 256, 1, 1\)",
         "missing.safetensors": "has no 'features.3.weight', which this Cnn9 needs",
@@ -145,6 +152,10 @@ def test_bad_checkpoints(tmp_path: Path, weights: Path, monkeypatch: pytest.Monk
     for name, text in cases.items():
         with pytest.raises(CheckpointError, match=text):
             load_weights(model, tmp_path / name)
+    for length in range(1, 4000, 97):
+        (tmp_path / "legacy.pth").write_bytes(legacy.getvalue()[:length])
+        with pytest.raises(CheckpointError, match="is no safetensors file"):
+            read_state_dict(tmp_path / "legacy.pth")
     assert not (tmp_path / "executed").exists()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert set(read_state_dict(weights)) == set(before)
@@ -176,7 +187,8 @@ def test_check_prints_the_verdict(weights: Path, monkeypatch: pytest.MonkeyPatch
     assert "test_resnet: exact in float64, image of 64 pixels" in text
     code, text = run("bcos_cnn9", "--checkpoint", weights, command="check")
     assert code in (0, 1) and "completeness error" in text
-    assert "close names: test_resnet" in run("test_resnot", command="check")[1]
+    for typo, name in {"test_resnot": "test_resnet", "bcos_resnet999": "bcos_resnet"}.items():
+        assert f"close names: {name}" in run(typo, command="check")[1]
 
     def spoiled(name: str, conversion: dict[str, object]) -> torch.nn.Module:
         model = timm.create_model("bcosify", arch=name, **conversion)

@@ -357,10 +357,11 @@ def test_files_without_a_published_hash_are_told_and_must_be_readable(
     (server[1] / "download").write_bytes(official_file.read_bytes())
     fetch(server, ("download", "resnet.pth"), tmp_path / "cache")
     assert hashlib.sha256(official_file.read_bytes()).hexdigest() in caplog.text
-    (server[1] / "download").write_bytes(official_file.read_bytes()[:5000])
-    with pytest.raises(timm_bcos.CheckpointError, match="no safetensors file nor PyTorch file"):
-        fetch(server, ("download", "other.pth"), tmp_path / "cache")
-    assert not (tmp_path / "cache" / "other.pth").exists()
+    for length in (5000, 3, 0):
+        (server[1] / "download").write_bytes(official_file.read_bytes()[:length])
+        with pytest.raises(timm_bcos.CheckpointError, match="no safetensors file nor PyTorch file"):
+            fetch(server, ("download", "other.pth"), tmp_path / "cache")
+        assert not (tmp_path / "cache" / "other.pth").exists()
 
 
 def test_no_network(tmp_path: Path, server: tuple[str, Path]) -> None:

@@ -15,7 +15,7 @@ from hub_server import Hub
 from torch import nn
 
 import timm_bcos
-from timm_bcos import BcosConfig, Card, Evaluation, ModelStateError, bcosify
+from timm_bcos import BcosConfig, Card, Evaluation, InputError, ModelStateError, bcosify
 from timm_bcos.bcos_models import _cfgs
 
 Run = Callable[[str], str]
@@ -216,7 +216,13 @@ def test_what_timm_cannot_create_again(tmp_path: Path) -> None:
     elsewhere = timm.create_model("test_resnet")
     elsewhere.pretrained_cfg = {**elsewhere.pretrained_cfg, "mean": (0.1, 0.1, 0.1)}
     with pytest.raises(ModelStateError, match="its logits differ"):
-        timm_bcos.save_repository(bcosify(elsewhere).eval(), tmp_path / "elsewhere", "org/elsewhere")
+        timm_bcos.save_repository(bcosify(elsewhere).eval(), tmp_path / "config", "org/elsewhere")
+    kept = timm.create_model(f"local-dir:{tmp_path / 'config'}", pretrained=True)
+    assert torch.equal(kept.fc.weight, renormalised.fc.weight)
+    assert {file.name for file in (tmp_path / "config").iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    with pytest.raises(InputError, match="2 label names for a network of 1000"):
+        timm_bcos.save_repository(renormalised, tmp_path / "labels", "org/labels", label_names=["a", "b"])
+    assert not (tmp_path / "labels").exists()
 
 
 def test_card_without_evaluation_or_photos(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import timm_bcos
 from timm_bcos import BcosError, CheckpointError, InputError, autoload
 from timm_bcos.cli import app
-from timm_bcos.load import load_model, read_class_names
+from timm_bcos.load import load_model, load_plain_model, read_class_names
 
 SCRIPT = """
 import sys
@@ -153,6 +153,24 @@ def test_training_checkpoints_describe_their_network(trained: Path) -> None:
     assert (cfg["input_size"], cfg["crop_pct"], cfg["mean"]) == ((3, 64, 64), 1.0, (0.0, 0.0, 0.0))
 
 
+def test_what_else_train_py_hands_to_the_network(tmp_path: Path) -> None:
+    for name in ("test_resnet", "bcos_resnet18"):
+        network = timm.create_model(name, num_classes=4, global_pool="max")
+        arguments = dict(model=name, num_classes=4, gp="max", img_size=96, mean=[0.1] * 3, model_kwargs={})
+        torch.save(
+            {"state_dict": network.state_dict(), "args": argparse.Namespace(**arguments)}, tmp_path / f"{name}.pth.tar"
+        )
+    plain = load_plain_model(checkpoint=tmp_path / "test_resnet.pth.tar")
+    assert plain.pretrained_cfg["input_size"] == (3, 96, 96)
+    assert plain.pretrained_cfg["mean"] == (0.1, 0.1, 0.1)
+    assert plain.global_pool.pool_type == "max"
+    converted = load_model(checkpoint=tmp_path / "test_resnet.pth.tar").eval()
+    x, std = real_image(96), torch.tensor(plain.pretrained_cfg["std"])[:, None, None]
+    torch.testing.assert_close(converted(x), plain.eval()((x - 0.1) / std))
+    own = load_model(checkpoint=tmp_path / "bcos_resnet18.pth.tar")
+    assert own.pretrained_cfg["mean"] == (0.0, 0.0, 0.0)
+
+
 def test_explain_takes_a_training_checkpoint(trained: Path, tmp_path: Path) -> None:
     classes = tmp_path / "classes"
     for name in ("class10", "class9", "class2", "class1"):
@@ -166,8 +184,10 @@ def test_explain_takes_a_training_checkpoint(trained: Path, tmp_path: Path) -> N
 
 def test_checkpoints_that_do_not_say_what_they_are(trained: Path, tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "weights.pth")
-    with pytest.raises(CheckpointError, match="--model"):
-        load_model(checkpoint=tmp_path / "weights.pth")
+    torch.save({"model": {"a": torch.zeros(1)}, "args": argparse.Namespace(lr=1.0)}, tmp_path / "others.pth")
+    for name in ("weights.pth", "others.pth"):
+        with pytest.raises(CheckpointError, match="--model"):
+            load_model(checkpoint=tmp_path / name)
     cut = tmp_path / "cut.pth.tar"
     cut.write_bytes(trained.read_bytes()[:5000])
     with pytest.raises(CheckpointError, match=r"cut\.pth\.tar"):

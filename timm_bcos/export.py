@@ -13,7 +13,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .dynamic import explanation_mode
-from .errors import InputError
+from .errors import InputError, ModelStateError
 from .functional import encode_image
 from .model import frozen
 
@@ -38,11 +38,14 @@ def export_explainer(model: nn.Module, x: Tensor) -> ExportedProgram:
 
     Raises:
         InputError: For fewer than two example images, from which a trace would take the batch size to be fixed.
+        ModelStateError: For a model in training mode.
 
     Example:
         >>> program = export_explainer(model, torch.rand(2, 3, 224, 224))
         >>> logits, weights, contributions = program.module()(images, torch.full((len(images),), -1))
     """
+    if model.training:
+        raise ModelStateError("the model is in training mode: call model.eval() first")
     if x.ndim != 4 or len(x) < 2:
         raise InputError(f"example images of shape {tuple(x.shape)}: give (N, C, H, W) with N of at least 2")
     target = torch.full((len(x),), -1, device=x.device)

@@ -15,7 +15,9 @@ from .errors import CheckpointError, InputError, TargetError
 
 __all__ = ["class_names", "create_model", "find_class", "load_model", "load_plain_model", "read_class_names"]
 
-DATA_ARGUMENTS = ("input_size", "crop_pct", "interpolation")  # of train.py, which are also fields of a pretrained cfg
+# arguments of train.py that are fields of a pretrained cfg, and those that it hands to the network
+DATA_ARGUMENTS = ("input_size", "crop_pct", "interpolation")
+MODEL_ARGUMENTS = dict(gp="global_pool", bn_eps="bn_eps", bn_momentum="bn_momentum")
 
 
 def load_model(name: str | None = None, checkpoint: Path | None = None, **conversion: Any) -> Any:
@@ -57,10 +59,13 @@ def create_model(name: str, conversion: dict[str, Any], **kwargs: Any) -> Any:
         conversion: `BcosConfig` fields for a plain network; without any it computes the same as before.
         kwargs: For `timm.create_model`.
     """
-    if name.startswith(("bcos", "hf-hub:", "local-dir:")):
+    if name.startswith(("hf-hub:", "local-dir:")) or (name.startswith("bcos") and timm.is_model(name)):
         return timm.create_model(name, **kwargs)
     if timm.is_model(name):
-        return timm.create_model("bcosify", arch=name, **(conversion or dict(b=1, bias=True)), **kwargs)
+        overlay = kwargs.get("pretrained_cfg_overlay", {})
+        statistics = {key: overlay.pop(key) for key in ("mean", "std") if key in overlay}  # which the stem takes over
+        changes = conversion or dict(b=1, bias=True)
+        return timm.create_model("bcosify", arch=name, **{**statistics, **changes}, **kwargs)
     near = difflib.get_close_matches(name, timm.list_models(), n=3)
     raise TargetError(f"timm knows no model {name!r}; close names: {', '.join(near) or 'none'}")
 
@@ -70,7 +75,7 @@ def _with_weights(name: str | None, checkpoint: Path, create: Callable[..., Any]
         network = create(name, **_classes_of(checkpoint, partial(create, name)))
     else:
         trained = read_training_arguments(checkpoint)
-        if trained is None:
+        if trained is None or not {"model", "num_classes"} <= trained.keys():
             raise CheckpointError(f"{checkpoint} does not say of which network it is: name it with --model")
         network = _as_trained(trained, create)
     load_weights(network, checkpoint)
@@ -90,11 +95,15 @@ def _with_published_weights(name: str, conversion: dict[str, Any]) -> Any:
 
 def _as_trained(trained: dict[str, Any], create: Callable[..., Any]) -> Any:
     """The network that train.py created; images are evaluated as there."""
-    given = {key: trained[key] for key in DATA_ARGUMENTS if trained.get(key)}
+    names = DATA_ARGUMENTS if trained["model"].startswith("bcos") else (*DATA_ARGUMENTS, "mean", "std")
+    given = {key: trained[key] for key in names if trained.get(key)}
     overlay = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     channels = trained.get("in_chans") or (trained.get("input_size") or (3,))[0]
+    if trained.get("img_size"):
+        overlay.setdefault("input_size", (channels, trained["img_size"], trained["img_size"]))
     shape = dict(num_classes=trained["num_classes"], in_chans=channels)
-    kwargs = {key: value for key, value in trained.get("model_kwargs", {}).items() if value is not None}
+    told = {name: trained.get(key) for key, name in MODEL_ARGUMENTS.items()} | trained.get("model_kwargs", {})
+    kwargs = {key: value for key, value in told.items() if value is not None}
     return create(trained["model"], pretrained_cfg_overlay=overlay, **{**shape, **kwargs})
 
 

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def download(url: str | tuple[str, str], cache_dir: str | Path | None = None) ->
         _logger.info("Downloading %s to %s", address, path)
         try:
             torch.hub.download_url_to_file(address, str(path))
-        except (OSError, ValueError) as error:  # urllib's errors are OSErrors
+        except (OSError, ValueError, HTTPException) as error:  # urllib's errors are OSErrors
             raise CheckpointError(f"cannot download {address}: {_first_line(error)}; or {BY_HAND}") from error
     _verify(path, address)
     return path

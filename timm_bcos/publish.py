@@ -14,7 +14,7 @@ from torch import nn
 from . import __version__
 from .check import random_image
 from .config import BcosConfig
-from .errors import ModelStateError, PublishError
+from .errors import InputError, ModelStateError, PublishError
 from .load import load_model
 from .model import BcosModel
 from .model_card import Card, write_card
@@ -98,19 +98,26 @@ def save_repository(
         dtype: Of the stored weights.
 
     Raises:
-        ModelStateError: If timm could not create the network again.
+        ModelStateError: If timm could not create the network again; the folder stays as it is.
         CheckpointError: For a broken checkpoint.
+        InputError: For another number of label names than classes.
     """
     network: Any = model if isinstance(model, nn.Module) else load_model(None, Path(model))
     architecture = _architecture(network)
     stored = copy.deepcopy(network).eval().to(dtype=dtype)
     stored.pretrained_cfg = {**network.pretrained_cfg, "architecture": architecture.pop("architecture")}
-    folder = Path(folder)
+    if label_names and len(label_names) != network.num_classes:
+        raise InputError(f"{len(label_names)} label names for a network of {network.num_classes} classes")
     labels = dict(label_names=label_names) if label_names else None
-    timm.models.save_for_hf(stored, str(folder), labels, model_args=architecture, safe_serialization=True)
-    again = _load_again(folder)
-    _compare(stored.float().cpu(), again)
-    write_card(again.to(next(network.parameters()).device), folder, repo_id, card or Card())
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
+        timm.models.save_for_hf(stored, unfinished, labels, model_args=architecture, safe_serialization=True)
+        again = _load_again(Path(unfinished))
+        _compare(stored.float().cpu(), again)
+        write_card(again.to(next(network.parameters()).device), Path(unfinished), repo_id, card or Card())
+        for file in sorted(Path(unfinished).iterdir()):
+            file.replace(folder / file.name)
 
 
 def _architecture(model: Any) -> dict[str, Any]:
