@@ -11,7 +11,8 @@ resumes), summary.md and boxes.png.
 import argparse
 import csv
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from tqdm import tqdm
 import timm_bcos
 from timm_bcos import MethodError
 from timm_bcos.arguments import add_arguments, load_network_and_data, parse_and_run, remember_settings
+from timm_bcos.attribution import check_methods
 from timm_bcos.evaluation import Confidence, Grid, confidences, localisation, sample_grids
-from timm_bcos.files import atomic_path
+from timm_bcos.files import atomic_path, drop_torn_line
 from timm_bcos.render import save_figure
 
 FIELDS = ("n", "smooth", "method", "grid", "cell", "class", "image", "value")
@@ -54,12 +56,11 @@ def read_values(path: Path) -> dict[Key, list[float]]:
     return {key: list(cells.values()) for key, cells in found.items() if len(cells) == key[0] ** 2}
 
 
-def play(model: Any, dataset: Any, grids: Iterable[Grid], method: str, args: argparse.Namespace) -> None:
+def play(model: Any, dataset: Any, grids: Sequence[Grid], method: str, path: Path, windows: Sequence[int]) -> None:
     """Play the grids that the file of values does not have."""
-    path = args.out / "values.csv"
     done = read_values(path)
-    for number, grid in enumerate(tqdm(list(grids), f"{method} {args.cells}×{args.cells}")):
-        missing = [window for window in args.smooth if (grid.n, window, method, number) not in done]
+    for number, grid in enumerate(tqdm(grids, f"{method} {grids[0].n}×{grids[0].n}")):
+        missing = [window for window in windows if (grid.n, window, method, number) not in done]
         if not missing:
             continue
         shares = localisation(model, dataset, grid, method, smooth=missing).tolist()
@@ -140,25 +141,31 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    remember_settings(args, args.out, "reuse", "seed", "threshold")
+    check_methods(args.methods)
     model, dataset = load_network_and_data(args)
+    remember_settings(args, args.out, "reuse", "seed", "threshold")
     found = cached_confidences(model, dataset, args.out / "confidences.csv")
     right = sum(item.predicted == item.label for item in found)
     print(f"{right} of {len(found)} images are classified correctly")
-    for n in args.n:
-        args.cells = n
-        grids = sample_grids(found, n, args.grids, threshold=args.threshold, seed=args.seed, reuse=args.reuse)
+    drop_torn_line(args.out / "values.csv")
+    sample = partial(sample_grids, found, count=args.grids, threshold=args.threshold, seed=args.seed, reuse=args.reuse)
+    for grids in [sample(n) for n in args.n]:  # all of them before the first is played
         for method in args.methods:
             try:
-                play(model, dataset, grids, method, args)
+                play(model, dataset, grids, method, args.out / "values.csv", args.smooth)
             except MethodError as error:
                 print(f"left out: {error}")
-    panels = summarise(args.out / "values.csv", args.methods)
+        report(args.out, args.methods)
+
+
+def report(out: Path, methods: Iterable[str]) -> None:
+    """Write and print the summary of what has been played."""
+    panels = summarise(out / "values.csv", methods)
     if not panels:
         raise timm_bcos.InputError("no method suits this model")
-    with atomic_path(args.out / "summary.md") as path:
+    with atomic_path(out / "summary.md") as path:
         path.write_text(table(panels))
-    box_plots(panels, args.out / "boxes.png")
+    box_plots(panels, out / "boxes.png")
     print(table(panels))
 
 

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from timm_bcos import MethodError
 from timm_bcos.arguments import add_arguments, load_network_and_data, parse_and_run, remember_settings
+from timm_bcos.attribution import check_methods
 from timm_bcos.evaluation import image_loader
-from timm_bcos.files import atomic_path
+from timm_bcos.files import atomic_path, drop_torn_line
 from timm_bcos.metrics import METRICS, evaluate
 
 METHODS = ("bcos", "gradient", "ixg", "ig", "deeplift", "smoothgrad", "guided_backprop", "gradcam", "lrp")
@@ -57,13 +58,15 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    remember_settings(args, args.out, "images")
+    check_methods(args.methods)
     path = args.out / "metrics.csv"
     model, dataset = load_network_and_data(args)
+    remember_settings(args, args.out, "images")
     indices = np.linspace(0, len(dataset) - 1, min(args.images, len(dataset))).round().astype(int).tolist()
     images, labels = zip(*map(image_loader(model, dataset), indices), strict=True)
     x, targets = torch.stack(images).to(args.device), torch.tensor(labels, device=args.device)
     pairs = [(metric, method) for metric in args.metrics for method in args.methods]
+    drop_torn_line(path)
     done = read(path, len(indices))
     for metric, method in tqdm(pairs, "metrics"):
         if (metric, method) in done:

@@ -37,8 +37,9 @@ def run(args: argparse.Namespace) -> None:
     save_figure(
         plot_wall(model, dataset, strongest, strongest.most_active(args.units), args.images), args.out / "wall.png"
     )
-    one_sided = entropy.topk(min(args.units, len(entropy)), largest=False).indices.tolist()
-    save_figure(plot_label_counts(strongest, one_sided, names), args.out / "classes.png")
+    one_sided = strongest.most_one_sided(args.units, len(names))
+    if one_sided:
+        save_figure(plot_label_counts(strongest, one_sided, names), args.out / "classes.png")
     for unit in one_sided:
         top = names[int(strongest.labels[unit].mode().values)]
         print(f"unit {unit}: entropy {entropy[unit]:.3f} of the uniform distribution's, most often {top}")

@@ -185,6 +185,23 @@ def test_attention_rollout_rows_are_distributions() -> None:
     assert [m.fused_attn for m in model.modules() if hasattr(m, "fused_attn")] == fused
 
 
+def test_attention_rollout_averages_the_patches_where_the_network_does() -> None:
+    pooled = timm.create_model("test_vit", num_classes=3, global_pool="avg", fc_norm=False).eval()
+    token = timm.create_model("test_vit", num_classes=3).eval()
+    token.load_state_dict(pooled.state_dict())
+    x = real_image(160)
+    maps = [attribute(model, x, 0, "attention_rollout") for model in (pooled, token)]
+    assert not torch.allclose(*maps, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "swin_tiny_patch4_window7_224"])
+def test_grad_cam_refuses_what_has_no_maps(name: str) -> None:
+    kwargs = dict(depths=(1, 1), embed_dim=24, num_heads=(2, 2)) if name.startswith("swin") else {}
+    model = timm.create_model(name, **kwargs).eval()
+    with pytest.raises(MethodError, match=r"gradcam needs maps \(N, C, H, W\)"):
+        attribute(model, real_image(model.pretrained_cfg["input_size"][-1]), 0, "gradcam")
+
+
 def test_seeds(plain: nn.Module) -> None:
     x, state = real_image(64), torch.random.get_rng_state()
     a, b, c = (attribute(plain, x, 0, "rise", masks=20, seed=seed) for seed in (1, 1, 2))
@@ -273,3 +290,14 @@ def test_relevance_adds_up_to_the_logit_whatever_its_sign() -> None:
         relevance = attribute(model, x, [target] * 3, "lrp").sum((1, 2))
         torch.testing.assert_close(relevance, logits[:, target], rtol=1e-3, atol=0)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_relevance_merges_norms_where_they_follow_and_undoes_it() -> None:
+    model = timm.create_model("densenet121", growth_rate=8, block_config=(2, 2), num_classes=3).eval()
+    enliven(model, real_image(64, 2))
+    before, logits = {k: v.clone() for k, v in model.state_dict().items()}, model(real_image(64))
+    assert attribute(model, real_image(64), 1, "lrp").any()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(model(real_image(64)), logits, rtol=0, atol=0)
+    with pytest.raises(MethodError, match="GroupNorm"):
+        attribute(timm.create_model("resnet50_gn").eval(), real_image(64), 1, "lrp")

@@ -1,6 +1,8 @@
 """The grid pointing game on cases worked by hand, and its script on a small data set."""
 
+import argparse
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from timm_bcos import InputError
-from timm_bcos.evaluation import Confidence, Grid, cell_shares, compose, confidences, localisation, sample_grids
+from timm_bcos.arguments import add_arguments, load_network_and_data
+from timm_bcos.evaluation import (
+    Confidence,
+    Grid,
+    cell_shares,
+    compose,
+    confidences,
+    image_loader,
+    localisation,
+    sample_grids,
+)
 
 script = load_script("localisation")
 
@@ -26,6 +38,17 @@ def test_a_map_in_one_cell_scores_one_there() -> None:
 
 def test_a_uniform_map_scores_alike_everywhere() -> None:
     torch.testing.assert_close(cell_shares(torch.full((2, 12, 12), 0.7), 3), torch.full((2, 3, 3), 1 / 9))
+
+
+def test_pixels_are_of_the_cell_that_their_centres_lie_in() -> None:
+    literal = [int((i + 0.5) / (224 / 3)) for i in range(224)]
+    for row in (0, 74, 75, 149, 223):
+        single = torch.zeros(1, 224, 224)
+        single[0, row, 149] = 1
+        expected = torch.zeros(1, 3, 3)
+        expected[0, literal[row], literal[149]] = 1
+        torch.testing.assert_close(cell_shares(single, 3), expected)
+    torch.testing.assert_close(cell_shares(torch.ones(1, 224, 224), 3).sum(), torch.tensor(1.0))
 
 
 def test_only_positive_attribution_counts() -> None:
@@ -167,6 +190,50 @@ def test_data_without_labels(
     )
     with pytest.raises(SystemExit, match=text):
         script.main()
+    assert not (tmp_path / "settings.json").exists()  # so that a corrected command may write there
+
+
+def test_images_without_a_label(model: nn.Module) -> None:
+    load = image_loader(model, [(Image.open(PHOTOS / "coffee.jpg"), -1)])
+    with pytest.raises(InputError, match="image 0 of the data set has no label"):
+        load(0)
+
+
+@pytest.mark.parametrize("kind", ["torch/image_folder", "tar"])
+def test_other_kinds_of_data_sets_tell_their_classes_too(
+    kind: str, model: nn.Module, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tarfile.open(tmp_path / "photos.tar", "w") as file:
+        for folder in sorted((photos / "test").iterdir()):
+            file.add(folder, folder.name)
+    place = ["--data-dir", str(tmp_path / "photos.tar")]
+    if kind != "tar":
+        place = ["--dataset", kind, "--data-dir", str(photos / "test")]
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args(place)
+    monkeypatch.setattr("timm_bcos.arguments.load_model", lambda *_: model)
+    _, dataset = load_network_and_data(args)
+    assert len(dataset) == 18
+    model.num_classes = 8
+    with pytest.raises(InputError, match="images of 9 classes, the model 8"):
+        load_network_and_data(args)
+
+
+def test_the_script_refuses_before_it_plays(
+    model: nn.Module, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("timm_bcos.arguments.load_model", lambda *_: model)
+    right = [Confidence(i, i // 2, i // 2, 0.5) for i in range(16)]
+    monkeypatch.setattr(script, "confidences", lambda *_: iter(right))
+    arguments = ["x", "--data-dir", str(photos), "--split", "test", "--out", str(tmp_path / "out"), "--grids", "1"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--methods", "ixg"])
+    with pytest.raises(SystemExit, match="8 have some: images of 1 more are missing"):
+        script.main()
+    monkeypatch.setattr(sys, "argv", [*arguments, "--methods", "ixg", "grdcam"])
+    with pytest.raises(SystemExit, match="no attribution method 'grdcam'"):
+        script.main()
+    assert not (tmp_path / "out" / "values.csv").exists()
 
 
 def test_the_script_resumes(
@@ -181,11 +248,14 @@ def test_the_script_resumes(
     script.main()
     whole = (out / "values.csv").read_text()
     assert len(whole.splitlines()) == 1 + 2 * 2 * 2 * 4
-    (out / "values.csv").write_text(whole[:-30])  # as an interruption leaves it
+    complete = script.read_values(out / "values.csv")
     monkeypatch.chdir(photos.parent)  # from where the data have another name
     sys.argv[sys.argv.index("--data-dir") + 1] = photos.name
-    script.main()
-    values = script.read_values(out / "values.csv")
+    for cut in (1, 5, 10, 14, 21, 30, 60):  # as an interruption leaves it
+        (out / "values.csv").write_bytes((out / "values.csv").read_bytes()[:-cut])
+        script.main()
+        values = script.read_values(out / "values.csv")
+        assert values == complete
     assert sorted(values) == [
         (2, window, method, k) for window in (1, 15) for method in ("bcos", "ixg") for k in (0, 1)
     ]

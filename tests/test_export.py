@@ -45,6 +45,9 @@ def test_torch_compile_without_a_graph_break(name: str, kwargs: dict[str, Any], 
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # fullgraph refuses graph breaks
     torch.testing.assert_close(compiled(x), model(x))
+    explanation = timm_bcos.explain(compiled, x, 1)  # as the network was before
+    torch.testing.assert_close(explanation.weights, timm_bcos.explain(model, x, 1).weights)
+    torch.testing.assert_close(compiled(x), model(x))
 
 
 @pytest.mark.parametrize(("name", "kwargs", "size"), KINDS, ids=IDS)
@@ -83,6 +86,11 @@ assert torch.allclose(weights, expected), (weights - expected).abs().max()
 assert "timm" not in sys.modules and "timm_bcos" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+def test_a_model_in_training_is_refused() -> None:
+    with pytest.raises(timm_bcos.ModelStateError, match="eval"):
+        timm_bcos.export_explainer(timm.create_model("bcos_cnn9"), torch.rand(2, 3, 32, 32))
 
 
 def test_one_example_image_is_refused() -> None:

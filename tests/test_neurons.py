@@ -13,7 +13,7 @@ from torch import nn
 import timm_bcos
 from timm_bcos import TargetError
 from timm_bcos.evaluation import image_loader
-from timm_bcos.neurons import _crop, find_strongest, label_entropy
+from timm_bcos.neurons import Strongest, _crop, find_strongest, label_entropy
 
 script = load_script("neurons")
 
@@ -54,6 +54,24 @@ def test_one_pass_finds_what_all_activations_at_once_say(model: nn.Module, photo
     unit = found.most_active(1)[0]
     explanation = timm_bcos.explain(model, torch.stack(images)[indices[unit, :1]], unit, layer="layer2")
     torch.testing.assert_close(explanation.logit[0], values[unit, 0])
+
+
+def test_units_of_networks_whose_channels_come_last(photos: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("bcosify", arch="swin_tiny_patch4_window7_224", num_classes=3, depths=(1, 1),
+                              embed_dim=24, num_heads=(2, 2), img_size=56).eval()  # fmt: skip
+    dataset = timm.data.create_dataset("", root=str(photos), split="test")
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 56, 56)}
+    found = find_strongest(model, dataset, "layers.0", 2, progress=False)
+    assert len(found.values) == 24
+    x = image_loader(model, dataset)(int(found.indices[5, 0]))[0][None]
+    torch.testing.assert_close(timm_bcos.explain(model, x, 5, layer="layers.0").logit[0], found.values[5, 0])
+
+
+def test_one_sided_units_are_no_dead_ones() -> None:
+    values = torch.tensor([[3.0, 2.0, 1.0], [0.0, 0.0, 0.0], [4.0, 0.0, 0.0], [3.0, 2.0, 1.0]])
+    labels = torch.tensor([[0, 1, 1], [0, 0, 0], [0, 0, 0], [2, 2, 2]])
+    assert Strongest("layer", values, labels, labels).most_one_sided(4, 3) == [3, 0]
 
 
 def test_entropy_by_hand() -> None:

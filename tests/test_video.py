@@ -17,7 +17,7 @@ import timm_bcos
 from timm_bcos import InputError
 from timm_bcos.cli import app
 from timm_bcos.render import on_white
-from timm_bcos.video import explain_video
+from timm_bcos.video import VIDEO_SUFFIXES, explain_video
 
 av = pytest.importorskip("av")
 
@@ -60,6 +60,12 @@ def test_every_frame_is_explained_beside_itself(model: nn.Module, clip: Path, tm
     expected = torch.cat([x[0].movedim(0, -1), on_white(timm_bcos.explain(model, x, 1).to_rgba())[0]], 1)
     difference = (to_tensor(Image.fromarray(found[5])).movedim(0, -1) - expected).abs().mean()
     assert difference < (0.03 if clip.suffix == ".gif" else 0.12)  # 256 colours; half the resolution of colours
+
+
+@pytest.mark.parametrize("suffix", VIDEO_SUFFIXES)
+def test_every_suffix_can_be_written(model: nn.Module, clip: Path, tmp_path: Path, suffix: str) -> None:
+    explain_video(model, clip, tmp_path / f"out{suffix}", target=1)
+    assert len(frames(tmp_path / f"out{suffix}")) == 11
 
 
 def test_classes_of_the_frames_are_counted(model: nn.Module, clip: Path, tmp_path: Path) -> None:

@@ -59,8 +59,10 @@ def _load_data(args: argparse.Namespace, num_classes: int) -> Any:
         dataset = timm.data.create_dataset(args.dataset, root=args.data_dir, split=args.split, class_map=args.class_map)
     except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:  # as timm's readers differ
         raise InputError(f"no data set at {place}: {str(error) or 'there is nothing'}") from error
-    classes = getattr(dataset.reader, "class_to_idx", None)
-    count = len(set(classes.values())) if classes else num_classes
+    readers = (dataset, getattr(dataset, "reader", None))  # torchvision's data sets have none
+    names = ("class_to_idx", "class_name_to_idx")  # folders', tars'
+    found = [getattr(reader, name) for reader in readers for name in names if getattr(reader, name, None)]
+    count = len(set(found[0].values())) if found else num_classes
     if count != num_classes:
         raise InputError(
             f"{place} has images of {count} classes, the model {num_classes}: labels come from a folder per class, or "
@@ -83,7 +85,7 @@ def remember_settings(args: argparse.Namespace, folder: Path, *names: str) -> No
     folder.mkdir(parents=True, exist_ok=True)
     settings = {name: _as_text(getattr(args, name)) for name in (*SETTINGS, *names) if hasattr(args, name)}
     path = folder / "settings.json"
-    if not path.exists():
+    if not path.exists() or list(folder.iterdir()) == [path]:  # no results yet
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(settings, indent=1) + "\n")
     stored = json.loads(path.read_text())

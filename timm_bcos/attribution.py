@@ -6,7 +6,7 @@
 The methods are in `timm_bcos.attribution_methods`; `@register("name")` adds one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from .functional import encode_image
 from .layers import BcosStem, ImageReader
 from .model import frozen
 
-__all__ = ["METHODS", "Method", "Subject", "attribute", "register"]
+__all__ = ["METHODS", "Method", "Subject", "attribute", "check_methods", "register"]
 
 
 class Subject(nn.Module):
@@ -130,8 +130,7 @@ def attribute(
         TargetError: For classes that the model does not have.
         ModelStateError: For a model in training mode.
     """
-    if method not in METHODS:
-        raise MethodError(f"no attribution method {method!r}: choose one of {', '.join(METHODS)}")
+    check_methods([method])
     chosen, subject = METHODS[method], Subject(model)
     _check_images(x)
     classes = _targets(subject, x, targets, batch_size)
@@ -144,6 +143,17 @@ def attribute(
             torch.manual_seed(seed)
             maps.append(chosen.function(subject, images, wanted, **options).detach())
     return torch.cat(maps)
+
+
+def check_methods(names: Iterable[str]) -> None:
+    """Refuse names that no method has.
+
+    Raises:
+        MethodError: Naming the first.
+    """
+    for name in names:
+        if name not in METHODS:
+            raise MethodError(f"no attribution method {name!r}: choose one of {', '.join(METHODS)}")
 
 
 def _runs(x: Tensor) -> list[int]:

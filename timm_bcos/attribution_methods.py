@@ -14,7 +14,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.layers import activations
+from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame, activations
 from torch import Tensor, nn
 
 from .attribution import Subject, register
@@ -25,6 +25,9 @@ __all__: list[str] = []
 
 
 RECTIFIERS = (nn.ReLU, nn.ReLU6)
+WITHOUT_RELEVANCE = (
+    nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame,
+)  # fmt: skip
 ELEMENTWISE = (
     nn.ReLU6, nn.SiLU, nn.GELU, nn.Mish, nn.CELU, nn.SELU, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh,
     *(kind for kind in vars(activations).values() if isinstance(kind, type) and issubclass(kind, nn.Module)),
@@ -122,6 +125,9 @@ def _hook_rectifier(captum: Any, method: Any, module: nn.Module) -> None:
 @register("gradcam")
 def grad_cam(subject: Subject, x: Tensor, targets: Tensor, *, layer: str | None = None) -> Tensor:
     """Grad-CAM of the last layer with spatial positions before the classifier, or of a named one, upsampled."""
+    model = subject.model
+    if hasattr(model, "num_prefix_tokens") or getattr(model, "output_fmt", "NCHW") != "NCHW":
+        raise MethodError(f"gradcam needs maps (N, C, H, W), which {type(model).__name__} does not compute with")
     z = _leaf(subject, x)
     module = _module(subject, layer) if layer else _last_spatial_layer(subject, z)
     maps = _captum().LayerGradCam(subject, module).attribute(z, targets)
@@ -133,19 +139,20 @@ def lrp(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
     """Layer-wise Relevance Propagation of the logit: z⁺ in convolutions, ε in linear ones, flat in the first layer."""
     if subject.is_bcos:
         raise MethodError("lrp has rules for linear layers between activations; a B-cos layer is neither")
-    if any(isinstance(module, nn.LayerNorm) for module in subject.modules()):
-        raise MethodError(
-            f"lrp's rules are for convolutions and batch norms; {type(subject.model).__name__} has others"
-        )
+    others = {type(module).__name__ for module in subject.modules() if isinstance(module, WITHOUT_RELEVANCE)}
+    if others:
+        kind = type(subject.model).__name__
+        raise MethodError(f"lrp's rules are for convolutions and batch norms; {kind} has {', '.join(sorted(others))}")
     attributors, composites = _library("zennit.attribution"), _library("zennit.composites")
     from .relevance import MergeBatchNorms, RelevanceOfFunctions
 
     passed_on = [(ELEMENTWISE, _library("zennit.rules").Pass())]
-    composite = composites.EpsilonPlusFlat(layer_map=passed_on, canonizers=[MergeBatchNorms()])
+    prepared = subject.prepare(x)
+    composite = composites.EpsilonPlusFlat(layer_map=passed_on, canonizers=[MergeBatchNorms(prepared[:1])])
     wanted = F.one_hot(targets, subject.model.num_classes).to(x)
     propagate = attributors.Gradient(subject, composite, attr_output=lambda logits: wanted * logits)
     with propagate, RelevanceOfFunctions():
-        _, relevance = propagate(subject.prepare(x))
+        _, relevance = propagate(prepared)
     return relevance.sum(1)
 
 
@@ -163,7 +170,10 @@ def attention_rollout(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
     for attention in layers:
         rolled = (attention.mean(1) + identity) / 2 @ rolled
     prefix = model.num_prefix_tokens
-    to_output = rolled[:, 0] if prefix else rolled.mean(1)  # the class token, or the average over all
+    reads_token = prefix and getattr(model, "global_pool", "token") == "token"
+    to_output = (
+        rolled[:, 0] if reads_token else rolled[:, prefix:].mean(1)
+    )  # the class token, or the average of patches
     grid = to_output[:, prefix:].unflatten(1, tuple(model.patch_embed.grid_size))
     return F.interpolate(grid[:, None], x.shape[-2:], mode="bilinear")[:, 0]
 
@@ -262,14 +272,18 @@ def _module(subject: Subject, name: str) -> nn.Module:
 
 
 def _last_spatial_layer(subject: Subject, z: Tensor) -> nn.Module:
-    """The last module, in the order of execution, whose output is a map (N, C, H, W) of more than one position."""
+    """The last module, in the order of execution, whose output is a map (N, C, H, W) of more than one position.
+
+    A map has the image's proportions, but for rounding; heads × tokens × features inside attention has not.
+    """
     found: list[nn.Module] = []
     heads = {id(m) for m in _classifiers(subject.model)}
 
     def record(module: nn.Module, args: Any, output: Any) -> None:
-        is_map = isinstance(output, Tensor) and output.ndim == 4 and min(output.shape[-2:]) > 1
-        if is_map and id(module) not in heads:
-            found.append(module)
+        if isinstance(output, Tensor) and output.ndim == 4 and id(module) not in heads:
+            (height, width), (rows, columns) = z.shape[-2:], output.shape[-2:]
+            if min(rows, columns) > 1 and abs(rows * width - columns * height) <= max(height, width):
+                found.append(module)
 
     leaves = [m for m in subject.model.modules() if not any(m.children())]
     handles = [m.register_forward_hook(record) for m in leaves]

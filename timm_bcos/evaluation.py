@@ -56,13 +56,15 @@ class Grid:
 def image_loader(model: nn.Module, dataset: Any) -> Callable[[int], tuple[Tensor, int]]:
     """A function from an index to an image (C, H, W) in [0, 1] and its class.
 
-    Images are cut and scaled as the model's cfg says, but not normalised.
+    Images are cut and scaled as the model's cfg says, but not normalised. An image without a label is an `InputError`.
     """
     cfg = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**{**cfg, "mean": (0.0,) * 3, "std": (1.0,) * 3}, is_training=False)
 
     def load(index: int) -> tuple[Tensor, int]:
         image, label = dataset[index]
+        if int(label) < 0:
+            raise InputError(f"image {index} of the data set has no label: images belong in a folder per class")
         return transform(image.convert("RGB")), int(label)
 
     return load
@@ -118,7 +120,7 @@ def sample_grids(
     if len(ranked) < n * n:
         raise InputError(
             f"{n}×{n} grids need {n * n} classes with images that the model gets right with a probability of at least "
-            f"{threshold:g}, {len(ranked)} have some"
+            f"{threshold:g}, {len(ranked)} have some: images of {n * n - len(ranked)} more are missing"
         )
     rng = random.Random(seed)
     used = dict.fromkeys(ranked, 0)
@@ -142,7 +144,7 @@ def cell_shares(maps: Tensor, n: int, smooth: int = 1) -> Tensor:
     """Share of the positive attribution in each cell of an n×n grid.
 
     Args:
-        maps: Signed (N, H, W), H and W divisible by n.
+        maps: Signed (N, H, W). Where n divides no side, a pixel is of the cell that its centre lies in.
         n: Cells per side.
         smooth: Window of a mean filter over the signed map, odd; 1 for none. The paper's code takes 15.
 
@@ -155,10 +157,15 @@ def cell_shares(maps: Tensor, n: int, smooth: int = 1) -> Tensor:
     if smooth < 1 or smooth % 2 == 0:
         raise InputError(f"smooth={smooth}: give an odd window, 1 for no smoothing")
     positive = F.avg_pool2d(maps[:, None], smooth, 1, smooth // 2).clamp(min=0)
-    height, width = maps.shape[1] // n, maps.shape[2] // n
-    sums = F.avg_pool2d(positive, (height, width), divisor_override=1)[:, 0]
+    rows, columns = (_cell_of_pixels(side, n).to(positive) for side in maps.shape[1:])
+    sums = torch.einsum("ih,bhw,jw->bij", rows, positive[:, 0], columns)
     total = sums.sum((1, 2), keepdim=True)
     return torch.where(total > 0, sums / total.clamp(min=torch.finfo(sums.dtype).tiny), torch.zeros_like(sums))
+
+
+def _cell_of_pixels(side: int, n: int) -> Tensor:
+    """(n, side), 1 where a pixel lies in a row or column of cells."""
+    return F.one_hot((2 * torch.arange(side) + 1) * n // (2 * side), n).T
 
 
 def localisation(

@@ -3,8 +3,9 @@
 Papers: https://arxiv.org/abs/2205.10268 (section 3.2), https://arxiv.org/abs/2306.10898 (section 3.1).
 """
 
+import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -221,6 +222,7 @@ class _Pass:
     def __enter__(self) -> "_Pass":
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(_uncompiled())
             stack.enter_context(explanation_mode(self.model))
             stack.enter_context(forward_ad.dual_level())
             self.leaf = self.inputs.clone().requires_grad_()
@@ -322,6 +324,12 @@ def _capture_into(captured: list[Tensor]) -> Callable[..., None]:
         raise _Captured
 
     return hook
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """What `torch.compile` has made of a model holds no explanation mode: meanwhile it runs as it was written."""
+    is_loaded = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")
+    return torch.compiler.set_stance("force_eager") if is_loaded else nullcontext()
 
 
 def _check_model(model: nn.Module) -> BcosStem | ImageReader:

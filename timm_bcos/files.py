@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_path"]
+__all__ = ["atomic_path", "drop_torn_line"]
 
 
 @contextmanager
@@ -32,3 +32,10 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut a text file that grows by lines back to its last whole one, should an interruption have torn it."""
+    if path.exists():
+        with path.open("rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)

@@ -3,12 +3,13 @@
 Figures A1 to A4 of the supplement of arXiv 2205.10268.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from .attribution import attribute
+from .attribution import attribute, check_methods
 from .errors import InputError, MethodError
 from .evaluation import Confidence
 from .explain import explain
@@ -49,7 +50,7 @@ def plot_methods(
 ) -> Any:
     """A matplotlib figure: a row per image, a column per method; the network's own explanation is also in colour.
 
-    Methods that do not suit the architecture are left out.
+    Methods that do not suit the architecture, or whose library is missing, are left out with a warning.
 
     Args:
         model: A B-cos network or a plain timm model, in eval mode.
@@ -58,11 +59,13 @@ def plot_methods(
         methods: Of `timm_bcos.attribution.METHODS`.
         class_names: For the titles.
     """
+    check_methods(methods)
     columns: list[tuple[str, Tensor]] = [("image", x.movedim(1, -1).expand(-1, -1, -1, 3))]
     for method in methods:
         try:
             maps = attribute(model, x, list(targets), method)
-        except MethodError:
+        except MethodError as error:
+            warnings.warn(f"left out: {error}", stacklevel=2)
             continue
         if method == "bcos":
             columns.append(("B-cos in colour", on_white(explain(model, x, list(targets)).to_rgba())))

@@ -41,6 +41,16 @@ class Strongest:
         """The units with the highest mean activation over their `best` images."""
         return self.values[:, :best].mean(1).topk(min(count, len(self.values))).indices.tolist()
 
+    def most_one_sided(self, count: int, num_classes: int) -> list[int]:
+        """The units whose images are of the fewest classes, without those whose last places are drawn by lot.
+
+        A unit that answers fewer than k images with more than 0 fills its list in the order of the data set.
+        """
+        entropy = label_entropy(self.labels, num_classes)
+        ranked = entropy.argsort().tolist()
+        ties = self.values[:, -1] == self.values[:, -2] if self.values.shape[1] > 1 else torch.zeros(len(entropy)) > 0
+        return [unit for unit in ranked if not ties[unit]][:count]
+
 
 def find_strongest(
     model: nn.Module, dataset: Any, layer: str, k: int = 500, *, batch_size: int = 64, progress: bool = True
@@ -50,7 +60,7 @@ def find_strongest(
     Args:
         model: A B-cos network, or a plain timm model, in eval mode.
         dataset: As `timm.data.create_dataset` makes it.
-        layer: Path of a layer whose output is a map (N, C, H, W).
+        layer: Path of a layer whose output is a map (N, C, H, W), or (N, H, W, C) in networks that compute with these.
         k: Images per unit.
         batch_size: Images at a time.
         progress: Show a bar.
@@ -87,7 +97,8 @@ def _peaks(subject: Subject, module: nn.Module, layer: str, x: Tensor) -> Tensor
     if not outputs or not isinstance(outputs[0], Tensor) or outputs[0].ndim != 4:
         shape = tuple(outputs[0].shape) if outputs and isinstance(outputs[0], Tensor) else "nothing of the kind"
         raise TargetError(f"layer {layer!r} has no spatial positions: it returns {shape}, not (N, C, H, W)")
-    return outputs[0].amax((2, 3)).T.cpu()
+    positions = (1, 2) if getattr(subject.model, "output_fmt", "NCHW") == "NHWC" else (2, 3)
+    return outputs[0].amax(positions).T.cpu()
 
 
 def label_entropy(labels: Tensor, num_classes: int) -> Tensor:
@@ -107,7 +118,7 @@ def label_entropy(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def plot_wall(model: Any, dataset: Any, strongest: Strongest, units: Sequence[int], images: int = 6) -> Any:
-    """A matplotlib figure with two rows per unit: crops around its strongest positions, and their explanations.
+    """A matplotlib figure with two rows per unit: crops around what it answers, and their explanations.
 
     Args:
         model: A B-cos network.

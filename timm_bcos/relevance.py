@@ -73,17 +73,41 @@ class RelevanceOfFunctions(TorchFunctionMode):
 
 
 class MergeBatchNorms(MergeBatchNorm):  # type: ignore[misc]
-    """Merges batch norms into the convolution before them, timm's with an activation inside too."""
+    """Merges batch norms into the convolutions whose outputs they take, timm's with an activation inside too.
+
+    Args:
+        prepared: One image (1, C, H, W) to run the network with: modules say nothing of the order in which they run.
+    """
+
+    def __init__(self, prepared: Tensor) -> None:
+        super().__init__()
+        self.prepared = prepared
 
     def apply(self, root_module: nn.Module) -> list[Any]:
         """The merges, each of which zennit undoes in the end."""
-        instances = []
-        last: nn.Module | None = None
-        for module in root_module.modules():
-            if isinstance(last, self.linear_type) and isinstance(module, self.batch_norm_type):
-                instance = self.copy()
-                instance.register((last,), module)
-                instances.append(instance)
-            if not any(True for _ in module.children()) or isinstance(module, self.batch_norm_type):
-                last = module
-        return instances
+        merges = []
+        for linear, norm in self._pairs(root_module):
+            merge = type(self)(self.prepared)
+            merge.register((linear,), norm)
+            merges.append(merge)
+        return merges
+
+    @torch.no_grad()
+    def _pairs(self, root_module: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+        makers: list[tuple[Tensor, nn.Module]] = []
+        pairs: list[tuple[nn.Module, nn.Module]] = []
+
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if isinstance(module, self.linear_type):
+                makers.append((output, module))
+            else:
+                pairs.extend((maker, module) for made, maker in makers if made is args[0])
+
+        kinds = (*self.linear_type, *self.batch_norm_type)
+        handles = [m.register_forward_hook(note) for m in root_module.modules() if isinstance(m, kinds)]
+        try:
+            root_module(self.prepared)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return pairs

@@ -20,6 +20,7 @@ from .render import on_white
 __all__ = ["VIDEO_SUFFIXES", "explain_video"]
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif")
+CODECS = {".gif": ("gif", "pal8"), ".webm": ("libvpx-vp9", "yuv420p")}  # and pixels; all others hold H.264
 
 
 def explain_video(
@@ -111,13 +112,13 @@ def _open(path: Path) -> tuple[Iterator[np.ndarray], float, int | None]:
 
 
 class _writer:  # noqa: N801  (reads as a verb: with _writer(path, rate))
-    """Encodes frames as they come: H.264, or a GIF with a palette of its own for each frame."""
+    """Encodes frames as they come: H.264, VP9, or a GIF with a palette of its own for each frame."""
 
     def __init__(self, path: Path, rate: float) -> None:
         from fractions import Fraction
 
-        self.is_gif = path.suffix.lower() == ".gif"
-        codec, pixels = ("gif", "pal8") if self.is_gif else ("libx264", "yuv420p")
+        codec, pixels = CODECS.get(path.suffix.lower(), ("libx264", "yuv420p"))
+        self.is_gif = codec == "gif"
         self.container = _av().open(str(path), "w")
         self.stream = self.container.add_stream(codec, Fraction(rate).limit_denominator(1000))
         self.stream.pix_fmt = pixels
