@@ -10,7 +10,7 @@ import hub_server
 import pytest
 import timm
 import torch
-from conftest import PHOTOS, real_image
+from conftest import PHOTOS, load_script, real_image
 from hub_server import Hub
 from torch import nn
 
@@ -233,3 +233,12 @@ def test_card_without_evaluation_or_photos(tmp_path: Path) -> None:
     assert "Accuracy" not in text
     assert "explanation.png" not in text
     assert Evaluation(1.0, "x").command == ""
+
+
+def test_official_weights_take_no_options_of_trained_ones(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["publish.py", "--official", "org", "--folder", "somewhere"])
+    with pytest.raises(SystemExit):
+        load_script("publish").main()
+    assert "--folder does not go with --official" in capsys.readouterr().err
