@@ -4,8 +4,8 @@
     python scripts/localisation.py --plain --model tf_efficientnet_lite0 --checkpoint lite0.safetensors \
         --data-dir imagenet_photos.tar --class-map imagenet_class_map.txt --methods gradcam ixg
 
-Writes into --out: confidences.csv (made once), values.csv (every value, appended as it comes: an interrupted run
-resumes), summary.md and boxes.png.
+Writes into --out: confidences.csv (made once), values.csv (every value), both appended to as they come, so that an
+interrupted run resumes, summary.md and boxes.png.
 """
 
 import argparse
@@ -34,12 +34,17 @@ METHODS = ("bcos", "gradient", "ixg", "ig", "deeplift", "smoothgrad", "guided_ba
 
 
 def cached_confidences(model: Any, dataset: Any, path: Path) -> list[Confidence]:
-    if not path.exists():
-        with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow([field.name for field in dataclasses.fields(Confidence)])
-            writer.writerows(dataclasses.astuple(item) for item in confidences(model, dataset))
-    with path.open(newline="") as file:
+    """From the file, which is completed first."""
+    drop_torn_line(path)
+    is_new = not path.exists()
+    with path.open("a+", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([[field.name for field in dataclasses.fields(Confidence)]] if is_new else [])
+        file.seek(0)
+        done = sum(1 for _ in csv.DictReader(file))
+        if done < len(dataset):
+            writer.writerows(dataclasses.astuple(item) for item in confidences(model, dataset, start=done))
+        file.seek(0)
         rows = list(csv.DictReader(file))
     return [Confidence(int(r["index"]), int(r["label"]), int(r["predicted"]), float(r["confidence"])) for r in rows]
 

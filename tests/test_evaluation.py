@@ -225,7 +225,8 @@ def test_the_script_refuses_before_it_plays(
 ) -> None:
     monkeypatch.setattr("timm_bcos.arguments.load_model", lambda *_: model)
     right = [Confidence(i, i // 2, i // 2, 0.5) for i in range(16)]
-    monkeypatch.setattr(script, "confidences", lambda *_: iter(right))
+    right += [Confidence(i, 8, 0, 0.5) for i in (16, 17)]
+    monkeypatch.setattr(script, "confidences", lambda *_, start: iter(right[start:]))
     arguments = ["x", "--data-dir", str(photos), "--split", "test", "--out", str(tmp_path / "out"), "--grids", "1"]
     monkeypatch.setattr(sys, "argv", [*arguments, "--methods", "ixg"])
     with pytest.raises(SystemExit, match="8 have some: images of 1 more are missing"):
@@ -241,7 +242,7 @@ def test_the_script_resumes(
 ) -> None:
     monkeypatch.setattr("timm_bcos.arguments.load_model", lambda *_: model)
     right = [Confidence(i, i // 2, i // 2, 0.5) for i in range(18)]
-    monkeypatch.setattr(script, "confidences", lambda *_: iter(right))
+    monkeypatch.setattr(script, "confidences", lambda *_, start: iter(right[start:]))
     out = tmp_path / "out"
     arguments = ["localisation.py", "--data-dir", str(photos), "--split", "test", "--out", str(out), "--grids", "2"]
     monkeypatch.setattr(sys, "argv", [*arguments, "--methods", "bcos", "attention_rollout", "ixg", "--n", "2"])
@@ -251,11 +252,14 @@ def test_the_script_resumes(
     complete = script.read_values(out / "values.csv")
     monkeypatch.chdir(photos.parent)  # from where the data have another name
     sys.argv[sys.argv.index("--data-dir") + 1] = photos.name
-    for cut in (1, 5, 10, 14, 21, 30, 60):  # as an interruption leaves it
+    with (out / "confidences.csv").open("rb+") as file:
+        file.truncate(100)  # the images behind are looked at again
+    for cut in (1, 5, 10, 14, 21, 30, 60, len(whole) - 3):  # as an interruption leaves it
         (out / "values.csv").write_bytes((out / "values.csv").read_bytes()[:-cut])
         script.main()
         values = script.read_values(out / "values.csv")
         assert values == complete
+    assert len((out / "confidences.csv").read_text().splitlines()) == 1 + 18
     assert sorted(values) == [
         (2, window, method, k) for window in (1, 15) for method in ("bcos", "ixg") for k in (0, 1)
     ]

@@ -70,12 +70,15 @@ def image_loader(model: nn.Module, dataset: Any) -> Callable[[int], tuple[Tensor
     return load
 
 
-def confidences(model: nn.Module, dataset: Any, *, batch_size: int = 64, progress: bool = True) -> Iterator[Confidence]:
+def confidences(
+    model: nn.Module, dataset: Any, *, start: int = 0, batch_size: int = 64, progress: bool = True
+) -> Iterator[Confidence]:
     """What a model says of every image of a labelled data set, as it comes.
 
     Args:
         model: A B-cos network or a plain timm model, in eval mode.
         dataset: As `timm.data.create_dataset` makes it.
+        start: The first image.
         batch_size: Images at a time.
         progress: Show a bar.
 
@@ -85,8 +88,8 @@ def confidences(model: nn.Module, dataset: Any, *, batch_size: int = 64, progres
     subject = Subject(model)
     load = image_loader(model, dataset)
     device = next(model.parameters()).device
-    for start in tqdm(range(0, len(dataset), batch_size), "confidences", disable=not progress):
-        indices = range(start, min(start + batch_size, len(dataset)))
+    for first in tqdm(range(start, len(dataset), batch_size), "confidences", disable=not progress):
+        indices = range(first, min(first + batch_size, len(dataset)))
         images, labels = zip(*map(load, indices), strict=True)
         wrong = [label for label in labels if not 0 <= label < subject.model.num_classes]
         if wrong:

@@ -35,7 +35,13 @@ def _umask() -> int:
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cut a text file that grows by lines back to its last whole one, should an interruption have torn it."""
+    """Cut a text file that grows by lines back to its last whole one, should an interruption have torn it.
+
+    A file without a whole line is removed, so that its header is written again.
+    """
     if path.exists():
-        with path.open("rb+") as file:
-            file.truncate(file.read().rfind(b"\n") + 1)
+        whole = path.read_bytes().rfind(b"\n") + 1
+        if whole:
+            os.truncate(path, whole)
+        else:
+            path.unlink()
