@@ -61,14 +61,16 @@ def read_values(path: Path) -> dict[Key, list[float]]:
     return {key: list(cells.values()) for key, cells in found.items() if len(cells) == key[0] ** 2}
 
 
-def play(model: Any, dataset: Any, grids: Sequence[Grid], method: str, path: Path, windows: Sequence[int]) -> None:
+def play(
+    model: Any, dataset: Any, grids: Sequence[Grid], method: str, path: Path, windows: Sequence[int], batch_size: int
+) -> None:
     """Play the grids that the file of values does not have."""
     done = read_values(path)
     for number, grid in enumerate(tqdm(grids, f"{method} {grids[0].n}×{grids[0].n}")):
         missing = [window for window in windows if (grid.n, window, method, number) not in done]
         if not missing:
             continue
-        shares = localisation(model, dataset, grid, method, smooth=missing).tolist()
+        shares = localisation(model, dataset, grid, method, smooth=missing, batch_size=batch_size).tolist()
         is_new = not path.exists()
         with path.open("a", newline="") as file:
             writer = csv.writer(file)
@@ -141,6 +143,7 @@ def main() -> None:
     parser.add_argument("--reuse", action="store_true", help="use images again when a class has no more")
     parser.add_argument("--smooth", nargs="+", type=int, default=[1, 15], help="windows of a mean filter over the map")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=9, help="classes of a grid at a time; less takes less memory")
     parser.add_argument("--out", type=Path, default=Path("localisation"))
     parse_and_run(parser, run)
 
@@ -157,7 +160,7 @@ def run(args: argparse.Namespace) -> None:
     for grids in [sample(n) for n in args.n]:  # all of them before the first is played
         for method in args.methods:
             try:
-                play(model, dataset, grids, method, args.out / "values.csv", args.smooth)
+                play(model, dataset, grids, method, args.out / "values.csv", args.smooth, args.batch_size)
             except MethodError as error:
                 print(f"left out: {error}")
         report(args.out, args.methods)
