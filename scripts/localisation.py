@@ -24,7 +24,7 @@ from timm_bcos import MethodError
 from timm_bcos.arguments import add_arguments, load_network_and_data, parse_and_run, remember_settings
 from timm_bcos.attribution import check_methods
 from timm_bcos.evaluation import Confidence, Grid, confidences, localisation, sample_grids
-from timm_bcos.files import atomic_path, drop_torn_line
+from timm_bcos.files import append_rows, atomic_path, drop_torn_line
 from timm_bcos.render import save_figure
 
 FIELDS = ("n", "smooth", "method", "grid", "cell", "class", "image", "value")
@@ -36,15 +36,11 @@ METHODS = ("bcos", "gradient", "ixg", "ig", "deeplift", "smoothgrad", "guided_ba
 def cached_confidences(model: Any, dataset: Any, path: Path) -> list[Confidence]:
     """From the file, which is completed first."""
     drop_torn_line(path)
-    is_new = not path.exists()
-    with path.open("a+", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerows([[field.name for field in dataclasses.fields(Confidence)]] if is_new else [])
-        file.seek(0)
-        done = sum(1 for _ in csv.DictReader(file))
-        if done < len(dataset):
-            writer.writerows(dataclasses.astuple(item) for item in confidences(model, dataset, start=done))
-        file.seek(0)
+    done = len(path.read_text().splitlines()) - 1 if path.exists() else 0
+    if done < len(dataset):
+        header = [field.name for field in dataclasses.fields(Confidence)]
+        append_rows(path, header, map(dataclasses.astuple, confidences(model, dataset, start=done)))
+    with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     return [Confidence(int(r["index"]), int(r["label"]), int(r["predicted"]), float(r["confidence"])) for r in rows]
 
@@ -71,13 +67,10 @@ def play(
         if not missing:
             continue
         shares = localisation(model, dataset, grid, method, smooth=missing, batch_size=batch_size).tolist()
-        is_new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerows([FIELDS] if is_new else [])
-            for window, values in zip(missing, shares, strict=True):
-                cells = zip(range(len(values)), grid.classes, grid.indices, values, strict=True)
-                writer.writerows((grid.n, window, method, number, cell, c, i, f"{v:.6f}") for cell, c, i, v in cells)
+        for window, values in zip(missing, shares, strict=True):
+            cells = zip(range(len(values)), grid.classes, grid.indices, values, strict=True)
+            rows = ((grid.n, window, method, number, cell, c, i, f"{v:.6f}") for cell, c, i, v in cells)
+            append_rows(path, FIELDS, rows)
 
 
 Panel = tuple[int, int]  # cells per side, smoothing window

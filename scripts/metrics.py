@@ -17,7 +17,7 @@ from timm_bcos import MethodError
 from timm_bcos.arguments import add_arguments, load_network_and_data, parse_and_run, remember_settings
 from timm_bcos.attribution import check_methods
 from timm_bcos.evaluation import image_loader
-from timm_bcos.files import atomic_path, drop_torn_line
+from timm_bcos.files import append_rows, atomic_path, drop_torn_line
 from timm_bcos.metrics import METRICS, evaluate
 
 METHODS = ("bcos", "gradient", "ixg", "ig", "deeplift", "smoothgrad", "guided_backprop", "gradcam", "lrp")
@@ -76,11 +76,8 @@ def run(args: argparse.Namespace) -> None:
         except MethodError as error:
             tqdm.write(f"left out: {error}")
             continue
-        is_new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerows([FIELDS] if is_new else [])
-            writer.writerows((metric, method, i, f"{v:.6g}") for i, v in zip(indices, values, strict=True))
+        rows = ((metric, method, i, f"{v:.6g}") for i, v in zip(indices, values, strict=True))
+        append_rows(path, FIELDS, rows)
     text = table(read(path, len(indices)), args.methods, args.metrics)
     with atomic_path(args.out / "metrics.md") as temporary:
         temporary.write_text(text)

@@ -244,19 +244,8 @@ def test_the_script_resumes(
     right = [Confidence(i, i // 2, i // 2, 0.5) for i in range(18)]
     monkeypatch.setattr(script, "confidences", lambda *_, start: iter(right[start:]))
     out = tmp_path / "out"
-    arguments = [
-        "localisation.py",
-        "--data-dir",
-        str(photos),
-        "--split",
-        "test",
-        "--out",
-        str(out),
-        "--grids",
-        "2",
-        "--batch-size",
-        "3",
-    ]
+    arguments = ["localisation.py", "--data-dir", str(photos), "--split", "test", "--out", str(out), "--grids", "2"]
+    arguments += ["--batch-size", "3"]
     monkeypatch.setattr(sys, "argv", [*arguments, "--methods", "bcos", "attention_rollout", "ixg", "--n", "2"])
     script.main()
     whole = (out / "values.csv").read_text()

@@ -1,12 +1,13 @@
 """Outputs appear whole or not at all."""
 
+import csv
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_path", "drop_torn_line"]
+__all__ = ["append_rows", "atomic_path", "drop_torn_line"]
 
 
 @contextmanager
@@ -32,6 +33,15 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def append_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Append rows to a CSV file as they come; a new file begins with `header`."""
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([header] if is_new else [])
+        writer.writerows(rows)
 
 
 def drop_torn_line(path: Path) -> None:

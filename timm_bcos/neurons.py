@@ -46,10 +46,9 @@ class Strongest:
 
         A unit that answers fewer than k images with more than 0 fills its list in the order of the data set.
         """
-        entropy = label_entropy(self.labels, num_classes)
-        ranked = entropy.argsort().tolist()
-        ties = self.values[:, -1] == self.values[:, -2] if self.values.shape[1] > 1 else torch.zeros(len(entropy)) > 0
-        return [unit for unit in ranked if not ties[unit]][:count]
+        ranked = label_entropy(self.labels, num_classes).argsort().tolist()
+        last_two = [values[-2:].tolist() for values in self.values]
+        return [unit for unit in ranked if len(last_two[unit]) == len(set(last_two[unit]))][:count]
 
 
 def find_strongest(
