@@ -3,7 +3,7 @@
 `torch.hub.list("OWNER/timm_bcos")` names them; keyword arguments are those of `timm.create_model`.
 """
 
-from timm_bcos.bcos_models import ENTRY_POINTS as _ENTRY_POINTS
+from timm_bcos.models.bcos_models import ENTRY_POINTS as _ENTRY_POINTS
 
 dependencies = ["torch", "torchvision", "timm", "huggingface_hub", "safetensors"]
 

@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 import timm_bcos
 from timm_bcos import BcosError, InputError
-from timm_bcos.arguments import parse_and_run, remember_settings
-from timm_bcos.evaluation import image_loader
+from timm_bcos.cli.arguments import parse_and_run, remember_settings
+from timm_bcos.data.datasets import image_loader
+from timm_bcos.explaining.figures import save_figure
 from timm_bcos.files import atomic_path
-from timm_bcos.load import load_model
-from timm_bcos.render import save_figure
+from timm_bcos.models.loading import load_model
 
 
 @dataclass(frozen=True)

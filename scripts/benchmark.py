@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import timm_bcos
-from timm_bcos.attribution import METHODS
-from timm_bcos.bcos_cnn import Cnn9
+from timm_bcos.attribution.registry import METHODS
+from timm_bcos.models.cnn import Cnn9
 
 V2 = timm_bcos.BcosConfig.v2()
 
@@ -43,7 +43,7 @@ class Cnn9Official(nn.Sequential):
     def __init__(self) -> None:
         from bcos.modules import BcosConv2d
 
-        from timm_bcos.bcos_cnn import CHANNELS, STRIDES
+        from timm_bcos.models.cnn import CHANNELS, STRIDES
 
         inputs = (6, *CHANNELS[:-1])
         convs = [
@@ -102,7 +102,7 @@ def infer(network: nn.Module, x: Tensor, y: Tensor) -> None:
 
 def explain(network: nn.Module, x: Tensor, y: Tensor) -> None:
     network.eval()
-    if isinstance(network, timm_bcos.model.BcosModel):
+    if isinstance(network, timm_bcos.conversion.converted.BcosModel):
         timm_bcos.explain(network, x)
         return
     with detached(network):

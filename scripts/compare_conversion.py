@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import timm_bcos
-from timm_bcos.checkpoints import read_state_dict
+from timm_bcos.weights.readers import read_state_dict
 
 
 def loader(model: torch.nn.Module, args: argparse.Namespace) -> DataLoader:

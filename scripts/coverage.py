@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import timm_bcos
-from timm_bcos.layers import BcosConv2d, BcosLinear
+from timm_bcos.nn.layers import BcosConv2d, BcosLinear
 
 PHOTO = Path(__file__).parent / "photos" / "chelsea.jpg"
 SIZES = (96, 112, 128, 160, 168)  # tried before an architecture's own input size

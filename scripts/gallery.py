@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
-from timm_bcos.arguments import add_arguments, load_network_and_data, parse_and_run
-from timm_bcos.attribution import METHODS
-from timm_bcos.evaluation import confidences, image_loader
-from timm_bcos.galleries import most_confident, plot_classes, plot_methods
-from timm_bcos.load import class_names
-from timm_bcos.render import save_figure
+from timm_bcos.attribution.registry import METHODS
+from timm_bcos.cli.arguments import add_arguments, load_network_and_data, parse_and_run
+from timm_bcos.data.datasets import image_loader
+from timm_bcos.explaining.figures import save_figure
+from timm_bcos.judging.galleries import most_confident, plot_classes, plot_methods
+from timm_bcos.judging.pointing_game import confidences
+from timm_bcos.models.classes import class_names
 
 
 def main() -> None:

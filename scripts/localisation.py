@@ -21,11 +21,12 @@ from tqdm import tqdm
 
 import timm_bcos
 from timm_bcos import MethodError
-from timm_bcos.arguments import add_arguments, load_network_and_data, parse_and_run, remember_settings
-from timm_bcos.attribution import check_methods
-from timm_bcos.evaluation import Confidence, Grid, confidences, localisation, sample_grids
-from timm_bcos.files import append_rows, atomic_path, drop_torn_line
-from timm_bcos.render import save_figure
+from timm_bcos.attribution.registry import check_methods
+from timm_bcos.cli.arguments import add_arguments, load_network_and_data, parse_and_run, remember_settings
+from timm_bcos.cli.results import append_rows, drop_torn_line
+from timm_bcos.explaining.figures import save_figure
+from timm_bcos.files import atomic_path
+from timm_bcos.judging.pointing_game import Confidence, Grid, confidences, localisation, sample_grids
 
 FIELDS = ("n", "smooth", "method", "grid", "cell", "class", "image", "value")
 Key = tuple[int, int, str, int]  # cells per side, smoothing window, method, grid

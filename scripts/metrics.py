@@ -14,11 +14,12 @@ import torch
 from tqdm import tqdm
 
 from timm_bcos import MethodError
-from timm_bcos.arguments import add_arguments, load_network_and_data, parse_and_run, remember_settings
-from timm_bcos.attribution import check_methods
-from timm_bcos.evaluation import image_loader
-from timm_bcos.files import append_rows, atomic_path, drop_torn_line
-from timm_bcos.metrics import METRICS, evaluate
+from timm_bcos.attribution.registry import check_methods
+from timm_bcos.cli.arguments import add_arguments, load_network_and_data, parse_and_run, remember_settings
+from timm_bcos.cli.results import append_rows, drop_torn_line
+from timm_bcos.data.datasets import image_loader
+from timm_bcos.files import atomic_path
+from timm_bcos.judging.metrics import METRICS, evaluate
 
 METHODS = ("bcos", "gradient", "ixg", "ig", "deeplift", "smoothgrad", "guided_backprop", "gradcam", "lrp")
 FIELDS = ("metric", "method", "image", "value")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import timm
 
-from timm_bcos.embedded import EMBEDDED
-from timm_bcos.networks import NETWORKS
-from timm_bcos.published import PUBLISHED
+from timm_bcos.models.networks import NETWORKS
+from timm_bcos.weights.catalogue import PUBLISHED
+from timm_bcos.weights.embedded import EMBEDDED
 
 README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- models: python scripts/model_table.py --write -->\n", "<!-- end of models -->"

@@ -10,11 +10,11 @@ import argparse
 import csv
 from pathlib import Path
 
-from timm_bcos.arguments import add_arguments, load_network_and_data, parse_and_run
+from timm_bcos.cli.arguments import add_arguments, load_network_and_data, parse_and_run
+from timm_bcos.explaining.figures import save_figure
 from timm_bcos.files import atomic_path
-from timm_bcos.load import class_names
-from timm_bcos.neurons import Strongest, find_strongest, label_entropy, plot_label_counts, plot_wall
-from timm_bcos.render import save_figure
+from timm_bcos.judging.neurons import Strongest, find_strongest, label_entropy, plot_label_counts, plot_wall
+from timm_bcos.models.classes import class_names
 
 
 def main() -> None:

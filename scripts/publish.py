@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 import timm_bcos
 from timm_bcos import BcosError, Card, Evaluation
-from timm_bcos.load import load_model, read_class_names
-from timm_bcos.published import HUB_FILE, PUBLISHED, Published, hub_addresses
+from timm_bcos.models.classes import read_class_names
+from timm_bcos.models.loading import load_model
+from timm_bcos.weights.catalogue import HUB_FILE, PUBLISHED, Published, hub_addresses
 
 TRAINED_ONLY = ("classes", "description", "accuracy", "dataset", "command", "licence", "note", "dtype", "folder")
 

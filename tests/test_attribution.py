@@ -10,8 +10,9 @@ from conftest import enliven, normalised, real_image
 from torch import Tensor, nn
 
 import timm_bcos
-from timm_bcos import InputError, MethodError, ModelStateError, TargetError, attribution_methods
-from timm_bcos.attribution import METHODS, Subject, attribute, register
+from timm_bcos import InputError, MethodError, ModelStateError, TargetError
+from timm_bcos.attribution import methods
+from timm_bcos.attribution.registry import METHODS, Subject, attribute, register
 
 pytest.importorskip("captum")
 FEW: dict[str, dict[str, Any]] = dict(rise=dict(masks=40), lime=dict(samples=40), smoothgrad=dict(samples=3))
@@ -163,13 +164,13 @@ def test_rise_sums_over_all_masks() -> None:
     model, x = Brightness().eval(), real_image(32)
     found = attribute(model, x, 1, "rise", masks=40, p=0.3)
     torch.manual_seed(0)
-    masks = torch.cat([attribution_methods.rise_masks(count, 8, 0.3, (32, 32)) for count in (32, 8)])
+    masks = torch.cat([methods.rise_masks(count, 8, 0.3, (32, 32)) for count in (32, 8)])
     scores = torch.stack([model(x * mask).softmax(1)[0, 1] for mask in masks])
     torch.testing.assert_close(found[0], (scores[:, None, None] * masks).sum(0) / (40 * 0.3))
 
 
 def test_rise_masks_cover_p_of_the_image() -> None:
-    masks = attribution_methods.rise_masks(2000, 8, 0.1, (30, 30))
+    masks = methods.rise_masks(2000, 8, 0.1, (30, 30))
     assert masks.shape == (2000, 30, 30)
     assert masks.min() >= 0 and masks.max() <= 1
     assert masks.mean().item() == pytest.approx(0.1, abs=0.01)
@@ -243,10 +244,10 @@ def test_bad_input(plain: nn.Module) -> None:
 
 def test_a_missing_library_names_the_extra(plain: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "lime.lime_image", None)
-    attribution_methods._library.cache_clear()
+    methods._library.cache_clear()
     with pytest.raises(MethodError, match=r"timm_bcos\[attribution\]"):
         attribute(plain, real_image(64), 0, "lime")
-    attribution_methods._library.cache_clear()
+    methods._library.cache_clear()
 
 
 @pytest.mark.parametrize("rectifier", [nn.ReLU, nn.ReLU6])

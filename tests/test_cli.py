@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 
 import timm_bcos
 from timm_bcos import BcosError, CheckpointError, TargetError
-from timm_bcos.checkpoints import load_weights, read_state_dict
-from timm_bcos.cli import app
-from timm_bcos.load import class_names, find_class, load_model
-from timm_bcos.photos import open_photo
+from timm_bcos.cli.app import app
+from timm_bcos.data.photos import open_photo
+from timm_bcos.models.classes import class_names, find_class
+from timm_bcos.models.loading import load_model
+from timm_bcos.weights.readers import load_weights, read_state_dict
 
 
 @pytest.fixture
@@ -195,6 +196,6 @@ def test_check_prints_the_verdict(weights: Path, monkeypatch: pytest.MonkeyPatch
         model.layer2.register_forward_hook(lambda module, args, output: output + output.frac())
         return model
 
-    monkeypatch.setattr(timm_bcos.cli, "create_model", spoiled)
+    monkeypatch.setattr(timm_bcos.cli.app, "create_model", spoiled)
     code, text = run("test_resnet", "--size", 64, command="check")
     assert code == 1 and "not exact" in text and "breaks at           layer2" in text

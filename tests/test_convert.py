@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 import timm_bcos
 from timm_bcos import RULES, BcosConfig, BcosConv2d, BcosError, BcosLinear, UnsupportedModuleError, bcosify, keep
-from timm_bcos.layers import BcosConvClassifier, BcosLinearClassifier, BcosStem
-from timm_bcos.model import BcosModel
+from timm_bcos.conversion.converted import BcosModel
+from timm_bcos.nn.heads import BcosConvClassifier, BcosLinearClassifier
+from timm_bcos.nn.stems import BcosStem
 
 PRESERVE = BcosConfig.finetune(b=1, bias=True)
 # architecture and image size

@@ -13,8 +13,9 @@ from torch import nn
 
 import timm_bcos
 from timm_bcos import BcosConfig, UnsupportedModuleError, bcosify
-from timm_bcos.layers import BcosConv2d, ImageReader
-from timm_bcos.positions import PositionedQkv
+from timm_bcos.conversion.positions import PositionedQkv
+from timm_bcos.nn.layers import BcosConv2d
+from timm_bcos.nn.stems import ImageReader
 
 coverage = load_script("coverage")
 
@@ -149,7 +150,7 @@ def test_confined_positions_are_the_same_attention() -> None:
     """Literal twin: queries and keys of tokens plus positions, values of tokens alone."""
     qkv = timm_bcos.BcosLinear(6, 18, bias=True, b=1, normalize_weight=False).double()
     nn.init.normal_(qkv.bias)
-    positions = timm_bcos.positions.Positions()
+    positions = timm_bcos.conversion.positions.Positions()
     layer = PositionedQkv.from_linear(qkv, positions)
     x, constants = torch.rand(2, 4, 6, dtype=torch.float64), torch.rand(1, 4, 6, dtype=torch.float64)
     stream = positions.split_off(lambda t: t + constants, x)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import timm_bcos
-from timm_bcos.dynamic import TABLE, DynamicLinearMode, explanation_mode
+from timm_bcos.dynamic.mode import TABLE, DynamicLinearMode, explanation_mode
 
 Double = torch.float64
 BIAS = torch.randn(6, dtype=Double)

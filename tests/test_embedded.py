@@ -10,10 +10,11 @@ from conftest import PHOTOS, assert_exact, real_image
 from typer.testing import CliRunner
 
 import timm_bcos
-from timm_bcos.cli import app
-from timm_bcos.embedded import DEFAULT_NETWORK, EMBEDDED
-from timm_bcos.evaluation import confidences
-from timm_bcos.load import class_names, load_model
+from timm_bcos.cli.app import app
+from timm_bcos.judging.pointing_game import confidences
+from timm_bcos.models.classes import class_names
+from timm_bcos.models.loading import load_model
+from timm_bcos.weights.embedded import DEFAULT_NETWORK, EMBEDDED
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 TEST_SPLITS = {"clothing": "clothing/test.tar", "cifar10": "cifar10/test.tar"}

@@ -13,14 +13,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from timm_bcos import InputError
-from timm_bcos.arguments import add_arguments, load_network_and_data
-from timm_bcos.evaluation import (
+from timm_bcos.cli.arguments import add_arguments, load_network_and_data
+from timm_bcos.data.datasets import image_loader
+from timm_bcos.judging.pointing_game import (
     Confidence,
     Grid,
     cell_shares,
     compose,
     confidences,
-    image_loader,
     localisation,
     sample_grids,
 )
@@ -153,7 +153,7 @@ def test_localisation_asks_for_the_class_of_each_cell(
             maps[k, 32 * (cell // 2) : 32 * (cell // 2) + 32, 32 * (cell % 2) : 32 * (cell % 2) + 32] = 1
         return maps
 
-    monkeypatch.setattr("timm_bcos.evaluation.attribute", perfect)
+    monkeypatch.setattr("timm_bcos.judging.pointing_game.attribute", perfect)
     assert localisation(model, dataset, grid, smooth=[1]).tolist() == [[1, 1, 1, 1]]
     assert localisation(model, dataset, grid, smooth=[1, 3]).shape == (2, 4)
 
@@ -184,7 +184,7 @@ def test_data_without_labels(
 ) -> None:
     (tmp_path / "flat").mkdir()
     Image.open(PHOTOS / "coffee.jpg").save(tmp_path / "flat" / "photo.jpg")
-    monkeypatch.setattr("timm_bcos.arguments.load_model", lambda *_: model)
+    monkeypatch.setattr("timm_bcos.cli.arguments.load_model", lambda *_: model)
     monkeypatch.setattr(
         sys, "argv", ["x", "--data-dir", str(tmp_path / place), "--split", "test", "--out", str(tmp_path)]
     )
@@ -212,7 +212,7 @@ def test_other_kinds_of_data_sets_tell_their_classes_too(
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     args = parser.parse_args(place)
-    monkeypatch.setattr("timm_bcos.arguments.load_model", lambda *_: model)
+    monkeypatch.setattr("timm_bcos.cli.arguments.load_model", lambda *_: model)
     _, dataset = load_network_and_data(args)
     assert len(dataset) == 18
     model.num_classes = 8
@@ -223,7 +223,7 @@ def test_other_kinds_of_data_sets_tell_their_classes_too(
 def test_the_script_refuses_before_it_plays(
     model: nn.Module, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("timm_bcos.arguments.load_model", lambda *_: model)
+    monkeypatch.setattr("timm_bcos.cli.arguments.load_model", lambda *_: model)
     right = [Confidence(i, i // 2, i // 2, 0.5) for i in range(16)]
     right += [Confidence(i, 8, 0, 0.5) for i in (16, 17)]
     monkeypatch.setattr(script, "confidences", lambda *_, start: iter(right[start:]))
@@ -240,7 +240,7 @@ def test_the_script_refuses_before_it_plays(
 def test_the_script_resumes(
     model: nn.Module, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("timm_bcos.arguments.load_model", lambda *_: model)
+    monkeypatch.setattr("timm_bcos.cli.arguments.load_model", lambda *_: model)
     right = [Confidence(i, i // 2, i // 2, 0.5) for i in range(18)]
     monkeypatch.setattr(script, "confidences", lambda *_, start: iter(right[start:]))
     out = tmp_path / "out"

@@ -10,8 +10,8 @@ from PIL import Image
 from torch import nn
 
 from timm_bcos import InputError
-from timm_bcos.evaluation import Confidence
-from timm_bcos.galleries import most_confident, plot_classes, plot_methods
+from timm_bcos.judging.galleries import most_confident, plot_classes, plot_methods
+from timm_bcos.judging.pointing_game import Confidence
 
 script = load_script("gallery")
 
@@ -55,7 +55,7 @@ def test_script(kind: str, model: nn.Module, tmp_path: Path, monkeypatch: pytest
         folder.mkdir(parents=True)
         for k, photo in enumerate(sorted(PHOTOS.glob("*.jpg"))[:2]):
             Image.open(photo).convert("RGB").resize((64, 64)).save(folder / f"{c}_{k}.png")
-    monkeypatch.setattr("timm_bcos.arguments.load_model", lambda *_: model)
+    monkeypatch.setattr("timm_bcos.cli.arguments.load_model", lambda *_: model)
     monkeypatch.setattr(script, "confidences", lambda *_: [Confidence(i, i // 2, i // 2, 0.5) for i in range(6)])
     out = tmp_path / "gallery.png"
     arguments = ["gallery.py", kind, "--data-dir", str(tmp_path / "data"), "--split", "test", "--out", str(out)]

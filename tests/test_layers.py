@@ -5,8 +5,9 @@ from literal import bcos_conv2d, bcos_linear, uncentred_batch_norm
 from timm.layers import Conv2dSame
 
 from timm_bcos import BcosConv2d, BcosLinear, InputError, UncentredBatchNorm2d, encode_image
-from timm_bcos.functional import max_out
-from timm_bcos.layers import BcosConvClassifier, BcosStem
+from timm_bcos.nn.functional import max_out
+from timm_bcos.nn.heads import BcosConvClassifier
+from timm_bcos.nn.stems import BcosStem
 
 Double = torch.float64
 UNITS = [

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from timm_bcos import MethodError
-from timm_bcos.attribution import METHODS, register
-from timm_bcos.metrics import METRICS, evaluate
+from timm_bcos.attribution.registry import METHODS, register
+from timm_bcos.judging.metrics import METRICS, evaluate
 
 pytest.importorskip("quantus")
 script = load_script("metrics")
@@ -140,7 +140,7 @@ def test_script_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         folder = tmp_path / "data" / "test" / f"class{c}"
         folder.mkdir(parents=True)
         Image.open(sorted(PHOTOS.glob("*.jpg"))[c]).convert("RGB").resize((40, 40)).save(folder / f"{c}.png")
-    monkeypatch.setattr("timm_bcos.arguments.load_model", lambda *_: model)
+    monkeypatch.setattr("timm_bcos.cli.arguments.load_model", lambda *_: model)
     arguments = ["metrics.py", "--data-dir", str(tmp_path / "data"), "--split", "test", "--out", str(tmp_path / "out")]
     options = ["--metrics", "max_sensitivity", "--methods", "bcos", "lrp", "ixg", "--images", "2"]
     monkeypatch.setattr("sys.argv", [*arguments, *options])

@@ -11,12 +11,13 @@ from conftest import assert_exact, enliven, load_script, real_image
 from torch import nn
 
 import timm_bcos
-from timm_bcos.bcos_models import ENTRY_POINTS
-from timm_bcos.bcos_vit import sincos_positions
-from timm_bcos.embedded import EMBEDDED
-from timm_bcos.layers import BcosConv2d, BcosStem
-from timm_bcos.networks import NETWORKS
-from timm_bcos.published import PUBLISHED
+from timm_bcos.models.bcos_models import ENTRY_POINTS
+from timm_bcos.models.networks import NETWORKS
+from timm_bcos.models.vit import sincos_positions
+from timm_bcos.nn.layers import BcosConv2d
+from timm_bcos.nn.stems import BcosStem
+from timm_bcos.weights.catalogue import PUBLISHED
+from timm_bcos.weights.embedded import EMBEDDED
 
 CNNS = [
     "bcos_cnn9", "bcos_resnet18", "bcos_densenet121", "bcos_vgg11", "bcos_inception_v3", "bcosify",
@@ -256,7 +257,7 @@ def test_script_trace_and_export(name: str) -> None:
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
     if "vgg" not in name:  # timm's VGG branches on the size of its input
         torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
-    assert isinstance(model, timm_bcos.model.BcosModel)
+    assert isinstance(model, timm_bcos.conversion.converted.BcosModel)
     torch.testing.assert_close(model(x), expected)
 
 

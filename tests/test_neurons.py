@@ -12,8 +12,8 @@ from torch import nn
 
 import timm_bcos
 from timm_bcos import TargetError
-from timm_bcos.evaluation import image_loader
-from timm_bcos.neurons import Strongest, _crop, find_strongest, label_entropy
+from timm_bcos.data.datasets import image_loader
+from timm_bcos.judging.neurons import Strongest, _crop, find_strongest, label_entropy
 
 script = load_script("neurons")
 
@@ -95,7 +95,7 @@ def test_layers_that_cannot_be_searched(model: nn.Module, photos: Path) -> None:
 
 
 def test_script(model: nn.Module, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("timm_bcos.arguments.load_model", lambda *_: model)
+    monkeypatch.setattr("timm_bcos.cli.arguments.load_model", lambda *_: model)
     arguments = ["neurons.py", "--layer", "layer3", "--data-dir", str(photos), "--split", "test"]
     monkeypatch.setattr("sys.argv", [*arguments, "--out", str(tmp_path / "out"), "--units", "2", "--images", "3"])
     script.main()

@@ -16,9 +16,10 @@ from literal_networks import LiteralNetwork
 from torch import Tensor, nn
 
 import timm_bcos
-from timm_bcos.layers import BcosConv2d, BcosStem
-from timm_bcos.networks import SECOND_PAPER
-from timm_bcos.published import PUBLISHED
+from timm_bcos.models.networks import SECOND_PAPER
+from timm_bcos.nn.layers import BcosConv2d
+from timm_bcos.nn.stems import BcosStem
+from timm_bcos.weights.catalogue import PUBLISHED
 
 compare_official = load_script("compare_official")
 
@@ -53,7 +54,7 @@ def test_the_comparison_notices_a_wrong_weight() -> None:
     x = timm_bcos.encode_image(real_image(64, dtype=torch.float64), 3).requires_grad_()
     theirs = compare_official.official_network("resnet18", x.detach())
     ours = timm.create_model("bcosv2_resnet18").double().eval()
-    ours.load_state_dict(timm_bcos.weight_formats.convert_official_weights(theirs.state_dict(), ours))
+    ours.load_state_dict(timm_bcos.weights.formats.convert_official_weights(theirs.state_dict(), ours))
     with torch.no_grad():
         ours.layer3[0].conv1.weight[0] *= -1
     assert min(compare_official._compare(ours, theirs, x)) > 1e-5
@@ -377,5 +378,5 @@ def test_every_published_file_has_a_place_of_its_own_in_the_cache() -> None:
     urls = {weights.url for published in PUBLISHED.values() for weights in published}
     names = [url.rpartition("/")[2] if isinstance(url, str) else url[1] for url in urls]
     assert len(set(names)) == len(names) == 38
-    hashed = [name for name in names if timm_bcos.pretrained.HASH_IN_NAME.search(name)]
+    hashed = [name for name in names if timm_bcos.weights.download.HASH_IN_NAME.search(name)]
     assert len(hashed) == 26

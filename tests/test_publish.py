@@ -16,7 +16,7 @@ from torch import nn
 
 import timm_bcos
 from timm_bcos import BcosConfig, Card, Evaluation, InputError, ModelStateError, bcosify
-from timm_bcos.bcos_models import _cfgs
+from timm_bcos.models.bcos_models import _cfgs
 
 Run = Callable[[str], str]
 
@@ -155,7 +155,7 @@ _registry._model_pretrained_cfgs[tagged] = dataclasses.replace(cfg, url=pathlib.
 script = load_script('publish')
 manifest = pathlib.Path('hub.json')
 manifest.write_text('{{}}')
-script.HUB_FILE = timm_bcos.published.HUB_FILE = manifest
+script.HUB_FILE = timm_bcos.weights.catalogue.HUB_FILE = manifest
 for _ in range(2):
     sys.argv = ['publish.py', '--official', 'org', tagged]
     try:
@@ -184,7 +184,7 @@ print('fallback', torch.equal(fallback.eval()(x), expected))
 
 def test_the_manifest_comes_before_the_release(monkeypatch: pytest.MonkeyPatch) -> None:
     tagged = "bcosv2_resnet50.mpi_in1k"
-    monkeypatch.setattr("timm_bcos.bcos_models.hub_addresses", lambda: {tagged: f"org/{tagged}"})
+    monkeypatch.setattr("timm_bcos.models.bcos_models.hub_addresses", lambda: {tagged: f"org/{tagged}"})
     cfgs = _cfgs()
     assert cfgs[tagged]["hf_hub_id"] == f"org/{tagged}"
     assert "hf_hub_id" not in cfgs["bcosv2_resnet34.mpi_in1k"]

@@ -11,9 +11,9 @@ from conftest import PHOTOS, assert_exact
 from torch import Tensor, nn
 
 import timm_bcos
-from timm_bcos.checkpoints import read_state_dict
-from timm_bcos.load import class_names
-from timm_bcos.photos import open_photo
+from timm_bcos.data.photos import open_photo
+from timm_bcos.models.classes import class_names
+from timm_bcos.weights.readers import read_state_dict
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -32,7 +32,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
 
 def convert(plain: nn.Module) -> nn.Module:
     converted = timm.create_model("bcosify", arch="tf_efficientnet_lite0", b=1, bias=True)
-    converted.load_state_dict(timm_bcos.bcos_models.convert_plain_weights(plain.state_dict(), converted))
+    converted.load_state_dict(timm_bcos.models.bcos_models.convert_plain_weights(plain.state_dict(), converted))
     return converted.eval()
 
 

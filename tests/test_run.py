@@ -15,9 +15,11 @@ from timm.utils import CheckpointSaver
 from typer.testing import CliRunner
 
 import timm_bcos
-from timm_bcos import BcosError, CheckpointError, InputError, autoload
-from timm_bcos.cli import app
-from timm_bcos.load import load_model, load_plain_model, read_class_names
+from timm_bcos import BcosError, CheckpointError, InputError
+from timm_bcos.cli import autoload
+from timm_bcos.cli.app import app
+from timm_bcos.models.classes import read_class_names
+from timm_bcos.models.loading import load_model, load_plain_model
 
 SCRIPT = """
 import sys
@@ -85,7 +87,7 @@ def test_trains_in_two_processes_on_the_cpu(tmp_path: Path) -> None:
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Site-packages of our own."""
     monkeypatch.setattr(autoload, "autoload_file", lambda: tmp_path / "timm_bcos_autoload.pth")
-    monkeypatch.setattr("timm_bcos.cli.autoload_file", autoload.autoload_file)
+    monkeypatch.setattr("timm_bcos.cli.app.autoload_file", autoload.autoload_file)
     return tmp_path
 
 

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 import timm_bcos
 from timm_bcos import InputError
-from timm_bcos.cli import app
-from timm_bcos.render import on_white
-from timm_bcos.video import VIDEO_SUFFIXES, explain_video
+from timm_bcos.cli.app import app
+from timm_bcos.explaining.films import VIDEO_SUFFIXES, explain_video
+from timm_bcos.explaining.pictures import on_white
 
 av = pytest.importorskip("av")
 
@@ -73,7 +73,7 @@ def test_classes_of_the_frames_are_counted(model: nn.Module, clip: Path, tmp_pat
 
 
 def test_command_line(clip: Path, tmp_path: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("timm_bcos.cli.load_model", lambda *_: model)
+    monkeypatch.setattr("timm_bcos.cli.app.load_model", lambda *_: model)
     result = CliRunner().invoke(app, ["explain", str(clip), "--out", str(tmp_path / "out"), "--target", "2"])
     assert result.exit_code == 0, result.output
     assert "class 2" in result.output and "11 frames" in result.output
@@ -100,7 +100,7 @@ def test_a_film_that_ends_early_leaves_nothing_half_written(
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("timm_bcos.video.explain", interrupted)
+    monkeypatch.setattr("timm_bcos.explaining.films.explain", interrupted)
     with pytest.raises(KeyboardInterrupt):
         explain_video(model, clip, out)
     assert out.read_text() == "of before"

@@ -11,12 +11,13 @@ Importing this package registers its networks with timm:
 __version__ = "0.1.0"
 
 # some register as they are imported
-from . import attribution_methods, bcos_models, dynamic_table, model, recurrent, render  # noqa: F401
-from .attribution import attribute
-from .check import Check, check, settle
-from .config import BcosConfig
-from .convert import bcosify
-from .dynamic import constant, declare, explanation_mode, on_linear_path
+from .attribution import methods  # noqa: F401
+from .attribution.registry import attribute
+from .conversion.config import BcosConfig
+from .conversion.converted import bcosify
+from .conversion.rules import RULES, Place, keep, keep_whole
+from .dynamic import functions, lstm  # noqa: F401
+from .dynamic.mode import constant, declare, explanation_mode, on_linear_path
 from .errors import (
     BcosError,
     CheckpointError,
@@ -27,14 +28,16 @@ from .errors import (
     TargetError,
     UnsupportedModuleError,
 )
-from .explain import Explanation, explain, explain_targets
-from .export import export_explainer
-from .functional import encode_image
-from .layers import BcosConv2d, BcosLinear
-from .model_card import Card, Evaluation
-from .norms import UncentredBatchNorm2d
-from .publish import publish, save_repository
-from .rules import RULES, Place, keep, keep_whole
+from .explaining.checking import Check, check, settle
+from .explaining.explanation import Explanation
+from .explaining.exporting import export_explainer
+from .explaining.forward import explain, explain_targets
+from .hub.card import Card, Evaluation
+from .hub.repository import publish, save_repository
+from .models import bcos_models  # noqa: F401
+from .nn.functional import encode_image
+from .nn.layers import BcosConv2d, BcosLinear
+from .nn.norms import UncentredBatchNorm2d
 
 __all__ = [
     "RULES",

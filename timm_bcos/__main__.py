@@ -1,6 +1,6 @@
 """`python -m timm_bcos`, which `torchrun -m timm_bcos run train.py ...` needs."""
 
-from .cli import main
+from .cli.app import main
 
 if __name__ == "__main__":
     main()

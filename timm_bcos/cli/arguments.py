@@ -1,0 +1,120 @@
+"""What the scripts that look at a network and a data set ask for on the command line."""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+
+from ..errors import BcosError, InputError
+from ..files import atomic_path
+from ..models.loading import load_model, load_plain_model
+from ..weights.embedded import DEFAULT_NETWORK
+
+__all__ = ["add_arguments", "load_network_and_data", "parse_and_run", "remember_settings"]
+
+SETTINGS = ("model", "checkpoint", "plain", "dataset", "data_dir", "split", "class_map")
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, plain: bool = True, classes: bool = False) -> None:
+    """Add the options of `load_network_and_data`.
+
+    Args:
+        parser: Of the script.
+        plain: Offer plain timm models.
+        classes: Offer class names.
+    """
+    parser.add_argument(
+        "--model", help=f"timm's name; not needed for a checkpoint of train.py; {DEFAULT_NETWORK} by default"
+    )
+    parser.add_argument("--checkpoint", type=Path)
+    if plain:
+        parser.add_argument("--plain", action="store_true", help="a plain timm model as it is, not converted")
+    parser.add_argument("--dataset", default="", help="kind of data set, as in timm's scripts")
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--class-map", default="")
+    if classes:
+        parser.add_argument("--classes", type=Path, help="class names: a file, or a directory of directories")
+    parser.add_argument("--device", default="cpu")
+
+
+def load_network_and_data(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The network, in eval mode on its device, and the data set, as timm makes it.
+
+    Raises:
+        BcosError: For a network, checkpoint or weights that cannot be had.
+        InputError: For a data set that cannot be had, or whose classes are not the network's.
+    """
+    load = load_plain_model if getattr(args, "plain", False) else load_model
+    model = load(args.model, args.checkpoint).eval().to(args.device)
+    return model, _load_data(args, model.num_classes)
+
+
+def _load_data(args: argparse.Namespace, num_classes: int) -> Any:
+    place = f"{args.data_dir}, split {args.split!r}"
+    try:
+        dataset = timm.data.create_dataset(args.dataset, root=args.data_dir, split=args.split, class_map=args.class_map)
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:  # as timm's readers differ
+        raise InputError(f"no data set at {place}: {str(error) or 'there is nothing'}") from error
+    readers = (dataset, getattr(dataset, "reader", None))  # torchvision's data sets have none
+    names = ("class_to_idx", "class_name_to_idx")  # folders', tars'
+    found = [getattr(reader, name) for reader in readers for name in names if getattr(reader, name, None)]
+    count = len(set(found[0].values())) if found else num_classes
+    if count != num_classes:
+        raise InputError(
+            f"{place} has images of {count} classes, the model {num_classes}: labels come from a folder per class, or "
+            f"from folders and --class-map, which lists the names of all classes"
+        )
+    return dataset
+
+
+def remember_settings(args: argparse.Namespace, folder: Path, *names: str) -> None:
+    """Note in `folder/settings.json` what its results depend on, so that no run resumes results of other settings.
+
+    Args:
+        args: Of a script with `add_arguments`.
+        folder: Made if need be.
+        names: The script's own arguments that matter.
+
+    Raises:
+        InputError: If the folder holds results of other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {name: _as_text(getattr(args, name)) for name in (*SETTINGS, *names) if hasattr(args, name)}
+    path = folder / "settings.json"
+    if not path.exists() or list(folder.iterdir()) == [path]:  # no results yet
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(settings, indent=1) + "\n")
+    stored = json.loads(path.read_text())
+    changed = [name for name in settings if stored.get(name) != settings[name]]
+    if changed:
+        raise InputError(
+            f"{folder} holds results for {changed[0]}={stored.get(changed[0])}, not {settings[changed[0]]}: "
+            f"choose another folder with --out"
+        )
+
+
+def _as_text(value: Any) -> str:
+    """Paths as they are found from anywhere."""
+    is_path = isinstance(value, Path) or (isinstance(value, str) and value and Path(value).exists())
+    return str(Path(value).resolve() if is_path else value)
+
+
+def parse_and_run(
+    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None], given: Sequence[str] | None = None
+) -> None:
+    """Run a script; errors that we raise on purpose are one line, without a traceback.
+
+    Args:
+        parser: Of the script.
+        run: It.
+        given: Its command line; by default all of it.
+    """
+    args = parser.parse_args(given)
+    try:
+        run(args)
+    except BcosError as error:
+        raise SystemExit(str(error)) from error

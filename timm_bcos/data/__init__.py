@@ -1,0 +1,1 @@
+"""Images as the tools read them: photos, and labelled data sets."""

@@ -1,0 +1,1 @@
+"""Explanations: how they are computed, what they hold, how they are checked, drawn and exported."""

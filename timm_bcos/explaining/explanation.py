@@ -1,0 +1,156 @@
+"""The result of explaining: one row of W(x) for each image, and what follows from it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .figures import Bars, Row, draw_rows, save_figure
+from .pictures import map_to_rgba, on_white, overlay, weights_to_rgba
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Explanation"]
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """Why each image got its logit (or neuron its activation): exact, no approximation.
+
+    Attributes:
+        logits: (N, K) outputs; for an inner neuron its layer's activations at the neuron's position.
+        target: (N,) the class or unit explained.
+        weights: (N, 2C, H, W) row `target` of W(x), a picture in the input's encoding.
+        inputs: (N, 2C, H, W) the encoded images.
+        bias: (N,) what additive constants (logit bias, layer biases, position embeddings, class tokens) contribute,
+            computed as gradient · constant and never as the remainder.
+        logit_bias: The classifier's fixed logit bias, which `bias` contains; 0 for inner neurons.
+        layer: The explained neuron's layer, None for a logit.
+        probability_kind: 'sigmoid' or 'softmax', as the network's config says.
+        position: (N, 2) its row and column (row 0 for token sequences), None for a logit.
+    """
+
+    logits: Tensor
+    target: Tensor
+    weights: Tensor
+    inputs: Tensor
+    bias: Tensor
+    logit_bias: float = 0.0
+    layer: str | None = None
+    position: Tensor | None = None
+    probability_kind: str = "sigmoid"
+
+    @property
+    def logit(self) -> Tensor:
+        """(N,) the explained outputs."""
+        return self.logits.gather(1, self.target[:, None])[:, 0]
+
+    @property
+    def image(self) -> Tensor:
+        """(N, C, H, W) the images, in [0, 1]."""
+        return self.inputs[:, : self.inputs.shape[1] // 2]
+
+    @property
+    def contributions(self) -> Tensor:
+        """(N, 2C, H, W) what each encoded pixel value adds to the logit: weights · inputs."""
+        return self.weights * self.inputs
+
+    @property
+    def contribution_map(self) -> Tensor:
+        """(N, H, W) what each pixel adds to the logit, in units of the logit."""
+        return self.contributions.sum(1)
+
+    @property
+    def probability(self) -> Tensor:
+        """(N, K) probabilities of the classes.
+
+        Sigmoids, as B-cos networks train with binary cross-entropy, so they need not sum to 1; softmax for a
+        conversion that preserves a network trained with it.
+        """
+        return self.logits.softmax(1) if self.probability_kind == "softmax" else self.logits.sigmoid()
+
+    @property
+    def completeness_error(self) -> Tensor:
+        """(N,) |Σ contributions + bias - logit| / |logit - logit bias|; rounding only, unless the network has a part
+        that explanation mode does not know."""
+        total = self.contributions.double().sum((1, 2, 3)) + self.bias.double()
+        error = (total - self.logit.double()).abs()
+        scale = (self.logit.double() - self.logit_bias).abs()
+        return torch.where(error == 0, error, error / scale)
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    def __getitem__(self, index: int) -> "Explanation":
+        """The explanation of one image, as a batch of one."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        one = slice(index % len(self), index % len(self) + 1)
+        position = None if self.position is None else self.position[one]
+        return Explanation(
+            self.logits[one], self.target[one], self.weights[one], self.inputs[one], self.bias[one], self.logit_bias,
+            self.layer, position, self.probability_kind,
+        )  # fmt: skip
+
+    @classmethod
+    def stack(cls, explanations: Sequence["Explanation"]) -> "Explanation":
+        """One batch of the explanations of several, for instance of different targets of one image."""
+        first = explanations[0]
+        tensors = {
+            name: torch.cat([getattr(e, name) for e in explanations])
+            for name in ("logits", "target", "weights", "inputs", "bias", "position")
+            if getattr(first, name) is not None
+        }
+        return cls(**tensors, logit_bias=first.logit_bias, layer=first.layer, probability_kind=first.probability_kind)
+
+    def to_rgba(self, smooth: int = 15, percentile: float = 99.5) -> Tensor:
+        """(N, H, W, 4) pictures in [0, 1]: each pixel in the colour that its weights look for, opaque where they are
+        strong and speak for the target; see `timm_bcos.explaining.pictures.weights_to_rgba`."""
+        return weights_to_rgba(self.weights, self.contribution_map, smooth, percentile)
+
+    def plot(self, class_names: Sequence[str] | None = None, top: int = 5) -> "Figure":
+        """A matplotlib figure: a row per image with the image, its explanation, the contribution map, both overlaid and
+        the most probable classes (or the most active units).
+
+        Args:
+            class_names: Name of each class.
+            top: How many classes to show.
+        """
+        image = self.image.detach().cpu().clamp(0, 1)
+        colours, maps = on_white(self.to_rgba()), self.contribution_map.detach().cpu()
+        pictures = (image.movedim(1, -1), colours, map_to_rgba(maps), overlay(image, maps))
+        rows = []
+        for i in range(len(self)):
+            titles = ("image", self._title(i, class_names), "contributions", "overlay")
+            shown = [(title, picture[i]) for title, picture in zip(titles, pictures, strict=True)]
+            rows.append(Row(shown, self._bars(i, class_names, top)))
+        return draw_rows(rows)
+
+    def _title(self, index: int, class_names: Sequence[str] | None) -> str:
+        unit = int(self.target[index])
+        if self.layer is None or self.position is None:
+            return f"for {_name('class', unit, class_names)}"
+        return f"{self.layer}, unit {unit} at {tuple(self.position[index].tolist())}"
+
+    def _bars(self, index: int, class_names: Sequence[str] | None, top: int) -> Bars:
+        is_logit = self.layer is None
+        values = self.probability[index] if is_logit else self.logits[index]
+        best = values.topk(min(top, len(values)))
+        units = best.indices.tolist()
+        names = [_name("class", unit, class_names) if is_logit else _name("unit", unit, None) for unit in units]
+        target = int(self.target[index])
+        title = f"probability ({self.probability_kind})" if is_logit else "activation"
+        marked = units.index(target) if target in units else None
+        return Bars(title, names, best.values.tolist(), marked, 1.0 if is_logit else None)
+
+    def save(self, path: str | PathLike[str], class_names: Sequence[str] | None = None) -> None:
+        """Write `plot` to a picture file, whole or not at all; the suffix says the format."""
+        save_figure(self.plot(class_names), path)
+
+
+def _name(kind: str, index: int, names: Sequence[str] | None) -> str:
+    return names[index] if names is not None and index < len(names) else f"{kind} {index}"

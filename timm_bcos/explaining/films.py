@@ -1,0 +1,150 @@
+"""Explanations of films, frame by frame: the film and, beside it, what the network sees in each frame."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import InputError
+from ..files import atomic_path
+from .forward import explain
+from .pictures import on_white
+
+__all__ = ["VIDEO_SUFFIXES", "explain_video"]
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif")
+CODECS = {".gif": ("gif", "pal8"), ".webm": ("libvpx-vp9", "yuv420p")}  # and pixels; all others hold H.264
+
+
+def explain_video(
+    model: Any, source: Path, out: Path, target: int | None = None, *, batch_size: int = 8
+) -> Counter[int]:
+    """Write a film of the frames, as the model sees them, and their explanations in colour side by side.
+
+    Frames are read, explained and written in small batches: memory does not grow with the film.
+
+    Args:
+        model: A B-cos network in eval mode.
+        source: A film or an animated GIF.
+        out: Where to; the suffix says the format. Written whole or not at all.
+        target: A class; None explains the most probable one of each frame.
+        batch_size: Frames at a time.
+
+    Returns:
+        How many frames were explained for each class.
+
+    Raises:
+        InputError: If the source is no film, or ends before its first frame.
+    """
+    cfg = timm.data.resolve_model_data_config(model)
+    transform: Any = timm.data.create_transform(**cfg, is_training=False)
+    device = next(model.parameters()).device
+    frames, rate, count = _open(source)
+    classes: Counter[int] = Counter()
+    with atomic_path(out) as temporary, _writer(temporary, rate) as writer:
+        progress = tqdm(total=count, unit="frame", desc=source.name)
+        for batch in _batches(frames, batch_size):
+            x = torch.stack([transform(Image.fromarray(frame).convert("RGB")) for frame in batch]).to(device)
+            explanation = explain(model, x, target)
+            classes.update(explanation.target.tolist())
+            for picture in _side_by_side(x, explanation):
+                writer.write(picture)
+            progress.update(len(batch))
+        progress.close()
+        if not classes:
+            raise InputError(f"{source} has no frames")
+    return classes
+
+
+def _side_by_side(x: Tensor, explanation: Any) -> np.ndarray:
+    """(N, H, 2W, 3) in 0..255, with even sides, as codecs want them."""
+    both = torch.cat([x.movedim(1, -1).expand(-1, -1, -1, 3), on_white(explanation.to_rgba())], dim=2)
+    even = both[:, : both.shape[1] // 2 * 2, : both.shape[2] // 2 * 2]
+    return (even.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def _batches(frames: Iterator[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:
+    batch: list[np.ndarray] = []
+    for frame in frames:
+        batch.append(frame)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise InputError("films need PyAV: pip install 'timm_bcos[video]'") from error
+    return av
+
+
+def _open(path: Path) -> tuple[Iterator[np.ndarray], float, int | None]:
+    """Frames (H, W, 3), frames per second, and their number where the file tells it."""
+    av = _av()
+    try:
+        container = av.open(str(path))
+        stream = container.streams.video[0]
+    except FileNotFoundError:
+        raise InputError(f"no film at {path}") from None
+    except (av.FFmpegError, IndexError, ValueError) as error:
+        raise InputError(f"{path} is no film: {error}") from error
+
+    def frames() -> Iterator[np.ndarray]:
+        try:
+            with container:
+                for frame in container.decode(stream):
+                    yield frame.to_ndarray(format="rgb24")
+        except av.FFmpegError as error:
+            raise InputError(f"{path} is broken: {error}") from error
+
+    return frames(), float(stream.average_rate or 10), stream.frames or None
+
+
+class _writer:  # noqa: N801  (reads as a verb: with _writer(path, rate))
+    """Encodes frames as they come: H.264, VP9, or a GIF with a palette of its own for each frame."""
+
+    def __init__(self, path: Path, rate: float) -> None:
+        from fractions import Fraction
+
+        codec, pixels = CODECS.get(path.suffix.lower(), ("libx264", "yuv420p"))
+        self.is_gif = codec == "gif"
+        self.container = _av().open(str(path), "w")
+        self.stream = self.container.add_stream(codec, Fraction(rate).limit_denominator(1000))
+        self.stream.pix_fmt = pixels
+
+    def write(self, picture: np.ndarray) -> None:
+        pixels, layout = (_with_palette(picture), "pal8") if self.is_gif else (picture, "rgb24")
+        frame = _av().VideoFrame.from_ndarray(pixels, format=layout)
+        if not self.stream.codec_context.is_open:
+            self.stream.height, self.stream.width = picture.shape[:2]
+        self.container.mux(self.stream.encode(frame))
+
+    def __enter__(self) -> "_writer":
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        try:
+            if failure[0] is None:
+                self.container.mux(self.stream.encode(None))
+        finally:
+            self.container.close()
+
+
+def _with_palette(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (H, W) into a palette (256, 4) of alpha and the picture's most useful colours."""
+    image = Image.fromarray(picture).quantize(256)
+    colours = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    palette = np.full((256, 4), 255, np.uint8)
+    palette[: len(colours), 1:] = colours
+    return np.asarray(image), palette

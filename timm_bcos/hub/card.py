@@ -1,0 +1,198 @@
+"""The model card of a published network: what it is, how to load and explain it, how good it is, under which terms."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import timm
+from huggingface_hub import EvalResult, ModelCardData
+
+from ..data.photos import open_photo
+from ..explaining.explanation import Explanation
+from ..explaining.forward import explain_targets
+from ..models.classes import class_names
+
+__all__ = ["Card", "Evaluation", "write_card"]
+
+PICTURE = "explanation.png"
+
+TEXT = """\
+---
+{metadata}
+---
+# {name}
+
+{description}
+
+It is a B-cos network: its logits are one input-dependent linear map of the image, and the row of that map that belongs
+to a class, a picture in colour, explains the class exactly. The contributions of all pixels, plus the network's
+constants, sum up to the logit.
+{picture}
+## Use
+
+```python
+import timm, timm_bcos
+
+model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+explanation = timm_bcos.explain(model, transform(image)[None])
+explanation.save("why.png")
+```
+
+## Details
+
+| | |
+| --- | --- |
+| architecture | {architecture} |
+| parameters | {parameters:.2f} M |
+| classes | {classes} |
+| image size | {size} |
+{evaluation}
+## Licence
+
+{licence}
+
+## Citation
+
+{citations}
+"""
+
+BCOS = """\
+@inproceedings{bohle2022bcos,
+  title = {B-cos Networks: Alignment is All We Need for Interpretability},
+  author = {B{\\"o}hle, Moritz and Fritz, Mario and Schiele, Bernt},
+  booktitle = {CVPR},
+  year = {2022}
+}"""
+BCOS_V2 = """\
+@article{bohle2024bcos,
+  title = {B-cos Alignment for Inherently Interpretable CNNs and Vision Transformers},
+  author = {B{\\"o}hle, Moritz and Singh, Navdeeppal and Fritz, Mario and Schiele, Bernt},
+  journal = {IEEE Transactions on Pattern Analysis and Machine Intelligence},
+  year = {2024}
+}"""
+BCOSIFICATION = """\
+@inproceedings{arya2024bcosification,
+  title = {B-cosification: Transforming Deep Neural Networks to be Inherently Interpretable},
+  author = {Arya, Shreyash and Rao, Sukrut and B{\\"o}hle, Moritz and Schiele, Bernt},
+  booktitle = {NeurIPS},
+  year = {2024}
+}"""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An accuracy and how it was measured.
+
+    Attributes:
+        accuracy: Top-1, in per cent.
+        dataset: What it was measured on.
+        command: What measured it.
+    """
+
+    accuracy: float
+    dataset: str
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model card says beside what the network itself tells.
+
+    Attributes:
+        description: One sentence or more: trained on what, from what, how.
+        evaluation: Its accuracy.
+        licence: As the Hugging Face Hub calls it.
+        notes: Further terms.
+        photos: Image files that the card shows explanations of.
+    """
+
+    description: str = ""
+    evaluation: Evaluation | None = None
+    licence: str = "apache-2.0"
+    notes: Sequence[str] = ()
+    photos: Sequence[str | PathLike[str]] = field(default=())
+
+
+def write_card(model: Any, folder: Path, repo_id: str, card: Card) -> None:
+    """Write README.md and, if there are photos, the picture that it shows.
+
+    Args:
+        model: A B-cos network in eval mode.
+        folder: Where to.
+        repo_id: 'ORGANISATION/NAME' on the Hub.
+        card: What to say.
+    """
+    if card.photos:
+        explain_photos(model, card.photos).save(folder / PICTURE, class_names(model))
+    size = timm.data.resolve_model_data_config(model)["input_size"]
+    text = TEXT.format(
+        metadata=_metadata(repo_id, card),
+        name=repo_id.rpartition("/")[2],
+        repo_id=repo_id,
+        description=card.description or f"`{_architecture(model)}` as a B-cos network.",
+        picture=f"\n![Explanations of photos]({PICTURE})\n" if card.photos else "",
+        architecture=_architecture(model),
+        parameters=sum(p.numel() for p in model.parameters()) / 1e6,
+        classes=model.num_classes,
+        size=" × ".join(map(str, size[1:])),
+        evaluation=_evaluation(card.evaluation),
+        licence="\n".join([f"{card.licence}.", *(f"{note}." for note in card.notes)]),
+        citations="\n\n".join(f"```bibtex\n{entry}\n```" for entry in _citations(model)),
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def explain_photos(model: Any, paths: Sequence[str | PathLike[str]]) -> Explanation:
+    """One explanation of each photo's most probable class, photos read as the network's cfg says."""
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    device = next(model.parameters()).device
+    photos = [transform(open_photo(Path(path)))[None].to(device) for path in paths]
+    return Explanation.stack([e for x in photos for e in explain_targets(model, x, top=1)])
+
+
+def _metadata(repo_id: str, card: Card) -> str:
+    return ModelCardData(
+        library_name="timm",
+        license=card.licence,
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "b-cos", "interpretability"],
+        model_name=repo_id.rpartition("/")[2],
+        eval_results=_results(card.evaluation),
+    ).to_yaml()
+
+
+def _results(evaluation: Evaluation | None) -> list[EvalResult] | None:
+    if evaluation is None:
+        return None
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=evaluation.dataset,
+            dataset_name=evaluation.dataset,
+            metric_type="accuracy",
+            metric_value=evaluation.accuracy,
+        )
+    ]
+
+
+def _architecture(model: Any) -> str:
+    config = model.pretrained_cfg
+    arch = getattr(model, "_model_args", {}).get("arch")
+    return f"{config.get('architecture')}{f' of {arch}' if arch else ''}"
+
+
+def _evaluation(evaluation: Evaluation | None) -> str:
+    if evaluation is None:
+        return ""
+    measured = f", measured by\n\n```bash\n{evaluation.command}\n```" if evaluation.command else "."
+    return f"\n## Accuracy\n\n{evaluation.accuracy:.2f} % top-1 on {evaluation.dataset}{measured}\n"
+
+
+def _citations(model: Any) -> list[str]:
+    config = model.bcos_config
+    if not config.normalize_weight:
+        return [BCOS, BCOSIFICATION]
+    return [BCOS] if config.norm == "remove" else [BCOS, BCOS_V2]

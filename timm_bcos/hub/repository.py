@@ -1,0 +1,164 @@
+"""From a trained network to the Hugging Face Hub: weights, timm's config and a model card, in one commit."""
+
+import copy
+import dataclasses
+from os import PathLike
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from .. import __version__
+from ..conversion.config import BcosConfig
+from ..conversion.converted import BcosModel
+from ..errors import InputError, ModelStateError, PublishError
+from ..explaining.checking import random_image
+from ..models.loading import load_model
+from .card import Card, write_card
+
+__all__ = ["publish", "save_repository"]
+
+
+def publish(
+    model: nn.Module | str | PathLike[str],
+    repo_id: str,
+    card: Card | None = None,
+    *,
+    label_names: list[str] | None = None,
+    dtype: torch.dtype | None = None,
+    token: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Publish a network on the Hugging Face Hub, from where `timm.create_model('hf-hub:REPO', pretrained=True)` has it.
+
+    Args:
+        model: A B-cos network that timm can create again by name (`bcosify` networks included), or a checkpoint of
+            timm's train.py.
+        repo_id: 'ORGANISATION/NAME'; created if it does not exist.
+        card: What the model card says.
+        label_names: One per class, stored in the config.
+        dtype: Of the stored weights, for instance torch.float16; None leaves them as they are.
+        token: Access token; None takes the one that `hf auth login` has stored.
+        private: For a new repository.
+        revision: Branch to commit to.
+        create_pr: Open a pull request instead.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        PublishError: If the Hub cannot be reached or refuses.
+        ModelStateError: If timm could not create the network again.
+        CheckpointError: For a broken checkpoint.
+    """
+    from huggingface_hub import HfApi
+
+    with TemporaryDirectory() as folder:
+        save_repository(model, folder, repo_id, card, label_names=label_names, dtype=dtype)
+        api = HfApi(token=token, library_name="timm_bcos", library_version=__version__)
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, revision=revision, create_pr=create_pr,
+                commit_message=f"Published with timm_bcos {__version__}",
+            )  # fmt: skip
+        except Exception as error:  # the client's own, its HTTP library's and the system's
+            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            raise PublishError(
+                f"cannot publish to {repo_id}: {reason}; check the name, the network and the token "
+                f"(`hf auth login`, or token=...)"
+            ) from error
+    return str(commit.pr_url or commit.commit_url)
+
+
+def save_repository(
+    model: nn.Module | str | PathLike[str],
+    folder: str | PathLike[str],
+    repo_id: str,
+    card: Card | None = None,
+    *,
+    label_names: list[str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write what `publish` uploads: `model.safetensors`, `config.json`, `README.md` and its picture.
+
+    `timm.create_model('local-dir:FOLDER', pretrained=True)` loads it; that is tried, and must give the same weights.
+
+    Args:
+        model: As in `publish`.
+        folder: A directory, made if need be.
+        repo_id: What the card says of its address.
+        card: What else the card says.
+        label_names: One per class.
+        dtype: Of the stored weights.
+
+    Raises:
+        ModelStateError: If timm could not create the network again; the folder stays as it is.
+        CheckpointError: For a broken checkpoint.
+        InputError: For another number of label names than classes.
+    """
+    network: Any = model if isinstance(model, nn.Module) else load_model(None, Path(model))
+    architecture = _architecture(network)
+    stored = copy.deepcopy(network).eval().to(dtype=dtype)
+    stored.pretrained_cfg = {**network.pretrained_cfg, "architecture": architecture.pop("architecture")}
+    if label_names and len(label_names) != network.num_classes:
+        raise InputError(f"{len(label_names)} label names for a network of {network.num_classes} classes")
+    labels = dict(label_names=label_names) if label_names else None
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
+        timm.models.save_for_hf(stored, unfinished, labels, model_args=architecture, safe_serialization=True)
+        again = _load_again(Path(unfinished))
+        _compare(stored.float().cpu(), again)
+        write_card(again.to(next(network.parameters()).device), Path(unfinished), repo_id, card or Card())
+        for file in sorted(Path(unfinished).iterdir()):
+            file.replace(folder / file.name)
+
+
+def _architecture(model: Any) -> dict[str, Any]:
+    """How timm creates the network: 'architecture', and arguments beside those that timm records by itself."""
+    if not isinstance(model, BcosModel):
+        raise ModelStateError(f"{type(model).__name__} is no B-cos network: convert it with timm_bcos.bcosify")
+    name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")
+    if name.startswith("bcos"):
+        return dict(architecture=name)
+    if not timm.is_model(name):
+        raise ModelStateError(
+            f"timm cannot create a {type(model).__name__} by name: register its function with "
+            f"timm.models.register_model, then convert it"
+        )
+    return dict(architecture="bcosify", arch=name, **_changes(model.bcos_config))
+
+
+def _changes(config: BcosConfig) -> dict[str, Any]:
+    """What `bcosify` has to be told beside its defaults."""
+    default = dataclasses.asdict(BcosConfig.finetune(b=config.b, bias=config.bias))
+    chosen = dataclasses.asdict(config)
+    return {key: chosen[key] for key in chosen if key in ("b", "bias") or chosen[key] != default[key]}
+
+
+def _load_again(folder: Path) -> Any:
+    try:
+        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except Exception as error:  # whatever timm says to arguments that do not describe the network
+        raise ModelStateError(f"timm cannot create this network from its config: {error}") from error
+
+
+@torch.no_grad()
+def _compare(stored: Any, again: Any) -> None:
+    own, other = stored.state_dict(), again.state_dict()
+    changed = [name for name, value in own.items() if name not in other or not torch.equal(value, other[name])]
+    x = random_image(stored.in_chans, again.pretrained_cfg["input_size"][-2:])
+    if changed or not torch.allclose(_logits(stored, x), _logits(again, x), rtol=1e-5):
+        what = f"{changed[0]!r} differs" if changed else "its logits differ"
+        raise ModelStateError(f"saved and loaded again it is another network, {what}: nothing has been published")
+
+
+def _logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    output = model(x)
+    return output[0] if isinstance(output, tuple) else output

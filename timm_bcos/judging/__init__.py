@@ -1,0 +1,1 @@
+"""What judges attributions: the grid pointing game, metrics, inner neurons, galleries."""

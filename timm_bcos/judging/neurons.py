@@ -1,0 +1,183 @@
+"""Inner neurons: which images of a data set a layer's units answer most strongly, and what they see in them.
+
+Figures A5, A6 and B4 of the supplement of arXiv 2205.10268.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..attribution.registry import Subject
+from ..data.datasets import image_loader
+from ..errors import TargetError
+from ..explaining.explanation import Explanation
+from ..explaining.forward import explain
+from ..explaining.pictures import on_white
+
+__all__ = ["Strongest", "find_strongest", "label_entropy", "plot_label_counts", "plot_wall"]
+
+
+@dataclass(frozen=True)
+class Strongest:
+    """The images that each of a layer's C units answers most strongly, best first.
+
+    Attributes:
+        layer: Path of the layer.
+        values: (C, k) activations at their strongest positions.
+        indices: (C, k) of the images in the data set.
+        labels: (C, k) classes of the images.
+    """
+
+    layer: str
+    values: Tensor
+    indices: Tensor
+    labels: Tensor
+
+    def most_active(self, count: int, best: int = 10) -> list[int]:
+        """The units with the highest mean activation over their `best` images."""
+        return self.values[:, :best].mean(1).topk(min(count, len(self.values))).indices.tolist()
+
+    def most_one_sided(self, count: int, num_classes: int) -> list[int]:
+        """The units whose images are of the fewest classes, without those whose last places are drawn by lot.
+
+        A unit that answers fewer than k images with more than 0 fills its list in the order of the data set.
+        """
+        ranked = label_entropy(self.labels, num_classes).argsort().tolist()
+        last_two = [values[-2:].tolist() for values in self.values]
+        return [unit for unit in ranked if len(last_two[unit]) == len(set(last_two[unit]))][:count]
+
+
+def find_strongest(
+    model: nn.Module, dataset: Any, layer: str, k: int = 500, *, batch_size: int = 64, progress: bool = True
+) -> Strongest:
+    """One pass over a data set; memory holds k images' numbers per unit, and one batch.
+
+    Args:
+        model: A B-cos network, or a plain timm model, in eval mode.
+        dataset: As `timm.data.create_dataset` makes it.
+        layer: Path of a layer whose output is a map (N, C, H, W), or (N, H, W, C) in networks that compute with these.
+        k: Images per unit.
+        batch_size: Images at a time.
+        progress: Show a bar.
+
+    Raises:
+        TargetError: For a layer that does not exist, or has no spatial positions.
+    """
+    subject, load = Subject(model), image_loader(model, dataset)
+    module = dict(model.named_modules()).get(layer)
+    if module is None:
+        raise TargetError(f"the model has no layer {layer!r}")
+    device = next(model.parameters()).device
+    best: tuple[Tensor, ...] = ()
+    for start in tqdm(range(0, len(dataset), batch_size), layer, disable=not progress):
+        indices = list(range(start, min(start + batch_size, len(dataset))))
+        images, labels = zip(*map(load, indices), strict=True)
+        peaks = _peaks(subject, module, layer, torch.stack(images).to(device))
+        new = (peaks, torch.tensor(indices).expand_as(peaks), torch.tensor(labels).expand_as(peaks))
+        both = new if not best else tuple(torch.cat(pair, 1) for pair in zip(best, new, strict=True))
+        kept = both[0].topk(min(k, both[0].shape[1]), dim=1).indices
+        best = tuple(values.gather(1, kept) for values in both)
+    return Strongest(layer, *best)
+
+
+@torch.no_grad()
+def _peaks(subject: Subject, module: nn.Module, layer: str, x: Tensor) -> Tensor:
+    """(C, N) strongest activations."""
+    outputs: list[Any] = []
+    handle = module.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        subject(subject.prepare(x))
+    finally:
+        handle.remove()
+    if not outputs or not isinstance(outputs[0], Tensor) or outputs[0].ndim != 4:
+        shape = tuple(outputs[0].shape) if outputs and isinstance(outputs[0], Tensor) else "nothing of the kind"
+        raise TargetError(f"layer {layer!r} has no spatial positions: it returns {shape}, not (N, C, H, W)")
+    positions = (1, 2) if getattr(subject.model, "output_fmt", "NCHW") == "NHWC" else (2, 3)
+    return outputs[0].amax(positions).T.cpu()
+
+
+def label_entropy(labels: Tensor, num_classes: int) -> Tensor:
+    """How evenly classes are spread over units' images: entropy relative to that of the uniform distribution.
+
+    Args:
+        labels: (C, k).
+        num_classes: K.
+
+    Returns:
+        (C,) in [0, 1]: 1 if all classes come equally often, 0 if only one comes.
+    """
+    ones = torch.ones_like(labels, dtype=torch.double)
+    counts = torch.zeros(len(labels), num_classes).double().scatter_add_(1, labels, ones)
+    shares = counts / counts.sum(1, keepdim=True)
+    return torch.special.entr(shares).sum(1) / math.log(num_classes)
+
+
+def plot_wall(model: Any, dataset: Any, strongest: Strongest, units: Sequence[int], images: int = 6) -> Any:
+    """A matplotlib figure with two rows per unit: crops around what it answers, and their explanations.
+
+    Args:
+        model: A B-cos network.
+        dataset: What the indices are of.
+        strongest: From `find_strongest`.
+        units: Which to show.
+        images: Crops per unit.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.6 * images, 3.3 * len(units)), layout="constrained")
+    axes = figure.subplots(2 * len(units), images, squeeze=False)
+    for row, unit in enumerate(units):
+        explanation = _explain_unit(model, dataset, strongest, unit, images)
+        pictures = (explanation.image.movedim(1, -1), on_white(explanation.to_rgba()))
+        for below, batch in enumerate(pictures):
+            for ax, picture, centre in zip(axes[2 * row + below], batch, _centres(explanation), strict=False):
+                ax.imshow(_crop(picture.cpu(), centre).numpy())
+        axes[2 * row, 0].set_title(f"unit {unit}", fontsize=9, loc="left")
+    for ax in axes.flat:
+        ax.axis("off")
+    return figure
+
+
+def _explain_unit(model: Any, dataset: Any, strongest: Strongest, unit: int, images: int) -> Explanation:
+    load = image_loader(model, dataset)
+    indices = strongest.indices[unit, :images].tolist()
+    x = torch.stack([load(i)[0] for i in indices]).to(next(model.parameters()).device)
+    return explain(model, x, unit, layer=strongest.layer)
+
+
+def _centres(explanation: Explanation) -> list[tuple[int, int]]:
+    """Where in the image the contributions to each neuron lie: their centre of mass."""
+    mass = explanation.contribution_map.clamp(min=0).double()
+    mass = mass / mass.sum((1, 2), keepdim=True).clamp(min=1e-30)
+    rows, columns = (torch.arange(n, device=mass.device, dtype=mass.dtype) for n in mass.shape[1:])
+    return [
+        (round(y), round(x))
+        for y, x in zip((mass.sum(2) @ rows).tolist(), (mass.sum(1) @ columns).tolist(), strict=True)
+    ]
+
+
+def _crop(picture: Tensor, centre: tuple[int, int]) -> Tensor:
+    """A third of the picture's side around a centre, moved inside where it would cross the border."""
+    size = max(picture.shape[0] // 3, min(24, *picture.shape[:2]))
+    top, left = (min(max(c - size // 2, 0), n - size) for c, n in zip(centre, picture.shape[:2], strict=True))
+    return picture[top : top + size, left : left + size].float()
+
+
+def plot_label_counts(strongest: Strongest, units: Sequence[int], class_names: Sequence[str]) -> Any:
+    """A matplotlib figure with the classes of each unit's strongest images, and the entropy of their distribution."""
+    from matplotlib.figure import Figure
+
+    entropy = label_entropy(strongest.labels, len(class_names))
+    figure = Figure(figsize=(3 * len(units), 3.2), layout="constrained")
+    for ax, unit in zip(figure.subplots(1, len(units), squeeze=False)[0], units, strict=True):
+        counts = strongest.labels[unit].bincount(minlength=len(class_names))
+        ax.bar(range(len(class_names)), counts.tolist(), color="tab:gray")
+        ax.set_title(f"unit {unit}, entropy {entropy[unit]:.2f}", fontsize=9)
+        if len(class_names) <= 20:
+            ax.set_xticks(range(len(class_names)), class_names, rotation=90, fontsize=7)
+    return figure

@@ -1,0 +1,331 @@
+"""The B-cos transform as functions: input encoding, patch norms and the cosine factor.
+
+Paper: B-cos Networks: Alignment is All We Need for Interpretability (CVPR 2022), https://arxiv.org/abs/2205.10268.
+A unit computes y(x) = γ · |cos(x, w)|^(B-1) · ŵᵀx (eq. 3 there, γ in its section 3.2.2).
+
+Each function takes part in `__torch_function__` dispatch. That is how explanation mode (`timm_bcos.dynamic`) replaces
+it, and why `torch.fx` traces it as one node.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import pad_same
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
+
+from ..errors import InputError
+
+__all__ = [
+    "encode_image",
+    "feature_norm",
+    "max_out",
+    "patch_norm",
+    "row_norm",
+    "same_padding",
+    "scale_and_offset",
+    "scale_by_cosine",
+    "to_logits",
+    "unit_weight",
+]
+
+
+def encode_image(image: Tensor, in_chans: int) -> Tensor:
+    """Encode an image as [r, g, b, 1-r, 1-g, 1-b], so that each colour has its own direction.
+
+    Args:
+        image: (N, C, H, W) pixels in [0, 1], or an already encoded (N, 2C, H, W), which is returned as it is.
+        in_chans: C, the number of image channels.
+
+    Returns:
+        (N, 2C, H, W).
+
+    Raises:
+        InputError: For any other number of channels.
+    """
+    if not torch.jit.is_scripting():
+        if has_torch_function_unary(image):
+            return handle_torch_function(encode_image, (image,), image, in_chans)
+        if image.ndim != 4 or image.shape[1] not in (in_chans, 2 * in_chans):
+            raise InputError(
+                f"expected images (N, {in_chans}, H, W), or encoded ones (N, {2 * in_chans}, H, W), "
+                f"got shape {tuple(image.shape)}; a single image needs a batch dimension: x[None]"
+            )
+    if image.shape[1] == 2 * in_chans:
+        return image
+    return torch.cat([image, 1 - image], dim=1)
+
+
+def scale_and_offset(image: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """Normalise encoded images (N, 2C, H, W): image · scale + offset, both of shape (2C, 1, 1)."""
+    if not torch.jit.is_scripting() and has_torch_function_unary(image):
+        return handle_torch_function(scale_and_offset, (image,), image, scale, offset)
+    return image * scale + offset
+
+
+def unit_weight(weight: Tensor, power: float = 1.0) -> Tensor:
+    """Divide each output row of a weight by its Euclidean norm to the given power; 1 gives ŵ.
+
+    Args:
+        weight: (O, ...), one row per output unit.
+        power: 1 for unit norm; 1/2 leaves rows of norm √‖w‖, whose B = 2 unit has the amplitude of w itself.
+    """
+    if not torch.jit.is_scripting() and has_torch_function_unary(weight):
+        return handle_torch_function(unit_weight, (weight,), weight, power)
+    norm = row_norm(weight)
+    norm = norm + (norm == 0).to(norm.dtype)  # a row of zeros stays one
+    return weight * norm.pow(-power).reshape([-1] + [1] * (weight.ndim - 1))
+
+
+def same_padding(x: Tensor, kernel: list[int], stride: list[int], dilation: list[int]) -> Tensor:
+    """Zero-pad as TensorFlow's 'SAME' convolution does, by amounts that depend on the size of x (N, C, H, W)."""
+    if not torch.jit.is_scripting() and has_torch_function_unary(x):
+        return handle_torch_function(same_padding, (x,), x, kernel, stride, dilation)
+    return pad_same(x, kernel, stride, dilation)
+
+
+def row_norm(weight: Tensor) -> Tensor:
+    """‖w‖ of each output row, (O, ...) to (O,)."""
+    return torch.linalg.vector_norm(weight.flatten(1), dim=1)
+
+
+class _SumOfSquares(torch.autograd.Function):
+    """Σ x² over a group's channels, whose backward pass is one multiplication."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, groups: int) -> Tensor:
+        ctx.save_for_backward(x)
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # squares overflow float16 at 65504
+        if groups == 1 and wide.is_contiguous(memory_format=torch.channels_last):
+            return torch.linalg.vector_norm(wide, dim=1, keepdim=True).square_()  # in one pass, in this layout alone
+        return (wide * wide).unflatten(1, (groups, -1)).sum(2)  # (N, G, H, W)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        twice = (2 * grad).unsqueeze(2)  # (N, G, 1, H, W)
+        return (x.unflatten(1, (grad.shape[1], -1)) * twice).flatten(1, 2).to(x.dtype), None
+
+
+def _window_sum(x: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
+    """Sum of each channel over the windows of a convolution, zero padding included."""
+    if kernel == [1, 1] and padding == [0, 0]:
+        return x[:, :, :: stride[0], :: stride[1]]
+    if dilation == [1, 1] and padding[0] <= kernel[0] // 2 and padding[1] <= kernel[1] // 2:
+        # not `divisor_override=1`: ONNX has none, and its export drops it silently
+        return F.avg_pool2d(x, kernel, stride, padding) * (kernel[0] * kernel[1])
+    ones = torch.ones([x.shape[1], 1, kernel[0], kernel[1]], dtype=x.dtype, device=x.device)
+    return F.conv2d(x, ones, None, stride, padding, dilation, x.shape[1])
+
+
+def patch_norm(
+    x: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Norm of every patch that a convolution sees: sqrt(Σ x² + eps) over the window and the channel group.
+
+    It costs one pass over x, and a box filter on a single channel per group.
+
+    Args:
+        x: (N, C, H, W).
+        kernel: Window (height, width).
+        stride: Of the window, per dimension.
+        padding: Zeros on each side, per dimension.
+        dilation: Spacing of the window, per dimension.
+        groups: Channel groups G.
+        eps: Added inside the root.
+
+    Returns:
+        (N, G, H', W'), in float32 for half-precision input.
+    """
+    if torch.jit.is_scripting():
+        squares = (x * x).unflatten(1, [groups, x.shape[1] // groups]).sum(2)
+    else:
+        if has_torch_function_unary(x):
+            return handle_torch_function(patch_norm, (x,), x, kernel, stride, padding, dilation, groups, eps)
+        squares = _SumOfSquares.apply(x, groups)
+    return (_window_sum(squares, kernel, stride, padding, dilation) + eps).sqrt()
+
+
+def feature_norm(x: Tensor, eps: float = 1e-12) -> Tensor:
+    """Norm of feature vectors, ‖x‖ + eps.
+
+    Args:
+        x: (..., C).
+        eps: Keeps the norm of 0 off 0.
+
+    Returns:
+        (..., 1), in float32 for half-precision input.
+    """
+    if not torch.jit.is_scripting():
+        if has_torch_function_unary(x):
+            return handle_torch_function(feature_norm, (x,), x, eps)
+        if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
+            x = x.float()
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True) + eps
+
+
+class _ScaleBySquare(torch.autograd.Function):
+    """y = γ · |a| · a / n, the B = 2 unit, with three in-place passes each way."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, linear: Tensor, inverse_norm: Tensor) -> Tensor:
+        ctx.save_for_backward(linear, inverse_norm)
+        # |a| / n comes first: it is a cosine, whereas |a| · a overflows float16
+        return torch.abs(linear).to(inverse_norm.dtype).mul_(inverse_norm).mul_(linear).to(linear.dtype)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        linear, inverse_norm = ctx.saved_tensors  # type: ignore[attr-defined]
+        weighted = linear.abs().to(inverse_norm.dtype) * grad
+        grad_norm = (weighted * linear).sum_to_size(inverse_norm.shape)
+        if torch.is_grad_enabled():  # a second derivative will be taken
+            return (weighted * (2 * inverse_norm)).to(linear.dtype), grad_norm
+        return weighted.mul_(2 * inverse_norm).to(linear.dtype), grad_norm
+
+
+class _MaxOut(torch.autograd.Function):
+    """The largest of each M neighbours, in the memory layout of the input both ways."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, units: int, dim: int) -> Tensor:
+        first, *others = _neighbours(x, units, dim)
+        best, winner = first, torch.zeros_like(first, dtype=torch.uint8)
+        for i, unit in enumerate(others, start=1):
+            winner.masked_fill_(unit > best, i)
+            best = torch.maximum(best, unit)
+        ctx.save_for_backward(winner)
+        ctx.units, ctx.dim, ctx.like = units, dim, (x.size(), x.stride(), x.dtype, x.device)
+        return best
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (winner,) = ctx.saved_tensors
+        size, stride, dtype, device = ctx.like
+        if torch.is_grad_enabled():  # a second derivative will be taken
+            after = ctx.dim + 1 if ctx.dim >= 0 else ctx.dim
+            return torch.stack([grad * (winner == i) for i in range(ctx.units)], after).reshape(size), None, None
+        grad_x = torch.empty_strided(size, stride, dtype=dtype, device=device)
+        for i, unit in enumerate(_neighbours(grad_x, ctx.units, ctx.dim)):
+            unit.copy_(grad * (winner == i))
+        return grad_x, None, None
+
+
+def _neighbours(x: Tensor, units: int, dim: int) -> list[Tensor]:
+    """Views of the first, second, ... of each M neighbours along a dimension, 1 or -1."""
+    grouped = x.unflatten(dim, (-1, units))
+    return [grouped.select(dim + 1 if dim >= 0 else dim, i) for i in range(units)]
+
+
+def max_out(x: Tensor, units: int, dim: int) -> Tensor:
+    """MaxOut: the largest response of each M neighbouring units (section 4 of arXiv 2205.10268).
+
+    Args:
+        x: Responses, unit m of output o at index o · M + m.
+        units: M.
+        dim: 1 for feature maps (N, O · M, H, W), -1 for feature vectors (..., O · M).
+
+    Returns:
+        The same with O instead of O · M.
+    """
+    if not torch.jit.is_scripting():
+        if has_torch_function_unary(x):
+            return handle_torch_function(max_out, (x,), x, units, dim)
+        return _MaxOut.apply(x, units, dim)
+    return x.unflatten(dim, [-1, units]).max(dim + 1 if dim >= 0 else dim)[0]
+
+
+def cosine_factor(linear: Tensor, norm: Tensor, b: float, gamma: float, eps: float = 1e-6) -> Tensor:
+    """γ · |cos|^(B-1), what `scale_by_cosine` multiplies by; |cos| = |ŵᵀx| / ‖x‖, plus eps unless B is 2."""
+    cosine = linear.abs() / norm
+    if b != 2:
+        cosine = (cosine + eps).pow(b - 1)
+    return gamma * cosine
+
+
+def scale_by_cosine(linear: Tensor, norm: Tensor, b: float, gamma: float) -> Tensor:
+    """Turn the linear response ŵᵀx into the B-cos response γ · |ŵᵀx / ‖x‖|^(B-1) · ŵᵀx.
+
+    Args:
+        linear: ŵᵀx, any shape.
+        norm: ‖x‖, broadcastable to `linear`.
+        b: The exponent B, not 1.
+        gamma: The fixed output scale γ.
+
+    Returns:
+        The shape and dtype of `linear`.
+    """
+    if not torch.jit.is_scripting():
+        if has_torch_function((linear, norm)):
+            return handle_torch_function(scale_by_cosine, (linear, norm), linear, norm, b, gamma)
+        if b == 2:
+            return _ScaleBySquare.apply(linear, gamma / norm)
+    return (linear * cosine_factor(linear, norm, b, gamma)).to(linear.dtype)
+
+
+def to_logits(y: Tensor, temperature: float, logit_bias: float) -> Tensor:
+    """y / T + logit bias, in float32: y / T may exceed float16's range, so under autocast it also stays float32."""
+    if not torch.jit.is_scripting():
+        if has_torch_function_unary(y):
+            return handle_torch_function(to_logits, (y,), y, temperature, logit_bias)
+        if y.dtype == torch.float16 or y.dtype == torch.bfloat16:
+            logits = y.float() / temperature + logit_bias
+            kind = y.device.type
+            autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not on "meta"
+            return logits if autocast else logits.to(y.dtype)
+    return y / temperature + logit_bias
+
+
+class _DivideByDeviation(torch.autograd.Function):
+    """weight · x / sqrt(var + eps), var being the biased variance of the batch.
+
+    `torch.var` takes several times as long as all of this on a CPU, and its gradient as much again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        mean = wide.mean((0, 2, 3), keepdim=True)
+        deviation = wide - mean
+        var = deviation.mul_(deviation).mean((0, 2, 3))
+        inverse = (var + eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, inverse)
+        ctx.mark_non_differentiable(var)
+        return x * _per_channel(weight * inverse).to(x.dtype), var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, None]:
+        x, weight, mean, inverse = ctx.saved_tensors
+        dot = (grad * x).sum((0, 2, 3), dtype=inverse.dtype)
+        # d var / d x = 2 (x - mean) / n, and d (1 / sqrt(var + eps)) / d var = -1/2 (var + eps)^(-3/2)
+        slope = -_per_channel(dot * weight * inverse**3) / (x.numel() // x.shape[1])
+        grad_x = torch.addcmul((-slope * mean).to(x.dtype), x, slope.to(x.dtype))
+        return grad_x.addcmul_(grad, _per_channel(weight * inverse).to(x.dtype)), (dot * inverse).to(weight.dtype), None
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values.reshape(1, -1, 1, 1)
+
+
+def divide_by_deviation(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Uncentred batch norm of a training batch: weight · x / sqrt(var + eps).
+
+    Args:
+        x: (N, C, H, W).
+        weight: (C,).
+        eps: Added to the variance.
+
+    Returns:
+        The result, and the batch's biased variance (C,), which carries no gradient.
+    """
+    if has_torch_function((x, weight)):
+        return handle_torch_function(divide_by_deviation, (x, weight), x, weight, eps)
+    return _DivideByDeviation.apply(x, weight, eps)

@@ -1,0 +1,98 @@
+"""What gives the logits: classifiers with temperature and logit bias, and the pooling before or after them."""
+
+from typing import Any
+
+from timm.layers import SelectAdaptivePool2d
+from torch import Tensor, nn
+
+from ..nn.functional import to_logits
+from .layers import BcosConv2d, BcosLinear
+
+__all__ = ["BcosConvClassifier", "BcosFlatten", "BcosLinearClassifier", "BcosPool2d"]
+
+
+class BcosConvClassifier(BcosConv2d):
+    """Classifier that responds at each position, then averages: logits = mean(response) / T + logit bias.
+
+    Averaging after the B-cos transform lets each position vote by its own alignment (section 3.2.3 of
+    arXiv 2205.10268).
+
+    Args:
+        in_features: Channels of the feature map.
+        num_classes: K.
+        temperature: T, the logits' divisor.
+        logit_bias: Fixed constant added to every logit; log(p / (1 - p)) starts all probabilities at p.
+        pool: False returns the map of logits (N, K, H, W).
+
+    Shape: (N, in_features, H, W) to (N, K).
+    """
+
+    def __init__(
+        self, in_features: int, num_classes: int, *, temperature: float = 1.0, logit_bias: float = 0.0,
+        pool: bool = True, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(in_features, num_classes, 1, **kwargs)
+        self.temperature = float(temperature)
+        self.logit_bias = float(logit_bias)
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.respond(x)  # (N, K, H, W)
+        if self.pool:
+            y = y.mean((2, 3))
+        return to_logits(y, self.temperature, self.logit_bias)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + f", temperature={self.temperature:g}, logit_bias={self.logit_bias:.4g}"
+
+
+class BcosLinearClassifier(BcosLinear):
+    """Classifier on feature vectors: logits = response / T + logit bias; arguments as in `BcosConvClassifier`.
+
+    Shape: (..., in_features) to (..., K).
+    """
+
+    def __init__(
+        self, in_features: int, num_classes: int, *, temperature: float = 1.0, logit_bias: float = 0.0, **kwargs: Any
+    ) -> None:
+        super().__init__(in_features, num_classes, **kwargs)
+        self.temperature = float(temperature)
+        self.logit_bias = float(logit_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return to_logits(self.respond(x), self.temperature, self.logit_bias)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + f", temperature={self.temperature:g}, logit_bias={self.logit_bias:.4g}"
+
+
+class BcosPool2d(SelectAdaptivePool2d):
+    """timm's global pooling, which lets feature maps through while the classifier after it pools by itself.
+
+    Attributes:
+        deferred: True while a `BcosConvClassifier` follows.
+    """
+
+    deferred: bool = False
+
+    @classmethod
+    def from_pool(cls, pool: SelectAdaptivePool2d) -> "BcosPool2d":
+        """Adopt the settings of timm's pooling layer."""
+        new = cls(pool_type=pool.pool_type, flatten=isinstance(pool.flatten, nn.Flatten))
+        return new.train(pool.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.deferred else self.pool_now(x)
+
+    def pool_now(self, x: Tensor) -> Tensor:
+        """Pool regardless of `deferred`: (N, C, H, W) to (N, C)."""
+        return self.flatten(self.pool(x))
+
+
+class BcosFlatten(nn.Flatten):
+    """`torch.nn.Flatten` of a head, which lets feature maps through as `BcosPool2d` does."""
+
+    deferred: bool = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.deferred else x.flatten(self.start_dim, self.end_dim)

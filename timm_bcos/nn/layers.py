@@ -1,0 +1,189 @@
+"""B-cos layers: torch's convolution and linear layer with one step of `forward` changed.
+
+Papers: https://arxiv.org/abs/2205.10268 (B-cos, MaxOut, γ), https://arxiv.org/abs/2306.10898 (unit norm, logit bias).
+Differs from the official code in that the weight stays at `.weight`, as everywhere in timm.
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .functional import feature_norm, max_out, patch_norm, row_norm, same_padding, scale_by_cosine, unit_weight
+
+__all__ = [
+    "BcosConv2d",
+    "BcosLinear",
+]
+
+
+def _check(b: float, max_out: int, normalize_weight: bool) -> None:
+    if b < 1 or max_out < 1:
+        raise ValueError(f"B-cos layers need b >= 1 and max_out >= 1, got b={b}, max_out={max_out}")
+    if max_out > 1 and not normalize_weight:
+        raise ValueError(f"max_out={max_out} compares units by their cosine: it needs normalize_weight=True")
+
+
+def _effective_weight(weight: Tensor, b: float, normalize_weight: bool) -> Tensor:
+    """Rows of unit norm; free rows keep √‖w‖ at B = 2, because the response squares it, and ‖w‖ at B = 1."""
+    if normalize_weight or b not in (1.0, 2.0):
+        return unit_weight(weight)
+    return weight if b == 1.0 else unit_weight(weight, 0.5)
+
+
+def _repr(layer: Any) -> str:
+    free = "" if layer.normalize_weight else ", normalize_weight=False"
+    return f", b={layer.b:g}, max_out={layer.max_out}, gamma={layer.gamma:g}{free}"
+
+
+class BcosConv2d(nn.Conv2d):
+    """B-cos convolution: γ · |cos(patch, w)|^(B-1) · ŵᵀpatch (eqs. 3 and 12 of arXiv 2205.10268).
+
+    Args:
+        in_channels: Input channels; likewise the other arguments of `torch.nn.Conv2d`.
+        b: Exponent B; 1 is a plain (unit-norm) convolution.
+        max_out: Units M per output channel: the weight has out_channels · M rows, unit m of channel o being row
+            o · M + m, and the largest response is taken before the cosine factor.
+        gamma: Fixed output scale γ.
+        normalize_weight: True for unit-norm rows ŵ; False keeps the rows' amplitude, y = γ · |cos|^(B-1) · wᵀx, as
+            needed to start from pretrained weights.
+        pad_same: TensorFlow's 'SAME' padding, computed from the input's size (timm's `Conv2dSame`).
+        eps: Stabilises the norm of a patch, sqrt(‖patch‖² + eps).
+
+    Shape: (N, in_channels, H, W) to (N, out_channels, H', W').
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        b: float = 2.0,
+        max_out: int = 1,
+        gamma: float = 1.0,
+        normalize_weight: bool = True,
+        pad_same: bool = False,
+        eps: float = 1e-6,
+    ) -> None:
+        _check(b, max_out, normalize_weight)
+        super().__init__(
+            in_channels, out_channels * max_out, kernel_size, stride, padding, dilation, groups, False, padding_mode,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+        self.out_channels = out_channels
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype))
+        self.b = float(b)
+        self.max_out = max_out
+        self.gamma = float(gamma)
+        self.normalize_weight = normalize_weight
+        self.pad_same = pad_same
+        self.eps = eps
+        self._zero_padding, self._explicit_padding = self._split_padding()
+
+    def _split_padding(self) -> tuple[list[int], list[int]]:
+        """Symmetric zero padding, left to the convolution, or else explicit padding as `F.pad` takes it."""
+        if self.padding_mode == "zeros" and not isinstance(self.padding, str):
+            return list(self.padding), [0, 0, 0, 0]
+        return [0, 0], list(self._reversed_padding_repeated_twice)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """Apply the padding that the convolution cannot do itself."""
+        if self.pad_same:
+            return same_padding(x, list(self.kernel_size), list(self.stride), list(self.dilation))
+        if max(self._explicit_padding) > 0:
+            return F.pad(x, self._explicit_padding, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.respond(x)
+
+    def respond(self, x: Tensor) -> Tensor:
+        """The B-cos response; a method of its own because TorchScript has no `super()`."""
+        x = self.pad(x)
+        weight = _effective_weight(self.weight, self.b, self.normalize_weight)
+        linear = F.conv2d(x, weight, None, self.stride, self._zero_padding, self.dilation, self.groups)
+        if self.max_out > 1:
+            linear = max_out(linear, self.max_out, 1)
+        y = self._scale(linear, x)
+        if not self.normalize_weight and self.b not in (1.0, 2.0):
+            y = y * row_norm(self.weight).reshape(-1, 1, 1)
+        bias = self.bias
+        return y if bias is None else y + bias.reshape(-1, 1, 1)
+
+    def _scale(self, linear: Tensor, x: Tensor) -> Tensor:
+        if self.b == 1.0:
+            return linear if self.gamma == 1.0 else linear * self.gamma
+        window = list(self.kernel_size), list(self.stride), self._zero_padding, list(self.dilation)
+        norm = patch_norm(x, window[0], window[1], window[2], window[3], self.groups, self.eps)
+        if self.groups == 1:
+            return scale_by_cosine(linear, norm, self.b, self.gamma)
+        by_group = linear.unflatten(1, [self.groups, self.out_channels // self.groups])
+        return scale_by_cosine(by_group, norm.unsqueeze(2), self.b, self.gamma).flatten(1, 2)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _repr(self)
+
+
+class BcosLinear(nn.Linear):
+    """B-cos linear layer: γ · |cos(x, w)|^(B-1) · ŵᵀx over the last dimension.
+
+    Args:
+        in_features: Input features; likewise the other arguments of `torch.nn.Linear`.
+        b: Exponent B; `max_out`, `gamma` and `normalize_weight` are as in `BcosConv2d`.
+
+    Shape: (..., in_features) to (..., out_features).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        b: float = 2.0,
+        max_out: int = 1,
+        gamma: float = 1.0,
+        normalize_weight: bool = True,
+    ) -> None:
+        _check(b, max_out, normalize_weight)
+        super().__init__(in_features, out_features * max_out, False, device=device, dtype=dtype)
+        self.out_features = out_features
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
+        self.b = float(b)
+        self.max_out = max_out
+        self.gamma = float(gamma)
+        self.normalize_weight = normalize_weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.respond(x)
+
+    def respond(self, x: Tensor) -> Tensor:
+        """The B-cos response; a method of its own because TorchScript has no `super()`."""
+        linear = F.linear(x, _effective_weight(self.weight, self.b, self.normalize_weight))
+        if self.max_out > 1:
+            linear = max_out(linear, self.max_out, -1)
+        if self.b != 1.0:
+            y = scale_by_cosine(linear, feature_norm(x), self.b, self.gamma)
+        else:
+            y = linear if self.gamma == 1.0 else linear * self.gamma
+        if not self.normalize_weight and self.b not in (1.0, 2.0):
+            y = y * row_norm(self.weight)
+        bias = self.bias
+        return y if bias is None else y + bias
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _repr(self)

@@ -1,0 +1,97 @@
+"""What reads the image: it encodes the colours, and takes a pretrained network's normalisation upon itself.
+
+Section 3.2.2 of https://arxiv.org/abs/2205.10268 (the encoding), section 3 of https://arxiv.org/abs/2411.00715
+(normalised stems).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .functional import encode_image, scale_and_offset
+from .layers import BcosConv2d
+
+__all__ = ["BcosStem", "ImageReader"]
+
+
+class BcosStem(BcosConv2d):
+    """The convolution that reads the image: encodes it, optionally normalises, then convolves.
+
+    Args:
+        image_channels: Channels of the image; the weight has twice as many input channels.
+        mean: Channel means that a pretrained network expects, or None to feed the encoding as it is.
+        std: Channel standard deviations, with `mean`.
+
+    The encoding e is normalised as (e - [m, 1-m]) / [s, s] *before* any zero padding; with weights [w, -w] / 2 the
+    layer then equals the original convolution of the normalised image, at the borders too.
+
+    Shape: (N, image_channels, H, W) in [0, 1], or encoded (N, 2 · image_channels, H, W), to (N, out_channels, H', W').
+    """
+
+    input_scale: Tensor
+    input_offset: Tensor
+
+    def __init__(
+        self, image_channels: int, *args: Any, mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(2 * image_channels, *args, **kwargs)
+        self.image_channels = image_channels
+        self.normalize_input = mean is not None and std is not None
+        if mean is None or std is None:
+            mean, std = (0.0,), (1.0,)
+        self._set_normalization(torch.as_tensor(mean, dtype=torch.float64), torch.as_tensor(std, dtype=torch.float64))
+
+    def _set_normalization(self, mean: Tensor, std: Tensor) -> None:
+        mean, std = (v.expand(self.image_channels).to(self.weight) for v in (mean, std))
+        scale = (1 / std).repeat(2).reshape(-1, 1, 1)
+        offset = -torch.cat([mean, 1 - mean]).reshape(-1, 1, 1) * scale
+        self.register_buffer("input_scale", scale, persistent=False)
+        self.register_buffer("input_offset", offset, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = encode_image(x, self.image_channels)
+        if self.normalize_input:
+            x = scale_and_offset(x, self.input_scale, self.input_offset)
+        return self.respond(x)
+
+
+class ImageReader(nn.Module):
+    """Reads the image for networks whose first layers cannot take its encoding: ones that fold it or split its colours.
+
+    It encodes and normalises as `BcosStem` does, and then hands over half the difference of the image and its
+    complement, which is the normalised image itself: a linear map of the encoding.
+
+    Args:
+        image_channels: Channels C of the image.
+        mean: Channel means that the network expects, or None for 0.5.
+        std: Channel standard deviations, or None for 1.
+
+    Shape: (N, C, H, W) in [0, 1], or encoded (N, 2C, H, W), to (N, C, H, W).
+    """
+
+    offset: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, image_channels: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+        device: Any = None, dtype: Any = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.image_channels = image_channels
+        per_channel = dict(device=device, dtype=dtype)
+        scale = 1 / torch.tensor(std or (1.0,), **per_channel).expand(image_channels)
+        offset = (1 - 2 * torch.tensor(mean or (0.5,), **per_channel).expand(image_channels)) * scale / 2
+        self.register_buffer("scale", scale.reshape(-1, 1, 1).clone(), persistent=False)
+        self.register_buffer("offset", offset.reshape(-1, 1, 1).clone(), persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """What says its device and dtype, as with any layer."""
+        return self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        image, complement = encode_image(x, self.image_channels).chunk(2, dim=1)
+        return (image - complement) * (self.scale / 2) + self.offset

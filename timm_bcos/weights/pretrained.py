@@ -1,0 +1,104 @@
+"""Pretrained weights: from wherever a timm cfg says, verified, read safely, and refused with a reason."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from timm.models import load_state_dict_from_hf
+from timm.models._hub import load_state_dict_from_path
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..weights.download import BY_HAND, download, first_line
+from .formats import adapt_image_channels, classifier_names
+from .readers import load_exactly, read_state_dict
+
+__all__ = ["load_pretrained"]
+
+_logger = logging.getLogger(__name__)
+
+StateDict = dict[str, Tensor]
+
+
+def load_pretrained(
+    model: Any,
+    cfg: dict[str, Any],
+    convert: Callable[[StateDict, nn.Module], StateDict],
+    cache_dir: str | Path | None = None,
+) -> None:
+    """Load what a pretrained cfg points at; a classifier for other classes than the cfg's stays fresh.
+
+    Args:
+        model: The network; changed only if everything fits.
+        cfg: timm's pretrained cfg, as a dict.
+        convert: Turns other formats into the model's.
+        cache_dir: Where downloads go; None for torch's and the Hugging Face Hub's caches.
+
+    Raises:
+        CheckpointError: If nothing can be had, verified or read, or it is of another network.
+    """
+    source, weights = _read(cfg, cache_dir)
+    image_channels = (cfg.get("input_size") or (3,))[0]
+    weights = adapt_image_channels(convert(dict(weights), model), model, image_channels)
+    if model.num_classes == 0:
+        weights = _without_head(weights, model, cfg.get("classifier"))
+    fresh = set() if model.num_classes == cfg.get("num_classes") else _heads_of_other_size(weights, model)
+    load_exactly(model, {key: value for key, value in weights.items() if key not in fresh}, source, fresh)
+
+
+def _without_head(weights: StateDict, model: nn.Module, names: str | tuple[str, ...] | None) -> StateDict:
+    own = model.state_dict()
+    heads = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names or ()))
+    return {key: value for key, value in weights.items() if key in own or not key.startswith(heads)}
+
+
+def _heads_of_other_size(weights: StateDict, model: nn.Module) -> set[str]:
+    own = model.state_dict()
+    keys = {f"{name}.{kind}" for name in classifier_names(model) for kind in ("weight", "bias")}
+    return {key for key in keys & own.keys() & weights.keys() if weights[key].shape != own[key].shape}
+
+
+def _read(cfg: dict[str, Any], cache_dir: str | Path | None) -> tuple[str, StateDict]:
+    """The weights, and their source in words; which source counts is timm's order."""
+    origin, file, hub_id = cfg.get("source"), cfg.get("file"), cfg.get("hf_hub_id")
+    if origin == "local-dir":
+        return str(file), _told(str(file), lambda: load_state_dict_from_path(str(file)))
+    if origin != "hf-hub" and cfg.get("state_dict"):
+        return "the given state dict", cfg["state_dict"]
+    if origin != "hf-hub" and file:
+        return str(file), read_state_dict(file)
+    if hub_id:
+        try:
+            return _read_from_hub(hub_id, cfg, cache_dir)
+        except CheckpointError as error:
+            if not cfg.get("url"):
+                raise
+            _logger.warning("%s; trying %s", error, cfg["url"])
+    if cfg.get("url"):
+        path = download(cfg["url"], cache_dir)
+        return str(path), _read_or_remove(path)
+    raise CheckpointError(f"no weights are published for {cfg.get('architecture', 'this model')}: {BY_HAND}")
+
+
+def _read_from_hub(hub_id: str, cfg: dict[str, Any], cache_dir: str | Path | None) -> tuple[str, StateDict]:
+    name = {"filename": cfg["hf_hub_filename"]} if cfg.get("hf_hub_filename") else {}
+    source = f"hf-hub:{hub_id}"
+    return source, _told(source, lambda: load_state_dict_from_hf(hub_id, **name, cache_dir=cache_dir))
+
+
+def _told(source: str, read: Callable[[], StateDict]) -> StateDict:
+    """The Hub's client and timm raise errors of many families; ours names the source."""
+    try:
+        return read()
+    except Exception as error:
+        raise CheckpointError(f"cannot load weights from {source}: {first_line(error)}; or {BY_HAND}") from error
+
+
+def _read_or_remove(path: Path) -> StateDict:
+    """A download that cannot be read must not stay in the cache."""
+    try:
+        return read_state_dict(path)
+    except CheckpointError:
+        path.unlink(missing_ok=True)
+        raise
