@@ -1,11 +1,15 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 import timm_bcos
-from timm_bcos.dynamic.mode import TABLE, DynamicLinearMode, explanation_mode
+from timm_bcos.dynamic.account import Account
+from timm_bcos.dynamic.mode import DynamicLinearMode, active, explanation_mode
+from timm_bcos.dynamic.table import TABLE
+from timm_bcos.explaining.linearised import LinearPart, linear_part
 
 Double = torch.float64
 BIAS = torch.randn(6, dtype=Double)
@@ -89,45 +93,79 @@ def into_constant(x: Tensor) -> Tensor:
     return y
 
 
+def take_apart(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, LinearPart, Tensor]:
+    """A random projection of f(x) by linear algebra: its value, its parts, and W x."""
+    leaf = x.detach().clone().requires_grad_()
+    account = Account(nn.Identity(), 1, leaf)
+    with active(DynamicLinearMode(leaf, account)):
+        value = function(leaf)
+    direction = torch.randn(value.shape, dtype=Double)
+    projected = ((value.real if value.is_complex() else value) * direction).sum()
+    part = linear_part(projected, leaf, account)
+    return projected.detach(), part, (part.weights * leaf).sum().detach()
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_function_adds_up(name: str) -> None:
     """In explanation mode f(x) = J x + (contribution of the constants), and its value does not change."""
     function = FUNCTIONS[name]
-    x = torch.randn(2, 6, dtype=Double, requires_grad=True)
-    direction = torch.randn_like(function(x)).detach()
-    with explanation_mode(nn.Identity()), forward_ad.dual_level():
-        value, tangent = forward_ad.unpack_dual(function(x))
-        (jacobian,) = torch.autograd.grad((value * direction).sum(), x)
-    torch.testing.assert_close(value, function(x), rtol=1e-12, atol=1e-12)
-    constants = 0 if tangent is None else (tangent * direction).sum()
-    torch.testing.assert_close((jacobian * x).sum() + constants, (value * direction).sum(), rtol=1e-10, atol=1e-10)
+    x = torch.randn(2, 6, dtype=Double)
+    torch.manual_seed(1)
+    value, part, image = take_apart(function, x)
+    torch.manual_seed(1)
+    direction = torch.randn(function(x).shape, dtype=Double)
+    torch.testing.assert_close(value, (function(x) * direction).sum(), rtol=1e-12, atol=1e-12)
+    assert part.defects == ()
+    torch.testing.assert_close(image + part.constant_bias.sum(), value, rtol=1e-10, atol=1e-10)
 
 
-def test_constants_are_one_sided_derivatives() -> None:
+def test_constants_are_derivatives_by_their_factor() -> None:
     """What constants contribute is the derivative by α when all of them are multiplied by α, the rest frozen."""
-    x = torch.randn(3, 6, dtype=Double, requires_grad=True)
-    with explanation_mode(nn.Identity()), forward_ad.dual_level():
-        hidden = F.layer_norm(F.linear(x, WEIGHT, BIAS), (6,), STATS, BIAS)
-        tangent = forward_ad.unpack_dual(hidden).tangent
+    x = torch.randn(3, 6, dtype=Double)
+    leaf = x.clone().requires_grad_()
+    account = Account(nn.Identity(), 3, leaf)
+    with active(DynamicLinearMode(leaf, account)):
+        hidden = F.layer_norm(F.linear(leaf, WEIGHT, BIAS), (6,), STATS, BIAS)
+    contributed = torch.stack([linear_part(hidden[:, k].sum(), leaf, account).constant_bias for k in range(6)], 1)
     plain = F.linear(x, WEIGHT, BIAS)
     deviation = (plain.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
-    torch.testing.assert_close(tangent, (BIAS - BIAS.mean()) / deviation * STATS + BIAS)
+    torch.testing.assert_close(contributed, (BIAS - BIAS.mean()) / deviation * STATS + BIAS)
 
 
-def test_mode_restores_everything_and_nests() -> None:
+@pytest.mark.parametrize("shape", [(4, 2, 3), (2, 5, 3), (8, 3)])
+def test_constants_are_booked_to_their_image(shape: tuple[int, ...]) -> None:
+    """Images lie in front, second behind a sequence's positions, or as several rows each."""
+    x = torch.randn(2, 12 if shape != (2, 5, 3) else 15, dtype=Double)
+    leaf = x.clone().requires_grad_()
+    account = Account(nn.Identity(), 2, leaf)
+    with active(DynamicLinearMode(leaf, account)):
+        y = leaf.reshape(2, 4, 3).transpose(0, 1) if shape == (4, 2, 3) else leaf.reshape(shape)
+        y = y + BIAS[:3]
+        y = y.transpose(0, 1) if shape == (4, 2, 3) else y
+        logits = y.reshape(2, -1).sum(1)
+    part = linear_part(logits.sum(), leaf, account)
+    torch.testing.assert_close(part.constant_bias + (part.weights * x).sum(1), logits.detach())
+
+
+def test_mode_changes_nothing_and_nests() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.GELU())
     model[0].bias.requires_grad_(False)
-    model.grad_checkpointing = True
     with pytest.raises(RuntimeError, match="inside"), explanation_mode(model), explanation_mode(model):
-        assert not any(p.requires_grad for p in model.parameters())
-        assert model.grad_checkpointing is False
+        assert model[0].weight.requires_grad
+        assert not model(torch.ones(1, 3)).requires_grad
         raise RuntimeError("inside")
     assert model[0].weight.requires_grad
     assert not model[0].bias.requires_grad
-    assert model.grad_checkpointing is True
     x = torch.tensor([0.5], requires_grad=True)
     (outside,) = torch.autograd.grad(F.gelu(x).sum(), x)
     torch.testing.assert_close(outside, torch.autograd.functional.jacobian(F.gelu, x)[0])
+
+
+def test_mode_refuses_checkpointing() -> None:
+    model = nn.Linear(3, 3)
+    model.grad_checkpointing = True
+    with pytest.raises(timm_bcos.ModelStateError, match="set_grad_checkpointing"), explanation_mode(model):
+        pass
 
 
 def test_declare_adds_a_function() -> None:
@@ -142,7 +180,7 @@ def test_declare_adds_a_function() -> None:
 
     try:
         x = torch.tensor([2.0], requires_grad=True)
-        with DynamicLinearMode():
+        with explanation_mode(nn.Identity()):
             (gradient,) = torch.autograd.grad(cube(x).sum(), x)
         assert gradient.item() == 4
     finally:

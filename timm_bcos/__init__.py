@@ -16,11 +16,13 @@ from .attribution.registry import attribute
 from .conversion.config import BcosConfig
 from .conversion.converted import bcosify
 from .conversion.rules import RULES, Place, keep, keep_whole
-from .dynamic import functions, lstm  # noqa: F401
+from .dynamic import activations, attention, gates, layers, lstm, norms, products, sums  # noqa: F401
+from .dynamic.account import Defect
 from .dynamic.mode import constant, declare, explanation_mode, on_linear_path
 from .errors import (
     BcosError,
     CheckpointError,
+    InexactWarning,
     InputError,
     MethodError,
     ModelStateError,
@@ -48,8 +50,10 @@ __all__ = [
     "Card",
     "Check",
     "CheckpointError",
+    "Defect",
     "Evaluation",
     "Explanation",
+    "InexactWarning",
     "InputError",
     "MethodError",
     "ModelStateError",

@@ -40,3 +40,7 @@ class PublishError(BcosError, RuntimeError):
 
 class MethodError(BcosError, ValueError):
     """An attribution method or metric that does not exist, lacks its library, or does not suit the architecture."""
+
+
+class InexactWarning(UserWarning):
+    """An explanation that is not exact, since explanation mode does not know a part of the network."""

@@ -1,17 +1,22 @@
 """Is a network's explanation exact? And if it is not, where does it break?"""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from ..dynamic.mode import explanation_mode
+from ..dynamic.account import Account, Defect
+from ..dynamic.mode import DynamicLinearMode, active
+from ..errors import InexactWarning, InputError
 from ..nn.functional import encode_image
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
-from .forward import _check_model, explain
+from ..nn.modules import first_output, frozen_copy, hooked
+from .forward import explain
+from .inputs import check_model
+from .linearised import linear_part
 
 __all__ = ["Check", "check", "random_image", "settle"]
 
@@ -29,6 +34,8 @@ class Check:
         tolerance: What both errors are held against.
         rounding: What a change of the image in its last digit does to the logits, relative to the largest. A deep
             untrained network may amplify rounding a million times; a logit shift of that size is none.
+        randomness: Largest change of a logit from one run to the next, relative to the largest logit.
+        defects: Functions that are not known to be linear, and values that depend on the image and are added.
         breaks_at: Path of the first module whose output is not W(x) · x + constants; None if exact.
     """
 
@@ -37,51 +44,80 @@ class Check:
     image_share: float
     tolerance: float
     rounding: float = 0.0
+    randomness: float = 0.0
+    defects: tuple[Defect, ...] = ()
     breaks_at: str | None = None
 
     @property
     def exact(self) -> bool:
-        """Whether the completeness error is within the tolerance, and the logit shift within it or mere rounding."""
-        return self.completeness_error <= self.tolerance and self.logit_shift <= max(self.tolerance, 10 * self.rounding)
+        """Whether nothing is left unexplained: no defect, no randomness, a completeness error within the tolerance, and
+        a logit shift within it or mere rounding."""
+        return (
+            not self.defects
+            and self.randomness == 0
+            and self.completeness_error <= self.tolerance
+            and self.logit_shift <= max(self.tolerance, 10 * self.rounding)
+        )
 
 
 def check(model: nn.Module, x: Tensor | None = None, *, tolerance: float | None = None) -> Check:
-    """Measure whether a network's explanations sum up to its logits.
+    """Measure whether a network's explanations sum up to its logits, and look for what they cannot hold.
+
+    Measured in float64, on a private copy, wherever the device has it: the faint signal of an untrained network may
+    drown in float32's rounding.
 
     Args:
         model: A B-cos network in evaluation mode. Let running statistics have a scale first (train it, or run it once
             in training mode): a network whose signal vanishes proves nothing.
         x: Images (N, C, H, W) in [0, 1]; None makes a random one of the model's input size.
-        tolerance: None is 1e-10 in float64 and 1e-4 in float32.
+        tolerance: None is 1e-10 for a network in float64, 1e-4 for one in float32 and 1e-2 for others.
 
     Returns:
         The verdict; where it is not exact, with the first module, in the order of execution, that breaks it.
+
+    Raises:
+        InputError: For what are no images.
+        ModelStateError: For a model in training mode, or one that is no B-cos network.
     """
-    stem = _check_model(model)
+    stem = check_model(model)
     if x is None:
-        size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[-2:]
-        x = random_image(stem.image_channels, size).to(stem.weight)
+        size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[-2:]
+        x = random_image(stem.image_channels, size).to(stem.weight.device)
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise InputError(f"expected a tensor of pixels in [0, 1], got {getattr(x, 'dtype', type(x).__name__)}")
     if tolerance is None:
         tolerance = TOLERANCE.get(stem.weight.dtype, 1e-2)
-    explanation = explain(model, x)
-    plain = _logits(model, x)
+    network = frozen_copy(getattr(model, "_orig_mod", model))
+    wide = stem.weight.dtype if stem.weight.device.type == "mps" else torch.float64
+    network, x = network.to(wide), x.detach().to(wide)
+    verdict = _measure(network, x, stem.image_channels, tolerance)
+    if verdict.exact:
+        return verdict
+    first = next((defect.module for defect in verdict.defects), None)
+    broken = _first_break(network, x, stem.image_channels, tolerance) if first is None else first or "(root)"
+    return replace(verdict, breaks_at=broken)
+
+
+def _measure(model: nn.Module, x: Tensor, channels: int, tolerance: float) -> Check:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InexactWarning)  # the verdict says it
+        explanation = explain(model, x)
+    plain, again = _logits(model, x), _logits(model, x)
     signal = explanation.logit - explanation.logit_bias
-    verdict = Check(
+    return Check(
         completeness_error=explanation.completeness_error.max().item(),
         logit_shift=_distance(explanation.logits, plain),
         image_share=(explanation.contributions.sum((1, 2, 3)) / signal).min().item(),
         tolerance=tolerance,
-        rounding=_distance(_logits(model, _with_other_last_digits(encode_image(x, stem.image_channels))), plain),
+        rounding=_distance(_logits(model, _with_other_last_digits(encode_image(x, channels))), plain),
+        randomness=_distance(again, plain),
+        defects=explanation.defects,
     )
-    if verdict.exact:
-        return verdict
-    return Check(**{**verdict.__dict__, "breaks_at": _first_break(model, x, stem.image_channels, tolerance)})
 
 
 @torch.no_grad()
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
-    output = model(x)
-    return output[0] if isinstance(output, tuple) else output
+    return first_output(model(x))  # type: ignore[no-any-return]
 
 
 def _distance(logits: Tensor, reference: Tensor) -> float:
@@ -128,33 +164,27 @@ def random_image(channels: int, size: Sequence[int]) -> Tensor:
 def _first_break(model: nn.Module, x: Tensor, channels: int, tolerance: float) -> str | None:
     """Every module's output must be W(x) · x + constants: test a random projection of each, in execution order."""
     outputs: list[tuple[str, Tensor]] = []
-    handles = [m.register_forward_hook(_record(outputs, name)) for name, m in model.named_modules()]
-    try:
-        with torch.enable_grad(), explanation_mode(model), forward_ad.dual_level():
-            leaf = encode_image(x.detach(), channels).clone().requires_grad_()
-            model(leaf)
-            for name, output in outputs:
-                if output.requires_grad and not _adds_up(output, leaf, tolerance):
-                    return name or "(root)"
-    finally:
-        for handle in handles:
-            handle.remove()
+    names = {module: name for name, module in model.named_modules()}
+
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        output = first_output(output)
+        if isinstance(output, Tensor) and output.requires_grad:
+            outputs.append((names[module], output))
+
+    leaf = encode_image(x.detach(), channels)[:1].clone().requires_grad_()
+    account = Account(model, 1, leaf)
+    with torch.enable_grad(), hooked(names, record), active(DynamicLinearMode(leaf, account)):
+        model(leaf)
+    for name, output in outputs:
+        if not _adds_up(output, leaf, account, tolerance):
+            return name or "(root)"
     return None
 
 
-def _record(outputs: list[tuple[str, Tensor]], name: str) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        output = output[0] if isinstance(output, tuple) else output
-        if isinstance(output, Tensor):
-            outputs.append((name, output))
-
-    return hook
-
-
-def _adds_up(output: Tensor, leaf: Tensor, tolerance: float) -> bool:
-    value, tangent = forward_ad.unpack_dual(output)
-    direction = torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
-    (weights,) = torch.autograd.grad((value * direction).sum(), leaf, retain_graph=True, materialize_grads=True)
-    total = (weights * leaf).sum() + (0 if tangent is None else (tangent * direction).sum())
-    expected = (value * direction).sum()
-    return bool((total - expected).abs() <= tolerance * expected.abs().clamp_min((value * direction).norm()))
+def _adds_up(output: Tensor, leaf: Tensor, account: Account, tolerance: float) -> bool:
+    with torch.enable_grad():
+        direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+        expected = (output * direction).sum()
+        part = linear_part(expected, leaf, account)
+    total = (part.weights * leaf).sum() + part.constant_bias.sum() + part.gate_bias.sum()
+    return bool((total - expected).abs() <= tolerance * expected.abs().clamp_min((output * direction).norm()))

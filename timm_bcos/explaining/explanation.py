@@ -1,13 +1,15 @@
 """The result of explaining: one row of W(x) for each image, and what follows from it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..dynamic.account import Defect
+from ..errors import InputError
 from .figures import Bars, Row, draw_rows, save_figure
 from .pictures import map_to_rgba, on_white, overlay, weights_to_rgba
 
@@ -26,8 +28,12 @@ class Explanation:
         target: (N,) the class or unit explained.
         weights: (N, 2C, H, W) row `target` of W(x), a picture in the input's encoding.
         inputs: (N, 2C, H, W) the encoded images.
-        bias: (N,) what additive constants (logit bias, layer biases, position embeddings, class tokens) contribute,
-            computed as gradient · constant and never as the remainder.
+        bias: (N,) what is added on the way contributes: constants (logit bias, layer biases, position embeddings,
+            class tokens), and, in a network that is not dynamic linear, values that depend on the image. Computed as
+            gradient · addend and never as the remainder.
+        constant_bias: (N,) how much of `bias` comes from true constants (parameters, buffers, literals): all of it, or
+            the explanation is not exact.
+        defects: Where the network is not dynamic linear, so that the explanation is not exact; empty if it is.
         logit_bias: The classifier's fixed logit bias, which `bias` contains; 0 for inner neurons.
         layer: The explained neuron's layer, None for a logit.
         probability_kind: 'sigmoid' or 'softmax', as the network's config says.
@@ -39,6 +45,8 @@ class Explanation:
     weights: Tensor
     inputs: Tensor
     bias: Tensor
+    constant_bias: Tensor
+    defects: tuple[Defect, ...] = ()
     logit_bias: float = 0.0
     layer: str | None = None
     position: Tensor | None = None
@@ -90,22 +98,32 @@ class Explanation:
         if not -len(self) <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         one = slice(index % len(self), index % len(self) + 1)
-        position = None if self.position is None else self.position[one]
-        return Explanation(
-            self.logits[one], self.target[one], self.weights[one], self.inputs[one], self.bias[one], self.logit_bias,
-            self.layer, position, self.probability_kind,
-        )  # fmt: skip
+        own: dict[str, Any] = {name: value[one] for name, value in self._tensors().items()}
+        return replace(self, **own)
 
     @classmethod
     def stack(cls, explanations: Sequence["Explanation"]) -> "Explanation":
-        """One batch of the explanations of several, for instance of different targets of one image."""
-        first = explanations[0]
-        tensors = {
-            name: torch.cat([getattr(e, name) for e in explanations])
-            for name in ("logits", "target", "weights", "inputs", "bias", "position")
-            if getattr(first, name) is not None
+        """One batch of the explanations of several, for instance of different targets of one image.
+
+        Raises:
+            InputError: For none at all, or for explanations of different layers or kinds of output.
+        """
+        if not explanations:
+            raise InputError("no explanations to stack")
+        kinds = {(e.layer, e.probability_kind, e.logit_bias, e.logits.shape[1:]) for e in explanations}
+        if len(kinds) > 1:
+            raise InputError(
+                f"cannot stack explanations of different outputs: {', '.join(map(str, sorted(kinds, key=str)))}"
+            )
+        stacked: dict[str, Any] = {
+            name: torch.cat([getattr(e, name) for e in explanations]) for name in explanations[0]._tensors()
         }
-        return cls(**tensors, logit_bias=first.logit_bias, layer=first.layer, probability_kind=first.probability_kind)
+        defects = tuple(dict.fromkeys(defect for e in explanations for defect in e.defects))
+        return replace(explanations[0], **stacked, defects=defects)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def to_rgba(self, smooth: int = 15, percentile: float = 99.5) -> Tensor:
         """(N, H, W, 4) pictures in [0, 1]: each pixel in the colour that its weights look for, opaque where they are

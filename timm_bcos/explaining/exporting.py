@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..conversion.converted import frozen
 from ..dynamic.mode import explanation_mode
 from ..errors import InputError, ModelStateError
 from ..nn.functional import encode_image
+from ..nn.modules import first_output, frozen_copy
 
 __all__ = ["export_explainer"]
 
@@ -50,8 +50,7 @@ def export_explainer(model: nn.Module, x: Tensor) -> ExportedProgram:
         raise InputError(f"example images of shape {tuple(x.shape)}: give (N, C, H, W) with N of at least 2")
     target = torch.full((len(x),), -1, device=x.device)
     batch = Dim("batch", min=1)
-    with frozen(model):
-        traced = make_fx(_explained(model), tracing_mode="symbolic", _allow_non_fake_inputs=True)(x, target)
+    traced = make_fx(_explained(frozen_copy(model)), tracing_mode="symbolic", _allow_non_fake_inputs=True)(x, target)
     return torch.export.export(traced, (x, target), dynamic_shapes=({0: batch}, {0: batch}))
 
 
@@ -61,8 +60,7 @@ def _explained(model: Any) -> Callable[[Tensor, Tensor], Explained]:
     def forward(x: Tensor, target: Tensor) -> Explained:
         encoded = encode_image(x, channels).detach().requires_grad_()
         with torch.enable_grad(), explanation_mode(model):
-            output = model(encoded)
-            logits = output[0] if isinstance(output, tuple) else output
+            logits = first_output(model(encoded))
             chosen = torch.where(target < 0, logits.argmax(1), target)
             logit = logits.gather(1, chosen[:, None])
             (weights,) = torch.autograd.grad(logit.sum(), encoded)

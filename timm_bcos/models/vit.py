@@ -13,6 +13,8 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from ..dynamic.table import SHAPED
+
 __all__ = ["SimpleVisionTransformer", "conv_stem_embed", "flatten_patches", "sincos_positions"]
 
 
@@ -39,6 +41,9 @@ def sincos_positions(x: Tensor, height: int, width: int, temperature: float = 10
     row = torch.arange(height, device=x.device, dtype=torch.float32)[:, None, None] * frequency
     column, row = column.expand(height, -1, -1), row.expand(-1, width, -1)
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=-1).flatten(0, 1).to(x.dtype)
+
+
+SHAPED.add(sincos_positions)
 
 
 class SimpleVisionTransformer(VisionTransformer):

@@ -7,40 +7,67 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-__all__ = ["clone", "first_output", "frozen_copy", "hooked"]
+__all__ = ["clone", "first_output", "frozen_copy", "hooked", "isolate"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Hook = Callable[[nn.Module, tuple[Any, ...], Any], None]
 
 
 def clone(module: ModuleT, **members: Any) -> ModuleT:
-    """A module that shares parameters, buffers and children with another one, but for those named.
+    """A module that shares parameters, buffers, children and hooks with another one, but for those named.
 
     Args:
         module: Not changed, whatever is done to the clone's members.
         members: Parameters (None for none), buffers or children that the clone has instead.
     """
     new = copy.copy(module)
-    for kind in ("_parameters", "_buffers", "_modules"):
-        new.__dict__[kind] = dict(module.__dict__[kind])
+    for name, value in module.__dict__.items():
+        if name in ("_parameters", "_buffers", "_modules") or name.endswith(("_hooks", "_hooks_with_kwargs")):
+            new.__dict__[name] = copy.copy(value)
+    new.__dict__.pop("_compiled_call_impl", None)  # a program of the other one
     for name, value in members.items():
         setattr(new, name, value)
     return new
 
 
+def isolate(model: ModuleT, names: Iterable[str]) -> ModuleT:
+    """A network with clones of the named modules and of all on the way to them; everything else is shared.
+
+    What is done to the clones (hooks, children) no other user of the network can see.
+
+    Args:
+        model: Not changed.
+        names: Paths, as in `model.named_modules()`.
+    """
+    clones: dict[str, nn.Module] = {"": clone(model)}
+    for name in names:
+        path = ""
+        for part in name.split("."):
+            parent, path = clones[path], f"{path}.{part}" if path else part
+            if path not in clones:
+                clones[path] = clone(parent.get_submodule(part))
+                parent._modules[part] = clones[path]
+    return clones[""]  # type: ignore[return-value]
+
+
 def frozen_copy(model: ModuleT) -> ModuleT:
     """A private copy of a network: modules of its own, the same numbers in memory, no parameter that learns.
 
+    It recomputes nothing in the backward pass, if the network did (gradient checkpointing).
     What is done to the copy (hooks, modes, replaced modules) no other user of the network can see.
     """
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     memo |= {id(buffer): buffer.detach() for buffer in model.buffers()}
-    return copy.deepcopy(model, memo)
+    new = copy.deepcopy(model, memo)
+    for module in new.modules():
+        if getattr(module, "grad_checkpointing", False) is True:
+            module.grad_checkpointing = False  # type: ignore[assignment]
+    return new
 
 
 def first_output(output: Any) -> Any:
-    """What a network returns without what only training needs: the first of several outputs."""
-    return output[0] if isinstance(output, tuple | list) and output else output
+    """What a network returns, without what only training needs: the first of a tuple."""
+    return output[0] if isinstance(output, tuple) and output else output
 
 
 @contextmanager

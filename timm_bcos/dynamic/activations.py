@@ -1,0 +1,102 @@
+"""Activations: a(x) = a(0) + x · slope, the slope being a constant of the linear map."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..nn import functional
+from .table import Function, Mode, detached, handles, named, on_linear_path
+
+__all__ = ["activate"]
+
+ZERO_AT_ZERO = """
+    gelu silu silu_ mish mish_ hardswish hardswish_ elu elu_ celu celu_ selu selu_ relu6 softsign tanh tanh_ tanhshrink
+    softshrink hardshrink
+"""
+OTHERS = (
+    "softplus hardtanh hardtanh_ clamp clamp_ clip clip_ clamp_min clamp_min_ clamp_max clamp_max_ threshold threshold_"
+)
+
+
+@handles(*named(ZERO_AT_ZERO), *named(OTHERS))
+def activate(mode: Mode, func: Function, /, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A torch function of one tensor, elementwise."""
+    if not on_linear_path(input):
+        return func(input, *args, **kwargs)
+    args, kwargs = tuple(map(detached, args)), {name: detached(value) for name, value in kwargs.items()}
+    is_in_place = kwargs.pop("inplace", False) or func.__name__.endswith("_")
+    func = OUT_OF_PLACE.get(func, func)
+    point = input.detach()
+    point = torch.where(point == 0, torch.finfo(point.dtype).eps, point)  # any slope serves at 0; take the tangent's
+    value = func(point.clone(), *args, **kwargs)
+    if _is_zero_at_zero(func, args, kwargs):
+        result = input * (value / point)
+    else:
+        at_zero = func(torch.zeros_like(point), *args, **kwargs)
+        result = mode.add(input * ((value - at_zero) / point) + at_zero, at_zero, func)
+    return input.copy_(result) if is_in_place else result
+
+
+IN_PLACE = "silu mish hardswish elu celu selu tanh hardtanh clamp clip clamp_min clamp_max threshold"
+OUT_OF_PLACE = {
+    getattr(space, f"{name}_"): getattr(space, name)
+    for name in IN_PLACE.split()
+    for space in (torch, torch.Tensor, F)
+    if hasattr(space, f"{name}_") and hasattr(space, name)
+}
+NEVER_ZERO_AT_ZERO = {*named("softplus threshold")}
+BOUNDED = {*named("clamp clip clamp_min clamp_max hardtanh")}
+
+
+def _is_zero_at_zero(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Told from the arguments alone: a look at values would end `torch.export`'s trace."""
+    if func not in BOUNDED:
+        return func not in NEVER_ZERO_AT_ZERO
+    if func in {*named("clamp_min")}:
+        args = (*args, None)
+    elif func in {*named("clamp_max")}:
+        args = (None, *args)
+    low, high = (
+        args[i] if len(args) > i else kwargs.get(name, kwargs.get(f"{name}_val"))
+        for i, name in enumerate(("min", "max"))
+    )
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        return False
+    return (low is None or low <= 0) and (high is None or high >= 0)
+
+
+@handles(*named("pow __pow__ square float_power"))
+def _power(mode: Mode, func: Function, /, input: Any, exponent: Any = 2) -> Any:
+    """xᵖ = x · xᵖ⁻¹ for a fixed p of at least 1; all other powers are statistics."""
+    if not on_linear_path(input) or isinstance(exponent, Tensor) or exponent < 1:
+        return torch.pow(detached(input), detached(exponent))
+    return input * input.detach().pow(exponent - 1)
+
+
+@handles(*named("glu"))
+def _glu(mode: Mode, func: Function, /, input: Tensor, dim: int = -1) -> Tensor:
+    half, gate = input.chunk(2, dim)
+    return half * gate.detach().sigmoid()
+
+
+@handles(functional.max_out)
+def _max_out(mode: Mode, func: Function, /, x: Tensor, units: int, dim: int) -> Tensor:
+    return x.unflatten(dim, (-1, units)).max(dim + 1 if dim >= 0 else dim).values
+
+
+@handles(functional.scale_by_cosine)
+def _scale_by_cosine(mode: Mode, func: Function, /, linear: Tensor, norm: Tensor, b: float, gamma: float) -> Tensor:
+    return linear * functional.cosine_factor(detached(linear), detached(norm), b, gamma).to(linear.dtype)
+
+
+@handles(functional.unit_weight, functional.row_norm)
+def _of_weights(mode: Mode, func: Function, /, weight: Tensor, *args: Any) -> Tensor:
+    """Weights that depend on the image: their norms are statistics."""
+    norm = functional.row_norm(weight.detach())
+    if func is functional.row_norm:
+        return norm
+    power = args[0] if args else 1.0
+    scale = (norm + (norm == 0).to(norm.dtype)).pow(-power)
+    return weight * scale.reshape([-1] + [1] * (weight.ndim - 1))

@@ -1,0 +1,59 @@
+"""Gates and statistics: what they return depends on the image, but only scales the linear path."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..nn import functional
+from .table import Function, Mode, detached, handles, named
+
+__all__: list[str] = []
+
+GATES = """
+    sigmoid hardsigmoid softmax softmin gumbel_softmax log_softmax logsigmoid logit logsumexp special_logit
+    var std var_mean std_mean norm vector_norm matrix_norm renorm cov corrcoef pairwise_distance pdist cdist dist
+    sqrt rsqrt exp exp2 expm1 log log1p log2 log10 erf erfc erfinv expit sin cos tan asin acos atan atan2 sinh cosh
+    asinh acosh arctan arctan2 sinc i0 lgamma digamma gamma reciprocal __rtruediv__ __rdiv__ __rpow__ angle
+    sign sgn signum heaviside floor ceil round trunc fix argmax argmin argsort argwhere nonzero one_hot bucketize
+    searchsorted histc bincount unique count_nonzero isnan isinf isfinite eq ne lt le gt ge greater less equal allclose
+    all any long int bool short char byte multinomial bernoulli detach data embedding det slogdet logdet
+"""
+IN_PLACE = """
+    sigmoid_ hardsigmoid_ sqrt_ rsqrt_ exp_ log_ sin_ cos_ reciprocal_ sign_ floor_ ceil_ round_ softmax_ log1p_ erf_
+    expm1_ trunc_ frac_ bernoulli_
+"""
+
+
+@handles(functional.patch_norm, functional.feature_norm, *named(GATES))
+def _gate(mode: Mode, func: Function, /, *args: Any, **kwargs: Any) -> Any:
+    return func(*map(detached, args), **{name: detached(value) for name, value in kwargs.items()})
+
+
+@handles(*named(IN_PLACE))
+def _gate_in_place(mode: Mode, func: Function, /, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    value = func(input.detach().clone(), *args, **kwargs)
+    input.detach_()  # it leaves the path
+    input.data = value  # other memory, since the layer before may need its output
+    return input
+
+
+@handles(torch.nn.functional.normalize)
+def _normalize(
+    mode: Mode, func: Function, /, input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None
+) -> Tensor:
+    return input / input.detach().norm(p, dim, keepdim=True).clamp_min(eps)
+
+
+@handles(torch.nn.functional.cosine_similarity)
+def _cosine_similarity(
+    mode: Mode, func: Function, /, x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8
+) -> Tensor:
+    """A product of two normalised vectors; see `products`."""
+    from_first, from_second = (
+        (a / a.detach().norm(2, dim, keepdim=True).clamp_min(eps) * (b / b.norm(2, dim, keepdim=True).clamp_min(eps)))
+        for a, b in ((x1, x2.detach()), (x2, x1.detach()))
+    )
+    both = x1.requires_grad and x2.requires_grad
+    total = (from_first + from_second) / 2 if both else from_first if x1.requires_grad else from_second
+    return total.sum(dim)

@@ -1,0 +1,113 @@
+"""Norms: statistics are constants; subtracting the mean of x's own features is linear."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..nn import functional
+from .products import share
+from .table import Function, Mode, handles, named, on_linear_path
+
+__all__: list[str] = []
+
+
+@handles(*named("batch_norm"))
+def _batch_norm(
+    mode: Mode,
+    func: Function,
+    /,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """With running statistics an affine map; with those of the batch, a norm over the features of x itself."""
+    if not on_linear_path(input) or func is not F.batch_norm:
+        return func(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    shape = (1, -1) + (1,) * (input.ndim - 2)
+    if training or running_mean is None or running_var is None:
+        dims = [0, *range(2, input.ndim)]
+        return _affine(mode, func, _normed(input, dims, eps), weight, bias, shape)
+    sources = [s for s in (running_mean, running_var, weight, bias) if s is not None]
+    scale = (running_var + eps).rsqrt() if weight is None else weight * (running_var + eps).rsqrt()
+    shift = -running_mean * scale if bias is None else bias - running_mean * scale
+    y = func(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    return mode.add(y, shift.reshape(shape).to(y.dtype), func, *sources)
+
+
+def _normed(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
+    dims = tuple(dims)
+    variance = x.detach().var(dims, correction=0, keepdim=True)
+    return (x - x.mean(dims, keepdim=True)) * (variance + eps).rsqrt()
+
+
+def _affine(
+    mode: Mode, func: Function, /, y: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int] = ()
+) -> Tensor:
+    if weight is not None:
+        y = share(torch.mul, [y, weight.reshape(shape) if shape else weight])
+    if bias is None:
+        return y
+    addend = bias.reshape(shape) if shape else bias
+    return mode.add(y + addend, addend, func, bias)
+
+
+@handles(*named("layer_norm"))
+def _layer_norm(
+    mode: Mode, func: Function, /, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
+    bias: Tensor | None = None, eps: float = 1e-5, cudnn_enable: bool = True,
+) -> Tensor:  # fmt: skip
+    return _affine(mode, func, _normed(input, range(-len(normalized_shape), 0), eps), weight, bias)
+
+
+@handles(*named("group_norm"))
+def _group_norm(
+    mode: Mode, func: Function, /, input: Tensor, num_groups: int, weight: Tensor | None = None,
+    bias: Tensor | None = None, eps: float = 1e-5, cudnn_enabled: bool = True,
+) -> Tensor:  # fmt: skip
+    grouped = input.unflatten(1, (num_groups, -1)).flatten(2)
+    normed = _normed(grouped, [-1], eps).reshape(input.shape)
+    return _affine(mode, func, normed, weight, bias, (-1,) + (1,) * (input.ndim - 2))
+
+
+@handles(F.instance_norm)
+def _instance_norm(
+    mode: Mode, func: Function, /, input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None,
+    weight: Tensor | None = None, bias: Tensor | None = None, use_input_stats: bool = True, momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    if not use_input_stats:
+        return _batch_norm(mode, F.batch_norm, input, running_mean, running_var, weight, bias, False, momentum, eps)
+    normed = _normed(input, range(2, input.ndim), eps)
+    return _affine(mode, func, normed, weight, bias, (1, -1) + (1,) * (input.ndim - 2))
+
+
+@handles(*named("rms_norm"))
+def _rms_norm(
+    mode: Mode, func: Function, /, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:  # fmt: skip
+    dims = tuple(range(-len(normalized_shape), 0))
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    return _affine(mode, func, input * (input.detach().square().mean(dims, keepdim=True) + eps).rsqrt(), weight, None)
+
+
+@handles(*named("local_response_norm"))
+def _local_response_norm(
+    mode: Mode, func: Function, /, input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+) -> Tensor:
+    """y = x / divisor(x)^β."""
+    ones = torch.where(input == 0, torch.finfo(input.dtype).eps, input).detach()
+    return input * (func(ones, size, alpha, beta, k) / ones)
+
+
+@handles(functional.divide_by_deviation)
+def _divide_by_deviation(mode: Mode, func: Function, /, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    var = x.detach().var((0, *range(2, x.ndim)), correction=0)
+    return x * (weight * (var + eps).rsqrt()).reshape(1, -1, 1, 1).to(x.dtype), var

@@ -1,0 +1,101 @@
+"""Products: with one factor on the linear path there is nothing to decide, several share the product equally."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .sums import add
+from .table import Function, Mode, detached, handles, named, on_linear_path
+
+__all__ = ["share"]
+
+PRODUCTS = """
+    mul __mul__ __rmul__ multiply matmul __matmul__ __rmatmul__ mm bmm mv dot vdot inner outer ger kron tensordot
+    chain_matmul multi_dot vecdot bilinear
+"""
+IN_PLACE = {
+    **dict.fromkeys(named("mul_ __imul__ multiply_"), torch.mul),
+    **dict.fromkeys(named("__imatmul__"), torch.matmul),
+}
+
+
+def share(func: Function, operands: list[Any], **kwargs: Any) -> Any:
+    """A multilinear function of its operands: factors on the linear path take equal parts of the result."""
+    on_path = [i for i, x in enumerate(operands) if on_linear_path(x)]
+    if len(on_path) < 2:
+        return func(*operands, **kwargs)
+    parts = [func(*(x if i == own else detached(x) for i, x in enumerate(operands)), **kwargs) for own in on_path]
+    return sum(parts[1:], parts[0]) / len(parts)
+
+
+@handles(*named(PRODUCTS))
+def _product(mode: Mode, func: Function, /, *args: Any, **kwargs: Any) -> Any:
+    operands = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+    rest = {name: value for name, value in kwargs.items() if name not in operands}
+    if len(args) == 1 and isinstance(args[0], list | tuple):  # multi_dot
+        return share(lambda *factors: func(list(factors)), list(args[0]), **rest)
+    return share(func, [*args, *operands.values()], **rest)
+
+
+@handles(*IN_PLACE)
+def _product_in_place(mode: Mode, func: Function, /, input: Tensor, other: Any) -> Tensor:
+    if not (on_linear_path(input) and on_linear_path(other)):
+        return func(input, other)  # type: ignore[no-any-return]
+    return input.copy_(share(IN_PLACE[func], [input.clone(), other]))
+
+
+@handles(*named("einsum"))
+def _einsum(mode: Mode, func: Function, /, equation: str, *operands: Any) -> Tensor:
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = tuple(operands[0])
+    return share(lambda *factors: func(equation, *factors), list(operands))  # type: ignore[no-any-return]
+
+
+@handles(*named("addcmul addmm addbmm baddbmm addmv addr"))
+def _sum_and_product(
+    mode: Mode, func: Function, /, input: Tensor, a: Any = None, b: Any = None, *, value: float = 1,
+    beta: float = 1, alpha: float = 1, **factors: Any,
+) -> Tensor:  # fmt: skip
+    operands = [x for x in (a, b, *factors.values()) if x is not None]
+    product = share(_product_of(func), operands) * (value * alpha)
+    if beta != 1:
+        input = input * beta
+    return add(mode, torch.add, input, product)  # type: ignore[no-any-return]
+
+
+def _product_of(func: Function) -> Callable[..., Tensor]:
+    if func.__name__ == "addcmul":
+        return torch.mul
+    if func.__name__ == "addr":
+        return torch.outer
+    if func.__name__ == "addbmm":
+        return lambda a, b: torch.bmm(a, b).sum(0)
+    return torch.matmul
+
+
+@handles(*named("div __truediv__ true_divide divide"))
+def _quotient(mode: Mode, func: Function, /, input: Any, other: Any, **kwargs: Any) -> Any:
+    if not on_linear_path(input) or kwargs.get("rounding_mode"):
+        return func(detached(input), detached(other), **kwargs)
+    return func(input, detached(other), **kwargs)
+
+
+@handles(*named("div_ __itruediv__ divide_ true_divide_"))
+def _quotient_in_place(mode: Mode, func: Function, /, input: Tensor, other: Any, **kwargs: Any) -> Tensor:
+    return func(input, detached(other), **kwargs)  # type: ignore[no-any-return]
+
+
+@handles(*named("addcdiv"))
+def _sum_and_quotient(
+    mode: Mode, func: Function, /, input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1
+) -> Tensor:
+    quotient = _quotient(mode, torch.div, tensor1, tensor2) * value
+    return add(mode, torch.add, input, quotient)  # type: ignore[no-any-return]
+
+
+@handles(*named("grid_sample affine_grid"))
+def _grid_sample(mode: Mode, func: Function, /, input: Tensor, grid: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Where to sample is a constant of the linear map."""
+    return func(input, detached(grid), *args, **kwargs)  # type: ignore[no-any-return]

@@ -1,0 +1,68 @@
+"""What explaining asks of a model and of images, checked before anything runs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, ModelStateError
+from ..nn.functional import encode_image
+from ..nn.stems import BcosStem, ImageReader
+
+__all__ = ["check_images", "check_model"]
+
+
+def check_model(model: nn.Module) -> BcosStem | ImageReader:
+    """What reads the images in a B-cos network.
+
+    Raises:
+        ModelStateError: For another network, or one in training mode.
+    """
+    stems = [m for m in model.modules() if isinstance(m, BcosStem | ImageReader)]
+    if not stems:
+        raise ModelStateError(
+            f"{type(model).__name__} is no B-cos network: create one with timm.create_model('bcos_...'), "
+            f"or convert it with timm_bcos.bcosify(model)"
+        )
+    training = [name or "the model" for name, m in model.named_modules() if m.training]
+    if training:
+        raise ModelStateError(f"{training[0]} is in training mode: call model.eval() first")
+    return stems[0]
+
+
+def check_images(x: Any, stem: BcosStem | ImageReader) -> None:
+    """Refuse what are no images in [0, 1], on the model's device.
+
+    Raises:
+        InputError: Saying what they are, and what to do.
+    """
+    channels = stem.image_channels
+    if not isinstance(x, Tensor):
+        raise InputError(f"expected a tensor of images, got {type(x).__name__}: apply the model's transform first")
+    if torch.is_inference_mode_enabled() or x.is_inference():
+        raise InputError(
+            "explanations need autograd, which torch.inference_mode() rules out: use torch.no_grad() instead, and "
+            "clone() tensors that were made in it"
+        )
+    if x.ndim != 4 or x.shape[1] not in (channels, 2 * channels):
+        encode_image(x, channels)  # raises, naming the shape
+    if 0 in x.shape:
+        raise InputError(f"images of shape {tuple(x.shape)} are empty")
+    if x.device != stem.weight.device:
+        raise InputError(f"images are on {x.device}, the model is on {stem.weight.device}: move one of them")
+    if not x.is_floating_point():
+        raise InputError(f"expected floating-point pixels in [0, 1], got {x.dtype}: divide by 255 first")
+    _check_range(x)
+
+
+def _check_range(x: Tensor) -> None:
+    if not bool(x.isfinite().all()):
+        raise InputError("images contain NaN or infinite pixels")
+    low, high = x.detach().min().item(), x.detach().max().item()
+    if low < -1e-4 or high > 1 + 1e-4:
+        hint = (
+            "divide by 255"
+            if low >= 0 and high > 16
+            else "it looks mean/std-normalised: leave that out (mean 0, std 1)"
+        )
+        raise InputError(f"pixels must lie in [0, 1], got [{low:.3g}, {high:.3g}]; {hint}")
