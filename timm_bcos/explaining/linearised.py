@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..dynamic.account import Account, Defect
 from ..dynamic.mode import DynamicLinearMode, active
 from ..errors import TargetError
+from ..nn.channels import channel_axis
 from ..nn.functional import encode_image
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
 from ..nn.modules import first_output, isolate
@@ -41,13 +42,13 @@ class Linearised:
     """
 
     def __init__(self, model: nn.Module, x: Tensor, layer: str | None) -> None:
-        self.model, self.layer = model, layer
+        self.model, self.layer = getattr(model, "_orig_mod", model), layer  # of `torch.compile`
         stem = check_model(model)
         with torch.no_grad():
             self.inputs = encode_image(x.detach(), stem.image_channels).to(stem.weight.dtype, copy=True)
         self.leaf = self.inputs.clone().requires_grad_()
         outputs: list[Any] = []
-        network = _network_to_run(model, layer, outputs)
+        network = _network_to_run(self.model, layer, outputs)
         self.account = Account(network, len(x), self.leaf)
         self.mode = DynamicLinearMode(self.leaf, self.account)
         with torch.enable_grad(), active(self.mode):
@@ -125,11 +126,9 @@ class Linearised:
         """(N, K, P) and the grid of the P positions."""
         if x.ndim == 2:
             return x[:, :, None], (1, 1)
-        if x.ndim == 3:  # tokens (N, P, K)
-            return x.transpose(1, 2), (1, x.shape[1])
-        if getattr(self.model, "output_fmt", "NCHW") == "NHWC":
-            x = x.permute(0, 3, 1, 2)
-        return x.flatten(2), (x.shape[2], x.shape[3])
+        axis = 1 if self.layer is None else channel_axis(self.model.get_submodule(self.layer), x, self.model)
+        x = x.movedim(axis, 1)
+        return x.flatten(2), (1, x.shape[2]) if x.ndim == 3 else (x.shape[2], x.shape[3])
 
     def _check_units(self, units: Tensor, count: int) -> Tensor:
         what = "classes" if self.layer is None else f"units in layer {self.layer!r}"
@@ -180,7 +179,6 @@ def _network_to_run(model: nn.Module, layer: str | None, outputs: list[Any]) -> 
 
     A compiled program holds no explanation mode, and the backward pass would run checkpointed parts without it.
     """
-    model = getattr(model, "_orig_mod", model)  # of `torch.compile`
     if layer is not None:
         _check_layer(model, layer)
     changed = [name for name, m in model.named_modules() if _is_compiled(m) or _is_checkpointing(m)]
