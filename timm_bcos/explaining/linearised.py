@@ -186,7 +186,7 @@ def _network_to_run(model: nn.Module, layer: str | None, outputs: list[Any]) -> 
         return model
     network = isolate(model, [name for name in (*changed, layer) if name])
     for name in changed:
-        network.get_submodule(name).grad_checkpointing = False
+        network.get_submodule(name).grad_checkpointing = False  # type: ignore[assignment]
     if layer is not None:
         network.get_submodule(layer).register_forward_hook(lambda module, args, output: outputs.append(output))
     return network
