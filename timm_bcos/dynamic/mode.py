@@ -205,6 +205,16 @@ def active(mode: DynamicLinearMode) -> Iterator[DynamicLinearMode]:
 
 
 @contextmanager
+def paused() -> Iterator[None]:
+    """Let no mode act: what follows is no part of a network that is being explained."""
+    token = _ACTIVE.set(None)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+@contextmanager
 def explanation_mode(model: nn.Module) -> Iterator[nn.Module]:
     """Context manager in which gradients of `model` are rows of its linear map W(x).
 

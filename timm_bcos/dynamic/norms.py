@@ -13,7 +13,7 @@ from .table import Function, Mode, handles, named, on_linear_path
 __all__: list[str] = []
 
 
-@handles(*named("batch_norm"))
+@handles(F.batch_norm)
 def _batch_norm(
     mode: Mode,
     func: Function,
@@ -28,7 +28,7 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """With running statistics an affine map; with those of the batch, a norm over the features of x itself."""
-    if not on_linear_path(input) or func is not F.batch_norm:
+    if not on_linear_path(input):
         return func(input, running_mean, running_var, weight, bias, training, momentum, eps)
     shape = (1, -1) + (1,) * (input.ndim - 2)
     if training or running_mean is None or running_var is None:
@@ -37,8 +37,9 @@ def _batch_norm(
     sources = [s for s in (running_mean, running_var, weight, bias) if s is not None]
     scale = (running_var + eps).rsqrt() if weight is None else weight * (running_var + eps).rsqrt()
     shift = -running_mean * scale if bias is None else bias - running_mean * scale
-    y = func(input, running_mean, running_var, weight, bias, False, momentum, eps)
-    return mode.add(y, shift.reshape(shape).to(y.dtype), func, *sources)
+    scale, shift = scale.reshape(shape).to(input.dtype), shift.reshape(shape).to(input.dtype)
+    # not torch's own, whose gradient is wrong for one image whose gradient has an odd stride (torch 2.14 on CPUs)
+    return mode.add(share(torch.mul, [input, scale]) + shift, shift, func, *sources)
 
 
 def _normed(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:

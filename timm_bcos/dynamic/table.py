@@ -119,8 +119,8 @@ def pass_on(functions: Iterable[Function]) -> None:
         TABLE.setdefault(function, _as_it_is)
 
 
-# What reads a tensor's form, not its values.
-METADATA = frozenset(
+# What reads a tensor's form, not its values; and derivatives, which are taken of a network, not in it.
+METADATA = frozenset([torch.autograd.grad, torch.autograd.backward, Tensor.backward]) | frozenset(
     named(
         "shape ndim dtype device layout requires_grad grad_fn is_leaf is_cuda is_cpu is_meta is_sparse is_quantized "
         "is_mps is_xpu names itemsize nbytes size dim stride numel nelement element_size storage_offset data_ptr "

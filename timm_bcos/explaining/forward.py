@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dynamic.account import AmbiguousBatch
+from ..dynamic.mode import paused
 from ..errors import InexactWarning, TargetError
 from .explanation import Explanation
 from .inputs import check_images, check_model
@@ -90,14 +91,15 @@ Ask = Callable[[Linearised, slice], list[Explanation]]
 
 def _explain_all(model: nn.Module, x: Tensor, layer: str | None, ask: Ask) -> list[Explanation]:
     """The whole batch at once, or image by image where a tensor's layout does not tell what is of which image."""
-    try:
-        found = ask(Linearised(model, x, layer), slice(None))
-        is_mixed = any(map(_is_mixed, found))
-    except AmbiguousBatch:
-        is_mixed = True
-    if is_mixed and len(x) > 1:
-        singles = [ask(Linearised(model, x[i : i + 1], layer), slice(i, i + 1)) for i in range(len(x))]
-        found = [Explanation.stack(column) for column in zip(*singles, strict=True)]
+    with paused():
+        try:
+            found = ask(Linearised(model, x, layer), slice(None))
+            is_mixed = any(map(_is_mixed, found))
+        except AmbiguousBatch:
+            is_mixed = True
+        if is_mixed and len(x) > 1:
+            singles = [ask(Linearised(model, x[i : i + 1], layer), slice(i, i + 1)) for i in range(len(x))]
+            found = [Explanation.stack(column) for column in zip(*singles, strict=True)]
     for defect in dict.fromkeys(defect for explanation in found for defect in explanation.defects):
         warnings.warn(f"the explanation is not exact: {defect}", InexactWarning, stacklevel=4)
     return found
