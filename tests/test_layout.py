@@ -1,0 +1,83 @@
+"""The house: imports run one way, and no module hides behind a public name."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import timm_bcos
+
+PACKAGE = Path(timm_bcos.__file__).parent
+MODULES = {path: path.relative_to(PACKAGE.parent).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")}
+# from the cellar to the roof: a room imports from those before it
+ROOMS = (
+    "errors", "files", "nn", "dynamic", "explaining", "conversion", "weights", "models", "data", "attribution",
+    "judging", "hub", "cli",
+)  # fmt: skip
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Names of the package's own modules that a file imports, wherever in it, but for annotations alone."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = path.parents[node.level - 1].relative_to(PACKAGE.parent).as_posix()
+            module = f"{base}/{(node.module or '').replace('.', '/')}".rstrip("/")
+            for alias in node.names:
+                deeper = f"{module}/{alias.name}"
+                yield deeper if deeper in MODULES.values() else module
+
+
+GRAPH = {name: set(imports(path)) for path, name in MODULES.items()}
+
+
+def room(module: str) -> str:
+    parts = module.split("/")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def test_imports_run_one_way() -> None:
+    for module, needed in GRAPH.items():
+        if room(module) in ROOMS:
+            later = {m for m in needed if room(m) in ROOMS and ROOMS.index(room(m)) > ROOMS.index(room(module))}
+            assert not later, f"{module} imports {later}"
+    assert {room(m) for m in GRAPH} <= {*ROOMS, "__init__", "__main__"}
+
+
+def test_no_imports_in_circles() -> None:
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, f"circle: {' -> '.join((*way, module))}"
+        if module not in done:
+            for needed in GRAPH.get(module, ()):
+                visit(needed, (*way, module))
+            done.add(module)
+
+    for module in GRAPH:
+        if not module.endswith("__init__"):
+            visit(module, ())
+
+
+def test_no_module_is_called_like_a_public_name() -> None:
+    modules = {Path(name).name for name in MODULES.values()} | {p.name for p in PACKAGE.iterdir() if p.is_dir()}
+    assert not modules & set(timm_bcos.__all__)
+
+
+def test_registered_modules_are_unique_in_timm() -> None:
+    from timm.models._registry import _module_to_models
+
+    own = {name for name, models in _module_to_models.items() if any(m.startswith("bcos") for m in models)}
+    assert own == {"bcos_models"}
+
+
+@pytest.mark.parametrize("path", sorted(MODULES), ids=lambda path: MODULES[path])
+def test_files_are_short_and_say_what_they_are(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    assert ast.get_docstring(ast.parse(text))
+    assert "unittest" not in text
