@@ -14,7 +14,7 @@ from timm_bcos import MethodError
 from timm_bcos.attribution.registry import METHODS, register
 from timm_bcos.judging.metrics import METRICS, evaluate
 
-pytest.importorskip("quantus")
+pytest.importorskip("captum")
 script = load_script("metrics")
 
 

@@ -9,12 +9,41 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from zennit.attribution import Gradient
 from zennit.canonizers import MergeBatchNorm
+from zennit.composites import EpsilonPlusFlat
 from zennit.core import stabilize
+from zennit.rules import Pass
 
-__all__ = ["MergeBatchNorms", "RelevanceOfFunctions"]
+from ..nn.modules import hooked
+
+__all__ = ["MergeBatchNorms", "RelevanceOfFunctions", "relevance"]
+
+
+def relevance(model: nn.Module, x: Tensor, targets: Tensor, activations: tuple[type[nn.Module], ...]) -> Tensor:
+    """Relevance of inputs for their targets' logits: z⁺ in convolutions, ε in linear layers, flat in the first one.
+
+    Args:
+        model: Whose modules are hooked and merged, and left as they were.
+        x: (N, C, H, W), as the model takes it.
+        targets: (N,) classes.
+        activations: Types of modules that pass relevance on.
+
+    Returns:
+        (N, C, H, W).
+    """
+
+    def wanted(logits: Tensor) -> Tensor:
+        return F.one_hot(targets, logits.shape[1]).to(logits) * logits
+
+    composite = EpsilonPlusFlat(layer_map=[(activations, Pass())], canonizers=[MergeBatchNorms(x[:1])])
+    propagate = Gradient(model, composite, attr_output=wanted)
+    with propagate, RelevanceOfFunctions():
+        _, found = propagate(x)
+    return found  # type: ignore[no-any-return]
 
 
 class _InProportion(torch.autograd.Function):
@@ -104,10 +133,6 @@ class MergeBatchNorms(MergeBatchNorm):  # type: ignore[misc]
                 pairs.extend((maker, module) for made, maker in makers if made is args[0])
 
         kinds = (*self.linear_type, *self.batch_norm_type)
-        handles = [m.register_forward_hook(note) for m in root_module.modules() if isinstance(m, kinds)]
-        try:
+        with hooked((m for m in root_module.modules() if isinstance(m, kinds)), note):
             root_module(self.prepared)
-        finally:
-            for handle in handles:
-                handle.remove()
         return pairs
