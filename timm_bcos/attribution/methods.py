@@ -54,7 +54,7 @@ def bcos(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
         raise MethodError(
             f"{subject.kind} is no B-cos network and has no explanation of its own: convert it with bcosify"
         )
-    return explain(subject.model, x, targets).contribution_map
+    return explain(subject.model, subject.prepare(x), targets).contribution_map
 
 
 class _OfPixels(nn.Module):

@@ -77,6 +77,7 @@ class Subject(nn.Module):
     def _statistics(self, channels: int) -> list[Any]:
         cfg = getattr(self.model, "pretrained_cfg", None) or {}
         found = [cfg.get(name) for name in ("mean", "std")]
+        found = [values[:1] if values and len(set(values)) == 1 else values for values in found]
         if any(values is None or len(values) not in (1, channels) for values in found):
             raise ModelStateError(
                 f"{self.kind} does not say how images of {channels} channels are normalised (mean {found[0]}, std "
@@ -116,7 +117,7 @@ class Subject(nn.Module):
             raise TargetError(f"targets {targets!r}: {wanted}") from error
         if isinstance(targets, int):
             classes = classes.expand(len(x))
-        has_bool = not isinstance(targets, int | Tensor) and any(isinstance(target, bool) for target in targets)
+        has_bool = isinstance(targets, Sequence) and any(isinstance(target, bool) for target in targets)
         is_whole = not (has_bool or classes.dtype == torch.bool or classes.is_floating_point() or classes.is_complex())
         if not is_whole or classes.shape != x.shape[:1] or bool(((classes < 0) | (classes >= count)).any()):
             raise TargetError(f"targets {classes.tolist()}: {wanted}")
@@ -154,8 +155,9 @@ METHODS: dict[str, Method] = {}
 def register(name: str, *, slow: bool = False) -> Callable[[Attribute], Attribute]:
     """Add a method: a function of (subject, images (N, C, H, W) in [0, 1], targets (N,), **options) to (N, H, W).
 
-    It may do to `subject` what it likes, and draws random numbers from `subject.generator` only, which every batch
-    finds in the same state: global generators are everybody's.
+    It may hook, replace and switch the modules of `subject`, but not write into their numbers, whose memory is shared.
+    It draws random numbers from `subject.generator`, which every batch finds in the same state: global generators are
+    everybody's.
 
     Args:
         name: What `attribute` calls it.
