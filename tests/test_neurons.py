@@ -2,18 +2,20 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
-from conftest import PHOTOS, load_script
+from conftest import PHOTOS, load_script, normalised
 from PIL import Image
 from torch import nn
 
 import timm_bcos
-from timm_bcos import TargetError
+from timm_bcos import InputError, MethodError, TargetError
 from timm_bcos.data.datasets import image_loader
 from timm_bcos.judging.neurons import Strongest, _crop, find_strongest, label_entropy
+from timm_bcos.nn.modules import hooked
 
 script = load_script("neurons")
 
@@ -66,6 +68,58 @@ def test_units_of_networks_whose_channels_come_last(photos: Path) -> None:
     assert len(found.values) == 24
     x = image_loader(model, dataset)(int(found.indices[5, 0]))[0][None]
     torch.testing.assert_close(timm_bcos.explain(model, x, 5, layer="layers.0").logit[0], found.values[5, 0])
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "layer", "units", "axis"),
+    [
+        ("convnext_tiny", dict(depths=(1, 1, 1, 1), dims=(8, 12, 16, 20)), "stages.0.blocks.0.mlp.fc1", 32, 3),
+        ("swin_tiny_patch4_window7_224", dict(depths=(1, 1), embed_dim=24, num_heads=(2, 2), img_size=56),
+         "patch_embed.proj", 24, 1),
+        ("test_vit", dict(img_size=64), "blocks.1.mlp.fc1", 192, 2),
+    ],
+)  # fmt: skip
+def test_units_are_where_the_layer_has_them(
+    arch: str, options: dict[str, Any], layer: str, units: int, axis: int, photos: Path
+) -> None:
+    """Whatever format the network's own maps have; tokens have one position each."""
+    dataset = timm.data.create_dataset("", root=str(photos), split="test")
+    size = options.get("img_size", 64)
+    model = timm.create_model(arch, num_classes=3, **options).eval()
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, size, size)}
+    found = find_strongest(model, dataset, layer, 2, progress=False)
+    images = torch.stack([image_loader(model, dataset)(i)[0] for i in range(9)])
+    outputs: list[torch.Tensor] = []
+    with torch.no_grad(), hooked([model.get_submodule(layer)], lambda module, args, output: outputs.append(output)):
+        model(normalised(images, model.pretrained_cfg))
+    assert outputs[0].shape[axis] == units
+    peaks = outputs[0].movedim(axis, 0).flatten(2).amax(2)
+    torch.testing.assert_close(found.values, peaks.topk(2, dim=1).values)
+
+
+def test_the_model_is_left_alone(model: nn.Module, photos: Path) -> None:
+    """Nobody sees a hook, even if the images cannot be read."""
+    dataset = timm.data.create_dataset("", root=str(photos), split="test")
+    hooks: list[int] = []
+
+    class Watched(list[Any]):
+        def __getitem__(self, index: Any) -> Any:
+            hooks.append(sum(len(m._forward_hooks) for m in model.modules()))
+            if index == 8:
+                raise KeyboardInterrupt
+            return dataset[index]
+
+    with pytest.raises(KeyboardInterrupt):
+        find_strongest(model, Watched(range(9)), "layer2", batch_size=2, progress=False)
+    assert hooks == [0] * 9 and all(p.requires_grad for p in model.parameters())
+
+
+def test_counts_below_one_and_nothing_to_look_at(model: nn.Module) -> None:
+    for counts in (dict(k=0), dict(batch_size=0)):
+        with pytest.raises(MethodError, match="=0: give a whole number from 1"):
+            find_strongest(model, [], "layer2", progress=False, **counts)
+    with pytest.raises(InputError, match="has no images"):
+        find_strongest(model, [], "layer2", progress=False)
 
 
 def test_one_sided_units_are_no_dead_ones() -> None:
