@@ -22,7 +22,8 @@ from timm_bcos.attribution.registry import METHODS, Subject, attribute, register
 from timm_bcos.nn.modules import hooked
 
 pytest.importorskip("captum")
-FEW: dict[str, dict[str, Any]] = dict(rise=dict(masks=40), lime=dict(samples=40), smoothgrad=dict(samples=3))
+FEW: dict[str, dict[str, Any]] = dict(rise=dict(masks=40), lime=dict(samples=40), smoothgrad=dict(samples=3),
+                                      occlusion=dict(window=16))  # fmt: skip
 
 
 REFUSED = {
@@ -456,10 +457,10 @@ def test_threads_do_not_see_each_other(kind: str, request: pytest.FixtureRequest
     with ThreadPoolExecutor(5) as pool:
         learning = pool.submit(learn)
         try:
-            assert all(pool.map(run, names * 2))
+            assert all(pool.map(run, names))
         finally:
             done.set()
-        assert learning.result() > 3
+        assert learning.result() > 1
     assert State(model) == before
 
 

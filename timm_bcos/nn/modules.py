@@ -52,11 +52,24 @@ def clone(module: ModuleT, **members: Any) -> ModuleT:
 def frozen_copy(model: ModuleT) -> ModuleT:
     """A private copy of a network: modules of its own, the same numbers in memory, no parameter that learns.
 
-    What is done to the copy (hooks, modes, replaced modules) no other user of the network can see.
+    What is done to the copy (hooks, modes, replaced modules) no other user of the network can see. Tensors that modules
+    keep besides (weight norm's product, activations that a hook has stored) are shared too, without their graphs.
     """
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    memo |= {id(buffer): buffer.detach() for buffer in model.buffers()}
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in _tensors_in(vars(module)):
+            detached = tensor.detach()
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(detached, requires_grad=False) if is_parameter else detached
     return copy.deepcopy(model, memo)
+
+
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in list(value.values()) if isinstance(value, dict) else value:
+            yield from _tensors_in(part)
 
 
 def first_output(output: Any) -> Any:
