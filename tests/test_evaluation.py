@@ -114,6 +114,8 @@ def test_too_few_images_are_counted() -> None:
 def test_grids_of_nothing(counts: dict[str, int]) -> None:
     with pytest.raises(MethodError, match="give a whole number from 1"):
         sample_grids(found(dict.fromkeys(range(4), 3)), **counts)
+    with pytest.raises(MethodError, match="n=0: give a whole number from 1"):
+        cell_shares(torch.ones(1, 4, 4), 0)
 
 
 @pytest.fixture

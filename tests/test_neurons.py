@@ -14,7 +14,14 @@ from torch import nn
 import timm_bcos
 from timm_bcos import InputError, MethodError, TargetError
 from timm_bcos.data.datasets import image_loader
-from timm_bcos.judging.neurons import Strongest, _crop, find_strongest, label_entropy
+from timm_bcos.judging.neurons import (
+    Strongest,
+    _crop,
+    find_strongest,
+    label_entropy,
+    plot_label_counts,
+    plot_wall,
+)
 from timm_bcos.nn.modules import hooked
 
 script = load_script("neurons")
@@ -133,6 +140,22 @@ def test_entropy_by_hand() -> None:
     labels = torch.tensor([[0, 0, 0, 0], [0, 1, 2, 3], [0, 0, 1, 1]])
     expected = torch.tensor([0, 1, math.log(2) / math.log(4)], dtype=torch.float64)
     torch.testing.assert_close(label_entropy(labels, 4), expected)
+
+
+def test_units_and_labels_out_of_range() -> None:
+    assert label_entropy(torch.zeros(2, 3, dtype=torch.int64), 1).tolist() == [0, 0]
+    for label in (3, -1):
+        with pytest.raises(TargetError, match=f"label {label}: there are 3 classes"):
+            label_entropy(torch.tensor([[0, label]]), 3)
+    strongest = Strongest("layer2", torch.rand(4, 2), torch.zeros(4, 2).long(), torch.zeros(4, 2).long())
+    for draw in (lambda units: plot_wall(nn.Identity(), [], strongest, units),
+                 lambda units: plot_label_counts(strongest, units, ["a", "b"])):  # fmt: skip
+        with pytest.raises(TargetError, match="unit 4: layer 'layer2' has 4"):
+            draw([1, 4])
+        with pytest.raises(MethodError, match="units=0: give"):
+            draw([])
+    with pytest.raises(MethodError, match="images=0: give"):
+        plot_wall(nn.Identity(), [], strongest, [1], images=0)
 
 
 def test_crops_stay_inside() -> None:

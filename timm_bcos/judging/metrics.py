@@ -180,7 +180,7 @@ def evaluate(
     Args:
         model: A B-cos network or a plain timm model, in eval mode.
         x: Images (N, C, H, W) in [0, 1].
-        targets: (N,) classes.
+        targets: As in `attribute`.
         metric: Of `METRICS`.
         method: Of `timm_bcos.attribution.METHODS`.
         seed: Of what the metric draws at random.

@@ -115,11 +115,17 @@ def label_entropy(labels: Tensor, num_classes: int) -> Tensor:
 
     Returns:
         (C,) in [0, 1]: 1 if all classes come equally often, 0 if only one comes.
+
+    Raises:
+        TargetError: For labels that are none of the classes.
     """
+    strange = labels[(labels < 0) | (labels >= num_classes)]
+    if len(strange):
+        raise TargetError(f"label {int(strange[0])}: there are {num_classes} classes, counted from 0")
     ones = torch.ones_like(labels, dtype=torch.double)
     counts = torch.zeros(len(labels), num_classes).double().scatter_add_(1, labels, ones)
     shares = counts / counts.sum(1, keepdim=True)
-    return torch.special.entr(shares).sum(1) / math.log(num_classes)
+    return torch.special.entr(shares).sum(1) / math.log(max(num_classes, 2))  # of a single class the entropy is 0
 
 
 def plot_wall(
@@ -133,9 +139,15 @@ def plot_wall(
         strongest: From `find_strongest`.
         units: Which to show.
         images: Crops per unit.
+
+    Raises:
+        TargetError: For a unit that the layer does not have.
+        MethodError: For no units or no images.
     """
     from matplotlib.figure import Figure
 
+    check_counts(images=images)
+    _check_units(strongest, units)
     figure = Figure(figsize=(1.6 * images, 3.3 * len(units)), layout="constrained")
     axes = figure.subplots(2 * len(units), images, squeeze=False)
     for row, unit in enumerate(units):
@@ -148,6 +160,13 @@ def plot_wall(
     for ax in axes.flat:
         ax.axis("off")
     return figure
+
+
+def _check_units(strongest: Strongest, units: Sequence[int]) -> None:
+    check_counts(units=len(units))
+    for unit in units:
+        if not 0 <= unit < len(strongest.values):
+            raise TargetError(f"unit {unit}: layer {strongest.layer!r} has {len(strongest.values)}, counted from 0")
 
 
 def _explain_unit(
@@ -181,6 +200,7 @@ def plot_label_counts(strongest: Strongest, units: Sequence[int], class_names: S
     """A matplotlib figure with the classes of each unit's strongest images, and the entropy of their distribution."""
     from matplotlib.figure import Figure
 
+    _check_units(strongest, units)
     entropy = label_entropy(strongest.labels, len(class_names))
     figure = Figure(figsize=(3 * len(units), 3.2), layout="constrained")
     for ax, unit in zip(figure.subplots(1, len(units), squeeze=False)[0], units, strict=True):

@@ -144,6 +144,7 @@ def cell_shares(maps: Tensor, n: int, smooth: int = 1) -> Tensor:
     Raises:
         InputError: For an even window, which would shift the map.
     """
+    check_counts(n=n)
     if smooth < 1 or smooth % 2 == 0:
         raise InputError(f"smooth={smooth}: give an odd window, 1 for no smoothing")
     positive = F.avg_pool2d(maps[:, None], smooth, 1, smooth // 2).clamp(min=0)
