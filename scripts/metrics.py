@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from timm_bcos import MethodError
-from timm_bcos.attribution.registry import check_methods
+from timm_bcos.attribution.registry import check_counts, check_methods
 from timm_bcos.cli.arguments import add_arguments, load_network_and_data, parse_and_run, remember_settings
 from timm_bcos.cli.results import append_rows, drop_torn_line
 from timm_bcos.data.datasets import image_loader
@@ -60,6 +60,7 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> None:
     check_methods(args.methods)
+    check_counts(images=args.images)
     path = args.out / "metrics.csv"
     model, dataset = load_network_and_data(args)
     remember_settings(args, args.out, "images")

@@ -20,7 +20,7 @@ from timm_bcos.models.classes import class_names
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, plain=False, classes=True)
-    parser.add_argument("--layer", required=True, help="path of a layer whose output is a map")
+    parser.add_argument("--layer", required=True, help="path of a layer whose output is a map, or tokens")
     parser.add_argument("--units", type=int, default=6, help="on the pictures")
     parser.add_argument("--images", type=int, default=6, help="per unit, on the wall")
     parser.add_argument("--strongest", type=int, default=500, help="images per unit, for the entropy")

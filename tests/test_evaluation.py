@@ -12,7 +12,7 @@ from conftest import PHOTOS, load_script
 from PIL import Image
 from torch import Tensor, nn
 
-from timm_bcos import InputError
+from timm_bcos import BcosConfig, InputError, MethodError, bcosify
 from timm_bcos.cli.arguments import add_arguments, load_network_and_data
 from timm_bcos.data.datasets import image_loader
 from timm_bcos.judging.pointing_game import (
@@ -110,6 +110,14 @@ def test_too_few_images_are_counted() -> None:
     assert len(sample_grids(found(dict.fromkeys(range(4), 3)), 2, 5, reuse=True)) == 5
 
 
+@pytest.mark.parametrize("counts", [dict(n=0, count=1), dict(n=2, count=0), dict(n=True, count=1)])
+def test_grids_of_nothing(counts: dict[str, int]) -> None:
+    with pytest.raises(MethodError, match="give a whole number from 1"):
+        sample_grids(found(dict.fromkeys(range(4), 3)), **counts)
+    with pytest.raises(MethodError, match="n=0: give a whole number from 1"):
+        cell_shares(torch.ones(1, 4, 4), 0)
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """Nine classes of two crops each."""
@@ -197,6 +205,32 @@ def test_images_without_a_label(model: nn.Module) -> None:
     load = image_loader(model, [(Image.open(PHOTOS / "coffee.jpg"), -1)])
     with pytest.raises(InputError, match="image 0 of the data set has no label"):
         load(0)
+
+
+def test_grey_networks_see_grey_photos(photos: Path) -> None:
+    dataset = timm.data.create_dataset("", root=str(photos), split="test")
+    overlay = dict(input_size=(3, 32, 32), crop_pct=1.0)
+    grey, colour, other = (
+        timm.create_model("bcosify", arch="test_resnet", in_chans=channels, pretrained_cfg_overlay=overlay).eval()
+        for channels in (1, 3, 4)
+    )
+    (seen, label), (coloured, _) = image_loader(grey, dataset)(2), image_loader(colour, dataset)(2)
+    assert seen.shape == (1, 32, 32) and label == 1
+    brightness = (torch.tensor([0.299, 0.587, 0.114])[:, None, None] * coloured).sum(0, keepdim=True)
+    torch.testing.assert_close(seen, brightness, rtol=0, atol=1.5 / 255)
+    with pytest.raises(InputError, match=r"photos have 1 or 3 channels, .* takes 4"):
+        image_loader(other, dataset)
+
+
+def test_networks_of_ones_own_play_too(photos: Path) -> None:
+    """Without a cfg and a number of classes."""
+    dataset = timm.data.create_dataset("", root=str(photos), split="test")
+    layers = nn.Conv2d(3, 8, 3, stride=8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 9)
+    own = bcosify(nn.Sequential(*layers), BcosConfig(stem="encoded")).eval()
+    assert len(list(confidences(own, dataset, progress=False))) == 18
+    assert localisation(own, dataset, Grid(2, (0, 3, 5, 8), (7, 5, 3, 1)), smooth=[1]).shape == (1, 4)
+    with pytest.raises(MethodError, match="batch_size=0"):
+        list(confidences(own, dataset, batch_size=0, progress=False))
 
 
 @pytest.mark.parametrize("kind", ["torch/image_folder", "tar"])

@@ -9,7 +9,7 @@ from conftest import PHOTOS, load_script, real_image
 from PIL import Image
 from torch import nn
 
-from timm_bcos import InputError
+from timm_bcos import InputError, MethodError
 from timm_bcos.judging.galleries import most_confident, plot_classes, plot_methods
 from timm_bcos.judging.pointing_game import Confidence
 
@@ -30,6 +30,8 @@ def test_most_confident_images_that_are_right() -> None:
     assert [item.index for item in most_confident(found, 2, [0, 1])] == [1, 5, 4, 3]
     with pytest.raises(InputError, match="class 1 has 2 images that the model gets right, 1 fewer than the 3"):
         most_confident(found, 3, [0, 1])
+    with pytest.raises(MethodError, match="per_class=0: give a whole number from 1"):
+        most_confident(found, 0, [0, 1])
 
 
 def test_a_column_for_each_method_that_suits(model: nn.Module) -> None:
@@ -46,6 +48,23 @@ def test_two_rows_for_each_class(model: nn.Module) -> None:
     assert len(figure.axes) == 8
     assert [ax.get_title(loc="left") for ax in figure.axes[::4]] == ["c", "a"]
     assert all(len(ax.images) == 1 for ax in figure.axes)
+
+
+@pytest.mark.parametrize("targets", [[], [0, 1, 0], [0, 0, 1], [0, 1, 1, 0]])
+def test_classes_that_do_not_fill_the_rows(model: nn.Module, targets: list[int]) -> None:
+    x = real_image(64).expand(len(targets), -1, -1, -1)
+    with pytest.raises(InputError, match="as many images of each class, class by class"):
+        plot_classes(model, x, targets, ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_images_of_other_channels(channels: int) -> None:
+    model = timm.create_model("bcosify", arch="test_resnet", num_classes=3, in_chans=channels).eval()
+    x = torch.cat([real_image(64), real_image(64)], 1)[:, :channels]
+    figure = plot_methods(model, x, [1], ["ixg", "gradcam"])
+    shown = torch.as_tensor(figure.axes[0].images[0].get_array())
+    expected = x[0, :3] if channels > 2 else x[0].mean(0, keepdim=True).expand(3, -1, -1)
+    torch.testing.assert_close(shown, expected.movedim(0, -1))
 
 
 @pytest.mark.parametrize("kind", ["classes", "methods"])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import timm_bcos
 from timm_bcos.nn.channels import channel_axis
-from timm_bcos.nn.modules import first_output, hooked
+from timm_bcos.nn.modules import first_output, frozen_copy, hooked
 
 CONVNEXT = dict(depths=(1, 1, 1, 1), dims=(8, 12, 16, 20))
 SWIN = dict(depths=(1, 1), embed_dim=24, num_heads=(2, 2), img_size=56)
@@ -67,6 +67,20 @@ def test_maps_with_as_many_rows_as_channels(layer: str) -> None:
     (output,) = outputs(model, torch.rand(1, 3, 64, 64), [layer]).values()
     assert output.shape == (1, 16, 16, 16)
     assert channel_axis(model.get_submodule(layer), output, model) == (3 if "mlp" in layer else 1)
+
+
+def test_frozen_copies_of_networks_that_keep_tensors() -> None:
+    """Weight norm's product, and what hooks have stored, have graphs that a deep copy cannot follow."""
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(3, 4)), nn.BatchNorm1d(4)).eval()
+    model[1].seen = [model[0](torch.rand(2, 3))]
+    model[1].again = dict(one=model[1].seen[0])
+    copied, x = frozen_copy(model), torch.rand(2, 3, requires_grad=True)
+    assert torch.equal(copied(x), model(x))
+    assert not any(p.requires_grad for p in copied.parameters()) and all(p.requires_grad for p in model.parameters())
+    tensors = zip(model.state_dict().values(), copied.state_dict().values(), strict=True)
+    assert all(a.data_ptr() == b.data_ptr() for a, b in tensors)
+    assert copied[1].seen[0].data_ptr() == model[1].seen[0].data_ptr()
+    assert copied[1].again["one"] is copied[1].seen[0] and copied[1].seen is not model[1].seen
 
 
 def test_without_a_network_or_a_known_type() -> None:

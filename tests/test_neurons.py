@@ -2,18 +2,27 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
-from conftest import PHOTOS, load_script
+from conftest import PHOTOS, load_script, normalised
 from PIL import Image
 from torch import nn
 
 import timm_bcos
-from timm_bcos import TargetError
+from timm_bcos import InputError, MethodError, TargetError
 from timm_bcos.data.datasets import image_loader
-from timm_bcos.judging.neurons import Strongest, _crop, find_strongest, label_entropy
+from timm_bcos.judging.neurons import (
+    Strongest,
+    _crop,
+    find_strongest,
+    label_entropy,
+    plot_label_counts,
+    plot_wall,
+)
+from timm_bcos.nn.modules import hooked
 
 script = load_script("neurons")
 
@@ -68,6 +77,59 @@ def test_units_of_networks_whose_channels_come_last(photos: Path) -> None:
     torch.testing.assert_close(timm_bcos.explain(model, x, 5, layer="layers.0").logit[0], found.values[5, 0])
 
 
+@pytest.mark.parametrize(
+    ("arch", "options", "layer", "units", "axis"),
+    [
+        ("convnext_tiny", dict(depths=(1, 1, 1, 1), dims=(8, 12, 16, 20)), "stages.0.blocks.0.mlp.fc1", 32, 3),
+        ("swin_tiny_patch4_window7_224", dict(depths=(1, 1), embed_dim=24, num_heads=(2, 2), img_size=56),
+         "patch_embed.proj", 24, 1),
+        ("test_vit", dict(img_size=64), "blocks.1.mlp.fc1", 192, 2),
+    ],
+)  # fmt: skip
+def test_units_are_where_the_layer_has_them(
+    arch: str, options: dict[str, Any], layer: str, units: int, axis: int, photos: Path
+) -> None:
+    """Whatever format the network's own maps have; tokens have one position each."""
+    dataset = timm.data.create_dataset("", root=str(photos), split="test")
+    size = options.get("img_size", 64)
+    model = timm.create_model(arch, num_classes=3, **options).eval()
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, size, size)}
+    found = find_strongest(model, dataset, layer, 2, progress=False)
+    images = torch.stack([image_loader(model, dataset)(i)[0] for i in range(9)])
+    outputs: list[torch.Tensor] = []
+    with torch.no_grad(), hooked([model.get_submodule(layer)], lambda module, args, output: outputs.append(output)):
+        model(normalised(images, model.pretrained_cfg))
+    assert outputs[0].shape[axis] == units
+    peaks = outputs[0].movedim(axis, 0).flatten(2).amax(2)
+    torch.testing.assert_close(found.values, peaks.topk(2, dim=1).values)
+
+
+def test_the_model_is_left_alone(model: nn.Module, photos: Path) -> None:
+    """Nobody sees a hook, while a network runs or if the images cannot be read."""
+    dataset = timm.data.create_dataset("", root=str(photos), split="test")
+    hooks: list[int] = []
+    model.layer3.register_forward_hook(lambda *_: hooks.append(len(model.layer2._forward_hooks)))
+
+    class Watched(list[Any]):
+        def __getitem__(self, index: Any) -> Any:
+            if index == 8:
+                raise KeyboardInterrupt
+            return dataset[index]
+
+    with pytest.raises(KeyboardInterrupt):
+        find_strongest(model, Watched(range(9)), "layer2", batch_size=2, progress=False)
+    assert hooks == [0] * 4 and not model.layer2._forward_hooks
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_counts_below_one_and_nothing_to_look_at(model: nn.Module) -> None:
+    for counts in (dict(k=0), dict(batch_size=0)):
+        with pytest.raises(MethodError, match="=0: give a whole number from 1"):
+            find_strongest(model, [], "layer2", progress=False, **counts)
+    with pytest.raises(InputError, match="has no images"):
+        find_strongest(model, [], "layer2", progress=False)
+
+
 def test_one_sided_units_are_no_dead_ones() -> None:
     values = torch.tensor([[3.0, 2.0, 1.0], [0.0, 0.0, 0.0], [4.0, 0.0, 0.0], [3.0, 2.0, 1.0]])
     labels = torch.tensor([[0, 1, 1], [0, 0, 0], [0, 0, 0], [2, 2, 2]])
@@ -78,6 +140,22 @@ def test_entropy_by_hand() -> None:
     labels = torch.tensor([[0, 0, 0, 0], [0, 1, 2, 3], [0, 0, 1, 1]])
     expected = torch.tensor([0, 1, math.log(2) / math.log(4)], dtype=torch.float64)
     torch.testing.assert_close(label_entropy(labels, 4), expected)
+
+
+def test_units_and_labels_out_of_range() -> None:
+    assert label_entropy(torch.zeros(2, 3, dtype=torch.int64), 1).tolist() == [0, 0]
+    for label in (3, -1):
+        with pytest.raises(TargetError, match=f"label {label}: there are 3 classes"):
+            label_entropy(torch.tensor([[0, label]]), 3)
+    strongest = Strongest("layer2", torch.rand(4, 2), torch.zeros(4, 2).long(), torch.zeros(4, 2).long())
+    for draw in (lambda units: plot_wall(nn.Identity(), [], strongest, units),
+                 lambda units: plot_label_counts(strongest, units, ["a", "b"])):  # fmt: skip
+        with pytest.raises(TargetError, match="unit 4: layer 'layer2' has 4"):
+            draw([1, 4])
+        with pytest.raises(MethodError, match="units=0: give"):
+            draw([])
+    with pytest.raises(MethodError, match="images=0: give"):
+        plot_wall(nn.Identity(), [], strongest, [1], images=0)
 
 
 def test_crops_stay_inside() -> None:

@@ -5,29 +5,61 @@ norms with an activation inside are covered here, so that no relevance is made o
 2015).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from zennit.attribution import Gradient
 from zennit.canonizers import MergeBatchNorm
+from zennit.composites import EpsilonPlusFlat
 from zennit.core import stabilize
+from zennit.rules import Pass
 
-__all__ = ["MergeBatchNorms", "RelevanceOfFunctions"]
+from ..nn.modules import hooked
+
+__all__ = ["MergeBatchNorms", "RelevanceOfFunctions", "relevance"]
+
+
+def relevance(model: nn.Module, x: Tensor, targets: Tensor, activations: tuple[type[nn.Module], ...]) -> Tensor:
+    """Relevance of inputs for their targets' logits: z⁺ in convolutions, ε in linear layers, flat in the first one.
+
+    Args:
+        model: Whose modules are hooked and merged, and left as they were.
+        x: (N, C, H, W), as the model takes it.
+        targets: (N,) classes.
+        activations: Types of modules that pass relevance on.
+
+    Returns:
+        (N, C, H, W).
+    """
+
+    def wanted(logits: Tensor) -> Tensor:
+        return F.one_hot(targets, logits.shape[1]).to(logits) * logits
+
+    composite = EpsilonPlusFlat(layer_map=[(activations, Pass())], canonizers=[MergeBatchNorms(x[:1])])
+    propagate = Gradient(model, composite, attr_output=wanted)
+    with propagate, RelevanceOfFunctions():
+        _, found = propagate(x)
+    return found  # type: ignore[no-any-return]
+
+
+Function = Callable[..., Tensor]
 
 
 class _InProportion(torch.autograd.Function):
     """A linear function of tensors; each input takes relevance in proportion to what it adds to the output."""
 
     @staticmethod
-    def forward(ctx: Any, func: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, func: Function, *inputs: Tensor) -> Tensor:
         ctx.func = func
         ctx.save_for_backward(*inputs)
         return func(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, relevance: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
         with torch.enable_grad():
             output = ctx.func(*inputs)
@@ -35,17 +67,17 @@ class _InProportion(torch.autograd.Function):
         return None, *(x.detach() * share for x, share in zip(inputs, shares, strict=True))
 
 
-def _sum(func: Callable[..., Tensor], x: Any, other: Any, **kwargs: Any) -> Tensor:
+def _sum(func: Function, x: Tensor | float, other: Tensor | float, **kwargs: Any) -> Tensor:
     if not (isinstance(x, Tensor) and isinstance(other, Tensor)):
         return func(x, other, **kwargs)
     return _InProportion.apply(lambda a, b: torch.add(a, b, **kwargs), x, other)  # type: ignore[no-any-return]
 
 
-def _mean(func: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _mean(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return _InProportion.apply(lambda a: func(a, *args, **kwargs), x)  # type: ignore[no-any-return]
 
 
-def _gate(func: Callable[..., Tensor], x: Any, other: Any) -> Tensor:
+def _gate(func: Function, x: Tensor | float, other: Tensor | float) -> Tensor:
     """The smaller factor is the gate, a constant; the other passes its relevance on."""
     tensors = [t for t in (x, other) if isinstance(t, Tensor)]
     signal = max(tensors, key=lambda t: t.numel())
@@ -54,7 +86,7 @@ def _gate(func: Callable[..., Tensor], x: Any, other: Any) -> Tensor:
     return _InProportion.apply(lambda a: torch.mul(a, constant), signal)  # type: ignore[no-any-return]
 
 
-TABLE: dict[Callable[..., Any], Callable[..., Tensor]] = {
+TABLE: dict[Callable[..., Any], Function] = {
     **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__), _sum),
     **dict.fromkeys((torch.mean, Tensor.mean), _mean),
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__imul__, Tensor.__rmul__), _gate),
@@ -65,7 +97,11 @@ class RelevanceOfFunctions(TorchFunctionMode):
     """Inside it, the "gradients" of sums, means and products are relevance."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         is_signal = any(isinstance(x, Tensor) and x.requires_grad for x in args)
         handler = TABLE.get(func) if is_signal and torch.is_grad_enabled() else None
@@ -83,7 +119,7 @@ class MergeBatchNorms(MergeBatchNorm):  # type: ignore[misc]
         super().__init__()
         self.prepared = prepared
 
-    def apply(self, root_module: nn.Module) -> list[Any]:
+    def apply(self, root_module: nn.Module) -> list["MergeBatchNorms"]:
         """The merges, each of which zennit undoes in the end."""
         merges = []
         for linear, norm in self._pairs(root_module):
@@ -97,17 +133,13 @@ class MergeBatchNorms(MergeBatchNorm):  # type: ignore[misc]
         makers: list[tuple[Tensor, nn.Module]] = []
         pairs: list[tuple[nn.Module, nn.Module]] = []
 
-        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if isinstance(module, self.linear_type):
                 makers.append((output, module))
             else:
                 pairs.extend((maker, module) for made, maker in makers if made is args[0])
 
         kinds = (*self.linear_type, *self.batch_norm_type)
-        handles = [m.register_forward_hook(note) for m in root_module.modules() if isinstance(m, kinds)]
-        try:
+        with hooked((m for m in root_module.modules() if isinstance(m, kinds)), note):
             root_module(self.prepared)
-        finally:
-            for handle in handles:
-                handle.remove()
         return pairs

@@ -4,22 +4,22 @@ Settings are those of the B-cos paper's comparison (section 4 and supplement of 
 """
 
 import importlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache, partial
+import math
+from collections.abc import Iterable
+from functools import cache
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame, activations
+from timm.utils import AttentionExtract
 from torch import Tensor, nn
 
 from ..errors import MethodError
 from ..explaining.forward import explain
-from .registry import Subject, register
+from ..nn.modules import hooked
+from .registry import Subject, check_counts, register
 
 __all__: list[str] = []
 
@@ -36,13 +36,14 @@ ELEMENTWISE = (
 
 @cache
 def _library(name: str) -> ModuleType:
+    """A library of the extra, or a module of this package that needs one."""
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(name, __package__)
     except ImportError as error:
-        raise MethodError(f"{name} is not installed: pip install 'timm_bcos[attribution]'") from error
+        raise MethodError(f"{error.name} is not installed: pip install 'timm_bcos[attribution]'") from error
 
 
-def _captum() -> Any:
+def _captum() -> ModuleType:
     return _library("captum.attr")
 
 
@@ -50,9 +51,10 @@ def _captum() -> Any:
 def bcos(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
     """The network's own explanation, W(x) · x."""
     if not subject.is_bcos:
-        kind = type(subject.model).__name__
-        raise MethodError(f"{kind} is no B-cos network and has no explanation of its own: convert it with bcosify")
-    return explain(subject.model, x, targets).contribution_map
+        raise MethodError(
+            f"{subject.kind} is no B-cos network and has no explanation of its own: convert it with bcosify"
+        )
+    return explain(subject.model, subject.prepare(x), targets).contribution_map
 
 
 class _OfPixels(nn.Module):
@@ -81,6 +83,7 @@ def input_x_gradient(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
 @register("ig")
 def integrated_gradients(subject: Subject, x: Tensor, targets: Tensor, *, n_steps: int = 50) -> Tensor:
     """Integrated Gradients from a baseline of zeros."""
+    check_counts(n_steps=n_steps)
     method = _captum().IntegratedGradients(subject)
     z = subject.prepare(x)
     return method.attribute(z, target=targets, n_steps=n_steps, internal_batch_size=max(len(x), 32)).sum(1)
@@ -89,21 +92,18 @@ def integrated_gradients(subject: Subject, x: Tensor, targets: Tensor, *, n_step
 @register("deeplift")
 def deep_lift(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
     """DeepLIFT from a baseline of zeros: the rescale rule for activations, the gradient for B-cos layers and norms."""
-    captum = _library("captum.attr._core.deep_lift")  # whose table lacks most activations of timm's models
-    known = captum.SUPPORTED_NON_LINEAR
-    more = {kind: captum.nonlinear for kind in ELEMENTWISE if kind not in known}
-    with mock.patch.dict(known, more):
-        return captum.DeepLift(subject).attribute(_leaf(subject, x), target=targets).sum(1)
+    method = _library(".hooked_methods").DeepLiftOfActivations(subject, ELEMENTWISE)
+    return method.attribute(_leaf(subject, x), target=targets).sum(1)
 
 
 @register("smoothgrad")
 def smooth_grad(subject: Subject, x: Tensor, targets: Tensor, *, samples: int = 25, stdev: float = 0.1) -> Tensor:
-    """Gradient by the pixels, averaged over noisy images."""
-    captum = _captum()
-    method = captum.NoiseTunnel(captum.Saliency(_OfPixels(subject)))
-    return method.attribute(
-        _pixels(x), target=targets, nt_samples=samples, nt_samples_batch_size=1, stdevs=stdev, abs=False
-    ).sum(1)
+    """Gradient by the pixels, averaged over noisy images; all images get the same noise."""
+    check_counts(samples=samples)
+    if not 0 <= stdev < math.inf:
+        raise MethodError(f"stdev={stdev!r}: give a number from 0")
+    noise = (stdev * torch.randn(x.shape[1:], generator=subject.generator).to(x) for _ in range(samples))
+    return sum((gradient(subject, x + one, targets) for one in noise), torch.zeros_like(x[:, 0])) / samples
 
 
 @register("guided_backprop")
@@ -111,15 +111,8 @@ def guided_backprop(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
     """Guided Backpropagation, for networks with ReLU or ReLU6 modules."""
     if not any(isinstance(module, RECTIFIERS) for module in subject.modules()):
         raise MethodError("guided_backprop changes the gradient of ReLU modules, of which the model has none")
-    captum = _library("captum.attr._core.guided_backprop_deconvnet")  # which leaves ReLU6 as it is
-    method = captum.GuidedBackprop(_OfPixels(subject))
-    with mock.patch.object(method, "_register_hooks", partial(_hook_rectifier, captum, method)):
-        return method.attribute(_pixels(x), targets).sum(1)
-
-
-def _hook_rectifier(captum: Any, method: Any, module: nn.Module) -> None:
-    if isinstance(module, RECTIFIERS):
-        method.backward_hooks += captum._register_backward_hook(module, method._backward_hook, method)
+    method = _library(".hooked_methods").GuidedBackpropOfRectifiers(_OfPixels(subject), RECTIFIERS)
+    return method.attribute(_pixels(x), targets).sum(1)
 
 
 @register("gradcam")
@@ -127,9 +120,9 @@ def grad_cam(subject: Subject, x: Tensor, targets: Tensor, *, layer: str | None 
     """Grad-CAM of the last layer with spatial positions before the classifier, or of a named one, upsampled."""
     model = subject.model
     if hasattr(model, "num_prefix_tokens") or getattr(model, "output_fmt", "NCHW") != "NCHW":
-        raise MethodError(f"gradcam needs maps (N, C, H, W), which {type(model).__name__} does not compute with")
+        raise MethodError(f"gradcam needs maps (N, C, H, W), which {subject.kind} does not compute with")
     z = _leaf(subject, x)
-    module = _module(subject, layer) if layer else _last_spatial_layer(subject, z)
+    module = _last_spatial_layer(subject, z) if layer is None else _module(subject, layer)
     maps = _captum().LayerGradCam(subject, module).attribute(z, targets)
     return F.interpolate(maps, x.shape[-2:], mode="bilinear").sum(1)
 
@@ -141,54 +134,31 @@ def lrp(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
         raise MethodError("lrp has rules for linear layers between activations; a B-cos layer is neither")
     others = {type(module).__name__ for module in subject.modules() if isinstance(module, WITHOUT_RELEVANCE)}
     if others:
-        kind = type(subject.model).__name__
-        raise MethodError(f"lrp's rules are for convolutions and batch norms; {kind} has {', '.join(sorted(others))}")
-    attributors, composites = _library("zennit.attribution"), _library("zennit.composites")
-    from .lrp import MergeBatchNorms, RelevanceOfFunctions
-
-    passed_on = [(ELEMENTWISE, _library("zennit.rules").Pass())]
-    prepared = subject.prepare(x)
-    composite = composites.EpsilonPlusFlat(layer_map=passed_on, canonizers=[MergeBatchNorms(prepared[:1])])
-    wanted = F.one_hot(targets, subject.model.num_classes).to(x)
-    propagate = attributors.Gradient(subject, composite, attr_output=lambda logits: wanted * logits)
-    with propagate, RelevanceOfFunctions():
-        _, relevance = propagate(prepared)
+        listed = ", ".join(sorted(others))
+        raise MethodError(f"lrp's rules are for convolutions and batch norms; {subject.kind} has {listed}")
+    relevance: Tensor = _library(".lrp").relevance(subject, subject.prepare(x), targets, ELEMENTWISE)
     return relevance.sum(1)
 
 
 @register("attention_rollout")
 def attention_rollout(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
     """Attention roll-out (arXiv 2005.00928) of a vision transformer; the same map for every class."""
-    from timm.utils import AttentionExtract
-
     model: Any = subject.model
     if not all(hasattr(model, name) for name in ("num_prefix_tokens", "patch_embed", "blocks")):
-        raise MethodError(f"attention_rollout is for vision transformers, not for {type(model).__name__}")
-    with torch.no_grad(), _unfused(model):
+        raise MethodError(f"attention_rollout is for vision transformers, not for {subject.kind}")
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # whose kernel never shows the weights
+    with torch.no_grad():
         layers = list(AttentionExtract(model, method="hook")(subject.prepare(x)).values())
     rolled = identity = torch.eye(layers[0].shape[-1]).to(x)
     for attention in layers:
         rolled = (attention.mean(1) + identity) / 2 @ rolled
     prefix = model.num_prefix_tokens
     reads_token = prefix and getattr(model, "global_pool", "token") == "token"
-    to_output = (
-        rolled[:, 0] if reads_token else rolled[:, prefix:].mean(1)
-    )  # the class token, or the average of patches
+    to_output = rolled[:, 0] if reads_token else rolled[:, prefix:].mean(1)  # the class token, or all patches
     grid = to_output[:, prefix:].unflatten(1, tuple(model.patch_embed.grid_size))
     return F.interpolate(grid[:, None], x.shape[-2:], mode="bilinear")[:, 0]
-
-
-@contextmanager
-def _unfused(model: nn.Module) -> Iterator[None]:
-    """timm's fused attention never shows its weights."""
-    fused: list[Any] = [m for m in model.modules() if getattr(m, "fused_attn", False)]
-    try:
-        for module in fused:
-            module.fused_attn = False
-        yield
-    finally:
-        for module in fused:
-            module.fused_attn = True
 
 
 @register("occlusion", slow=True)
@@ -196,8 +166,11 @@ def occlusion(
     subject: Subject, x: Tensor, targets: Tensor, *, window: int | None = None, stride: int | None = None
 ) -> Tensor:
     """How much the logit falls where a square of the input is zero; by default an eighth of the image, half apart."""
-    window = window or max(x.shape[-1] // 8, 1)
-    stride = stride or max(window // 2, 1)
+    window = max(x.shape[-1] // 8, 1) if window is None else window
+    stride = max(window // 2, 1) if stride is None else stride
+    check_counts(window=window, stride=stride)
+    if window > min(x.shape[-2:]):
+        raise MethodError(f"window={window}: the images are only {x.shape[-2]} × {x.shape[-1]}")
     z = subject.prepare(x[:1])
     shape = (z.shape[1], window, window)
     with torch.no_grad():
@@ -211,47 +184,44 @@ def lime(
     subject: Subject, x: Tensor, targets: Tensor, *, samples: int = 500, kernel_size: float = 4, features: int = 5
 ) -> Tensor:
     """LIME on quickshift segments: the weights of the strongest ones, of the image itself before any encoding."""
-    lime_image = _library("lime.lime_image")
-    seed = int(torch.randint(2**31 - 1, (1,)))
-    segmentation = _library("lime.wrappers.scikit_image").SegmentationAlgorithm(
-        "quickshift", kernel_size=kernel_size, max_dist=200, ratio=0.2, random_seed=seed
-    )
-    explainer = lime_image.LimeImageExplainer(random_state=seed, verbose=False)
-
-    def classify(images: Sequence[Any]) -> Any:
-        batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(x)
-        return subject.probability(batch).cpu().numpy()
-
-    pixels = x[0].permute(1, 2, 0).double().cpu().numpy()
-    with mock.patch.object(lime_image, "tqdm", iter):  # its bar has no switch
-        explanation = explainer.explain_instance(
-            pixels, classify, labels=targets.tolist(), top_labels=None, num_samples=samples, num_features=features,
-            segmentation_fn=segmentation, batch_size=32, random_seed=seed,
-        )  # fmt: skip
-    weights = np.zeros((len(x), explanation.segments.max() + 1))
-    for row, target in enumerate(targets.tolist()):
-        segments, values = zip(*explanation.local_exp[target], strict=True)
-        weights[row, list(segments)] = values
-    return torch.from_numpy(weights[:, explanation.segments]).to(x)
+    check_counts(samples=samples, features=features)
+    if not 1 <= kernel_size < math.inf:
+        raise MethodError(f"kernel_size={kernel_size!r}: give a number from 1")
+    superpixels = _library(".superpixels")
+    segments = superpixels.quickshift_segments(x[0], kernel_size)
+    background = superpixels.mean_colours(x[0], segments)
+    masks = torch.randint(2, (samples, int(segments.max()) + 1), generator=subject.generator).to(x.device)
+    masks[0] = 1
+    answers = [
+        subject.probability(torch.where(some[:, segments].bool()[:, None], x[0], background))[:, targets]
+        for some in masks.split(32)
+    ]
+    weights: Tensor = superpixels.local_weights(masks, torch.cat(answers), features)
+    return weights[:, segments].to(x)
 
 
 @register("rise", slow=True)
 def rise(subject: Subject, x: Tensor, targets: Tensor, *, masks: int = 500, cells: int = 8, p: float = 0.1) -> Tensor:
     """RISE (arXiv 1806.07421): Σ probability · mask over all random masks, divided by masks · p."""
+    check_counts(masks=masks, cells=cells)
+    if not 0 < p <= 1:
+        raise MethodError(f"p={p!r}: give the share of an image that masks show, above 0 and up to 1")
     total = torch.zeros_like(x[:, 0])
     for start in range(0, masks, 32):
-        some = rise_masks(min(32, masks - start), cells, p, x.shape[-2:]).to(x)
+        some = rise_masks(min(32, masks - start), cells, p, x.shape[-2:], subject.generator).to(x)
         probability = subject.probability(x[0] * some[:, None])[:, targets]
         total += torch.einsum("mk,mhw->khw", probability, some)
     return total / (masks * p)
 
 
-def rise_masks(count: int, cells: int, p: float, size: tuple[int, ...]) -> Tensor:
+def rise_masks(
+    count: int, cells: int, p: float, size: tuple[int, ...], generator: torch.Generator | None = None
+) -> Tensor:
     """(count, H, W) smooth masks in [0, 1]: random grids, enlarged by one cell and cropped at random (section 3.2)."""
     height, width = (-(-s // cells) for s in size)
-    grids = (torch.rand(count, 1, cells, cells) < p).float()
+    grids = (torch.rand(count, 1, cells, cells, generator=generator) < p).float()
     large = F.interpolate(grids, ((cells + 1) * height, (cells + 1) * width), mode="bilinear")[:, 0]
-    tops, lefts = torch.randint(height, (count,)).tolist(), torch.randint(width, (count,)).tolist()
+    tops, lefts = (torch.randint(side, (count,), generator=generator).tolist() for side in (height, width))
     crops = [m[t : t + size[0], s : s + size[1]] for m, t, s in zip(large, tops, lefts, strict=True)]
     return torch.stack(crops)
 
@@ -265,10 +235,10 @@ def _leaf(subject: Subject, x: Tensor) -> Tensor:
 
 
 def _module(subject: Subject, name: str) -> nn.Module:
-    try:
-        return subject.model.get_submodule(name)
-    except AttributeError as error:
-        raise MethodError(f"the model has no layer {name!r}") from error
+    found = dict(subject.model.named_modules()).get(name) if name else None
+    if found is None:
+        raise MethodError(f"the model has no layer {name!r}: see model.named_modules() for their names")
+    return found
 
 
 def _last_spatial_layer(subject: Subject, z: Tensor) -> nn.Module:
@@ -286,18 +256,14 @@ def _last_spatial_layer(subject: Subject, z: Tensor) -> nn.Module:
                 found.append(module)
 
     leaves = [m for m in subject.model.modules() if not any(m.children())]
-    handles = [m.register_forward_hook(record) for m in leaves]
-    try:
-        with torch.no_grad():
-            subject(z[:1])
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), hooked(leaves, record):
+        subject(z[:1])
     if not found:
-        raise MethodError(f"{type(subject.model).__name__} has no layer with spatial positions (N, C, H, W): name one")
+        raise MethodError(f"{subject.kind} has no layer with spatial positions (N, C, H, W): name one")
     return found[-1]
 
 
 def _classifiers(model: Any) -> list[nn.Module]:
     head = model.get_classifier() if hasattr(model, "get_classifier") else None
-    return list(head) if isinstance(head, tuple | list) else [head] if isinstance(head, nn.Module) else []
+    heads: Iterable[Any] = head if isinstance(head, tuple | list) else [head]
+    return [module for module in heads if isinstance(module, nn.Module)]

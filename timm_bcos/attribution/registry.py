@@ -6,52 +6,93 @@
 The methods are in `timm_bcos.attribution.methods`; `@register("name")` adds one.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..conversion.converted import frozen
 from ..errors import InputError, MethodError, ModelStateError, TargetError
 from ..nn.functional import encode_image
+from ..nn.modules import first_output, frozen_copy
 from ..nn.stems import BcosStem, ImageReader
 
-__all__ = ["METHODS", "Method", "Subject", "attribute", "check_methods", "register"]
+__all__ = [
+    "METHODS", "Method", "Subject", "Targets", "attribute", "check_counts", "check_methods", "checked_images",
+    "register",
+]  # fmt: skip
+
+Targets = Sequence[int] | Tensor | int | None
 
 
 class Subject(nn.Module):
     """A network as the methods see it: images in [0, 1] in, logits out, whatever its own normalisation.
+
+    It holds a private copy of the network's modules, which shares the memory of its numbers: what methods do to it
+    (hooks, modes, merged weights) no other user of the network sees.
 
     Methods that follow gradients start from `prepare(x)`: the six encoded channels of a B-cos network, the normalised
     three of a plain one. Methods that change images change x itself.
 
     Args:
         model: A B-cos network, or a plain timm model, in eval mode.
+
+    Attributes:
+        model: The copy.
+        is_bcos: Whether it reads encoded images.
+        channels: Of its images; None where it does not say.
+        generator: What methods draw random numbers from, on the CPU; `attribute` seeds it.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         if model.training:
             raise ModelStateError("the model is in training mode: call model.eval() first")
-        self.model = model
-        self.is_bcos = any(isinstance(module, BcosStem | ImageReader) for module in model.modules())
+        self.model = frozen_copy(model)
+        self.kind = type(model).__name__
+        stems = [module for module in model.modules() if isinstance(module, BcosStem | ImageReader)]
+        self.is_bcos = bool(stems)
+        self.channels: int | None = stems[0].image_channels if stems else getattr(model, "in_chans", None)
+        self.generator = torch.Generator()
         self.eval()
 
     def prepare(self, x: Tensor) -> Tensor:
-        """The input proper of images (N, C, H, W) in [0, 1]."""
+        """The input proper of images (N, C, H, W) in [0, 1].
+
+        Raises:
+            InputError: For images of other channels than the network's.
+            ModelStateError: For a plain network that does not say how its images are normalised.
+        """
+        if self.channels not in (None, x.shape[1]):
+            raise InputError(f"images have {x.shape[1]} channels, {self.kind} takes {self.channels}")
         if self.is_bcos:
             return encode_image(x, x.shape[1])
-        cfg = self.model.pretrained_cfg
-        mean, std = (torch.tensor(cfg[key]).to(x).reshape(1, -1, 1, 1) for key in ("mean", "std"))
+        mean, std = (torch.tensor(values).to(x).reshape(1, -1, 1, 1) for values in self._statistics(x.shape[1]))
         return (x - mean) / std
+
+    def _statistics(self, channels: int) -> list[Any]:
+        cfg = getattr(self.model, "pretrained_cfg", None) or {}
+        found = [cfg.get(name) for name in ("mean", "std")]
+        found = [values[:1] if values and len(set(values)) == 1 else values for values in found]
+        if any(values is None or len(values) not in (1, channels) for values in found):
+            raise ModelStateError(
+                f"{self.kind} does not say how images of {channels} channels are normalised (mean {found[0]}, std "
+                f"{found[1]}): set model.pretrained_cfg = dict(mean=..., std=...), for instance to (0.0,) and (1.0,) "
+                f"if it takes pixels in [0, 1]"
+            )
+        return found
 
     def forward(self, prepared: Tensor) -> Tensor:
         """Logits (N, K) of prepared images."""
-        output = self.model(prepared)
-        return output[0] if isinstance(output, tuple) else output
+        logits = first_output(self.model(prepared))
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ModelStateError(f"{self.kind} returns {found}: attribution needs logits (N, K)")
+        return logits
 
     def probability(self, x: Tensor) -> Tensor:
         """(N, K) of images (N, C, H, W) in [0, 1]: softmax, or sigmoid where the network's config says so."""
@@ -59,6 +100,35 @@ class Subject(nn.Module):
             logits = self(self.prepare(x))
         config = getattr(self.model, "bcos_config", None)
         return logits.sigmoid() if config and config.probability == "sigmoid" else logits.softmax(1)
+
+    def classes(self, x: Tensor, targets: Targets, batch_size: int = 32) -> Tensor:
+        """(N,) the classes asked for, or the predicted ones.
+
+        Raises:
+            TargetError: For what is no class of the model.
+        """
+        if targets is None:
+            return torch.cat([self.probability(images).argmax(1) for images in x.split(batch_size)])
+        count = self._count_classes(x)
+        wanted = f"give {len(x)} classes, whole numbers from 0 to {count - 1}"
+        try:
+            classes = torch.as_tensor(targets, device=x.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TargetError(f"targets {targets!r}: {wanted}") from error
+        if isinstance(targets, int):
+            classes = classes.expand(len(x))
+        has_bool = isinstance(targets, Sequence) and any(isinstance(target, bool) for target in targets)
+        is_whole = not (has_bool or classes.dtype == torch.bool or classes.is_floating_point() or classes.is_complex())
+        if not is_whole or classes.shape != x.shape[:1] or bool(((classes < 0) | (classes >= count)).any()):
+            raise TargetError(f"targets {classes.tolist()}: {wanted}")
+        return classes.long()
+
+    def _count_classes(self, x: Tensor) -> int:
+        """A network that does not say is asked with one image."""
+        stated = getattr(self.model, "num_classes", None)
+        if isinstance(stated, int) and stated > 0:
+            return stated
+        return self.probability(x[:1]).shape[1]
 
 
 Attribute = Callable[..., Tensor]
@@ -85,6 +155,10 @@ METHODS: dict[str, Method] = {}
 def register(name: str, *, slow: bool = False) -> Callable[[Attribute], Attribute]:
     """Add a method: a function of (subject, images (N, C, H, W) in [0, 1], targets (N,), **options) to (N, H, W).
 
+    It may hook, replace and switch the modules of `subject`, but not write into their numbers, whose memory is shared.
+    It draws random numbers from `subject.generator`, which every batch finds in the same state: global generators are
+    everybody's.
+
     Args:
         name: What `attribute` calls it.
         slow: It looks at many changed copies of an image: it is handed one image at a time, repeated for each of its
@@ -101,7 +175,7 @@ def register(name: str, *, slow: bool = False) -> Callable[[Attribute], Attribut
 def attribute(
     model: nn.Module,
     x: Tensor,
-    targets: Sequence[int] | Tensor | int | None = None,
+    targets: Targets = None,
     method: str = "bcos",
     *,
     batch_size: int = 32,
@@ -111,13 +185,15 @@ def attribute(
 ) -> Tensor:
     """What each pixel adds to a class, by any of `METHODS`.
 
+    Nothing of the model, and no global random state, is touched: other threads may use it meanwhile.
+
     Args:
         model: A B-cos network or a plain timm model, in eval mode.
         x: Images (N, C, H, W) in [0, 1], for plain models too: their cfg says how to normalise.
         targets: A class per image, one for all, or None for the predicted ones.
         method: A key of `METHODS`.
         batch_size: Images at a time; slow methods take one, and neighbours that are the same image together.
-        seed: Of the methods that draw random numbers; the same seed gives the same maps.
+        seed: Of the methods that draw random numbers; the same seed gives the same maps, in batches of any size.
         progress: Show a bar.
         options: Of the method, for instance `n_steps` of 'ig'.
 
@@ -125,22 +201,24 @@ def attribute(
         (N, H, W), signed, detached; higher speaks for the class. Scales differ between methods.
 
     Raises:
-        MethodError: For an unknown method, or one that the model's architecture does not support.
-        InputError: For tensors that are no images.
+        MethodError: For an unknown method or option, or a method that the model's architecture does not support.
+        InputError: For tensors that are no images of this network.
         TargetError: For classes that the model does not have.
-        ModelStateError: For a model in training mode.
+        ModelStateError: For a model in training mode, or a plain one without normalisation.
     """
     check_methods([method])
-    chosen, subject = METHODS[method], Subject(model)
-    _check_images(x)
-    classes = _targets(subject, x, targets, batch_size)
+    check_counts(batch_size=batch_size)
+    chosen = METHODS[method]
+    _check_options(chosen, options)
+    subject = Subject(model)
+    x = checked_images(model, x)
+    classes = subject.classes(x, targets, batch_size)
     sizes = _runs(x) if chosen.slow else batch_size
     batches = list(zip(x.split(sizes), classes.split(sizes), strict=True))
     maps = []
-    # every batch draws the same numbers: maps do not depend on the batch size (smoothgrad's do)
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), frozen(model):
+    with torch.enable_grad():
         for images, wanted in tqdm(batches, chosen.name, disable=not progress):
-            torch.manual_seed(seed)
+            subject.generator.manual_seed(seed)
             maps.append(chosen.function(subject, images, wanted, **options).detach())
     return torch.cat(maps)
 
@@ -156,25 +234,45 @@ def check_methods(names: Iterable[str]) -> None:
             raise MethodError(f"no attribution method {name!r}: choose one of {', '.join(METHODS)}")
 
 
+def check_counts(**counts: int) -> None:
+    """Refuse numbers of things that are none.
+
+    Raises:
+        MethodError: Naming the first that is not a whole number from 1.
+    """
+    for name, value in counts.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+            raise MethodError(f"{name}={value!r}: give a whole number from 1")
+
+
+def checked_images(model: nn.Module, x: Tensor) -> Tensor:
+    """The images in the network's own precision.
+
+    Raises:
+        InputError: For tensors that are no images.
+    """
+    if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point() or 0 in x.shape:
+        found = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise InputError(f"expected images (N, C, H, W) of floating point, got {found}")
+    if torch.is_inference_mode_enabled() or x.is_inference():
+        raise InputError("torch.inference_mode() rules gradients out: use torch.no_grad(), and clone() tensors of it")
+    if not bool(x.isfinite().all()) or x.min() < 0 or x.max() > 1:
+        raise InputError("images must be in [0, 1] and finite, without mean/std normalisation")
+    like = next((p for p in model.parameters() if p.is_floating_point()), x)
+    if x.device != like.device:
+        raise InputError(f"images are on {x.device}, the model is on {like.device}: move one of them")
+    return x.detach().to(like.dtype)
+
+
+def _check_options(method: Method, options: dict[str, Any]) -> None:
+    parameters = inspect.signature(method.function).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    unknown = [name for name in options if name not in known]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        raise MethodError(f"{method.name} has no option {unknown[0]!r}: it has {', '.join(known) or 'none'}")
+
+
 def _runs(x: Tensor) -> list[int]:
     """How many images follow each other that are the same one."""
     changes = (x[1:] != x[:-1]).flatten(1).any(1).nonzero()[:, 0] + 1
     return torch.diff(changes.cpu(), prepend=torch.tensor([0]), append=torch.tensor([len(x)])).tolist()
-
-
-def _check_images(x: Tensor) -> None:
-    if x.ndim != 4 or not x.is_floating_point() or len(x) == 0:
-        raise InputError(f"expected images (N, C, H, W) of floating point, got {tuple(x.shape)} of {x.dtype}")
-    if not bool(x.isfinite().all()) or x.min() < 0 or x.max() > 1:
-        raise InputError("images must be in [0, 1] and finite, without mean/std normalisation")
-
-
-def _targets(subject: Subject, x: Tensor, targets: Any, batch_size: int) -> Tensor:
-    if targets is None:
-        return torch.cat([subject.probability(images).argmax(1) for images in x.split(batch_size)])
-    classes = torch.as_tensor(targets, device=x.device).expand(len(x)) if isinstance(targets, int) else targets
-    classes = torch.as_tensor(classes, device=x.device)
-    count = subject.model.num_classes
-    if classes.shape != x.shape[:1] or bool(((classes < 0) | (classes >= count)).any()):
-        raise TargetError(f"targets {classes.tolist()}: give {len(x)} classes from 0 to {count - 1}")
-    return classes

@@ -5,15 +5,18 @@ Figures A1 to A4 of the supplement of arXiv 2205.10268.
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..attribution.registry import attribute, check_methods
+from ..attribution.registry import attribute, check_counts, check_methods
 from ..errors import InputError, MethodError
 from ..explaining.forward import explain
 from ..explaining.pictures import map_to_rgba, on_white
 from .pointing_game import Confidence
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["most_confident", "plot_classes", "plot_methods"]
 
@@ -29,6 +32,7 @@ def most_confident(found: Sequence[Confidence], per_class: int, classes: Sequenc
     Raises:
         InputError: If a class has too few, saying how many are missing.
     """
+    check_counts(per_class=per_class)
     chosen: list[Confidence] = []
     for c in classes:
         right = sorted((f for f in found if f.label == f.predicted == c), key=lambda f: -f.confidence)
@@ -47,7 +51,7 @@ def plot_methods(
     targets: Sequence[int],
     methods: Sequence[str],
     class_names: Sequence[str] | None = None,
-) -> Any:
+) -> "Figure":
     """A matplotlib figure: a row per image, a column per method; the network's own explanation is also in colour.
 
     Methods that do not suit the architecture, or whose library is missing, are left out with a warning.
@@ -60,7 +64,7 @@ def plot_methods(
         class_names: For the titles.
     """
     check_methods(methods)
-    columns: list[tuple[str, Tensor]] = [("image", x.movedim(1, -1).expand(-1, -1, -1, 3))]
+    columns: list[tuple[str, Tensor]] = [("image", _colours(x))]
     for method in methods:
         try:
             maps = attribute(model, x, list(targets), method)
@@ -82,7 +86,7 @@ def plot_methods(
     return figure
 
 
-def plot_classes(model: nn.Module, x: Tensor, targets: Sequence[int], class_names: Sequence[str]) -> Any:
+def plot_classes(model: nn.Module, x: Tensor, targets: Sequence[int], class_names: Sequence[str]) -> "Figure":
     """A matplotlib figure: images and, below them, their explanations in colour; a pair of rows per class.
 
     Args:
@@ -90,21 +94,32 @@ def plot_classes(model: nn.Module, x: Tensor, targets: Sequence[int], class_name
         x: Images (N, C, H, W) in [0, 1], as many of each class, class by class.
         targets: Their classes.
         class_names: Of all classes.
+
+    Raises:
+        InputError: For targets that are not as many of each class, class by class.
     """
     classes = list(dict.fromkeys(targets))
-    per_class = len(targets) // len(classes)
+    per_class = len(targets) // max(len(classes), 1)
+    if not classes or list(targets) != [c for c in classes for _ in range(per_class)]:
+        raise InputError(f"targets {list(targets)}: give as many images of each class, class by class")
     pictures = on_white(explain(model, x, list(targets)).to_rgba())
     figure, axes = _figure(2 * len(classes), per_class)
     for i, target in enumerate(targets):
         row, column = 2 * classes.index(target), i % per_class
-        axes[row, column].imshow(x[i].movedim(0, -1).expand(-1, -1, 3).cpu().float().numpy())
+        axes[row, column].imshow(_colours(x[i : i + 1])[0].cpu().float().numpy())
         axes[row + 1, column].imshow(pictures[i].detach().cpu().float().numpy())
         if column == 0:
             axes[row, column].set_title(class_names[target], fontsize=9, loc="left")
     return figure
 
 
-def _figure(rows: int, columns: int) -> tuple[Any, Any]:
+def _colours(x: Tensor) -> Tensor:
+    """(N, H, W, 3) to look at, of images (N, C, H, W): their first three channels, or grey where there are fewer."""
+    three = x[:, :3] if x.shape[1] >= 3 else x.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    return three.movedim(1, -1)
+
+
+def _figure(rows: int, columns: int) -> tuple["Figure", Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.5 * columns, 1.55 * rows), layout="constrained")

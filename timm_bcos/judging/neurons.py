@@ -6,18 +6,23 @@ Figures A5, A6 and B4 of the supplement of arXiv 2205.10268.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..attribution.registry import Subject
-from ..data.datasets import image_loader
-from ..errors import TargetError
+from ..attribution.registry import Subject, check_counts
+from ..data.datasets import LabelledImages, image_loader
+from ..errors import InputError, TargetError
 from ..explaining.explanation import Explanation
 from ..explaining.forward import explain
 from ..explaining.pictures import on_white
+from ..nn.channels import channel_axis
+from ..nn.modules import first_output, hooked
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Strongest", "find_strongest", "label_entropy", "plot_label_counts", "plot_wall"]
 
@@ -53,31 +58,35 @@ class Strongest:
 
 
 def find_strongest(
-    model: nn.Module, dataset: Any, layer: str, k: int = 500, *, batch_size: int = 64, progress: bool = True
+    model: nn.Module, dataset: LabelledImages, layer: str, k: int = 500, *, batch_size: int = 64, progress: bool = True
 ) -> Strongest:
     """One pass over a data set; memory holds k images' numbers per unit, and one batch.
 
     Args:
         model: A B-cos network, or a plain timm model, in eval mode.
         dataset: As `timm.data.create_dataset` makes it.
-        layer: Path of a layer whose output is a map (N, C, H, W), or (N, H, W, C) in networks that compute with these.
+        layer: Path of a layer whose output is a map or a sequence of tokens; its type says where its channels are.
         k: Images per unit.
         batch_size: Images at a time.
         progress: Show a bar.
 
     Raises:
         TargetError: For a layer that does not exist, or has no spatial positions.
+        InputError: For an empty data set.
+        MethodError: For counts below 1.
     """
+    check_counts(k=k, batch_size=batch_size)
     subject, load = Subject(model), image_loader(model, dataset)
-    module = dict(model.named_modules()).get(layer)
-    if module is None:
-        raise TargetError(f"the model has no layer {layer!r}")
+    if layer not in dict(subject.model.named_modules()):
+        raise TargetError(f"the model has no layer {layer!r}: see model.named_modules() for their names")
+    if len(dataset) == 0:
+        raise InputError("the data set has no images")
     device = next(model.parameters()).device
     best: tuple[Tensor, ...] = ()
     for start in tqdm(range(0, len(dataset), batch_size), layer, disable=not progress):
         indices = list(range(start, min(start + batch_size, len(dataset))))
         images, labels = zip(*map(load, indices), strict=True)
-        peaks = _peaks(subject, module, layer, torch.stack(images).to(device))
+        peaks = _peaks(subject, layer, torch.stack(images).to(device))
         new = (peaks, torch.tensor(indices).expand_as(peaks), torch.tensor(labels).expand_as(peaks))
         both = new if not best else tuple(torch.cat(pair, 1) for pair in zip(best, new, strict=True))
         kept = both[0].topk(min(k, both[0].shape[1]), dim=1).indices
@@ -86,19 +95,16 @@ def find_strongest(
 
 
 @torch.no_grad()
-def _peaks(subject: Subject, module: nn.Module, layer: str, x: Tensor) -> Tensor:
+def _peaks(subject: Subject, layer: str, x: Tensor) -> Tensor:
     """(C, N) strongest activations."""
-    outputs: list[Any] = []
-    handle = module.register_forward_hook(lambda module, args, output: outputs.append(output))
-    try:
+    module, outputs = subject.model.get_submodule(layer), []
+    with hooked([module], lambda module, args, output: outputs.append(first_output(output))):
         subject(subject.prepare(x))
-    finally:
-        handle.remove()
-    if not outputs or not isinstance(outputs[0], Tensor) or outputs[0].ndim != 4:
+    if not outputs or not isinstance(outputs[0], Tensor) or outputs[0].ndim not in (3, 4):
         shape = tuple(outputs[0].shape) if outputs and isinstance(outputs[0], Tensor) else "nothing of the kind"
         raise TargetError(f"layer {layer!r} has no spatial positions: it returns {shape}, not (N, C, H, W)")
-    positions = (1, 2) if getattr(subject.model, "output_fmt", "NCHW") == "NHWC" else (2, 3)
-    return outputs[0].amax(positions).T.cpu()
+    axis = channel_axis(module, outputs[0], subject.model)
+    return outputs[0].movedim(axis, 1).flatten(2).amax(2).T.cpu()
 
 
 def label_entropy(labels: Tensor, num_classes: int) -> Tensor:
@@ -110,14 +116,22 @@ def label_entropy(labels: Tensor, num_classes: int) -> Tensor:
 
     Returns:
         (C,) in [0, 1]: 1 if all classes come equally often, 0 if only one comes.
+
+    Raises:
+        TargetError: For labels that are none of the classes.
     """
+    strange = labels[(labels < 0) | (labels >= num_classes)]
+    if len(strange):
+        raise TargetError(f"label {int(strange[0])}: there are {num_classes} classes, counted from 0")
     ones = torch.ones_like(labels, dtype=torch.double)
     counts = torch.zeros(len(labels), num_classes).double().scatter_add_(1, labels, ones)
     shares = counts / counts.sum(1, keepdim=True)
-    return torch.special.entr(shares).sum(1) / math.log(num_classes)
+    return torch.special.entr(shares).sum(1) / math.log(max(num_classes, 2))  # of a single class the entropy is 0
 
 
-def plot_wall(model: Any, dataset: Any, strongest: Strongest, units: Sequence[int], images: int = 6) -> Any:
+def plot_wall(
+    model: nn.Module, dataset: LabelledImages, strongest: Strongest, units: Sequence[int], images: int = 6
+) -> "Figure":
     """A matplotlib figure with two rows per unit: crops around what it answers, and their explanations.
 
     Args:
@@ -126,9 +140,15 @@ def plot_wall(model: Any, dataset: Any, strongest: Strongest, units: Sequence[in
         strongest: From `find_strongest`.
         units: Which to show.
         images: Crops per unit.
+
+    Raises:
+        TargetError: For a unit that the layer does not have.
+        MethodError: For no units or no images.
     """
     from matplotlib.figure import Figure
 
+    check_counts(images=images)
+    _check_units(strongest, units)
     figure = Figure(figsize=(1.6 * images, 3.3 * len(units)), layout="constrained")
     axes = figure.subplots(2 * len(units), images, squeeze=False)
     for row, unit in enumerate(units):
@@ -143,7 +163,16 @@ def plot_wall(model: Any, dataset: Any, strongest: Strongest, units: Sequence[in
     return figure
 
 
-def _explain_unit(model: Any, dataset: Any, strongest: Strongest, unit: int, images: int) -> Explanation:
+def _check_units(strongest: Strongest, units: Sequence[int]) -> None:
+    check_counts(units=len(units))
+    for unit in units:
+        if not 0 <= unit < len(strongest.values):
+            raise TargetError(f"unit {unit}: layer {strongest.layer!r} has {len(strongest.values)}, counted from 0")
+
+
+def _explain_unit(
+    model: nn.Module, dataset: LabelledImages, strongest: Strongest, unit: int, images: int
+) -> Explanation:
     load = image_loader(model, dataset)
     indices = strongest.indices[unit, :images].tolist()
     x = torch.stack([load(i)[0] for i in indices]).to(next(model.parameters()).device)
@@ -168,10 +197,11 @@ def _crop(picture: Tensor, centre: tuple[int, int]) -> Tensor:
     return picture[top : top + size, left : left + size].float()
 
 
-def plot_label_counts(strongest: Strongest, units: Sequence[int], class_names: Sequence[str]) -> Any:
+def plot_label_counts(strongest: Strongest, units: Sequence[int], class_names: Sequence[str]) -> "Figure":
     """A matplotlib figure with the classes of each unit's strongest images, and the entropy of their distribution."""
     from matplotlib.figure import Figure
 
+    _check_units(strongest, units)
     entropy = label_entropy(strongest.labels, len(class_names))
     figure = Figure(figsize=(3 * len(units), 3.2), layout="constrained")
     for ax, unit in zip(figure.subplots(1, len(units), squeeze=False)[0], units, strict=True):

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..attribution.registry import Subject, attribute
-from ..data.datasets import image_loader
+from ..attribution.registry import Subject, attribute, check_counts
+from ..data.datasets import LabelledImages, image_loader
 from ..errors import InputError
 
 __all__ = ["Confidence", "Grid", "cell_shares", "confidences", "localisation", "sample_grids"]
@@ -55,7 +55,7 @@ class Grid:
 
 
 def confidences(
-    model: nn.Module, dataset: Any, *, start: int = 0, batch_size: int = 64, progress: bool = True
+    model: nn.Module, dataset: LabelledImages, *, start: int = 0, batch_size: int = 64, progress: bool = True
 ) -> Iterator[Confidence]:
     """What a model says of every image of a labelled data set, as it comes.
 
@@ -69,16 +69,17 @@ def confidences(
     Raises:
         InputError: For a data set without labels, or with other classes than the model's.
     """
-    subject = Subject(model)
-    load = image_loader(model, dataset)
+    check_counts(batch_size=batch_size)
+    subject, load = Subject(model), image_loader(model, dataset)
     device = next(model.parameters()).device
     for first in tqdm(range(start, len(dataset), batch_size), "confidences", disable=not progress):
         indices = range(first, min(first + batch_size, len(dataset)))
         images, labels = zip(*map(load, indices), strict=True)
-        wrong = [label for label in labels if not 0 <= label < subject.model.num_classes]
-        if wrong:
-            raise InputError(f"the data set has class {wrong[0]}, the model {subject.model.num_classes} classes from 0")
         probability = subject.probability(torch.stack(images).to(device)).cpu()
+        count = probability.shape[1]
+        wrong = [label for label in labels if not 0 <= label < count]
+        if wrong:
+            raise InputError(f"the data set has class {wrong[0]}, the model {count} classes from 0")
         predicted = probability.argmax(1).tolist()
         for i, label, guess, p in zip(indices, labels, predicted, probability, strict=True):
             yield Confidence(i, label, guess, p[label].item())
@@ -99,7 +100,9 @@ def sample_grids(
 
     Raises:
         InputError: If there are too few images, saying how many are missing.
+        MethodError: For counts below 1.
     """
+    check_counts(n=n, count=count)
     ranked: dict[int, list[int]] = {}
     for item in sorted(found, key=lambda item: -item.confidence):
         if item.predicted == item.label and item.confidence >= threshold:
@@ -141,6 +144,7 @@ def cell_shares(maps: Tensor, n: int, smooth: int = 1) -> Tensor:
     Raises:
         InputError: For an even window, which would shift the map.
     """
+    check_counts(n=n)
     if smooth < 1 or smooth % 2 == 0:
         raise InputError(f"smooth={smooth}: give an odd window, 1 for no smoothing")
     positive = F.avg_pool2d(maps[:, None], smooth, 1, smooth // 2).clamp(min=0)
@@ -157,7 +161,7 @@ def _cell_of_pixels(side: int, n: int) -> Tensor:
 
 def localisation(
     model: nn.Module,
-    dataset: Any,
+    dataset: LabelledImages,
     grid: Grid,
     method: str = "bcos",
     *,
@@ -183,16 +187,17 @@ def localisation(
     return torch.stack([cell_shares(maps, grid.n, window).flatten(1).diagonal() for window in smooth])
 
 
-def compose(model: Any, dataset: Any, grid: Grid) -> Tensor:
+def compose(model: nn.Module, dataset: LabelledImages, grid: Grid) -> Tensor:
     """The picture of a grid, (1, C, H, W); a model of fixed input size sees smaller cells, others a larger picture."""
     load = image_loader(model, dataset)
     images = torch.stack([load(index)[0] for index in grid.indices])
-    if model.pretrained_cfg.get("fixed_input_size"):
+    is_fixed = (getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size", False)
+    if is_fixed:
         size = [s // grid.n for s in images.shape[-2:]]
         images = F.interpolate(images, size, mode="bilinear", antialias=True).clamp(0, 1)
     rows = [torch.cat(list(row), dim=-1) for row in images.split(grid.n)]
     picture = torch.cat(rows, dim=-2)[None].to(next(model.parameters()).device)
-    if not model.pretrained_cfg.get("fixed_input_size"):
+    if not is_fixed:
         return picture
     height, width = timm.data.resolve_model_data_config(model)["input_size"][-2:]
     return F.interpolate(picture, (height, width), mode="bilinear") if picture.shape[-1] != width else picture

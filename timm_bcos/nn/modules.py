@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["clone", "first_output", "frozen_copy", "hooked", "isolate"]
 
@@ -53,16 +53,29 @@ def isolate(model: ModuleT, names: Iterable[str]) -> ModuleT:
 def frozen_copy(model: ModuleT) -> ModuleT:
     """A private copy of a network: modules of its own, the same numbers in memory, no parameter that learns.
 
-    It recomputes nothing in the backward pass, if the network did (gradient checkpointing).
-    What is done to the copy (hooks, modes, replaced modules) no other user of the network can see.
+    What is done to the copy (hooks, modes, replaced modules) no other user of the network can see. Tensors that modules
+    keep besides (weight norm's product, activations that a hook has stored) are shared too, without their graphs. The
+    copy recomputes nothing in the backward pass, if the network did (gradient checkpointing).
     """
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    memo |= {id(buffer): buffer.detach() for buffer in model.buffers()}
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in _tensors_in(vars(module)):
+            detached = tensor.detach()
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(detached, requires_grad=False) if is_parameter else detached
     new = copy.deepcopy(model, memo)
     for module in new.modules():
         if getattr(module, "grad_checkpointing", False) is True:
             module.grad_checkpointing = False  # type: ignore[assignment]
     return new
+
+
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in list(value.values()) if isinstance(value, dict) else value:
+            yield from _tensors_in(part)
 
 
 def first_output(output: Any) -> Any:

@@ -1,0 +1,78 @@
+"""LIME (arXiv 1602.04938) for images: segments, and a local linear model of what each adds to a probability.
+
+The settings are those of its authors' explainer of images: cosine distance to the whole image, an exponential kernel of
+width 0.25, forward selection of the strongest segments, ridge regression on these.
+"""
+
+import torch
+from skimage.segmentation import quickshift
+from torch import Tensor
+
+__all__ = ["local_weights", "mean_colours", "quickshift_segments"]
+
+KERNEL_WIDTH = 0.25
+RIDGE = 1.0
+
+
+def quickshift_segments(image: Tensor, kernel_size: float) -> Tensor:
+    """(H, W) number of the segment that each pixel of an image (C, H, W) is in; grey ones are segmented as colours."""
+    image = image.expand(3, -1, -1) if len(image) == 1 else image
+    pixels = image.movedim(0, -1).double().cpu().numpy()
+    segments = quickshift(pixels, ratio=0.2, kernel_size=kernel_size, max_dist=200, convert2lab=len(image) == 3)
+    return torch.from_numpy(segments).unique(return_inverse=True)[1].to(image.device)
+
+
+def mean_colours(image: Tensor, segments: Tensor) -> Tensor:
+    """(C, H, W) with each segment in its mean colour."""
+    places = segments.flatten()
+    sums = image.new_zeros(len(image), int(places.max()) + 1, dtype=torch.double)
+    sums.index_add_(1, places, image.flatten(1).double())
+    return (sums / places.bincount()).to(image.dtype)[:, segments]
+
+
+def local_weights(masks: Tensor, answers: Tensor, features: int) -> Tensor:
+    """The linear model around the whole image.
+
+    Args:
+        masks: (S, F), 1 where a sample shows a segment.
+        answers: (S, K) probabilities of the samples.
+        features: How many segments the model of each class takes.
+
+    Returns:
+        (K, F), 0 for the segments that are not taken.
+    """
+    masks, answers = masks.double(), answers.double()
+    distance = 1 - masks.mean(1).sqrt()  # of the cosine, to a vector of ones
+    closeness = torch.exp(-((distance / KERNEL_WIDTH) ** 2) / 2)
+    columns, values = (_centred(x, closeness) for x in (masks, answers))
+    weights = masks.new_zeros(values.shape[1], masks.shape[1])
+    for row, value in zip(weights, values.T, strict=True):
+        chosen = _forward_selection(columns, value, features)
+        taken = columns[:, chosen]
+        squares = taken.T @ taken + RIDGE * torch.eye(len(chosen)).to(taken)
+        row[chosen] = torch.linalg.solve(squares, taken.T @ value)
+    return weights
+
+
+def _centred(x: Tensor, closeness: Tensor) -> Tensor:
+    """Least squares of these, without an intercept, are the weighted ones with an intercept."""
+    mean = (closeness[:, None] * x).sum(0) / closeness.sum()
+    return closeness.sqrt()[:, None] * (x - mean)
+
+
+def _forward_selection(columns: Tensor, value: Tensor, count: int) -> list[int]:
+    """The columns whose least-squares fit is best, one after the other: of each, what those before leave over."""
+    chosen: list[int] = []
+    least = 1e-10 * columns.square().sum(0).max()
+    for _ in range(min(count, columns.shape[1])):
+        power = columns.square().sum(0)
+        gain = torch.where(power > least, (columns.T @ value) ** 2 / power.clamp(min=1e-300), -1)
+        gain[chosen] = -1
+        best = int(gain.argmax())
+        if gain[best] < 0:
+            break
+        chosen.append(best)
+        unit = columns[:, best] / power[best].sqrt()
+        value = value - (unit @ value) * unit
+        columns = columns - unit[:, None] * (unit @ columns)
+    return chosen
