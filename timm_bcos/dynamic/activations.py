@@ -20,7 +20,7 @@ OTHERS = (
 )
 
 
-@handles(*named(ZERO_AT_ZERO), *named(OTHERS))
+@handles(functional.passed_sigmoid, *named(ZERO_AT_ZERO), *named(OTHERS))
 def activate(mode: Mode, func: Function, /, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """A torch function of one tensor, elementwise."""
     if not on_linear_path(input):
@@ -46,7 +46,7 @@ OUT_OF_PLACE = {
     for space in (torch, torch.Tensor, F)
     if hasattr(space, f"{name}_") and hasattr(space, name)
 }
-NEVER_ZERO_AT_ZERO = {*named("softplus threshold")}
+NEVER_ZERO_AT_ZERO = {functional.passed_sigmoid, *named("softplus threshold")}
 BOUNDED = {*named("clamp clip clamp_min clamp_max hardtanh")}
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "max_out",
     "patch_norm",
     "row_norm",
+    "passed_sigmoid",
     "same_padding",
     "scale_and_offset",
     "scale_by_cosine",
@@ -84,6 +85,13 @@ def same_padding(x: Tensor, kernel: list[int], stride: list[int], dilation: list
     if not torch.jit.is_scripting() and has_torch_function_unary(x):
         return handle_torch_function(same_padding, (x,), x, kernel, stride, dilation)
     return pad_same(x, kernel, stride, dilation)
+
+
+def passed_sigmoid(x: Tensor) -> Tensor:
+    """The sigmoid as an activation, whose value is passed on; elsewhere it is a gate, which only scales."""
+    if not torch.jit.is_scripting() and has_torch_function_unary(x):
+        return handle_torch_function(passed_sigmoid, (x,), x)
+    return torch.sigmoid(x)
 
 
 def row_norm(weight: Tensor) -> Tensor:
