@@ -70,6 +70,12 @@ def refuse(place: Place, module: nn.Module, what_to_do: str) -> NoReturn:
     raise UnsupportedModuleError([f"{place.name or '(root)'}: {kind.__module__}.{kind.__name__} {what_to_do}"])
 
 
+def _check_weight(layer: nn.Conv2d | nn.Linear, place: Place) -> None:
+    if not isinstance(layer.weight, nn.Parameter):
+        advice = "make that permanent first, by remove_weight_norm, remove_spectral_norm or prune.remove"
+        refuse(place, layer, f"computes its weight anew for each image: {advice}")
+
+
 def _adopt(
     layer: BcosConv2d | BcosLinear, old: nn.Conv2d | nn.Linear, weight: Tensor, config: BcosConfig
 ) -> BcosConv2d | BcosLinear:
@@ -100,6 +106,7 @@ def _rows(weight: Tensor, unit: dict[str, Any]) -> Tensor:
 
 def replace_conv(conv: nn.Conv2d, place: Place, config: BcosConfig) -> nn.Module:
     """Convolutions, with padding of their own or as TensorFlow has it."""
+    _check_weight(conv, place)
     channels = 2 * conv.in_channels if place.role == "stem" else conv.in_channels  # an image is encoded
     fan_in = channels * conv.kernel_size[0] * conv.kernel_size[1]
     unit = LINEAR_UNIT if place.role == "linear" else _unit(config, fan_in)
@@ -172,6 +179,7 @@ def _conv_classifier(module: nn.Linear | nn.Conv2d, place: Place, config: BcosCo
 
 def replace_linear(linear: nn.Linear, place: Place, config: BcosConfig) -> BcosConv2d | BcosLinear:
     """Linear layers; a classifier that pools becomes a convolution."""
+    _check_weight(linear, place)
     if place.role in ("positions", "map"):
         return _conv_classifier(linear, place, config)
     unit = LINEAR_UNIT if place.role == "linear" else _unit(config, linear.in_features)
@@ -292,7 +300,7 @@ def replace_sequential(sequence: nn.Sequential, place: Place, config: BcosConfig
     children = list(sequence)
     for i, child in enumerate(children):
         if isinstance(child, nn.Sigmoid) and any(m._parameters for m in children[i + 1 :]):
-            line = "feeds a layer, while only a gate leaves the path linear: use 0.5 + 0.5 * tanh(x / 2), which is the same"
+            line = "feeds a layer, while only a gate leaves the path linear: use the equal 0.5 + 0.5 * tanh(x / 2)"
             refuse(Place(f"{place.name}.{i}".lstrip(".")), child, line)
     return sequence
 
