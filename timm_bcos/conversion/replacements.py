@@ -73,7 +73,7 @@ def refuse(place: Place, module: nn.Module, what_to_do: str) -> NoReturn:
 def _check_weight(layer: nn.Conv2d | nn.Linear, place: Place) -> None:
     if not isinstance(layer.weight, nn.Parameter):
         advice = "make that permanent first, by remove_weight_norm, remove_spectral_norm or prune.remove"
-        refuse(place, layer, f"computes its weight anew for each image: {advice}")
+        refuse(place, layer, f"computes its weight anew in each pass: {advice}")
 
 
 def _adopt(
