@@ -1,6 +1,7 @@
-"""Convert timm's architectures and measure what the explanation of a real photo leaves unexplained.
+"""Convert timm's and torchvision's architectures and measure what the explanation of a real photo leaves unexplained.
 
 One row per architecture: by default the smallest of every model file, else all below a size, or a random one per file.
+torchvision's are called `torchvision/resnet18`, of the file `torchvision/resnet`.
 Each is converted (B = 2, no biases), run once in training mode so that running statistics have a scale, and explained.
 A second conversion (B = 1, biases kept) must give the original's logits. Rows are appended to a JSON-lines file as they
 come, so an interrupted run resumes; each architecture runs in a process of its own. Ends with two tables.
@@ -27,6 +28,7 @@ from typing import Any
 
 import timm
 import torch
+import torchvision
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -35,6 +37,8 @@ from timm_bcos.nn.layers import BcosConv2d, BcosLinear
 
 PHOTO = Path(__file__).parent / "photos" / "chelsea.jpg"
 SIZES = (96, 112, 128, 160, 168)  # tried before an architecture's own input size
+GAMMAS = (1.0, 8.0, 64.0)
+FAINT = 1e-30  # logits that float32 hardly holds
 GOALS = dict(error64=1e-10, error32=1e-4, preserving=1e-3)
 
 
@@ -43,10 +47,11 @@ class Row:
     """What is measured of one architecture.
 
     Attributes:
-        file: timm's model file.
+        file: timm's model file, or torchvision's.
         arch: The architecture.
         params: Its parameters, in millions.
         size: Image size.
+        gamma: γ of every layer of the conversion.
         verdict: 'exact', or why not.
         error64: Completeness error in float64.
         error32: In float32.
@@ -65,6 +70,7 @@ class Row:
     arch: str
     params: float = 0.0
     size: int = 0
+    gamma: float = 1.0
     verdict: str = ""
     error64: float | None = None
     error32: float | None = None
@@ -89,11 +95,55 @@ def photo(size: int, channels: int = 3) -> Tensor:
     return image[[i % 3 for i in range(channels)]][None]
 
 
+TORCHVISION = "torchvision/"
+SIZE_ARGUMENT = {"vision_transformer": "image_size"}  # of torchvision's networks that are built for one size
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a library says about an architecture.
+
+    Attributes:
+        file: Its model file.
+        size: Its own image size.
+        mean: Per channel, of the images that it takes.
+        std: Likewise.
+        size_argument: What its builder calls the image size, if it has to know it.
+    """
+
+    file: str
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    size_argument: str | None
+
+
+def facts(arch: str) -> Facts:
+    if not arch.startswith(TORCHVISION):
+        cfg = timm.get_pretrained_cfg(arch)
+        file = timm.models.model_entrypoint(arch).__module__.rpartition(".")[2]
+        return Facts(file, cfg.input_size[-1], cfg.mean, cfg.std, "img_size" if cfg.fixed_input_size else None)
+    name = arch.removeprefix(TORCHVISION)
+    transform = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    file = torchvision.models.get_model_builder(name).__module__.rpartition(".")[2]
+    size = transform.crop_size[0]
+    return Facts(TORCHVISION + file, size, tuple(transform.mean), tuple(transform.std), SIZE_ARGUMENT.get(file))
+
+
+def build(arch: str, **kwargs: Any) -> nn.Module:
+    if not arch.startswith(TORCHVISION):
+        return timm.create_model(arch, **kwargs)
+    name = arch.removeprefix(TORCHVISION)
+    if name in ("googlenet", "inception_v3"):  # as with pretrained weights
+        kwargs |= dict(init_weights=False, transform_input=True)
+    return torchvision.models.get_model(name, weights=None, **kwargs)
+
+
 def create(arch: str, size: int, **kwargs: Any) -> nn.Module:
     """An untrained plain network whose norms and scales are not at their uninformative initial values."""
-    fixed = timm.get_pretrained_cfg(arch).fixed_input_size
+    argument = facts(arch).size_argument
     torch.manual_seed(0)
-    model = timm.create_model(arch, **(dict(img_size=size) if fixed else {}), **kwargs)
+    model = build(arch, **({argument: size} if argument else {}), **kwargs)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim <= 1 or parameter.numel() == max(parameter.shape) or not parameter.any():
@@ -107,7 +157,7 @@ def logits_of(output: Any) -> Tensor:
 
 def create_small(arch: str) -> tuple[nn.Module, int]:
     """The plain network, and the smallest of a few image sizes that it takes; its own size if none."""
-    own = timm.get_pretrained_cfg(arch).input_size[-1]
+    own = facts(arch).size
     for size in (s for s in SIZES if s < own):
         try:
             model = create(arch, size)
@@ -145,11 +195,11 @@ def _measure(row: Row) -> None:
     plain, row.size = create_small(row.arch)
     row.params = round(sum(p.numel() for p in plain.parameters()) / 1e6, 2)
     x = photo(row.size)
-    cfg = timm.get_pretrained_cfg(row.arch)
-    row.preserving = preserving_error(copy.deepcopy(plain), cfg, x.float())
+    known = facts(row.arch)
+    row.preserving = preserving_error(copy.deepcopy(plain), known, x.float())
     if row.preserving > GOALS["preserving"]:
-        row.preserving64 = preserving_error(copy.deepcopy(plain).double(), cfg, x)
-    model = timm_bcos.bcosify(plain)
+        row.preserving64 = preserving_error(copy.deepcopy(plain).double(), known, x)
+    model, row.gamma = convert(plain, x.float())
     row.bcos_share = bcos_share(model)
     row.gradients = training_step(model, x.float())
     timm_bcos.settle(model, x.float())
@@ -160,6 +210,16 @@ def _measure(row: Row) -> None:
     row.breaks_at = verdict.breaks_at or ""
     reached = row.error64 <= GOALS["error64"] and row.error32 <= GOALS["error32"] and verdict.exact
     row.verdict = "exact" if reached else "not exact"
+
+
+def convert(plain: nn.Module, x: Tensor) -> tuple[nn.Module, float]:
+    """The conversion and its γ: 1, unless the untrained network's signal fades to nothing, as it does without norms."""
+    for gamma in GAMMAS:
+        model = timm_bcos.bcosify(copy.deepcopy(plain), timm_bcos.BcosConfig(gamma=gamma)).train()
+        with torch.no_grad():  # by the statistics of a batch
+            if logits_of(model(torch.cat([x, x.flip(-1)]))).abs().max() > FAINT:
+                break
+    return model, gamma
 
 
 def bcos_share(model: nn.Module) -> float:
@@ -181,9 +241,9 @@ def training_step(model: nn.Module, x: Tensor) -> str:
     return "all"
 
 
-def preserving_error(plain: nn.Module, cfg: Any, x: Tensor) -> float:
+def preserving_error(plain: nn.Module, known: Facts, x: Tensor) -> float:
     """Largest relative error of the logits after a conversion with B = 1 and biases, in the dtype of x."""
-    mean, std = (torch.tensor(v, dtype=x.dtype).reshape(-1, 1, 1) for v in (cfg.mean, cfg.std))
+    mean, std = (torch.tensor(v, dtype=x.dtype).reshape(-1, 1, 1) for v in (known.mean, known.std))
     normalised = (x - mean) / std
     timm_bcos.settle(plain, normalised)
     with torch.no_grad():
@@ -194,7 +254,9 @@ def preserving_error(plain: nn.Module, cfg: Any, x: Tensor) -> float:
 
 
 def count_parameters(arch: str) -> int:
-    """On the meta device where the architecture can be built there."""
+    """On the meta device where the architecture can be built there; torchvision records it with the weights."""
+    if arch.startswith(TORCHVISION):
+        return int(torchvision.models.get_model_weights(arch.removeprefix(TORCHVISION)).DEFAULT.meta["num_params"])
     warnings.filterwarnings("ignore")
     try:
         model = timm.create_model(arch, device="meta")
@@ -208,10 +270,11 @@ def all_architectures(cache: Path, jobs: int) -> dict[str, dict[str, int]]:
     if cache.exists():
         return json.loads(cache.read_text())
     names = timm.list_models(exclude_filters=["bcos*"])
+    names += [TORCHVISION + name for name in torchvision.models.list_models(module=torchvision.models)]
     found: dict[str, dict[str, int]] = defaultdict(dict)
     with ProcessPoolExecutor(jobs) as pool:
         for arch, count in zip(names, tqdm(pool.map(count_parameters, names), "count", len(names)), strict=True):
-            found[timm.models.model_entrypoint(arch).__module__.rpartition(".")[2]][arch] = count
+            found[facts(arch).file][arch] = count
     with timm_bcos.files.atomic_path(cache) as path:
         path.write_text(json.dumps(found, indent=1))
     return found
@@ -284,7 +347,7 @@ def read(path: Path) -> list[Row]:
 
 
 COLUMNS = (
-    "file", "arch", "params", "size", "verdict", "error64", "error32", "image_share", "bcos_share", "shift",
+    "file", "arch", "params", "size", "gamma", "verdict", "error64", "error32", "image_share", "bcos_share", "shift",
     "rounding", "gradients", "preserving", "preserving64",
 )  # fmt: skip
 
@@ -300,7 +363,13 @@ def _cell(value: Any) -> str:
 
 
 def summary(rows: list[Row]) -> str:
-    """How many reach each goal."""
+    """How many of each library reach each goal."""
+    own = [row for row in rows if row.file.startswith(TORCHVISION)]
+    libraries = {"timm": [row for row in rows if row not in own], "torchvision": own}
+    return "; ".join(f"{library}: {_summary(part)}" for library, part in libraries.items() if part)
+
+
+def _summary(rows: list[Row]) -> str:
     exact = sum(row.verdict == "exact" for row in rows)
     files = defaultdict(list)
     for row in rows:
@@ -308,7 +377,7 @@ def summary(rows: list[Row]) -> str:
     preserving = [row for row in rows if row.preserving is not None]
     good = sum(row.preserving <= GOALS["preserving"] for row in preserving if row.preserving is not None)
     return (
-        f"{exact} of {len(rows)} architectures exact; every architecture exact in {sum(map(all, files.values()))} of "
+        f"{exact} of {len(rows)} architectures exact, every architecture in {sum(map(all, files.values()))} of "
         f"{len(files)} files; function preserved to {GOALS['preserving']:g} in {good} of {len(rows)}; a training step "
         f"reaches every parameter in {sum(row.gradients == 'all' for row in rows)} of {len(rows)}"
     )
@@ -319,6 +388,7 @@ EXPLANATION = """\
 | --- | --- |
 | params | millions of parameters |
 | size | image size, the smallest of a few that the architecture takes |
+| gamma | γ of every layer: 1, unless the untrained network's signal fades to nothing |
 | error64, error32 | distance of Σ contributions + bias from the logit, relative to logit − logit bias; \
 goals {error64:g} and {error32:g} |
 | image_share | what the image explains of logit − logit bias; the rest comes from constants |
@@ -336,7 +406,8 @@ untrained networks amplify |
 
 def document(rows: list[Row], arguments: list[str]) -> str:
     """The page COVERAGE.md."""
-    versions = f"timm {timm.__version__}, torch {torch.__version__}, timm_bcos {timm_bcos.__version__}"
+    packages = (timm, torchvision, torch, timm_bcos)
+    versions = ", ".join(f"{package.__name__} {package.__version__}" for package in packages)
     command = " ".join(["python scripts/coverage.py", *(a for a in arguments if not a.startswith("/"))])
     return (
         f"# Coverage\n\nMade by `{command}` with {versions}. Networks are untrained; the photo is "

@@ -1,13 +1,16 @@
-"""Blocks of timm whose forward pass has to be written differently: tables from timm's class to ours."""
+"""Blocks whose forward pass has to be written differently: tables from the class of timm or torchvision to ours."""
 
 import torch
 import torch.nn.functional as F
-from timm.layers import RmsNormFp32
+from timm.layers import norm, norm_act
 from timm.models.efficientvit_mit import LiteMLA
 from timm.models.inception_v3 import InceptionB, InceptionD
 from torch import Tensor, nn
+from torchvision.models import inception
+from torchvision.models.googlenet import BasicConv2d as GoogLeNetConv
+from torchvision.models.googlenet import InceptionAux as GoogLeNetHead
 
-__all__ = ["AVERAGED", "WIDE"]
+__all__ = ["AVERAGED", "BARE", "WIDE", "WIDE_NORMS", "WIDE_NORM_ACTS"]
 
 
 class _AverageInceptionB(InceptionB):
@@ -26,6 +29,40 @@ class _AverageInceptionD(InceptionD):
         return [self.branch3x3_2(self.branch3x3_1(x)), long, F.avg_pool2d(x, kernel_size=3, stride=2)]
 
 
+class _AverageTorchvisionInceptionB(inception.InceptionB):
+    """Likewise for torchvision's, whose layers have the same names."""
+
+    _forward = _AverageInceptionB._forward
+
+
+class _AverageTorchvisionInceptionD(inception.InceptionD):
+    """Likewise."""
+
+    _forward = _AverageInceptionD._forward
+
+
+class _BareInceptionConv(inception.BasicConv2d):
+    """torchvision's block calls `relu` as a function; here there is none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+
+class _BareGoogLeNetConv(GoogLeNetConv):
+    """Likewise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+
+class _BareGoogLeNetHead(GoogLeNetHead):
+    """Likewise for the head that only training runs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(F.adaptive_avg_pool2d(x, (4, 4))).flatten(1)
+        return self.fc2(self.dropout(self.fc1(x)))
+
+
 class _WideLiteMLA(LiteMLA):
     """timm's linear attention computes in float32, which is right for half precision and loses digits of float64."""
 
@@ -35,14 +72,85 @@ class _WideLiteMLA(LiteMLA):
         return (out[..., :-1] / (out[..., -1:] + self.eps)).to(v.dtype)
 
 
-class _WideRmsNorm(RmsNormFp32):
-    """Likewise for timm's norm in float32."""
+class _Wide(nn.Module):
+    """Likewise for timm's norms in float32: float64 takes the path of the same norm without that cast.
+
+    Attributes:
+        in_own_dtype: timm's class for that norm.
+    """
+
+    in_own_dtype: type[nn.Module]
+    _fast_norm = False
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        weight = None if self.weight is None else self.weight.to(wide)
-        return F.rms_norm(x.to(wide), self.normalized_shape, weight, self.eps).to(x.dtype)
+        return self.in_own_dtype.forward(self, x) if x.dtype == torch.float64 else super().forward(x)
 
 
-AVERAGED: dict[type[nn.Module], type[nn.Module]] = {InceptionB: _AverageInceptionB, InceptionD: _AverageInceptionD}
-WIDE: dict[type[nn.Module], type[nn.Module]] = {LiteMLA: _WideLiteMLA, RmsNormFp32: _WideRmsNorm}
+class _WideLayerNorm(_Wide, norm.LayerNormFp32):
+    in_own_dtype = norm.LayerNorm
+
+
+class _WideLayerNorm2d(_Wide, norm.LayerNorm2dFp32):
+    in_own_dtype = norm.LayerNorm2d
+
+
+class _WideRmsNorm(_Wide, norm.RmsNormFp32):
+    in_own_dtype = norm.RmsNorm
+
+
+class _WideRmsNorm2d(_Wide, norm.RmsNorm2dFp32):
+    in_own_dtype = norm.RmsNorm2d
+
+
+class _WideSimpleNorm(_Wide, norm.SimpleNormFp32):
+    in_own_dtype = norm.SimpleNorm
+
+
+class _WideSimpleNorm2d(_Wide, norm.SimpleNorm2dFp32):
+    in_own_dtype = norm.SimpleNorm2d
+
+
+class _WideLayerNormAct(_Wide, norm_act.LayerNormActFp32):
+    in_own_dtype = norm_act.LayerNormAct
+
+
+class _WideLayerNormAct2d(_Wide, norm_act.LayerNormAct2dFp32):
+    in_own_dtype = norm_act.LayerNormAct2d
+
+
+class _WideRmsNormAct(_Wide, norm_act.RmsNormActFp32):
+    in_own_dtype = norm_act.RmsNormAct
+
+
+class _WideRmsNormAct2d(_Wide, norm_act.RmsNormAct2dFp32):
+    in_own_dtype = norm_act.RmsNormAct2d
+
+
+Table = dict[type[nn.Module], type[nn.Module]]
+
+AVERAGED: Table = {
+    InceptionB: _AverageInceptionB,
+    InceptionD: _AverageInceptionD,
+    inception.InceptionB: _AverageTorchvisionInceptionB,
+    inception.InceptionD: _AverageTorchvisionInceptionD,
+}
+BARE: Table = {
+    inception.BasicConv2d: _BareInceptionConv,
+    GoogLeNetConv: _BareGoogLeNetConv,
+    GoogLeNetHead: _BareGoogLeNetHead,
+}
+WIDE: Table = {LiteMLA: _WideLiteMLA}
+WIDE_NORMS: Table = {
+    norm.LayerNormFp32: _WideLayerNorm,
+    norm.LayerNorm2dFp32: _WideLayerNorm2d,
+    norm.RmsNormFp32: _WideRmsNorm,
+    norm.RmsNorm2dFp32: _WideRmsNorm2d,
+    norm.SimpleNormFp32: _WideSimpleNorm,
+    norm.SimpleNorm2dFp32: _WideSimpleNorm2d,
+}
+WIDE_NORM_ACTS: Table = {
+    norm_act.LayerNormActFp32: _WideLayerNormAct,
+    norm_act.LayerNormAct2dFp32: _WideLayerNormAct2d,
+    norm_act.RmsNormActFp32: _WideRmsNormAct,
+    norm_act.RmsNormAct2dFp32: _WideRmsNormAct2d,
+}

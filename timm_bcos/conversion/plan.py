@@ -6,16 +6,18 @@ from typing import Any
 
 from timm.layers import SelectAdaptivePool2d
 from torch import nn
+from torch.nn.utils import parametrize
 
 from ..errors import BcosError, UnsupportedModuleError
 from ..nn.stems import BcosStem, ImageReader
 from .config import BcosConfig
-from .rules import Place, Rule, keep, keep_whole
+from .rules import ADVICE, PROBABILITIES, Place, Rule, is_container, keep, keep_whole
+from .statistics import Stats, image_statistics, reads_image_itself
 
 __all__ = ["Places", "image_channels_of", "plan_replacements"]
 
 Plan = dict[str, nn.Module]
-Stats = tuple[float, ...] | None
+AUXILIARY = ("AuxLogits", "aux1", "aux2")  # what timm and torchvision call their auxiliary heads
 
 
 def plan_replacements(
@@ -32,7 +34,11 @@ def plan_replacements(
                 problems.append(_problem(name, module))
                 done[id(module)] = module
                 continue
-            done[id(module)] = rule(module, places.of(name, module), config)
+            try:
+                done[id(module)] = rule(module, places.of(name, module), config)
+            except UnsupportedModuleError as refusal:
+                problems += refusal.problems
+                done[id(module)] = module
         if done[id(module)] is not module:
             plan[name] = done[id(module)]
     if problems:
@@ -55,16 +61,18 @@ def _rule_for(module: nn.Module, rules: dict[type[nn.Module], Rule]) -> Rule | N
     kind = type(module)
     if kind in rules:
         return rules[kind]
-    if hasattr(module, "bcos_config") or kind.__module__.startswith("timm."):
-        return keep
-    is_own_container = any(True for _ in module.children()) and not kind.__module__.startswith(("timm.", "torch"))
-    return keep if is_own_container else None
+    return keep if hasattr(module, "bcos_config") or is_container(module, rules) else None
 
 
 def _problem(name: str, module: nn.Module) -> str:
     kind = type(module)
+    place = f"{name or '(root)'}: "
+    if kind in ADVICE:
+        return f"{place}{kind.__module__}.{kind.__name__} {ADVICE[kind]}"
+    if parametrize.is_parametrized(module):
+        return f"{place}call torch.nn.utils.parametrize.remove_parametrizations on it first, to have one weight"
     return (
-        f"{name or '(root)'}: no rule for {kind.__module__}.{kind.__name__}; "
+        f"{place}no rule for {kind.__module__}.{kind.__name__}; "
         f"pass rules=RULES | {{{kind.__name__}: rule}}, with rule=keep if explanation mode covers its forward"
     )
 
@@ -97,6 +105,15 @@ class Places:
         parent = self.model.get_submodule(name.rpartition(".")[0])
         children = list(parent.children())
         own = next(i for i, m in enumerate(children) if id(m) in self.classifiers)
+        if probabilities := [m for m in children[own + 1 :] if isinstance(m, PROBABILITIES)]:
+            kind = type(probabilities[0]).__name__
+            problem = (
+                f"{name}: {kind} follows the classifier, while explanations are of logits: replace it by nn.Identity()"
+            )
+            raise UnsupportedModuleError([problem])
+        is_pooled_later = any(isinstance(m, nn.AdaptiveAvgPool2d) for m in children[own + 1 :])
+        if is_pooled_later and isinstance(children[own], nn.Conv2d):
+            return "map"
         pools = [i for i, m in enumerate(children[:own]) if isinstance(m, SelectAdaptivePool2d)]
         if not pools or self.config.classify_positions == "never":
             return "classifier"
@@ -107,19 +124,27 @@ class Places:
             transparent += (nn.LayerNorm,)
         if not all(isinstance(m, transparent) for m in between):
             return "classifier"
-        averages = isinstance(pool.pool, nn.AdaptiveAvgPool2d)  # timm's pools for NHWC maps are others
+        # to one position; timm's pools for NHWC maps are others
+        averages = isinstance(pool.pool, nn.AdaptiveAvgPool2d) and pool.pool.output_size in (1, (1, 1))
         return "positions" if averages else "map" if pool.is_identity() else "classifier"
 
 
 def _classifier_ids(model: Any) -> set[int]:
-    """timm models tell; elsewhere the last linear layer is taken. An auxiliary head counts too."""
+    """timm models tell; elsewhere it is the last layer. Auxiliary heads count too."""
     if hasattr(model, "get_classifier"):
         found = model.get_classifier()
         heads = list(found) if isinstance(found, tuple | list) else [found]
     else:
-        heads = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
-    auxiliary = getattr(getattr(model, "AuxLogits", None), "fc", None)
-    return {id(m) for m in [*heads, auxiliary] if m is not None}
+        heads = _last_layers(model)
+    auxiliary = [m for name, child in model.named_children() if name in AUXILIARY for m in _last_layers(child)]
+    return {id(m) for m in [*heads, *auxiliary] if m is not None}
+
+
+def _last_layers(model: nn.Module) -> list[nn.Module]:
+    """The last linear layer, or, in a network without any, the last convolution."""
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    return [*(linear or convolutions)][-1:]
 
 
 def _stem_names(model: Any) -> tuple[str, ...]:
@@ -127,6 +152,8 @@ def _stem_names(model: Any) -> tuple[str, ...]:
 
     timm's cfg names them; elsewhere it is the first one with as many inputs as the image.
     """
+    if reads_image_itself(model):
+        return ()
     names = getattr(model, "pretrained_cfg", {}).get("first_conv") or ()
     names = (names,) if isinstance(names, str) else tuple(names)
     channels = image_channels_of(model)
@@ -144,8 +171,8 @@ def image_channels_of(model: Any) -> int:
 def _normalisation(model: Any, config: BcosConfig) -> tuple[Stats, Stats]:
     if config.stem == "encoded":
         return None, None
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    mean, std = config.mean or cfg.get("mean"), config.std or cfg.get("std")
+    mean, std = image_statistics(model)
+    mean, std = config.mean or mean, config.std or std
     if mean is None or std is None:
         raise BcosError(
             f"{type(model).__name__} does not say how its images are normalised: pass BcosConfig(mean=..., std=...), "

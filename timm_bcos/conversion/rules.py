@@ -1,242 +1,71 @@
-"""The conversion rules: a table from module type to what replaces it.
+"""The conversion rules: a table from module type to what replaces it (`timm_bcos.conversion.replacements`).
 
-Keys are *exact* types, because timm's subclasses hide things: `BatchNormAct2d` is a batch norm with an activation
-inside. A rule takes the module, its `Place` in the network and the config, and returns the replacement, which adopts
-the module's parameters, or the module itself; it never changes what it was given. What a rule returns unchanged is
-made dynamic linear, where needed, by explanation mode (`timm_bcos.dynamic`).
+Keys are *exact* types, because subclasses hide things: timm's `BatchNormAct2d` is a batch norm with an activation
+inside. A type without a row is kept only where nothing is lost by it (`is_container`): it holds other modules, which
+have rows of their own, is no variety of a type that has a rule, and owns no parameters but those that `OWNED` names:
+scales, tokens, positions and tables of attention, which explanation mode covers. All else is refused, whoever wrote it.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from fnmatch import fnmatch
 
-import torch
-import torch.nn.functional as F
 from timm import layers as timm_layers
-from timm.layers import activations, norm_act
-from timm.models import _efficientnet_blocks
-from torch import Tensor, nn
+from timm import models as timm_models
+from timm.layers import norm, norm_act
+from timm.models.csatv2 import Dct1d
+from torch import nn
+from torchvision import ops
+from torchvision.models import convnext, maxvit
+from torchvision.models import densenet as torchvision_densenet
 
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, BcosPool2d
 from ..nn.layers import BcosConv2d, BcosLinear
-from ..nn.modules import clone
 from ..nn.norms import UncentredBatchNorm1d, UncentredBatchNorm2d, UncentredBatchNormAct2d
 from ..nn.stems import BcosStem, ImageReader
-from .blocks import AVERAGED, WIDE
-from .config import BcosConfig
+from . import replacements as to
+from .attention import WINDOWED, BcosAttention
+from .blocks import AVERAGED, BARE, WIDE, WIDE_NORM_ACTS, WIDE_NORMS
 from .positions import PositionedQkv
+from .replacements import Place, Rule, keep, keep_whole
+from .statistics import NORMALISERS
 
-__all__ = ["RULES", "Place", "Rule", "keep", "keep_whole"]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a module stands.
-
-    Attributes:
-        name: Its path.
-        role: 'stem' reads the image, 'classifier' gives the logits, 'positions' is a classifier whose global average
-            pooling can come after it, 'map' one without pooling, 'linear' stays linear, 'hidden' is all else.
-        mean: For a stem, the image mean that its weights expect, or None.
-        std: Likewise.
-    """
-
-    name: str
-    role: str = "hidden"
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+__all__ = ["ADVICE", "PROBABILITIES", "RULES", "Place", "Rule", "is_container", "keep", "keep_whole"]
 
 
-Rule = Callable[[Any, Place, BcosConfig], nn.Module]
+# Parameters that a container may own directly: explanation mode covers how they are used.
+OWNED = {
+    "scales": (
+        "gamma", "gamma[0-9]", "gamma_*", "ls[0-9]", "layer_scale*", "alpha", "scale", "logit_scale", "temperature",
+        "lambda_*", "skipinit_gain", "gating_param",
+    ),
+    "tokens": ("*_token", "*_token[0-9]", "*_token_[0-9]", "latent"),
+    "positions": ("pos_emb*", "position_embedding*", "*_pos"),
+    "tables that are added to attention scores": (
+        "attention_biases", "relative_position_bias_table", "rel_pos_*", "height_rel", "width_rel",
+    ),
+}  # fmt: skip
 
 
-def keep(module: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
-    """The module stays; its children are converted by their own rules."""
-    return module
+def is_container(module: nn.Module, rules: Mapping[type[nn.Module], Rule]) -> bool:
+    """Whether a module without a row may be kept, because all that matters in it has a row: see above."""
+    kind = type(module)
+    if kind.__module__.partition(".")[0] == "torch" or not any(True for _ in module.children()):
+        return False
+    if any(rules.get(base, keep) not in (keep, to.replace_sequential) for base in kind.__mro__[1:]):
+        return False
+    owned = [name for name, parameter in module._parameters.items() if parameter is not None]
+    return all(any(fnmatch(name, pattern) for patterns in OWNED.values() for pattern in patterns) for name in owned)
 
 
-def keep_whole(module: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
-    """The module stays with all it contains: a gate or a statistic, which only scales the linear path."""
-    return module
-
-
-def _adopt(layer: Any, old: Any, weight: Tensor, config: BcosConfig) -> nn.Module:
-    """Give a new layer the old one's weight and, if biases are kept, its bias."""
-    layer.weight = weight if weight is old.weight else nn.Parameter(weight, old.weight.requires_grad)  # type: ignore[assignment]
-    layer.bias = old.bias if config.bias else None  # type: ignore[assignment]
-    return layer.train(old.training)
-
-
-def _unit(config: BcosConfig, fan_in: int) -> dict[str, Any]:
-    return dict(
-        b=config.b, max_out=config.max_out, gamma=config.layer_gamma(fan_in), normalize_weight=config.normalize_weight
-    )
-
-
-LINEAR_UNIT: dict[str, Any] = dict(b=1.0, normalize_weight=False)
-
-
-def _logits(config: BcosConfig, num_classes: int) -> dict[str, float]:
-    return dict(temperature=config.temperature, logit_bias=config.class_bias(num_classes))
-
-
-def _rows(weight: Tensor, unit: dict[str, Any]) -> Tensor:
-    """MaxOut needs M rows per output; equal ones leave the function as it is."""
-    max_out = unit.get("max_out", 1)
-    return weight if max_out == 1 else weight.detach().repeat_interleave(max_out, 0)
-
-
-def _conv(conv: nn.Conv2d, place: Place, config: BcosConfig) -> nn.Module:
-    channels = 2 * conv.in_channels if place.role == "stem" else conv.in_channels  # an image is encoded
-    fan_in = channels * conv.kernel_size[0] * conv.kernel_size[1]
-    unit = LINEAR_UNIT if place.role == "linear" else _unit(config, fan_in)
-    if place.role in ("classifier", "positions", "map") and conv.kernel_size == (1, 1):
-        return _conv_classifier(conv, place, config)
-    settings = dict(
-        kernel_size=conv.kernel_size, stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
-        groups=conv.groups, padding_mode=conv.padding_mode, pad_same=type(conv) is not nn.Conv2d,
-        device="meta", dtype=conv.weight.dtype, **unit,
-    )  # fmt: skip
-    if place.role != "stem":
-        layer = BcosConv2d(conv.in_channels, conv.out_channels, **settings)
-        return _adopt(layer, conv, _rows(conv.weight, unit), config)
-    settings["device"] = conv.weight.device
-    mean, std = (_per_channel(values, conv.in_channels) for values in (place.mean, place.std))
-    stem = BcosStem(conv.in_channels, conv.out_channels, mean=mean, std=std, **settings)
-    weight = torch.cat([conv.weight, -conv.weight], 1).detach() / 2
-    return _adopt(stem, conv, _rows(weight, unit), config)
-
-
-def _standardised_conv(conv: Any, place: Place, config: BcosConfig) -> nn.Module:
-    """Weight standardisation is applied once and for all: what it gives is the weight to start from."""
-    plain = nn.Conv2d(
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
-        bias=False, device="meta", dtype=conv.weight.dtype,
-    )  # fmt: skip
-    plain.__class__ = timm_layers.Conv2dSame if getattr(conv, "same_pad", False) else nn.Conv2d
-    gain = (conv.gain * conv.scale).flatten() if hasattr(conv, "gain") else None
-    rows = F.batch_norm(conv.weight.flatten(1)[None], None, None, gain, None, True, 0.0, conv.eps)
-    plain.weight = nn.Parameter(rows.detach().reshape(conv.weight.shape), conv.weight.requires_grad)
-    plain.bias = conv.bias
-    return _conv(plain.train(conv.training), place, config)
-
-
-def _linear_layer(layer: Any, place: Place, config: BcosConfig) -> nn.Module:
-    """A layer that has no B-cos form here stays linear; only its bias may go."""
-    return layer if config.bias or layer.bias is None else clone(layer, bias=None)
-
-
-def _lstm(lstm: nn.LSTM, place: Place, config: BcosConfig) -> nn.Module:
-    """Explanation mode takes LSTMs apart (`timm_bcos.dynamic.lstm`); without biases a new one adopts the weights."""
-    if config.bias or not lstm.bias:
-        return lstm
-    new = nn.LSTM(
-        lstm.input_size, lstm.hidden_size, lstm.num_layers, False, lstm.batch_first, lstm.dropout, lstm.bidirectional,
-        lstm.proj_size, device="meta",
-    )  # fmt: skip
-    for name, _ in list(new.named_parameters()):
-        setattr(new, name, getattr(lstm, name))
-    return new.train(lstm.training)
-
-
-def _per_channel(values: tuple[float, ...] | None, channels: int) -> tuple[float, ...] | None:
-    """Statistics of colour images for another number of channels: their average."""
-    if values is None or len(values) in (1, channels):
-        return values
-    return (sum(values) / len(values),)
-
-
-def _conv_classifier(module: nn.Linear | nn.Conv2d, place: Place, config: BcosConfig) -> nn.Module:
-    features, num_classes = module.weight.shape[1], module.weight.shape[0]
-    unit = _unit(config, features)
-    layer = BcosConvClassifier(
-        features, num_classes, pool=place.role != "map", device="meta", dtype=module.weight.dtype,
-        **_logits(config, num_classes), **unit,
-    )  # fmt: skip
-    weight = module.weight.detach().reshape(num_classes, features, 1, 1)
-    return _adopt(layer, module, _rows(weight, unit), config)
-
-
-def _linear(linear: nn.Linear, place: Place, config: BcosConfig) -> nn.Module:
-    if place.role in ("positions", "map"):
-        return _conv_classifier(linear, place, config)
-    unit = LINEAR_UNIT if place.role == "linear" else _unit(config, linear.in_features)
-    kind: type[BcosLinear] = BcosLinear
-    if place.role == "classifier":
-        kind, unit = BcosLinearClassifier, unit | _logits(config, linear.out_features)
-    layer = kind(linear.in_features, linear.out_features, device="meta", dtype=linear.weight.dtype, **unit)
-    return _adopt(layer, linear, _rows(linear.weight, unit), config)
-
-
-def _batch_norm(norm: nn.BatchNorm2d, place: Place, config: BcosConfig) -> nn.Module:
-    if config.norm == "remove":
-        return nn.Identity()
-    if config.norm == "keep" and config.bias:
-        return norm
-    return UncentredBatchNorm2d.from_batch_norm(norm)
-
-
-def _batch_norm_1d(norm: nn.BatchNorm1d, place: Place, config: BcosConfig) -> nn.Module:
-    if config.norm == "remove":
-        return nn.Identity()
-    return norm if config.norm == "keep" and config.bias else UncentredBatchNorm1d.from_batch_norm(norm)
-
-
-def _batch_norm_act(norm: timm_layers.BatchNormAct2d, place: Place, config: BcosConfig) -> nn.Module:
-    if config.norm == "remove":
-        return _removed_norm_act(norm, config)
-    if config.norm == "keep" and config.bias:
-        return norm
-    new = UncentredBatchNormAct2d.from_batch_norm(norm)
-    new.drop, new.act = norm.drop, norm.act
-    return new
-
-
-def _removed_norm_act(norm: Any, config: BcosConfig) -> nn.Module:
-    return nn.Identity() if config.activation == "remove" else nn.Sequential(norm.drop, norm.act)
-
-
-def _norm(norm: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
-    """A norm over x's own features is dynamic linear as it is, except for its bias."""
-    if config.norm == "remove":
-        return nn.Identity()
-    return norm if config.bias or getattr(norm, "bias", None) is None else clone(norm, bias=None)
-
-
-def _norm_act(norm: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
-    return _removed_norm_act(norm, config) if config.norm == "remove" else _norm(norm, place, config)
-
-
-def _activation(act: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
-    return nn.Identity() if config.activation == "remove" else act
-
-
-def _max_pool(pool: nn.MaxPool2d, place: Place, config: BcosConfig) -> nn.Module:
-    if config.max_pool == "keep":
-        return pool
-    return nn.AvgPool2d(pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
-
-
-def _global_pool(pool: timm_layers.SelectAdaptivePool2d, place: Place, config: BcosConfig) -> nn.Module:
-    return BcosPool2d.from_pool(pool) if isinstance(pool.pool, nn.AdaptiveAvgPool2d) else pool
-
-
-def _flatten(flatten: nn.Flatten, place: Place, config: BcosConfig) -> nn.Module:
-    return BcosFlatten(flatten.start_dim, flatten.end_dim).train(flatten.training)
-
-
-def _averaged(block: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
-    return block if config.max_pool == "keep" else _with_class(block, AVERAGED[type(block)])
-
-
-def _wide(block: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
-    return _with_class(block, WIDE[type(block)])
-
-
-def _with_class(block: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    new = clone(block)
-    new.__class__ = kind
-    return new
+# What to do about modules that no rule can be right for.
+PROBABILITIES = (nn.Sigmoid, nn.Softmax, nn.LogSoftmax)
+ADVICE: dict[type[nn.Module], str] = {
+    nn.LogSoftmax: "gives log-probabilities, while explanations are of logits: replace it by nn.Identity() and take a "
+    "loss on logits",
+    nn.DataParallel: "holds the network in its .module: convert that",
+    nn.parallel.DistributedDataParallel: "holds the network in its .module: convert that",
+    nn.TransformerEncoderLayer: "computes outside its own layers: take a timm or torchvision transformer",
+}
 
 
 def _table(rule: Rule, *types: type[nn.Module]) -> dict[type[nn.Module], Rule]:
@@ -244,59 +73,120 @@ def _table(rule: Rule, *types: type[nn.Module]) -> dict[type[nn.Module], Rule]:
 
 
 RULES: dict[type[nn.Module], Rule] = {
-    **_table(_conv, nn.Conv2d, timm_layers.Conv2dSame),
+    **_table(to.replace_conv, nn.Conv2d, timm_layers.Conv2dSame),
     **_table(
-        _standardised_conv,
+        to.replace_standardised_conv,
         timm_layers.StdConv2d, timm_layers.StdConv2dSame, timm_layers.ScaledStdConv2d, timm_layers.ScaledStdConv2dSame,
     ),
-    **_table(_linear, nn.Linear, timm_layers.Linear),
-    **_table(_linear_layer, nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d),
-    **_table(_lstm, nn.LSTM),
-    **_table(_batch_norm, nn.BatchNorm2d),
-    **_table(_batch_norm_1d, nn.BatchNorm1d),
-    **_table(_batch_norm_act, timm_layers.BatchNormAct2d),
     **_table(
-        _norm,
-        nn.LayerNorm, nn.GroupNorm, timm_layers.LayerNorm, timm_layers.LayerNorm2d, timm_layers.GroupNorm,
-        timm_layers.GroupNorm1, timm_layers.RmsNorm, timm_layers.RmsNorm2d, timm_layers.SimpleNorm,
-        timm_layers.SimpleNorm2d,
+        to.replace_linear,
+        nn.Linear, timm_layers.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear,
     ),
-    **_table(_norm_act, norm_act.GroupNormAct, norm_act.GroupNorm1Act, norm_act.LayerNormAct, norm_act.LayerNormAct2d),
+    **_table(to.replace_linear_layer, nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d),
+    **_table(to.replace_lstm, nn.LSTM),
+    **_table(to.replace_multihead_attention, nn.MultiheadAttention),
+    **_table(to.replace_window_attention, *WINDOWED),
+    # norms
+    **_table(to.replace_batch_norm, nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm),
+    **_table(to.replace_batch_norm_act, timm_layers.BatchNormAct2d, norm_act.SyncBatchNormAct),
+    **_table(to.replace_frozen_batch_norm, ops.FrozenBatchNorm2d, norm_act.FrozenBatchNormAct2d),
     **_table(
-        _activation,
+        to.replace_norm,
+        nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, norm.LayerNorm, norm.LayerNorm2d, norm.LayerNormExp2d, norm.GroupNorm,
+        norm.GroupNorm1, norm.RmsNorm, norm.RmsNorm2d, norm.SimpleNorm, norm.SimpleNorm2d,
+        timm_models.metaformer.GroupNorm1NoBias, timm_models.metaformer.LayerNorm2dNoBias,
+        timm_models.metaformer.LayerNormNoBias, convnext.LayerNorm2d, *WIDE_NORMS,
+    ),
+    **_table(
+        to.replace_norm_act,
+        norm_act.GroupNormAct, norm_act.GroupNorm1Act, norm_act.LayerNormAct, norm_act.LayerNormAct2d,
+        norm_act.RmsNormAct, norm_act.RmsNormAct2d, *WIDE_NORM_ACTS,
+    ),
+    **_table(
+        to.replace_fused_norm_act,
+        timm_layers.evo_norm.EvoNorm2dS0, timm_layers.evo_norm.EvoNorm2dS0a,
+        timm_layers.filter_response_norm.FilterResponseNormTlu2d,
+    ),
+    # activations
+    **_table(
+        to.replace_activation,
         nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.SiLU, nn.Mish, nn.Hardswish, nn.ELU, nn.GELU, nn.Tanh,
-        activations.GELU, activations.GELUTanh, activations.QuickGELU, activations.Swish, activations.Tanh,
-        activations.Mish, activations.HardSwish, activations.HardMish, activations.PReLU, nn.CELU, nn.SELU, nn.Softplus,
-        nn.Hardtanh, nn.Softsign,
+        timm_layers.activations.GELU, timm_layers.activations.GELUTanh, timm_layers.activations.QuickGELU,
+        timm_layers.activations.Swish, timm_layers.activations.Tanh, timm_layers.activations.Mish,
+        timm_layers.activations.HardSwish, timm_layers.activations.HardMish, timm_layers.activations.PReLU, nn.CELU,
+        nn.SELU, nn.Softplus, nn.Hardtanh, nn.Softsign, timm_models.nfnet.GammaAct,
     ),
-    **_table(_max_pool, nn.MaxPool2d),
-    **_table(_global_pool, timm_layers.SelectAdaptivePool2d),
-    **_table(_flatten, nn.Flatten),
-    **_table(_averaged, *AVERAGED),
-    **_table(_wide, *WIDE),
+    **_table(to.replace_activation_with_offset, timm_models.metaformer.StarReLU),
+    **_table(to.replace_bare, *BARE),
+    **_table(to.replace_dense_net, torchvision_densenet.DenseNet),
+    # pooling
+    **_table(to.replace_max_pool, nn.MaxPool1d, nn.MaxPool2d, timm_layers.pool2d_same.MaxPool2dSame),
+    **_table(to.replace_global_pool, timm_layers.SelectAdaptivePool2d),
+    **_table(to.replace_flatten, nn.Flatten),
+    **_table(to.replace_averaged, *AVERAGED),
+    **_table(to.replace_wide, *WIDE),
+    # owners of an additive bias
+    **_table(
+        to.replace_offset,
+        timm_layers.grn.GlobalResponseNorm, timm_models.hgnet.LearnableAffineBlock, timm_models.mlp_mixer.Affine,
+        timm_models.beit.Attention, timm_models.eva.EvaAttention, timm_models.swin_transformer_v2.WindowAttention,
+        timm_models.vision_transformer.ParallelScalingBlock, timm_models.vision_transformer.DiffParallelScalingBlock,
+    ),
     # gates and statistics
     **_table(
         keep_whole,
-        nn.Sigmoid, nn.Softmax, nn.Hardsigmoid, activations.Sigmoid, activations.HardSigmoid,
-        timm_layers.SEModule, timm_layers.SqueezeExcite, _efficientnet_blocks.SqueezeExcite, timm_layers.EcaModule,
-        timm_layers.GlobalContext,
+        nn.Sigmoid, nn.Softmax, nn.Hardsigmoid, timm_layers.activations.Sigmoid, timm_layers.activations.HardSigmoid,
+        timm_layers.split_attn.RadixSoftmax, timm_layers.SEModule, timm_layers.SqueezeExcite,
+        timm_models._efficientnet_blocks.SqueezeExcite, timm_layers.EcaModule, timm_layers.GlobalContext,
+        ops.SqueezeExcitation,
     ),
-    # linear as they are, or without effect in evaluation; timm's containers need no entry
+    **_table(to.replace_sequential, nn.Sequential),
+    # linear or piecewise linear as they are, or without effect in evaluation
     **_table(
         keep,
-        nn.Identity, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.Unflatten, nn.Dropout,
-        nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.AvgPool1d, nn.AvgPool2d, nn.MaxPool1d, nn.AdaptiveAvgPool1d,
+        nn.Identity, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.Unflatten, nn.Dropout,
+        nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d,
         nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d,
         nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.Unfold, nn.Fold, nn.PixelShuffle,
-        nn.PixelUnshuffle, nn.ChannelShuffle,
+        nn.PixelUnshuffle, nn.ChannelShuffle, timm_layers.AvgPool2dSame, timm_layers.BlurPool2d, timm_layers.DropPath,
+        timm_layers.DropBlock2d, timm_layers.PatchDropout, timm_layers.SpaceToDepth, timm_layers.DepthToSpace,
+        timm_layers.adaptive_avgmax_pool.FastAdaptiveAvgPool, timm_layers.adaptive_avgmax_pool.FastAdaptiveMaxPool,
+        timm_layers.adaptive_avgmax_pool.FastAdaptiveAvgMaxPool,
+        timm_layers.adaptive_avgmax_pool.FastAdaptiveCatAvgMaxPool,
+        timm_layers.adaptive_avgmax_pool.AdaptiveAvgMaxPool2d, timm_layers.adaptive_avgmax_pool.AdaptiveCatAvgMaxPool2d,
+        Dct1d, timm_models.efficientformer.Flat, timm_models.gemma4_vit.Gemma4VisionPooler, timm_models.hiera.Reroll,
+        timm_models.hiera.Unroll, timm_models.levit.Downsample, timm_models.selecsls.SelectSeq, ops.Permute,
+        ops.StochasticDepth, ops.DropBlock2d, maxvit.SwapAxes, maxvit.WindowPartition, maxvit.WindowDepartition,
+        *NORMALISERS,
     ),
-    # linear maps and norms that explanation mode covers, without a B-cos form yet
-    **_table(keep_whole, timm_layers.CondConv2d, timm_layers.EvoNorm2dS0),
+    # owners of scales
+    **_table(
+        keep,
+        timm_layers.LayerScale, timm_layers.LayerScale2d, timm_models.fastvit.LayerScale2d,
+        timm_models.swiftformer.LayerScale2d, timm_models.metaformer.Scale, timm_models.efficientvim.EfficientViM,
+        timm_models.efficientvim.EfficientViMDistilled, timm_models.efficientvim.HSMSSD,
+        timm_models.swiftformer.EfficientAdditiveAttention,
+    ),
+    # what gives attention its positions
+    **_table(
+        keep,
+        timm_layers.bottleneck_attn.PosEmbedRel, timm_layers.halo_attn.PosEmbedRel,
+        timm_layers.pos_embed_rel.RelPosBias, timm_layers.pos_embed_rel.RelPosBiasTf,
+        timm_layers.pos_embed_sincos.FourierEmbed, timm_layers.pos_embed_sincos.RotaryEmbedding,
+        timm_layers.pos_embed_sincos.RotaryEmbeddingCat, timm_layers.pos_embed_sincos.RotaryEmbeddingMixed,
+        timm_layers.pos_embed_sincos.RotaryEmbeddingDinoV3, timm_models.gemma4_vit.Gemma4RotaryEmbedding2D,
+    ),
+    # linear maps that explanation mode covers, without a B-cos form yet
+    **_table(keep_whole, timm_layers.CondConv2d),
     # this package's own
     **_table(
         keep_whole,
         BcosConv2d, BcosStem, ImageReader, BcosConvClassifier, BcosLinear, BcosLinearClassifier, BcosPool2d,
         BcosFlatten, UncentredBatchNorm1d, UncentredBatchNorm2d, PositionedQkv,
     ),
-    **_table(keep, UncentredBatchNormAct2d, *AVERAGED.values(), *WIDE.values()),
+    **_table(
+        keep,
+        BcosAttention, UncentredBatchNormAct2d, *(own for table in (AVERAGED, BARE, WIDE, WIDE_NORMS, WIDE_NORM_ACTS,
+        WINDOWED) for own in table.values()),
+    ),
 }  # fmt: skip
