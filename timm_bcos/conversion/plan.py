@@ -1,57 +1,252 @@
-"""What a conversion will replace, decided before anything is changed."""
+"""What a conversion will do: all of it is decided, and built, before anything is changed."""
 
+from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatch
 from typing import Any
 
+import torch
 from timm.layers import SelectAdaptivePool2d
 from torch import nn
 
-from ..errors import BcosError, UnsupportedModuleError
-from ..nn.stems import BcosStem, ImageReader
+from ..errors import InputError, UnsupportedModuleError
+from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, BcosPool2d
+from ..nn.layers import BcosLinear
+from ..nn.stems import BcosStem, ImageReader, image_channels
 from .config import BcosConfig
+from .hooks import computed_weight_problem, has_hooks, state_hook_problem
+from .positions import PositionedQkv, Positions, attention_paths
 from .rules import Place, Rule, keep, keep_whole
 
-__all__ = ["Places", "image_channels_of", "plan_replacements"]
+__all__ = ["FOLDING", "Places", "Plan", "plan_conversion"]
 
-Plan = dict[str, nn.Module]
+Rules = dict[type[nn.Module], Rule]
 Stats = tuple[float, ...] | None
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose2d)
+FOLDING = ("fuse", "reparameterize", "switch_to_deploy")  # methods that timm's `reparameterize_model` calls
 
 
-def plan_replacements(
-    model: nn.Module, config: BcosConfig, rules: dict[type[nn.Module], Rule], places: "Places"
-) -> Plan:
-    """Every replacement by path, parents first; a module with several names is converted once."""
-    plan: Plan = {}
-    problems: list[str] = []
-    done: dict[int, nn.Module] = {}
-    for name, module in _walk("", model, rules, done):
-        if id(module) not in done:
-            rule = _rule_for(module, rules)
-            if rule is None:
-                problems.append(_problem(name, module))
-                done[id(module)] = module
-                continue
-            done[id(module)] = rule(module, places.of(name, module), config)
-        if done[id(module)] is not module:
-            plan[name] = done[id(module)]
+@dataclass(frozen=True)
+class Plan:
+    """A conversion, decided and built in full; `timm_bcos.conversion.converted` carries it out.
+
+    Attributes:
+        model: The network, unchanged so far.
+        network: What it will be: `model`, or what replaces it.
+        root: `network`, or a Sequential of an `ImageReader` and the network.
+        replacements: New modules by their path in `network`, parents first, itself excluded.
+        attributes: What the root will say of itself, its config and its reader included.
+        has_reader: Its forward methods will read the image first.
+        foldable: Modules of which something would be folded into a B-cos layer.
+    """
+
+    model: nn.Module
+    network: nn.Module
+    root: nn.Module
+    replacements: dict[str, nn.Module]
+    attributes: dict[str, Any]
+    has_reader: bool
+    foldable: tuple[nn.Module, ...]
+
+
+def plan_conversion(model: nn.Module, config: BcosConfig, rules: Rules) -> Plan:
+    """Decide a conversion.
+
+    Args:
+        model: Stays as it is.
+        config: What to convert to.
+        rules: From exact module type to rule.
+
+    Raises:
+        UnsupportedModuleError: With all that is in the way.
+        InputError: For a mean or std of another number of channels than the image.
+    """
+    places = Places(model, config)
+    found = _Replacements(model, config, rules, places)
+    problems = [*_config_problems(model, config), *places.problems, *found.problems]
+    positions = _plan_positions(model, config, found, problems)
     if problems:
         raise UnsupportedModuleError(problems)
-    return plan
+    network = found.by_path[""]
+    is_read = any(isinstance(m, BcosStem | ImageReader) for m in found.modules())
+    reader = None if is_read else _image_reader(model, places)
+    is_wrapped = reader is not None and type(network).forward is nn.Sequential.forward  # would run it as a layer
+    return Plan(
+        model=model,
+        network=network,
+        root=_read_through(reader, network) if reader is not None and is_wrapped else network,
+        replacements={path: new for path, new in found.changed.items() if path},
+        attributes=dict(
+            bcos_config=config,
+            bcos_rules=rules,
+            head_paths=tuple(f"network.{path}".strip(".") if is_wrapped else path for path in found.heads()),
+            **({} if reader is None or is_wrapped else dict(image_reader=reader)),
+            **({} if positions is None else dict(positions=positions)),
+            **_traits(network, places, found),
+        ),
+        has_reader=reader is not None and not is_wrapped,
+        foldable=tuple(m for m in found.modules() if any(hasattr(type(m), name) for name in FOLDING)),
+    )
 
 
-def _walk(name: str, module: Any, rules: Any, done: dict[int, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+@dataclass
+class _Replacements:
+    """A walk over a network that asks each module's rule.
+
+    Attributes:
+        by_path: What each module visited will be, parents first.
+        changed: Those that will be something else.
+        by_id: By the original's id; a module with several names is converted once.
+        problems: What is in the way.
+    """
+
+    model: nn.Module
+    config: BcosConfig
+    rules: Rules
+    places: "Places"
+    by_path: dict[str, nn.Module] = field(default_factory=dict)
+    changed: dict[str, nn.Module] = field(default_factory=dict)
+    by_id: dict[int, nn.Module] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name, module in _walk("", self.model, self.rules, self.by_id):
+            if id(module) not in self.by_id:
+                self.by_id[id(module)] = self._convert(name, module)
+            new = self.by_path[name] = self.by_id[id(module)]
+            if new is not module:
+                self.changed[name] = new
+        self.problems += self._lost_hooks()
+
+    def _convert(self, name: str, module: nn.Module) -> nn.Module:
+        """The module's replacement; itself where something is in the way."""
+        rule = _rule_for(module, self.rules)
+        advice = _advice(module)
+        if rule is None or advice is not None:
+            self.problems.append(_problem(name, module) if advice is None else f"{name or '(root)'}: {advice}")
+            return module
+        try:
+            new = rule(module, self.places.of(name, module), self.config)
+        except UnsupportedModuleError as refusal:
+            self.problems += refusal.problems
+            return module
+        problem = None if new is module else computed_weight_problem(module) or state_hook_problem(module)
+        if problem is not None:
+            self.problems.append(f"{name or '(root)'}: {problem}")
+        return new
+
+    def modules(self) -> list[nn.Module]:
+        """Those that the network will consist of."""
+        found = {id(m): m for new in self.by_path.values() for m in new.modules()}
+        return [m for key, m in found.items() if self.by_id.get(key, m) is m]
+
+    def heads(self) -> list[str]:
+        """Paths of modules with pooling layers, which are to know whether a classifier beside them pools."""
+        pooling = [path for path, m in self.by_path.items() if isinstance(m, BcosPool2d | BcosFlatten)]
+        return list(dict.fromkeys(path.rpartition(".")[0] for path in pooling if path))
+
+    def _lost_hooks(self) -> list[str]:
+        hooked = [(name, m) for name, m in self.model.named_modules() if has_hooks(m) and id(m) not in self.by_id]
+        if not hooked:
+            return []
+        staying = {id(m) for m in self.modules()}
+        advice = "has hooks and goes away with the module around it: remove them"
+        return [f"{name}: {advice}" for name, m in hooked if id(m) not in staying]
+
+
+# torch's wrappers of networks, by the name of their class, which loading for a comparison would take seconds.
+WRAPPERS = {
+    "DataParallel": "wraps a network: convert that one, DataParallel(bcosify(model.module))",
+    "DistributedDataParallel": "wraps a network: convert that one, DistributedDataParallel(bcosify(model.module))",
+    "FullyShardedDataParallel": "wraps a network: convert first, FullyShardedDataParallel(bcosify(model))",
+    "OptimizedModule": "is what torch.compile made: convert first, torch.compile(bcosify(model))",
+    "ScriptModule": "is TorchScript: convert first, torch.jit.script(bcosify(model))",
+    "GraphModule": "is a traced graph: convert first, and trace the result",
+}
+
+
+def _advice(module: nn.Module) -> str | None:
+    """What to do with a module that cannot be converted as it is, whatever the rules say."""
+    for kind in type(module).__mro__:
+        if kind.__module__.startswith("torch.") and kind.__name__ in WRAPPERS:
+            return f"{kind.__name__} {WRAPPERS[kind.__name__]}"
+    return computed_weight_problem(module) if hasattr(module, "parametrizations") else None
+
+
+def _config_problems(model: nn.Module, config: BcosConfig) -> Iterator[str]:
+    """A network has one config: it was not converted with another one before, nor was a part of it."""
+    for name, module in model.named_modules():
+        own = getattr(module, "bcos_config", None)
+        if own is not None and own != config:
+            names = [f.name for f in fields(config) if getattr(own, f.name) != getattr(config, f.name)]
+            told = ", ".join(f"{field}={getattr(own, field)!r}" for field in names)
+            yield (
+                f"{name or '(root)'}: has been converted with {told}: convert the plain network anew, or give the "
+                f"config that it has, bcosify(model, converted.bcos_config)"
+            )
+
+
+def _plan_positions(model: Any, config: BcosConfig, found: _Replacements, problems: list[str]) -> Positions | None:
+    """Let a vision transformer's constants act in its attention only: its qkv projections are others then."""
+    if config.positions == "keep" or hasattr(model, "positions"):
+        return None
+    try:
+        paths = attention_paths(model)
+    except UnsupportedModuleError as refusal:
+        problems += refusal.problems
+        return None
+    positions = Positions(model)
+    for path in paths:
+        qkv = found.by_path.get(path)
+        if isinstance(qkv, BcosLinear):
+            found.by_path[path] = found.changed[path] = PositionedQkv.from_linear(qkv, positions)
+        else:
+            problems.append(f"{path}: positions='attention' needs a B-cos layer, not {type(qkv).__name__}")
+    return positions
+
+
+def _image_reader(model: nn.Module, places: "Places") -> ImageReader:
+    like = next(model.parameters(), torch.empty(0))
+    reader = ImageReader(places.channels, places.mean, places.std, like.device, like.dtype)
+    return reader.train(model.training)
+
+
+def _read_through(reader: ImageReader, network: nn.Module) -> nn.Sequential:
+    root = nn.Sequential(OrderedDict(image_reader=reader, network=network))
+    root.training = network.training
+    return root
+
+
+def _traits(network: Any, places: "Places", found: _Replacements) -> dict[str, Any]:
+    """What the network says of itself: images are in [0, 1], with so many channels, and so many classes."""
+    traits: dict[str, Any] = {}
+    if cfg := getattr(network, "pretrained_cfg", None):
+        channels = len(cfg.get("mean") or (0, 0, 0))
+        traits["pretrained_cfg"] = dict(cfg, mean=(0.0,) * channels, std=(1.0,) * channels)
+        traits["default_cfg"] = traits["pretrained_cfg"]
+    if not hasattr(network, "in_chans"):
+        traits["in_chans"] = places.channels
+    classifiers = [m for m in found.modules() if isinstance(m, BcosConvClassifier | BcosLinearClassifier)]
+    if not hasattr(network, "num_classes") and classifiers:
+        last = classifiers[-1]
+        traits["num_classes"] = last.out_channels if isinstance(last, BcosConvClassifier) else last.out_features
+    return traits
+
+
+def _walk(name: str, module: nn.Module, rules: Rules, done: dict[int, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """Modules with their paths, parents first, into whatever its rule has left in place."""
     yield name, module
     kept = done[id(module)]
-    if _rule_for(module, rules) is keep_whole:
+    if _rule_for(module, rules) is keep_whole or _advice(module) is not None:
         return
     for child_name, child in module._modules.items():  # `named_children` names a shared module only once
-        if child is not None and getattr(kept, child_name, None) is child:
+        is_kept = getattr(kept, child_name, None) is child
+        if child is not None and is_kept:
             yield from _walk(f"{name}.{child_name}" if name else child_name, child, rules, done)
 
 
-def _rule_for(module: nn.Module, rules: dict[type[nn.Module], Rule]) -> Rule | None:
+def _rule_for(module: nn.Module, rules: Rules) -> Rule | None:
     kind = type(module)
     if kind in rules:
         return rules[kind]
@@ -77,11 +272,23 @@ class Places:
         self.model = model
         self.classifiers = _classifier_ids(model)
         is_fresh = not any(isinstance(m, BcosStem | ImageReader) for m in model.modules())
-        self.stems = _stem_names(model) if is_fresh else ()
-        self.needs_reader = is_fresh and not self.stems
-        self.mean: Stats
-        self.std: Stats
-        self.mean, self.std = _normalisation(model, config) if is_fresh else (None, None)
+        self.channels = _channels_of(model, config)
+        self.stems = _stem_names(model, self.channels) if is_fresh else ()
+        self.problems: list[str] = []
+        self.mean: Stats = None
+        self.std: Stats = None
+        if is_fresh:
+            self._take_statistics()
+        else:
+            self.problems += _unread(model, self.channels)
+
+    def _take_statistics(self) -> None:
+        try:
+            found = _normalisation(self.model, self.config)
+        except UnsupportedModuleError as refusal:
+            self.problems += refusal.problems
+            return
+        self.mean, self.std = (_per_channel(values, self.channels) for values in found)
 
     def of(self, name: str, module: nn.Module) -> Place:
         if name in self.stems:
@@ -95,7 +302,7 @@ class Places:
     def _classifier_role(self, name: str) -> str:
         """Whether the classifier's global pooling can be moved behind it."""
         parent = self.model.get_submodule(name.rpartition(".")[0])
-        children = list(parent.children())
+        children = list(parent.children()) if name else [self.model]
         own = next(i for i, m in enumerate(children) if id(m) in self.classifiers)
         pools = [i for i, m in enumerate(children[:own]) if isinstance(m, SelectAdaptivePool2d)]
         if not pools or self.config.classify_positions == "never":
@@ -122,23 +329,49 @@ def _classifier_ids(model: Any) -> set[int]:
     return {id(m) for m in [*heads, auxiliary] if m is not None}
 
 
-def _stem_names(model: Any) -> tuple[str, ...]:
-    """The convolutions that read the image; none if something else does, which then needs an `ImageReader`.
+def _stem_names(model: Any, channels: int) -> tuple[str, ...]:
+    """The convolutions that read the image; none if something else does or may, which then needs an `ImageReader`.
 
-    timm's cfg names them; elsewhere it is the first one with as many inputs as the image.
+    timm's cfg names them. Elsewhere it is the first layer of the network, if that is the only convolution with as many
+    inputs as the image: of several, all may read it, or some other one than the first.
     """
-    names = getattr(model, "pretrained_cfg", {}).get("first_conv") or ()
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("first_conv") or ()
     names = (names,) if isinstance(names, str) else tuple(names)
-    channels = image_channels_of(model)
-    readers = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels == channels]
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
+    readers = [name for name, m in layers.items() if isinstance(m, nn.Conv2d) and m.in_channels == channels]
     if names:
         return names if set(names) <= set(readers) else ()
-    return tuple(readers[:1])
+    return tuple(readers) if len(readers) == 1 and readers == list(layers)[:1] else ()
 
 
-def image_channels_of(model: Any) -> int:
-    """Channels of the images that a network takes; 3 where it does not say."""
-    return getattr(model, "in_chans", 3)
+def _channels_of(model: nn.Module, config: BcosConfig) -> int:
+    """Channels of the images that a network takes.
+
+    Most networks tell. Of others, the config's statistics may; then a convolution that could read colours, or else the
+    first one.
+    """
+    told = image_channels(model)
+    lengths = {len(values) for values in (config.mean, config.std) if values is not None} - {1}
+    if told is None and lengths:
+        told = min(lengths)
+    if told is None:
+        inputs = [m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)]
+        told = inputs[0] if inputs and 3 not in inputs else 3
+    if lengths - {told}:
+        raise InputError(
+            f"BcosConfig(mean={config.mean}, std={config.std}): images of {type(model).__name__} have {told} "
+            f"channel{'s' * (told > 1)}; give one number for each, or one for all"
+        )
+    return told
+
+
+def _unread(model: nn.Module, channels: int) -> Iterator[str]:
+    """In a network with a converted part: layers beside that part that would read images past its stem."""
+    if isinstance(getattr(model, "bcos_config", None), BcosConfig):
+        return
+    for name, module in model.named_modules():
+        if type(module) is nn.Conv2d and module.in_channels == channels:
+            yield f"{name}: may read images beside a part that has been converted: convert the whole plain network"
 
 
 def _normalisation(model: Any, config: BcosConfig) -> tuple[Stats, Stats]:
@@ -147,8 +380,16 @@ def _normalisation(model: Any, config: BcosConfig) -> tuple[Stats, Stats]:
     cfg = getattr(model, "pretrained_cfg", None) or {}
     mean, std = config.mean or cfg.get("mean"), config.std or cfg.get("std")
     if mean is None or std is None:
-        raise BcosError(
-            f"{type(model).__name__} does not say how its images are normalised: pass BcosConfig(mean=..., std=...), "
-            f"or mean=(0.0,) and std=(1.0,) if it takes pixels in [0, 1]"
+        problem = (
+            f"(root): {type(model).__name__} does not say how its images are normalised: pass BcosConfig(mean=..., "
+            f"std=...), or mean=(0.0,) and std=(1.0,) if it takes pixels in [0, 1]"
         )
+        raise UnsupportedModuleError([problem])
     return tuple(mean), tuple(std)
+
+
+def _per_channel(values: Stats, channels: int) -> Stats:
+    """A cfg's statistics of colour images for a network that takes another number of channels: their average."""
+    if values is None or len(values) in (1, channels):
+        return values
+    return (sum(values) / len(values),)
