@@ -188,7 +188,7 @@ def _reads_first(method: Method) -> Method:
 
 
 def _without_reader(model: Any) -> Any:
-    unread = object.__new__(_bcos_class(model._plain_class, False))
+    unread = object.__new__(model._unread_class)
     object.__setattr__(unread, "__dict__", model.__dict__)  # not a copy: the same state
     return unread
 
@@ -200,6 +200,7 @@ def _bcos_class(plain: Any, has_reader: bool) -> Any:
     if has_reader:
         base = _bcos_class(plain, False)
         bases, methods = (base,), {n: _reads_first(getattr(base, n)) for n in READING if hasattr(base, n)}
+        methods["_unread_class"] = base
     own = dict(_plain_class=plain, _has_reader=has_reader, __module__=plain.__module__, **methods)
     return type(plain.__name__, bases, own)
 

@@ -5,7 +5,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-__all__ = ["computed_weight_problem", "has_hooks", "move_hooks", "state_hook_problem"]
+__all__ = ["computed_weight_problem", "has_hooks", "has_state_hooks", "move_hooks"]
 
 CALL_HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
@@ -39,11 +39,9 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
         new._is_full_backward_hook = old._is_full_backward_hook
 
 
-def state_hook_problem(module: nn.Module) -> str | None:
-    """Why a module cannot be replaced whose state dict has hooks of its own."""
-    if not any(getattr(module, name) for name in STATE_HOOKS):
-        return None
-    return "has state dict hooks, made for the layer that it is: remove them, convert, and register them again"
+def has_state_hooks(module: nn.Module) -> bool:
+    """Whether somebody changes what the module's state dict holds."""
+    return any(getattr(module, name) for name in STATE_HOOKS)
 
 
 def computed_weight_problem(module: nn.Module) -> str | None:

@@ -15,7 +15,7 @@ from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, Bc
 from ..nn.layers import BcosLinear
 from ..nn.stems import BcosStem, ImageReader, image_channels
 from .config import BcosConfig
-from .hooks import computed_weight_problem, has_hooks, state_hook_problem
+from .hooks import computed_weight_problem, has_hooks, has_state_hooks
 from .positions import PositionedQkv, Positions, attention_paths
 from .rules import Place, Rule, keep, keep_whole
 
@@ -122,7 +122,7 @@ class _Replacements:
     def _convert(self, name: str, module: nn.Module) -> nn.Module:
         """The module's replacement; itself where something is in the way."""
         rule = _rule_for(module, self.rules)
-        advice = _advice(module)
+        advice = _advice(module) or (None if rule in (keep, keep_whole) else computed_weight_problem(module))
         if rule is None or advice is not None:
             self.problems.append(_problem(name, module) if advice is None else f"{name or '(root)'}: {advice}")
             return module
@@ -131,15 +131,23 @@ class _Replacements:
         except UnsupportedModuleError as refusal:
             self.problems += refusal.problems
             return module
-        problem = None if new is module else computed_weight_problem(module) or state_hook_problem(module)
-        if problem is not None:
-            self.problems.append(f"{name or '(root)'}: {problem}")
+        if new is not module and has_state_hooks(module):
+            self.problems.append(
+                f"{name or '(root)'}: has state dict hooks, made for the layer that it is: remove them, convert, and "
+                f"register them again"
+            )
         return new
 
     def modules(self) -> list[nn.Module]:
         """Those that the network will consist of."""
-        found = {id(m): m for new in self.by_path.values() for m in new.modules()}
-        return [m for key, m in found.items() if self.by_id.get(key, m) is m]
+        return list({id(m): m for m in self._below("", self.by_path[""])}.values())
+
+    def _below(self, path: str, module: nn.Module) -> Iterator[nn.Module]:
+        yield module
+        for name, child in module._modules.items():
+            if child is not None:
+                child_path = f"{path}.{name}" if path else name
+                yield from self._below(child_path, self.by_path.get(child_path, child))
 
     def heads(self) -> list[str]:
         """Paths of modules with pooling layers, which are to know whether a classifier beside them pools."""
@@ -352,11 +360,10 @@ def _channels_of(model: nn.Module, config: BcosConfig) -> int:
     """
     told = image_channels(model)
     lengths = {len(values) for values in (config.mean, config.std) if values is not None} - {1}
-    if told is None and lengths:
-        told = min(lengths)
+    inputs = [m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)]
     if told is None:
-        inputs = [m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)]
-        told = inputs[0] if inputs and 3 not in inputs else 3
+        likely = [*(length for length in lengths if length in inputs or not inputs), *(3 for n in inputs if n == 3)]
+        told = (likely or inputs or [3])[0]
     if lengths - {told}:
         raise InputError(
             f"BcosConfig(mean={config.mean}, std={config.std}): images of {type(model).__name__} have {told} "
