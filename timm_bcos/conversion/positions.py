@@ -39,7 +39,8 @@ class Positions:
     def __init__(self, model: VisionTransformer) -> None:
         self.embedding = clone(model)
         self.embedding.__dict__["_parameters"] = model._parameters
-        self.embedding.__dict__["_modules"] = dict(patch_embed=model.patch_embed, pos_drop=nn.Identity())
+        self.embedding.__dict__["_modules"] = dict(patch_embed=model.patch_embed)
+        self.embedding.__dict__["pos_drop"] = _whole
 
     def tokens(self, like: Tensor) -> Tensor:
         """The constants (1, L, D) of the network's grid, or of the running block's where grids vary."""
@@ -59,6 +60,11 @@ class Positions:
     def _embed(self, patches: Tensor) -> Tensor:
         tokens: Tensor = self.embedding._pos_embed(patches)
         return tokens
+
+
+def _whole(tokens: Tensor) -> Tensor:
+    """What stands for the dropout; no module, which `torch.fx` would look for in the network."""
+    return tokens
 
 
 class PositionedQkv(BcosLinear):
