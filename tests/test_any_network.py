@@ -444,6 +444,16 @@ def test_a_head_can_be_assigned(name: str) -> None:
     assert model(x).shape == (2, old.weight.shape[0])
 
 
+def test_a_pooling_to_several_positions_stays_one() -> None:
+    pool = SelectAdaptivePool2d(2, pool_type="avg", flatten=True)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), pool, nn.Linear(8 * 4, 5))
+    x = real_image(16, 2, torch.float64)
+    expected = plain.double().eval()(normalised(x, COLOURS)).detach()
+    model = bcosify(plain, PRESERVE)
+    torch.testing.assert_close(model(x), expected)
+    assert_exact(model, x, 1e-10)
+
+
 # Configs.
 
 

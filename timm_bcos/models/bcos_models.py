@@ -3,6 +3,7 @@
 import difflib
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import timm
@@ -10,6 +11,7 @@ from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
     load_model_config_from_hf,
+    model_entrypoint,
     parse_model_name,
     register_model,
     resolve_pretrained_cfg,
@@ -129,7 +131,8 @@ def _create_converted(
     """
     changes, kwargs = BcosConfig.split(kwargs)
     config = BcosConfig.finetune(**changes)
-    plain_cfg = _plain_cfg(arch, cache_dir)
+    source = _find(arch, cache_dir)
+    plain_cfg = _plain_cfg(arch, source)
     given = pretrained_cfg if isinstance(pretrained_cfg, dict) else {}
     overlay = pretrained_cfg_overlay or {}
     has_source = any({**given, **overlay}.get(key) for key in WEIGHT_SOURCES)
@@ -139,7 +142,9 @@ def _create_converted(
     cfg = resolve_pretrained_cfg("bcosify", cfg, overlay).to_dict()
 
     def build(**model_kwargs: Any) -> nn.Module:
-        plain = timm.create_model(arch, own_weights, cache_dir=cache_dir, **{**model_kwargs, **(arch_kwargs or {})})
+        arguments = {**model_kwargs, **source.remembered(), **(arch_kwargs or {})}
+        entry = model_entrypoint(source.name)
+        plain = entry(pretrained=own_weights, pretrained_cfg=source.cfg, cache_dir=cache_dir, **arguments)
         model = convert(plain, config)
         if pretrained and has_source:
             load_pretrained(model, cfg, convert_plain_weights, cache_dir)
@@ -148,8 +153,28 @@ def _create_converted(
         return model
 
     return build_model_with_cfg(
-        build, "bcosify", False, pretrained_cfg=cfg, feature_cfg=dict(feature_cls="getter", out_indices=None), **kwargs
-    )
+        build, "bcosify", False, pretrained_cfg=cfg, feature_cfg=dict(feature_cls="getter", out_indices=None),
+        **{**source.kwargs, **kwargs},
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a plain architecture comes from.
+
+    Attributes:
+        name: timm's.
+        cfg: Its pretrained cfg, or the tag of one.
+        kwargs: Arguments that the Hub's or the directory's config tells.
+    """
+
+    name: str
+    cfg: dict[str, Any] | str | None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def remembered(self) -> dict[str, Any]:
+        """What timm wants to know of the network whose weights it loads, if it was saved with arguments."""
+        return dict(pretrained_model_args=self.kwargs) if self.kwargs else {}
 
 
 def architecture(name: str, cache_dir: Any = None) -> str:
@@ -159,50 +184,49 @@ def architecture(name: str, cache_dir: Any = None) -> str:
         TargetError: If timm does not know it.
         CheckpointError: If the Hub or the directory has no such network.
     """
-    return _resolve(name, cache_dir)[0]
+    return _find(name, cache_dir).name
 
 
-def _resolve(name: str, cache_dir: Any) -> tuple[str, dict[str, Any] | str | None]:
-    """The architecture's name, and its pretrained cfg, or the tag of one."""
+def _find(name: str, cache_dir: Any) -> _Source:
     try:
-        source, place = parse_model_name(name)
+        kind, place = parse_model_name(name)
     except ValueError as error:
         raise TargetError(str(error)) from error
-    if source is None:
+    if kind is None:
         arch, tag = split_model_name_tag(place)
-        cfg: dict[str, Any] | str | None = tag or None
+        source = _Source(arch, tag or None)
     else:
-        arch, cfg = _read_config(name, source, place, cache_dir)
-    if not timm.is_model(arch):
-        near = difflib.get_close_matches(arch, timm.list_models(), n=3)
-        raise TargetError(f"timm knows no model {arch!r}; close names: {', '.join(near) or 'none'}")
-    return arch, cfg
+        source = _read_config(name, kind, place, cache_dir)
+    if not timm.is_model(source.name):
+        near = difflib.get_close_matches(source.name, timm.list_models(), n=3)
+        raise TargetError(f"timm knows no model {source.name!r}; close names: {', '.join(near) or 'none'}")
+    return source
 
 
-def _read_config(name: str, source: str, place: str, cache_dir: Any) -> tuple[str, dict[str, Any]]:
+def _read_config(name: str, kind: str, place: str, cache_dir: Any) -> _Source:
     try:
-        if source == "hf-hub":
-            cfg, arch, _ = load_model_config_from_hf(place, cache_dir=cache_dir)
+        if kind == "hf-hub":
+            cfg, arch, kwargs = load_model_config_from_hf(place, cache_dir=cache_dir)
         else:
-            cfg, arch, _ = load_model_config_from_path(place)
+            cfg, arch, kwargs = load_model_config_from_path(place)
     except Exception as error:  # the Hub's client, its HTTP library and the system each raise their own
         raise CheckpointError(f"cannot read the config of {name}: {first_line(error)}") from error
-    return arch, cfg
+    return _Source(arch, cfg, dict(kwargs or {}))
 
 
-def _plain_cfg(arch: str, cache_dir: Any) -> dict[str, Any]:
+def _plain_cfg(arch: str, source: _Source) -> dict[str, Any]:
     """The pretrained cfg of a plain architecture."""
-    name, given = _resolve(arch, cache_dir)
-    if name in ENTRY_POINTS:
+    if source.name in ENTRY_POINTS:
         raise TargetError(
             f"arch={arch!r} is a B-cos network already: create it as such, timm.create_model({arch!r}, ...), which "
             f"takes the fields of BcosConfig too"
         )
     try:
-        cfg: dict[str, Any] = resolve_pretrained_cfg(name, given).to_dict()
+        cfg: dict[str, Any] = resolve_pretrained_cfg(source.name, source.cfg).to_dict()
     except RuntimeError as error:  # a tag that does not exist
-        tags = ", ".join(tagged.partition(".")[2] for tagged in timm.list_pretrained(f"{name}.*")) or "none"
-        raise TargetError(f"arch={arch!r}: {first_line(error)}; tags of {name}: {tags}") from error
+        known = timm.list_pretrained(f"{source.name}.*")
+        tags = ", ".join(tagged.partition(".")[2] for tagged in known) or "none"
+        raise TargetError(f"arch={arch!r}: {first_line(error)}; tags of {source.name}: {tags}") from error
     return cfg
 
 

@@ -70,7 +70,7 @@ class BcosPool2d(SelectAdaptivePool2d):
     """timm's global pooling, which lets feature maps through while the classifier after it pools by itself.
 
     Attributes:
-        deferred: True while a `BcosConvClassifier` follows.
+        deferred: True while a `BcosConvClassifier` follows; a converted network sees to it whenever it runs.
     """
 
     deferred: bool = False
@@ -78,7 +78,8 @@ class BcosPool2d(SelectAdaptivePool2d):
     @classmethod
     def from_pool(cls, pool: SelectAdaptivePool2d) -> "BcosPool2d":
         """Adopt the settings of timm's pooling layer."""
-        new = cls(pool_type=pool.pool_type, flatten=isinstance(pool.flatten, nn.Flatten))
+        size = getattr(pool.pool, "output_size", 1)
+        new = cls(size, pool_type=pool.pool_type, flatten=isinstance(pool.flatten, nn.Flatten))
         return new.train(pool.training)
 
     def forward(self, x: Tensor) -> Tensor:
