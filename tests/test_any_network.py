@@ -112,6 +112,30 @@ def test_whatever_reads_the_image_the_function_is_preserved(kind: type[nn.Module
     assert_exact(converted, x, 1e-10)
 
 
+class Pair(nn.Module):
+    """Two images, and a convolution for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
+        return self.fc(scale * torch.cat([self.left(x), self.right(y)], 1).relu().mean((2, 3)))
+
+
+def test_networks_of_two_images_say_what_reads_them() -> None:
+    model, x = Pair().double().eval(), real_image(16, 2, torch.float64)
+    with pytest.raises(UnsupportedModuleError, match=r"several inputs \(x, y\).*first_conv="):
+        bcosify(model, PRESERVE)
+    y = x.flip(0)
+    expected = model(normalised(x, COLOURS), normalised(y, COLOURS)).detach()
+    model.pretrained_cfg = dict(first_conv=("left", "right"), **COLOURS)
+    converted = bcosify(model, BcosConfig.finetune(b=1, bias=True))
+    torch.testing.assert_close(converted(x, y), expected)
+    assert isinstance(converted.left, BcosStem) and isinstance(converted.right, BcosStem)
+
+
 def test_methods_behind_a_reader_read_once_each() -> None:
     model, x = Timmlike().eval(), real_image(16, 2)
     expected = model.forward_features(normalised(x, COLOURS)).detach()

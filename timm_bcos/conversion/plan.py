@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
 
@@ -15,8 +15,9 @@ from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, Bc
 from ..nn.layers import BcosLinear
 from ..nn.stems import BcosStem, ImageReader, image_channels
 from .config import BcosConfig
-from .hooks import computed_weight_problem, has_hooks, has_state_hooks
+from .hooks import has_hooks, has_state_hooks
 from .positions import PositionedQkv, Positions, attention_paths
+from .problems import computed_weight_problem, config_problems, several_inputs, unread_layers, wrapper_problem
 from .rules import Place, Rule, keep, keep_whole
 
 __all__ = ["FOLDING", "Places", "Plan", "plan_conversion"]
@@ -64,12 +65,13 @@ def plan_conversion(model: nn.Module, config: BcosConfig, rules: Rules) -> Plan:
     """
     places = Places(model, config)
     found = _Replacements(model, config, rules, places)
-    problems = [*_config_problems(model, config), *places.problems, *found.problems]
+    network = found.by_path[""]
+    is_read = any(isinstance(m, BcosStem | ImageReader) for m in found.modules())
+    problems = [*config_problems(model, config), *places.problems, *found.problems]
+    problems += [] if is_read else several_inputs(network)
     positions = _plan_positions(model, config, found, problems)
     if problems:
         raise UnsupportedModuleError(problems)
-    network = found.by_path[""]
-    is_read = any(isinstance(m, BcosStem | ImageReader) for m in found.modules())
     reader = None if is_read else _image_reader(model, places)
     is_wrapped = reader is not None and type(network).forward is nn.Sequential.forward  # would run it as a layer
     return Plan(
@@ -122,7 +124,7 @@ class _Replacements:
     def _convert(self, name: str, module: nn.Module) -> nn.Module:
         """The module's replacement; itself where something is in the way."""
         rule = _rule_for(module, self.rules)
-        advice = _advice(module) or (None if rule in (keep, keep_whole) else computed_weight_problem(module))
+        advice = wrapper_problem(module) or (None if rule in (keep, keep_whole) else computed_weight_problem(module))
         if rule is None or advice is not None:
             self.problems.append(_problem(name, module) if advice is None else f"{name or '(root)'}: {advice}")
             return module
@@ -163,41 +165,9 @@ class _Replacements:
         return [f"{name}: {advice}" for name, m in hooked if id(m) not in staying]
 
 
-# torch's wrappers of networks, by the name of their class, which loading for a comparison would take seconds.
-WRAPPERS = {
-    "DataParallel": "wraps a network: convert that one, DataParallel(bcosify(model.module))",
-    "DistributedDataParallel": "wraps a network: convert that one, DistributedDataParallel(bcosify(model.module))",
-    "FullyShardedDataParallel": "wraps a network: convert first, FullyShardedDataParallel(bcosify(model))",
-    "OptimizedModule": "is what torch.compile made: convert first, torch.compile(bcosify(model))",
-    "ScriptModule": "is TorchScript: convert first, torch.jit.script(bcosify(model))",
-    "GraphModule": "is a traced graph: convert first, and trace the result",
-}
-
-
-def _advice(module: nn.Module) -> str | None:
-    """What to do with a module that cannot be converted as it is, whatever the rules say."""
-    for kind in type(module).__mro__:
-        if kind.__module__.startswith("torch.") and kind.__name__ in WRAPPERS:
-            return f"{kind.__name__} {WRAPPERS[kind.__name__]}"
-    return computed_weight_problem(module) if hasattr(module, "parametrizations") else None
-
-
-def _config_problems(model: nn.Module, config: BcosConfig) -> Iterator[str]:
-    """A network has one config: it was not converted with another one before, nor was a part of it."""
-    for name, module in model.named_modules():
-        own = getattr(module, "bcos_config", None)
-        if own is not None and own != config:
-            names = [f.name for f in fields(config) if getattr(own, f.name) != getattr(config, f.name)]
-            told = ", ".join(f"{field}={getattr(own, field)!r}" for field in names)
-            yield (
-                f"{name or '(root)'}: has been converted with {told}: convert the plain network anew, or give the "
-                f"config that it has, bcosify(model, converted.bcos_config)"
-            )
-
-
 def _plan_positions(model: Any, config: BcosConfig, found: _Replacements, problems: list[str]) -> Positions | None:
     """Let a vision transformer's constants act in its attention only: its qkv projections are others then."""
-    if config.positions == "keep" or hasattr(model, "positions"):
+    if config.positions == "keep" or isinstance(getattr(model, "positions", None), Positions):
         return None
     try:
         paths = attention_paths(model)
@@ -246,7 +216,7 @@ def _walk(name: str, module: nn.Module, rules: Rules, done: dict[int, nn.Module]
     """Modules with their paths, parents first, into whatever its rule has left in place."""
     yield name, module
     kept = done[id(module)]
-    if _rule_for(module, rules) is keep_whole or _advice(module) is not None:
+    if _rule_for(module, rules) is keep_whole or wrapper_problem(module) is not None:
         return
     for child_name, child in module._modules.items():  # `named_children` names a shared module only once
         is_kept = getattr(kept, child_name, None) is child
@@ -288,7 +258,7 @@ class Places:
         if is_fresh:
             self._take_statistics()
         else:
-            self.problems += _unread(model, self.channels)
+            self.problems += unread_layers(model, self.channels)
 
     def _take_statistics(self) -> None:
         try:
@@ -371,15 +341,6 @@ def _channels_of(model: nn.Module, config: BcosConfig) -> int:
             f"channel{'s' * (told > 1)}; give one number for each, or one for all"
         )
     return told
-
-
-def _unread(model: nn.Module, channels: int) -> Iterator[str]:
-    """In a network with a converted part: layers beside that part that would read images past its stem."""
-    if isinstance(getattr(model, "bcos_config", None), BcosConfig):
-        return
-    for name, module in model.named_modules():
-        if type(module) is nn.Conv2d and module.in_channels == channels:
-            yield f"{name}: may read images beside a part that has been converted: convert the whole plain network"
 
 
 def _normalisation(model: Any, config: BcosConfig) -> tuple[Stats, Stats]:

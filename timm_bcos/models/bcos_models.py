@@ -4,6 +4,7 @@ import difflib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -79,7 +80,7 @@ def _create(
     pretrained: bool = False,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
-    cache_dir: Any = None,
+    cache_dir: str | Path | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     network = NETWORKS[name]
@@ -105,7 +106,7 @@ def _create_converted(
     arch_kwargs: dict[str, Any] | None = None,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
-    cache_dir: Any = None,
+    cache_dir: str | Path | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """`timm.create_model('bcosify', arch=...)`: any timm model, converted.
@@ -177,7 +178,7 @@ class _Source:
         return dict(pretrained_model_args=self.kwargs) if self.kwargs else {}
 
 
-def architecture(name: str, cache_dir: Any = None) -> str:
+def architecture(name: str, cache_dir: str | Path | None = None) -> str:
     """timm's name of what `timm.create_model(name)` would create, from a Hub's or a directory's config too.
 
     Raises:
@@ -187,7 +188,7 @@ def architecture(name: str, cache_dir: Any = None) -> str:
     return _find(name, cache_dir).name
 
 
-def _find(name: str, cache_dir: Any) -> _Source:
+def _find(name: str, cache_dir: str | Path | None) -> _Source:
     try:
         kind, place = parse_model_name(name)
     except ValueError as error:
@@ -203,7 +204,7 @@ def _find(name: str, cache_dir: Any) -> _Source:
     return source
 
 
-def _read_config(name: str, kind: str, place: str, cache_dir: Any) -> _Source:
+def _read_config(name: str, kind: str, place: str, cache_dir: str | Path | None) -> _Source:
     try:
         if kind == "hf-hub":
             cfg, arch, kwargs = load_model_config_from_hf(place, cache_dir=cache_dir)
