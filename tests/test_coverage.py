@@ -13,7 +13,7 @@ from torch import nn
 
 import timm_bcos
 from timm_bcos import BcosConfig, UnsupportedModuleError, bcosify
-from timm_bcos.conversion.positions import PositionedQkv
+from timm_bcos.conversion.positions import PositionedQkv, Positions
 from timm_bcos.nn.layers import BcosConv2d
 from timm_bcos.nn.stems import ImageReader
 
@@ -148,18 +148,20 @@ def test_positions_in_the_attention_leave_the_logit_to_the_image(name: str, kwar
 
 def test_confined_positions_are_the_same_attention() -> None:
     """Literal twin: queries and keys of tokens plus positions, values of tokens alone."""
+    plain = timm.models.VisionTransformer(img_size=4, patch_size=2, embed_dim=6, depth=1, num_heads=1).double()
     qkv = timm_bcos.BcosLinear(6, 18, bias=True, b=1, normalize_weight=False).double()
     nn.init.normal_(qkv.bias)
-    positions = timm_bcos.conversion.positions.Positions()
+    positions = Positions(plain)
     layer = PositionedQkv.from_linear(qkv, positions)
-    x, constants = torch.rand(2, 4, 6, dtype=torch.float64), torch.rand(1, 4, 6, dtype=torch.float64)
-    stream = positions.split_off(lambda t: t + constants, x)
-    torch.testing.assert_close(stream, x)
+    x = torch.rand(2, 4, 6, dtype=torch.float64)
+    constants = plain.pos_embed.detach() + torch.cat([plain.cls_token.detach(), torch.zeros(1, 4, 6)], 1)
+    stream = positions.contents(x)
+    torch.testing.assert_close(stream, torch.cat([torch.zeros(2, 1, 6, dtype=torch.float64), x], 1))
     weight, bias = qkv.weight.detach(), qkv.bias.detach()
     found = layer(stream)
     for i in range(3):
         rows = weight[6 * i : 6 * i + 6]
-        expected = x @ rows.T + bias[6 * i : 6 * i + 6]
+        expected = stream @ rows.T + bias[6 * i : 6 * i + 6]
         if i < 2:
             expected = expected + constants @ rows.T + bias[6 * i : 6 * i + 6]
         torch.testing.assert_close(found[..., 6 * i : 6 * i + 6], expected)

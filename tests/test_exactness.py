@@ -219,20 +219,26 @@ def test_constants_are_exact_beside_gates() -> None:
 
 
 def test_sigmoids_can_be_activations() -> None:
-    """a(x) = 1/2 + x · slope: with that form a network that adds sigmoids is exact, and 1/2 is its constant."""
+    """a(x) = 1/2 + x · slope: with that form a network that passes sigmoids on is exact, and 1/2 is its constant."""
+
+    class Passing(nn.Sigmoid):
+        pass
+
     torch.manual_seed(0)
     network = Network(nn.Identity()).double()
-    network.block = nn.Sequential(nn.Sigmoid(), nn.Conv2d(6, 6, 1, bias=False)).double()
+    network.block = nn.Sequential(Passing(), nn.Conv2d(6, 6, 1, bias=False)).double()
     config, x = timm_bcos.BcosConfig(mean=(0.5,), std=(0.5,), b=1), smooth_noise(2, 3, 16)
-    gates = timm_bcos.bcosify(copy.deepcopy(network), config).eval()
+    rules = timm_bcos.RULES | {Passing: timm_bcos.keep}
+    gates = timm_bcos.bcosify(copy.deepcopy(network), config, rules=rules).eval()
     with pytest.raises(timm_bcos.TargetError, match="to_logits"):
         timm_bcos.explain(gates, x)
-    rules = timm_bcos.RULES | {nn.Sigmoid: timm_bcos.pass_sigmoid}
-    model = timm_bcos.bcosify(network, config, rules=rules).eval()
-    assert timm_bcos.check(model, x).exact
-    torch.testing.assert_close(model(x), gates(x))
-    constant = model.head(model.block[1](torch.full((2, 6, 1, 1), 0.5, dtype=x.dtype)).mean((2, 3)))
-    torch.testing.assert_close(timm_bcos.explain(model, x, 1).constant_bias, constant[:, 1].detach())
+    told = timm_bcos.bcosify(copy.deepcopy(network), config, rules=rules | {Passing: timm_bcos.pass_sigmoid}).eval()
+    network.block[0] = nn.Sigmoid()
+    for model in (told, timm_bcos.bcosify(network, config).eval()):  # in a Sequential it is seen
+        assert timm_bcos.check(model, x).exact
+        torch.testing.assert_close(model(x), gates(x))
+        constant = model.head(model.block[1](torch.full((2, 6, 1, 1), 0.5, dtype=x.dtype)).mean((2, 3)))
+        torch.testing.assert_close(timm_bcos.explain(model, x, 1).constant_bias, constant[:, 1].detach())
 
 
 def test_check_does_not_depend_on_float32() -> None:

@@ -3,15 +3,20 @@ import math
 import pickle
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from conftest import assert_exact, enliven, load_script, real_image
+from conftest import assert_exact, enliven, load_script, normalised, real_image
+from timm.models import register_model
 from torch import nn
 
 import timm_bcos
+from timm_bcos import CheckpointError, NotFineTunedWarning, TargetError
 from timm_bcos.models.bcos_models import ENTRY_POINTS
+from timm_bcos.models.loading import load_model
 from timm_bcos.models.networks import NETWORKS
 from timm_bcos.models.vit import sincos_positions
 from timm_bcos.nn.layers import BcosConv2d
@@ -184,6 +189,74 @@ def test_bcosify_loads_plain_and_converted_weights(tmp_path: object) -> None:
     )
 
 
+PRESERVING: dict[str, object] = dict(b=1, bias=True)
+
+
+def test_bcosify_takes_an_architecture_from_a_folder(tmp_path: Path) -> None:
+    """Weights, arguments and normalisation come from the folder's config; what is given beside them wins."""
+    plain = timm.create_model("test_resnet", num_classes=7, act_layer="silu").eval()
+    plain.pretrained_cfg = {**plain.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    timm.models.save_for_hf(plain, tmp_path, model_args=dict(act_layer="silu"), safe_serialization=True)
+    x = real_image(64)
+    expected = plain(normalised(x, plain.pretrained_cfg))
+    model = timm.create_model("bcosify", arch=f"local-dir:{tmp_path}", pretrained=True, **PRESERVING).eval()
+    torch.testing.assert_close(model(x), expected)
+    assert model.pretrained_cfg["mean"] == (0.0, 0.0, 0.0) and isinstance(model.layer1[0].act1, nn.SiLU)
+    loaded = load_model(f"local-dir:{tmp_path}").eval()
+    torch.testing.assert_close(loaded(x), expected)
+    assert timm.create_model("bcosify", arch=f"local-dir:{tmp_path}", num_classes=3)(x).shape == (1, 3)
+    with pytest.raises(CheckpointError, match="cannot read the config of local-dir:"):
+        timm.create_model("bcosify", arch=f"local-dir:{tmp_path}/nothing")
+
+
+def test_architecture_arguments_that_a_config_field_shadows() -> None:
+    """`bias` is a field of BcosConfig, and an argument of the architecture."""
+
+    @register_model
+    def shadowed_network(
+        pretrained: bool = False, *, bias: str = "none", num_classes: int = 5, **_: object
+    ) -> nn.Module:
+        network = timm.create_model("test_resnet", num_classes=num_classes)
+        network.told = bias
+        return network
+
+    model = timm.create_model("bcosify", arch="shadowed_network", bias=True, arch_kwargs=dict(bias="conv"), **UNIT)
+    assert (model.told, model.bcos_config.bias) == ("conv", True)
+    norm = dict(norm_layer="layernorm2d")
+    assert isinstance(timm.create_model("bcosify", arch="test_resnet", arch_kwargs=norm).bn1, timm.layers.LayerNorm2d)
+
+
+UNIT: dict[str, object] = dict(mean=(0.0,), std=(1.0,))
+
+
+def test_unknown_architectures_are_refused() -> None:
+    with pytest.raises(TargetError, match=r"no model 'resnet_50'; close names: .*resnet50"):
+        timm.create_model("bcosify", arch="resnet_50")
+    with pytest.raises(TargetError, match=r"'resnet18\.nope'.*tags of resnet18: .*a1_in1k"):
+        timm.create_model("bcosify", arch="resnet18.nope")
+    with pytest.raises(TargetError, match="hf-hub:org/name"):
+        timm.create_model("bcosify", arch="org/name")
+    for arch in ("bcos_resnet18", "bcosify", "bcos_efficientnet_lite0.clothes"):
+        with pytest.raises(TargetError, match=r"is a B-cos network already: create it as such"):
+            timm.create_model("bcosify", arch=arch, b=1.5)
+
+
+def test_pretrained_networks_tell_that_they_must_be_fine_tuned(tmp_path: Path) -> None:
+    timm.models.save_for_hf(timm.create_model("test_resnet"), tmp_path, safe_serialization=True)
+    arch = f"local-dir:{tmp_path}"
+    for given in ({}, dict(b=1), dict(bias=True)):
+        with pytest.warns(NotFineTunedWarning, match=r"fine-tune it, or pass b=1, bias=True") as caught:
+            timm.create_model("bcosify", arch=arch, pretrained=True, **given)
+        assert len([w for w in caught if issubclass(w.category, NotFineTunedWarning)]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NotFineTunedWarning)
+        timm.create_model("bcosify", arch=arch, pretrained=True, **PRESERVING)
+        model = timm.create_model("bcosify", arch=arch)
+        overlay = dict(state_dict=model.state_dict())
+        timm.create_model("bcosify", arch=arch, pretrained=True, pretrained_cfg_overlay=overlay)
+        load_model(arch)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_behaves_as_a_timm_model(name: str) -> None:
     model, x = small(name).eval(), real_image(size_for(name), 2)
@@ -322,8 +395,6 @@ def test_import_leaves_timm_alone_and_is_light() -> None:
 
 
 def test_torch_hub() -> None:
-    from pathlib import Path
-
     root = str(Path(__file__).parent.parent)
     model = torch.hub.load(root, "bcos_densenet121", source="local", num_classes=3)
     assert model.num_classes == 3

@@ -10,7 +10,7 @@ import hub_server
 import pytest
 import timm
 import torch
-from conftest import PHOTOS, load_script, real_image
+from conftest import PHOTOS, load_script, normalised, real_image
 from hub_server import Hub
 from torch import nn
 
@@ -242,3 +242,27 @@ def test_official_weights_take_no_options_of_trained_ones(
     with pytest.raises(SystemExit):
         load_script("publish").main()
     assert "--folder does not go with --official" in capsys.readouterr().err
+
+
+def test_a_plain_network_of_the_hub_is_converted(hub: Hub, python: Run, tmp_path: Path) -> None:
+    """`arch="hf-hub:..."`, and the same name where the command line takes one, compute what the plain network does."""
+    plain, x = timm.create_model("test_resnet", num_classes=4).eval(), real_image(64)
+    timm.models.save_for_hf(plain, tmp_path / "plain", safe_serialization=True)
+    files = {file.name: file.read_bytes() for file in (tmp_path / "plain").iterdir()}
+    hub.repositories["org/plain"] = hub_server.Repository(files=files)
+    torch.save((x, plain(normalised(x, plain.pretrained_cfg)).detach()), tmp_path / "expected.pt")
+    code = """
+from timm_bcos.models.loading import load_model
+x, expected = torch.load("expected.pt")
+model = timm.create_model("bcosify", arch="hf-hub:org/plain", pretrained=True, b=1, bias=True).eval()
+for network in (model, load_model("hf-hub:org/plain").eval()):
+    torch.testing.assert_close(network(x), expected)
+print("same function")
+try:
+    timm.create_model("bcosify", arch="hf-hub:org/absent")
+except timm_bcos.CheckpointError as error:
+    print(error)
+"""
+    output = python(code)
+    assert "same function" in output, output
+    assert "cannot read the config of hf-hub:org/absent" in output

@@ -293,10 +293,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "log-softmax": (lambda: network().append(nn.LogSoftmax(1)), "4: .*LogSoftmax gives log-probabilities.*Identity"),
     "softmax": (lambda: network().append(nn.Softmax(1)), "Softmax follows the classifier.*Identity"),
     "sigmoid of logits": (lambda: network().append(nn.Sigmoid()), "Sigmoid follows the classifier"),
-    "sigmoid": (lambda: network(nn.Sigmoid(), nn.Conv2d(8, 8, 1)), r"1: .*Sigmoid feeds a layer.*tanh\(x / 2\)"),
     "parametrised": (lambda: network(parametrizations.weight_norm(nn.Conv2d(8, 8, 1))), "1: .*remove_parametrizations"),
-    "weight norm": (lambda: network(_old_weight_norm()), "1: .*Conv2d computes its weight anew.*remove_weight_norm"),
-    "parallel": (lambda: nn.Sequential(nn.DataParallel(network())), r"0: .*DataParallel holds .* \.module"),
+    "weight norm": (lambda: network(_old_weight_norm()), "1: has a weight that WeightNorm computes: .*remove_weight_norm"),
+    "parallel": (lambda: nn.Sequential(nn.DataParallel(network())), r"0: DataParallel wraps a network: .*bcosify\(model.module\)"),
     "torch's layer": (lambda: network(nn.TransformerEncoderLayer(8, 2)), "1: .*EncoderLayer computes outside"),
     "complete": (lambda: network(nn.ModuleList([nn.LocalResponseNorm(2)])), "1.0: no rule for .*LocalResponseNorm"),
 }  # fmt: skip

@@ -15,7 +15,7 @@ from .attribution import methods  # noqa: F401
 from .attribution.registry import attribute
 from .conversion.config import BcosConfig
 from .conversion.converted import bcosify
-from .conversion.rules import RULES, Place, keep, keep_whole
+from .conversion.rules import RULES, Place, keep, keep_whole, pass_sigmoid
 from .dynamic import activations, attention, gates, layers, lstm, norms, products, sums  # noqa: F401
 from .dynamic.account import Defect
 from .dynamic.mode import constant, declare, explanation_mode, on_linear_path
@@ -26,6 +26,7 @@ from .errors import (
     InputError,
     MethodError,
     ModelStateError,
+    NotFineTunedWarning,
     PublishError,
     TargetError,
     UnsupportedModuleError,
@@ -57,6 +58,7 @@ __all__ = [
     "InputError",
     "MethodError",
     "ModelStateError",
+    "NotFineTunedWarning",
     "Place",
     "PublishError",
     "TargetError",
@@ -75,6 +77,7 @@ __all__ = [
     "keep",
     "keep_whole",
     "on_linear_path",
+    "pass_sigmoid",
     "publish",
     "save_repository",
     "settle",

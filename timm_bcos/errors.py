@@ -30,6 +30,10 @@ class UnsupportedModuleError(BcosError, TypeError):
         super().__init__(f"cannot convert {len(problems)} module(s); the model is unchanged:\n{listing}")
 
 
+class NotFineTunedWarning(UserWarning):
+    """A network that starts from pretrained weights, but will not compute what they were trained for."""
+
+
 class CheckpointError(BcosError, RuntimeError):
     """A weight file that is missing, broken, unsafe or of another network."""
 

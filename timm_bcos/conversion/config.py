@@ -1,8 +1,11 @@
 """What a conversion does, as data: `BcosConfig` and its presets."""
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
+
+from ..errors import InputError
 
 __all__ = ["BcosConfig"]
 
@@ -16,6 +19,32 @@ CHOICES = {
     "positions": ("keep", "attention"),
 }
 
+SWITCHES = ("normalize_weight", "bias")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_numbers(values: object, fits: Callable[[float], bool]) -> bool:
+    return isinstance(values, tuple) and len(values) > 0 and all(_is_number(value) and fits(value) for value in values)
+
+
+# What each number must be, in words and as a test; `None` passes where it is a field's default.
+NUMBERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "b": ("a number with b >= 1", lambda value: value >= 1),
+    "max_out": ("a whole number of at least 1", lambda value: isinstance(value, int) and value >= 1),
+    "gamma": ("a positive number", lambda value: value > 0),
+    "gamma_scale": ("a positive number or None", lambda value: value > 0),
+    "temperature": ("a positive number", lambda value: value > 0),
+    "logit_bias": ("a number or None", lambda value: True),
+}
+OPTIONAL = ("gamma_scale", "logit_bias")
+# Likewise for each of several numbers, one per image channel or one for all.
+PER_CHANNEL: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "mean": ("numbers", lambda value: True),
+    "std": ("positive numbers", lambda value: value > 0),
+}
 
 # What attention's projections are called in timm.
 QKV = ("*qkv", "*in_proj", *(f"*.{name}{end}" for name in ("q", "k", "v", "kv") for end in ("", "_proj")))
@@ -40,7 +69,8 @@ class BcosConfig:
         max_pool: 'keep' or 'average'.
         stem: 'normalised' feeds the encoding with the pretrained mean and std, so that the first layer starts as the
             original; 'encoded' feeds it as it is, to a first layer with twice the input channels.
-        mean: Channel means of the 'normalised' stem; None takes them from `model.pretrained_cfg`.
+        mean: Channel means of the 'normalised' stem, one for each channel of the image or one for all; None takes them
+            from `model.pretrained_cfg`.
         std: Channel standard deviations, likewise.
         classify_positions: Apply the classifier at each position, before average pooling: 'never', where only 'linear'
             layers lie between the two (the function stays the same at b = 1), or 'always', with norms between them
@@ -56,7 +86,7 @@ class BcosConfig:
             and keys only, so that the image explains the whole logit. That is another function: train it.
 
     Raises:
-        ValueError: For a value outside its choices.
+        InputError: A ValueError, for a value outside its choices or its range.
     """
 
     b: float = 2.0
@@ -79,14 +109,32 @@ class BcosConfig:
     positions: Literal["keep", "attention"] = "keep"
 
     def __post_init__(self) -> None:
+        for name in ("mean", "std", "linear"):  # JSON and command lines make lists
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, advice in self._problems():
+            raise InputError(f"BcosConfig({name}={getattr(self, name)!r}): {advice}")
+
+    def _problems(self) -> Iterator[tuple[str, str]]:
+        """Fields with values outside their choices or ranges, and what to do."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"BcosConfig({name}={getattr(self, name)!r}): choose one of {', '.join(choices)}")
-        if self.b < 1 or self.max_out < 1 or self.temperature <= 0:
-            raise ValueError(
-                f"BcosConfig needs b >= 1, max_out >= 1 and temperature > 0, "
-                f"got b={self.b}, max_out={self.max_out}, temperature={self.temperature}"
-            )
+            if values[name] not in choices:
+                yield name, f"choose one of {', '.join(choices)}"
+        for name in SWITCHES:
+            if not isinstance(values[name], bool):
+                yield name, "give True or False"
+        for name, (kind, fits) in NUMBERS.items():
+            is_left_out = values[name] is None and name in OPTIONAL
+            if not is_left_out and not (_is_number(values[name]) and fits(values[name])):
+                yield name, f"give {kind}"
+        for name, (kind, fits) in PER_CHANNEL.items():
+            if values[name] is not None and not _are_numbers(values[name], fits):
+                yield name, f"give a tuple of {kind}, one for each channel of the image or one for all"
+        if not isinstance(self.linear, tuple) or not all(isinstance(pattern, str) for pattern in self.linear):
+            yield "linear", "give a tuple of patterns of module names"
+        if self.max_out != 1 and not self.normalize_weight:
+            yield "max_out", "units are compared by their cosine, which needs normalize_weight=True"
 
     @classmethod
     def paper(cls, *, gamma_scale: float | None = None, temperature: float = 1.0, **changes: Any) -> "BcosConfig":

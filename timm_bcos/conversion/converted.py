@@ -1,25 +1,30 @@
 """What a converted network can do beyond timm's: explain itself, and stay B-cos when its head changes."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
+from inspect import signature
 from typing import Any, NoReturn
 
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from ..errors import ModelStateError
+from ..errors import InputError, ModelStateError
+from ..explaining.explanation import Explanation
 from ..explaining.forward import explain
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosPool2d
 from ..nn.layers import BcosConv2d
 from ..nn.modules import clone
-from ..nn.stems import ImageReader
 from .config import BcosConfig
-from .plan import Places, Stats, image_channels_of, plan_replacements
-from .positions import attention_blocks, confine_positions
+from .hooks import move_hooks
+from .plan import FOLDING, Plan, plan_conversion
+from .positions import Positions, on_grid_of
 from .rules import RULES, Rule
 
 __all__ = ["BcosModel", "bcosify", "frozen"]
+
+Method = Callable[..., Any]
 
 
 class BcosModel:
@@ -28,14 +33,17 @@ class BcosModel:
     Attributes:
         bcos_config: The conversion that made the network.
         bcos_rules: Its rule table.
+        head_paths: Where pooling layers are, which let maps through while a B-cos classifier beside them pools.
     """
 
     bcos_config: BcosConfig
-    bcos_rules: dict[type[nn.Module], Any]
+    bcos_rules: dict[type[nn.Module], Rule]
+    head_paths: tuple[str, ...]
+    positions: Positions
     _plain_class: type[nn.Module]
     _has_reader: bool
 
-    def explain(self, x: Tensor, target: Any = None, **kwargs: Any) -> Any:
+    def explain(self, x: Tensor, target: int | Sequence[int] | Tensor | None = None, **kwargs: Any) -> Explanation:
         """Explain this network's output for images; see `timm_bcos.explain`."""
         return explain(self, x, target, **kwargs)  # type: ignore[arg-type]
 
@@ -44,23 +52,54 @@ class BcosModel:
 
     def __prepare_scriptable__(self) -> nn.Module:
         """TorchScript has no `super()`: it compiles timm's own class, whose modules are the B-cos ones."""
+        if self.bcos_config.positions == "attention":
+            raise ModelStateError(
+                "TorchScript has no form of positions='attention': use torch.export, torch.compile or positions='keep'"
+            )
+        _link_heads(self)
         plain = self._plain_class.__new__(self._plain_class)
         plain.__dict__.update(self.__dict__)
-        plain.__dict__["_modules"] = dict(self.__dict__["_modules"])
-        for name in ("bcos_config", "bcos_rules"):
+        modules = plain.__dict__["_modules"] = dict(self.__dict__["_modules"])
+        for name in ("bcos_config", "bcos_rules", "head_paths"):
             plain.__dict__.pop(name, None)
-        return plain
+        if not self._has_reader:
+            return plain
+        root = nn.Sequential(OrderedDict(image_reader=modules.pop("image_reader"), network=plain))
+        root.training = plain.training
+        return root
 
 
-def _overrides(plain: Any) -> dict[str, Any]:
-    """What differs from timm's class, where it has such a method; signatures stay timm's."""
+def _link_heads(model: Any) -> None:
+    """Pooling layers let maps through exactly while a classifier beside them pools by itself, whatever was assigned."""
+    for path in model.head_paths:
+        head = _find(model, path)
+        children = () if head is None else head._modules.values()
+        defers = any(isinstance(m, BcosConvClassifier) for m in children)
+        for child in children:
+            if isinstance(child, BcosPool2d | BcosFlatten) and child.deferred != defers:
+                child.deferred = defers
+
+
+def _find(model: nn.Module, path: str) -> nn.Module | None:
+    module: nn.Module | None = model
+    for name in path.split(".") if path else ():
+        module = None if module is None else module._modules.get(name)
+    return module
+
+
+def _overrides(plain: Any) -> dict[str, Method]:
+    """What differs from the network's own class, where it has such a method; signatures stay."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _link_heads(self)
+        return plain.forward(self, *args, **kwargs)
 
     def reset_classifier(self: Any, num_classes: int, *args: Any, **kwargs: Any) -> None:
-
         plain.reset_classifier(self, num_classes, *args, **kwargs)  # timm builds a plain head
         bcosify(self, self.bcos_config, rules=self.bcos_rules)
 
     def forward_head(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        _link_heads(self)
         x = plain.forward_head(self, x, *args, **kwargs)
         pre_logits = args[0] if args else kwargs.get("pre_logits", False)
         pools = [m for m in self.modules() if isinstance(m, BcosPool2d) and m.deferred] if pre_logits else []
@@ -70,19 +109,38 @@ def _overrides(plain: Any) -> dict[str, Any]:
         with _lend_plain_projection(getattr(self, "patch_embed", None), self.bcos_config):
             plain.set_input_size(self, *args, **kwargs)
 
-    def _pos_embed(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        def embed(x: Tensor) -> Any:
-            return plain._pos_embed(self, x, *args, **kwargs)
-
-        return self.positions.split_off(embed, x) if self.bcos_config.positions == "attention" else embed(x)
-
-    methods: dict[str, Any] = dict(
+    methods: dict[str, Method] = dict(
+        forward=forward,
         reset_classifier=reset_classifier,
         forward_head=forward_head,
         set_input_size=set_input_size,
-        _pos_embed=_pos_embed,
     )
+    if issubclass(plain, VisionTransformer):
+        methods |= _position_overrides(plain)
     return {name: wraps(getattr(plain, name))(method) for name, method in methods.items() if hasattr(plain, name)}
+
+
+def _position_overrides(plain: Any) -> dict[str, Method]:
+    """With positions='attention' the blocks get tokens without constants, and know the grid if it varies."""
+
+    def _pos_embed(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.bcos_config.positions == "keep":
+            return plain._pos_embed(self, x, *args, **kwargs)
+        if "_is_one_pass" in self.__dict__:
+            self.blocks = on_grid_of(self.blocks, x)
+        return self.pos_drop(self.positions.contents(x))
+
+    def in_one_pass(method: Method) -> Method:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.bcos_config.positions == "attention" and self.dynamic_img_size:
+                self = clone(self)  # its blocks will be this pass's own
+                self.__dict__["_is_one_pass"] = True
+            return method(self, *args, **kwargs)
+
+        return call
+
+    passes = {name: in_one_pass(getattr(plain, name)) for name in ("forward_features", "forward_intermediates")}
+    return dict(_pos_embed=_pos_embed, **passes)
 
 
 @contextmanager
@@ -113,41 +171,43 @@ def _resized(layer: BcosConv2d, plain: nn.Conv2d, config: BcosConfig) -> BcosCon
 READING = ("forward", "forward_features", "forward_intermediates")
 
 
-def _reads_first(method: Any) -> Any:
-    """A forward method behind the network's `ImageReader`, which acts once when such methods call each other."""
+def _reads_first(method: Method) -> Method:
+    """A forward method behind the network's `ImageReader`.
 
-    def read_and_call(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(x, Tensor) and not getattr(x, "is_read", False):
-            x = self.image_reader(x)
-            x.is_read = True
-        return method(self, x, *args, **kwargs)
+    It runs on the same network seen as one without a reader, so that methods which it calls do not read again.
+    """
+    first = [*signature(method).parameters, "x"][1]
+
+    def read_and_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        image = args[0] if args else kwargs.pop(first)
+        if isinstance(image, list | tuple | dict):
+            raise InputError(f"the network reads one tensor of images first, got a {type(image).__name__}")
+        return method(_without_reader(self), self.image_reader(image), *args[1:], **kwargs)
 
     return wraps(method)(read_and_call)
 
 
+def _without_reader(model: Any) -> Any:
+    unread = object.__new__(model._unread_class)
+    object.__setattr__(unread, "__dict__", model.__dict__)  # not a copy: the same state
+    return unread
+
+
 @cache
 def _bcos_class(plain: Any, has_reader: bool) -> Any:
+    bases: tuple[type, ...] = (BcosModel, plain)
     methods = _overrides(plain)
     if has_reader:
-        methods |= {name: _reads_first(getattr(plain, name)) for name in READING if hasattr(plain, name)}
+        base = _bcos_class(plain, False)
+        bases, methods = (base,), {n: _reads_first(getattr(base, n)) for n in READING if hasattr(base, n)}
+        methods["_unread_class"] = base
     own = dict(_plain_class=plain, _has_reader=has_reader, __module__=plain.__module__, **methods)
-    return type(plain.__name__, (BcosModel, plain), own)
+    return type(plain.__name__, bases, own)
 
 
 def _rebuild(plain: Any, has_reader: bool) -> Any:
     new = _bcos_class(plain, has_reader)
     return new.__new__(new)
-
-
-def adopt_class(model: nn.Module, config: BcosConfig, rules: dict[type[nn.Module], Any]) -> nn.Module:
-    """Give a converted network its class: its own, with `BcosModel` mixed in. It pickles, copies and scripts."""
-    if not isinstance(model, BcosModel):
-        plain: Any = type(model)
-        has_reader = isinstance(getattr(model, "image_reader", None), ImageReader)
-        model.__class__ = _bcos_class(plain, has_reader and not isinstance(model, nn.Sequential))
-    model.bcos_config = config  # type: ignore[assignment]
-    model.bcos_rules = rules  # type: ignore[assignment]
-    return model
 
 
 @contextmanager
@@ -164,50 +224,57 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def bcosify(
-    model: nn.Module, config: BcosConfig | None = None, *, rules: Mapping[type[nn.Module], Rule] = RULES
+    model: nn.Module, config: BcosConfig | None = None, *, rules: Mapping[type[nn.Module], Rule] | None = None
 ) -> nn.Module:
     """Convert a network to its B-cos equivalent.
 
-    Parameters are adopted, not copied, except where their shape changes (the stem, the classifier, MaxOut). Converting
-    a converted network again only converts what is new in it.
+    All of it is planned before anything is changed: whatever is raised, the network is left as it was. Parameters are
+    adopted, not copied, except where their shape changes (the stem, the classifier, MaxOut). Hooks on replaced layers
+    move to their replacements. Converting a converted network again only converts what is new in it.
 
     Args:
         model: Any timm model, or a network of your own. Changed in place.
-        config: What to convert to; `BcosConfig()` fine-tunes pretrained weights at B = 2.
-        rules: From exact module type to rule; extend the table with `RULES | {MyBlock: my_rule}`.
+        config: What to convert to; `BcosConfig()` fine-tunes pretrained weights at B = 2. None is that, or the config
+            of a network that has been converted before.
+        rules: From exact module type to rule, `RULES` by default; extend the table with `RULES | {MyBlock: my_rule}`.
 
     Returns:
         The converted network: the same object, unless the root itself has been replaced.
 
     Raises:
-        UnsupportedModuleError: Lists every module without a rule. The model is left untouched.
-        BcosError: If nothing says how the network's images are normalised.
+        UnsupportedModuleError: Lists every module that cannot be converted, and what else is missing: how the network's
+            images are normalised, if nothing says so.
+        InputError: For a mean or std that does not fit the image's channels.
 
     Example:
         >>> model = bcosify(timm.create_model("resnet50", pretrained=True), BcosConfig.finetune(b=1, bias=True))
     """
-    config = config or BcosConfig()
-    table = dict(rules)
-    if config.positions == "attention":
-        attention_blocks(model)
-    places = Places(model, config)
-    plan = plan_replacements(model, config, table, places)
-    if "" in plan:
-        return plan[""]
-    for name, replacement in plan.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, replacement)
-    if places.needs_reader:
-        model = _add_reader(model, places.mean, places.std)
-    if config.positions == "attention" and not hasattr(model, "positions"):
-        confine_positions(model)
-    _link_heads(model)
-    _refuse_folding(model)
-    _take_unnormalised_images(model)
-    return adopt_class(model, config, table)
+    converted = next((m for m in model.modules() if isinstance(m, BcosModel)), None)
+    if config is None:
+        config = BcosConfig() if converted is None else converted.bcos_config
+    if rules is None:
+        rules = RULES if converted is None else converted.bcos_rules
+    return _apply(plan_conversion(model, config, dict(rules)))
 
 
-FOLDING = ("fuse", "reparameterize", "switch_to_deploy")
+def _apply(plan: Plan) -> nn.Module:
+    kind: Any = type(plan.root)
+    if not issubclass(kind, BcosModel):
+        plan.root.__class__ = _bcos_class(kind, plan.has_reader)  # comes first, because Python may refuse it
+    move_hooks(plan.model, plan.network)
+    for path, new in plan.replacements.items():
+        parent, _, child = path.rpartition(".")
+        owner = plan.network.get_submodule(parent)
+        move_hooks(getattr(owner, child), new)
+        setattr(owner, child, new)
+    for name, value in plan.attributes.items():
+        setattr(plan.root, name, value)
+    for module in plan.foldable:
+        for name in FOLDING:
+            if hasattr(type(module), name):
+                setattr(module, name, refuse_folding)
+    _link_heads(plan.root)
+    return plan.root
 
 
 def refuse_folding(*_: Any, **__: Any) -> NoReturn:
@@ -216,38 +283,3 @@ def refuse_folding(*_: Any, **__: Any) -> NoReturn:
         "a norm or a parallel branch cannot be folded into a B-cos layer, whose response is not linear in its weight: "
         "call reparameterize_model on the plain network and convert the result"
     )
-
-
-def _refuse_folding(model: nn.Module) -> None:
-    for module in model.modules():
-        for name in FOLDING:
-            if hasattr(type(module), name):
-                setattr(module, name, refuse_folding)
-
-
-def _add_reader(model: Any, mean: Stats, std: Stats) -> nn.Module:
-    like = next(model.parameters())
-    reader = ImageReader(image_channels_of(model), mean, std, like.device, like.dtype)
-    if isinstance(model, nn.Sequential):  # which would run it as its last layer
-        return nn.Sequential(OrderedDict(image_reader=reader, network=model)).train(model.training)
-    model.image_reader = reader.train(model.training)
-    return model
-
-
-def _link_heads(model: nn.Module) -> None:
-    """A pooling layer lets maps through exactly while a classifier beside it pools by itself."""
-    for parent in model.modules():
-        children = list(parent.children())
-        defers = any(isinstance(m, BcosConvClassifier) for m in children)
-        for child in children:
-            if isinstance(child, BcosPool2d | BcosFlatten):
-                child.deferred = defers
-
-
-def _take_unnormalised_images(model: Any) -> None:
-    """The cfg tells timm's data pipeline to leave pixels in [0, 1]."""
-    cfg = getattr(model, "pretrained_cfg", None)
-    if cfg:
-        channels = len(cfg.get("mean") or (0, 0, 0))
-        model.pretrained_cfg = dict(cfg, mean=(0.0,) * channels, std=(1.0,) * channels)
-        model.default_cfg = model.pretrained_cfg

@@ -1,63 +1,228 @@
-"""What a conversion will replace, decided before anything is changed."""
+"""What a conversion will do: all of it is decided, and built, before anything is changed."""
 
+from collections import OrderedDict
 from collections.abc import Iterator
-from fnmatch import fnmatch
+from dataclasses import dataclass, field
 from typing import Any
 
-from timm.layers import SelectAdaptivePool2d
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..errors import BcosError, UnsupportedModuleError
+from ..errors import UnsupportedModuleError
+from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, BcosPool2d
+from ..nn.layers import BcosLinear
 from ..nn.stems import BcosStem, ImageReader
 from .config import BcosConfig
-from .rules import ADVICE, PROBABILITIES, Place, Rule, is_container, keep, keep_whole
-from .statistics import Stats, image_statistics, reads_image_itself
+from .hooks import has_hooks, has_state_hooks
+from .places import Places
+from .positions import PositionedQkv, Positions, attention_paths
+from .problems import computed_weight_problem, config_problems, several_inputs, wrapper_problem
+from .rules import ADVICE, Rule, is_container, keep, keep_whole
 
-__all__ = ["Places", "image_channels_of", "plan_replacements"]
+__all__ = ["FOLDING", "Plan", "plan_conversion"]
 
-Plan = dict[str, nn.Module]
-AUXILIARY = ("AuxLogits", "aux1", "aux2")  # what timm and torchvision call their auxiliary heads
+Rules = dict[type[nn.Module], Rule]
+FOLDING = ("fuse", "reparameterize", "switch_to_deploy")  # methods that timm's `reparameterize_model` calls
 
 
-def plan_replacements(
-    model: nn.Module, config: BcosConfig, rules: dict[type[nn.Module], Rule], places: "Places"
-) -> Plan:
-    """Every replacement by path, parents first; a module with several names is converted once."""
-    plan: Plan = {}
-    problems: list[str] = []
-    done: dict[int, nn.Module] = {}
-    for name, module in _walk("", model, rules, done):
-        if id(module) not in done:
-            rule = _rule_for(module, rules)
-            if rule is None:
-                problems.append(_problem(name, module))
-                done[id(module)] = module
-                continue
-            try:
-                done[id(module)] = rule(module, places.of(name, module), config)
-            except UnsupportedModuleError as refusal:
-                problems += refusal.problems
-                done[id(module)] = module
-        if done[id(module)] is not module:
-            plan[name] = done[id(module)]
+@dataclass(frozen=True)
+class Plan:
+    """A conversion, decided and built in full; `timm_bcos.conversion.converted` carries it out.
+
+    Attributes:
+        model: The network, unchanged so far.
+        network: What it will be: `model`, or what replaces it.
+        root: `network`, or a Sequential of an `ImageReader` and the network.
+        replacements: New modules by their path in `network`, parents first, itself excluded.
+        attributes: What the root will say of itself, its config and its reader included.
+        has_reader: Its forward methods will read the image first.
+        foldable: Modules of which something would be folded into a B-cos layer.
+    """
+
+    model: nn.Module
+    network: nn.Module
+    root: nn.Module
+    replacements: dict[str, nn.Module]
+    attributes: dict[str, Any]
+    has_reader: bool
+    foldable: tuple[nn.Module, ...]
+
+
+def plan_conversion(model: nn.Module, config: BcosConfig, rules: Rules) -> Plan:
+    """Decide a conversion.
+
+    Args:
+        model: Stays as it is.
+        config: What to convert to.
+        rules: From exact module type to rule.
+
+    Raises:
+        UnsupportedModuleError: With all that is in the way.
+        InputError: For a mean or std of another number of channels than the image.
+    """
+    places = Places(model, config)
+    found = _Replacements(model, config, rules, places)
+    network = found.by_path[""]
+    is_read = any(isinstance(m, BcosStem | ImageReader) for m in found.modules())
+    problems = [*config_problems(model, config), *places.problems, *found.problems]
+    problems += [] if is_read else several_inputs(network)
+    positions = _plan_positions(model, config, found, problems)
     if problems:
         raise UnsupportedModuleError(problems)
-    return plan
+    reader = None if is_read else _image_reader(model, places)
+    is_wrapped = reader is not None and type(network).forward is nn.Sequential.forward  # would run it as a layer
+    return Plan(
+        model=model,
+        network=network,
+        root=_read_through(reader, network) if reader is not None and is_wrapped else network,
+        replacements={path: new for path, new in found.changed.items() if path},
+        attributes=dict(
+            bcos_config=config,
+            bcos_rules=rules,
+            head_paths=tuple(f"network.{path}".strip(".") if is_wrapped else path for path in found.heads()),
+            **({} if reader is None or is_wrapped else dict(image_reader=reader)),
+            **({} if positions is None else dict(positions=positions)),
+            **_traits(network, places, found),
+        ),
+        has_reader=reader is not None and not is_wrapped,
+        foldable=tuple(m for m in found.modules() if any(hasattr(type(m), name) for name in FOLDING)),
+    )
 
 
-def _walk(name: str, module: Any, rules: Any, done: dict[int, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+@dataclass
+class _Replacements:
+    """A walk over a network that asks each module's rule.
+
+    Attributes:
+        by_path: What each module visited will be, parents first.
+        changed: Those that will be something else.
+        by_id: By the original's id; a module with several names is converted once.
+        problems: What is in the way.
+    """
+
+    model: nn.Module
+    config: BcosConfig
+    rules: Rules
+    places: "Places"
+    by_path: dict[str, nn.Module] = field(default_factory=dict)
+    changed: dict[str, nn.Module] = field(default_factory=dict)
+    by_id: dict[int, nn.Module] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name, module in _walk("", self.model, self.rules, self.by_id):
+            if id(module) not in self.by_id:
+                self.by_id[id(module)] = self._convert(name, module)
+            new = self.by_path[name] = self.by_id[id(module)]
+            if new is not module:
+                self.changed[name] = new
+        self.problems += self._lost_hooks()
+
+    def _convert(self, name: str, module: nn.Module) -> nn.Module:
+        """The module's replacement; itself where something is in the way."""
+        rule = _rule_for(module, self.rules)
+        advice = wrapper_problem(module) or (None if rule in (keep, keep_whole) else computed_weight_problem(module))
+        if rule is None or advice is not None:
+            self.problems.append(_problem(name, module) if advice is None else f"{name or '(root)'}: {advice}")
+            return module
+        try:
+            new = rule(module, self.places.of(name, module), self.config)
+        except UnsupportedModuleError as refusal:
+            self.problems += refusal.problems
+            return module
+        if new is not module and has_state_hooks(module):
+            self.problems.append(
+                f"{name or '(root)'}: has state dict hooks, made for the layer that it is: remove them, convert, and "
+                f"register them again"
+            )
+        return new
+
+    def modules(self) -> list[nn.Module]:
+        """Those that the network will consist of."""
+        return list({id(m): m for m in self._below("", self.by_path[""])}.values())
+
+    def _below(self, path: str, module: nn.Module) -> Iterator[nn.Module]:
+        yield module
+        for name, child in module._modules.items():
+            if child is not None:
+                child_path = f"{path}.{name}" if path else name
+                yield from self._below(child_path, self.by_path.get(child_path, child))
+
+    def heads(self) -> list[str]:
+        """Paths of modules with pooling layers, which are to know whether a classifier beside them pools."""
+        pooling = [path for path, m in self.by_path.items() if isinstance(m, BcosPool2d | BcosFlatten)]
+        return list(dict.fromkeys(path.rpartition(".")[0] for path in pooling if path))
+
+    def _lost_hooks(self) -> list[str]:
+        hooked = [(name, m) for name, m in self.model.named_modules() if has_hooks(m) and id(m) not in self.by_id]
+        if not hooked:
+            return []
+        staying = {id(m) for m in self.modules()}
+        advice = "has hooks and goes away with the module around it: remove them"
+        return [f"{name}: {advice}" for name, m in hooked if id(m) not in staying]
+
+
+def _plan_positions(model: Any, config: BcosConfig, found: _Replacements, problems: list[str]) -> Positions | None:
+    """Let a vision transformer's constants act in its attention only: its qkv projections are others then."""
+    if config.positions == "keep" or isinstance(getattr(model, "positions", None), Positions):
+        return None
+    try:
+        paths = attention_paths(model)
+    except UnsupportedModuleError as refusal:
+        problems += refusal.problems
+        return None
+    positions = Positions(model)
+    for path in paths:
+        qkv = found.by_path.get(path)
+        if isinstance(qkv, BcosLinear):
+            found.by_path[path] = found.changed[path] = PositionedQkv.from_linear(qkv, positions)
+        else:
+            problems.append(f"{path}: positions='attention' needs a B-cos layer, not {type(qkv).__name__}")
+    return positions
+
+
+def _image_reader(model: nn.Module, places: "Places") -> ImageReader:
+    like = next(model.parameters(), torch.empty(0))
+    reader = ImageReader(places.channels, places.mean, places.std, like.device, like.dtype)
+    return reader.train(model.training)
+
+
+def _read_through(reader: ImageReader, network: nn.Module) -> nn.Sequential:
+    root = nn.Sequential(OrderedDict(image_reader=reader, network=network))
+    root.training = network.training
+    return root
+
+
+def _traits(network: Any, places: "Places", found: _Replacements) -> dict[str, Any]:
+    """What the network says of itself: images are in [0, 1], with so many channels, and so many classes."""
+    traits: dict[str, Any] = {}
+    if cfg := getattr(network, "pretrained_cfg", None):
+        channels = len(cfg.get("mean") or (0, 0, 0))
+        traits["pretrained_cfg"] = dict(cfg, mean=(0.0,) * channels, std=(1.0,) * channels)
+        traits["default_cfg"] = traits["pretrained_cfg"]
+    if not hasattr(network, "in_chans"):
+        traits["in_chans"] = places.channels
+    classifiers = [m for m in found.modules() if isinstance(m, BcosConvClassifier | BcosLinearClassifier)]
+    if not hasattr(network, "num_classes") and classifiers:
+        last = classifiers[-1]
+        traits["num_classes"] = last.out_channels if isinstance(last, BcosConvClassifier) else last.out_features
+    return traits
+
+
+def _walk(name: str, module: nn.Module, rules: Rules, done: dict[int, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """Modules with their paths, parents first, into whatever its rule has left in place."""
     yield name, module
     kept = done[id(module)]
-    if _rule_for(module, rules) is keep_whole:
+    if _rule_for(module, rules) is keep_whole or wrapper_problem(module) is not None:
         return
     for child_name, child in module._modules.items():  # `named_children` names a shared module only once
-        if child is not None and getattr(kept, child_name, None) is child:
+        is_kept = getattr(kept, child_name, None) is child
+        if child is not None and is_kept:
             yield from _walk(f"{name}.{child_name}" if name else child_name, child, rules, done)
 
 
-def _rule_for(module: nn.Module, rules: dict[type[nn.Module], Rule]) -> Rule | None:
+def _rule_for(module: nn.Module, rules: Rules) -> Rule | None:
     kind = type(module)
     if kind in rules:
         return rules[kind]
@@ -75,107 +240,3 @@ def _problem(name: str, module: nn.Module) -> str:
         f"{place}no rule for {kind.__module__}.{kind.__name__}; "
         f"pass rules=RULES | {{{kind.__name__}: rule}}, with rule=keep if explanation mode covers its forward"
     )
-
-
-class Places:
-    """The role of each module: which reads the image, which gives the logits, which stay linear."""
-
-    def __init__(self, model: nn.Module, config: BcosConfig) -> None:
-        self.config = config
-        self.model = model
-        self.classifiers = _classifier_ids(model)
-        is_fresh = not any(isinstance(m, BcosStem | ImageReader) for m in model.modules())
-        self.stems = _stem_names(model) if is_fresh else ()
-        self.needs_reader = is_fresh and not self.stems
-        self.mean: Stats
-        self.std: Stats
-        self.mean, self.std = _normalisation(model, config) if is_fresh else (None, None)
-
-    def of(self, name: str, module: nn.Module) -> Place:
-        if name in self.stems:
-            return Place(name, "stem", self.mean, self.std)
-        if id(module) in self.classifiers:
-            return Place(name, self._classifier_role(name))
-        if any(fnmatch(name, pattern) for pattern in self.config.linear):
-            return Place(name, "linear")
-        return Place(name)
-
-    def _classifier_role(self, name: str) -> str:
-        """Whether the classifier's global pooling can be moved behind it."""
-        parent = self.model.get_submodule(name.rpartition(".")[0])
-        children = list(parent.children())
-        own = next(i for i, m in enumerate(children) if id(m) in self.classifiers)
-        if probabilities := [m for m in children[own + 1 :] if isinstance(m, PROBABILITIES)]:
-            kind = type(probabilities[0]).__name__
-            problem = (
-                f"{name}: {kind} follows the classifier, while explanations are of logits: replace it by nn.Identity()"
-            )
-            raise UnsupportedModuleError([problem])
-        is_pooled_later = any(isinstance(m, nn.AdaptiveAvgPool2d) for m in children[own + 1 :])
-        if is_pooled_later and isinstance(children[own], nn.Conv2d):
-            return "map"
-        pools = [i for i, m in enumerate(children[:own]) if isinstance(m, SelectAdaptivePool2d)]
-        if not pools or self.config.classify_positions == "never":
-            return "classifier"
-        pool: Any = children[pools[-1]]
-        between = children[pools[-1] + 1 : own]
-        transparent: tuple[type[nn.Module], ...] = (nn.Identity, nn.Dropout, nn.Flatten)
-        if self.config.classify_positions == "always":
-            transparent += (nn.LayerNorm,)
-        if not all(isinstance(m, transparent) for m in between):
-            return "classifier"
-        # to one position; timm's pools for NHWC maps are others
-        averages = isinstance(pool.pool, nn.AdaptiveAvgPool2d) and pool.pool.output_size in (1, (1, 1))
-        return "positions" if averages else "map" if pool.is_identity() else "classifier"
-
-
-def _classifier_ids(model: Any) -> set[int]:
-    """timm models tell; elsewhere it is the last layer. Auxiliary heads count too."""
-    if hasattr(model, "get_classifier"):
-        found = model.get_classifier()
-        heads = list(found) if isinstance(found, tuple | list) else [found]
-    else:
-        heads = _last_layers(model)
-    auxiliary = [m for name, child in model.named_children() if name in AUXILIARY for m in _last_layers(child)]
-    return {id(m) for m in [*heads, *auxiliary] if m is not None}
-
-
-def _last_layers(model: nn.Module) -> list[nn.Module]:
-    """The last linear layer, or, in a network without any, the last convolution."""
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    return [*(linear or convolutions)][-1:]
-
-
-def _stem_names(model: Any) -> tuple[str, ...]:
-    """The convolutions that read the image; none if something else does, which then needs an `ImageReader`.
-
-    timm's cfg names them; elsewhere it is the first one with as many inputs as the image.
-    """
-    if reads_image_itself(model):
-        return ()
-    names = getattr(model, "pretrained_cfg", {}).get("first_conv") or ()
-    names = (names,) if isinstance(names, str) else tuple(names)
-    channels = image_channels_of(model)
-    readers = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels == channels]
-    if names:
-        return names if set(names) <= set(readers) else ()
-    return tuple(readers[:1])
-
-
-def image_channels_of(model: Any) -> int:
-    """Channels of the images that a network takes; 3 where it does not say."""
-    return getattr(model, "in_chans", 3)
-
-
-def _normalisation(model: Any, config: BcosConfig) -> tuple[Stats, Stats]:
-    if config.stem == "encoded":
-        return None, None
-    mean, std = image_statistics(model)
-    mean, std = config.mean or mean, config.std or std
-    if mean is None or std is None:
-        raise BcosError(
-            f"{type(model).__name__} does not say how its images are normalised: pass BcosConfig(mean=..., std=...), "
-            f"or mean=(0.0,) and std=(1.0,) if it takes pixels in [0, 1]"
-        )
-    return tuple(mean), tuple(std)

@@ -4,41 +4,74 @@ In a transformer as it is, such constants are added to the tokens, so that part 
 image's (`Explanation.bias`). With `BcosConfig(positions="attention")` they enter queries and keys, which only weigh the
 values: the image then explains the whole logit. A token that is nothing but a constant, like a class token, starts at 0
 and collects what it attends to.
+
+No forward pass leaves anything behind for the attention layers to find. Each computes the constants anew, from the
+network's parameters and the grid of tokens, so that forward passes of several threads, and those that gradient
+checkpointing repeats, do not see each other.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModuleError
+from ..errors import ModelStateError, UnsupportedModuleError
 from ..nn.layers import BcosLinear
 from ..nn.modules import clone
 
-__all__ = ["PositionedQkv", "Positions", "attention_blocks", "confine_positions"]
+__all__ = ["PositionedQkv", "Positions", "attention_paths", "on_grid_of"]
+
+Grid = tuple[int, int]
+_GRID: ContextVar[Grid] = ContextVar("grid of the tokens that the running block has")
 
 
 class Positions:
-    """The constants of the forward pass under way, shared by a network's attention layers; never copied nor saved."""
+    """A vision transformer's additive constants, from its parameters; shared by its attention layers.
 
-    def __init__(self) -> None:
-        self.tokens: Tensor | None = None
+    Attributes:
+        embedding: The network with the same parameters, always, but of its layers with the patch embedding alone,
+            whose grid it asks for. Dropout is not among them: it acts on the tokens' contents, outside.
+    """
 
-    def __getstate__(self) -> dict[str, None]:
-        return {"tokens": None}
+    def __init__(self, model: VisionTransformer) -> None:
+        self.embedding = clone(model)
+        self.embedding.__dict__["_parameters"] = model._parameters
+        self.embedding.__dict__["_modules"] = dict(patch_embed=model.patch_embed)
+        self.embedding.__dict__["pos_drop"] = _whole
 
-    def split_off(self, embed: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Embed tokens without the constants that `embed`, an affine map, adds; those are kept for the attention."""
-        self.tokens = embed(x.detach() * 0)
-        return embed(x) - self.tokens
+    def tokens(self, like: Tensor) -> Tensor:
+        """The constants (1, L, D) of the network's grid, or of the running block's where grids vary."""
+        model = self.embedding
+        if not model.dynamic_img_size:
+            rows, columns = model.patch_embed.grid_size
+            return self._embed(like.new_zeros(1, rows * columns, model.embed_dim))
+        grid = _GRID.get(None)
+        if grid is None:
+            raise ModelStateError("an attention layer ran by itself: with dynamic_img_size it needs the network's grid")
+        return self._embed(like.new_zeros(1, *grid, model.embed_dim))
+
+    def contents(self, patches: Tensor) -> Tensor:
+        """What the network's embedding, an affine map, makes of patches without its constants, (N, L, D)."""
+        return self._embed(patches) - self._embed(patches.new_zeros((1,) + patches.shape[1:]))
+
+    def _embed(self, patches: Tensor) -> Tensor:
+        tokens: Tensor = self.embedding._pos_embed(patches)
+        return tokens
+
+
+def _whole(tokens: Tensor) -> Tensor:
+    """What stands for the dropout; no module, which `torch.fx` would look for in the network."""
+    return tokens
 
 
 class PositionedQkv(BcosLinear):
     """A projection to queries, keys and values whose queries and keys also see the positions.
 
     Attributes:
-        positions: What `Positions.split_off` left.
+        positions: Of the network.
 
     Shape: (N, L, D) to (N, L, 3 · D'), queries and keys first.
     """
@@ -54,33 +87,50 @@ class PositionedQkv(BcosLinear):
         return new  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.positions.tokens
-        if tokens is None:
-            raise RuntimeError("the attention ran without the network's embedding before it")
         query, key, value = self.respond(x).chunk(3, dim=-1)
-        query_position, key_position, _ = self.respond(tokens).chunk(3, dim=-1)
+        query_position, key_position, _ = self.respond(self.positions.tokens(self.weight)).chunk(3, dim=-1)
         return torch.cat([query + query_position, key + key_position, value], dim=-1)
 
 
-def attention_blocks(model: Any) -> list[Any]:
-    """The attention layers of a vision transformer in timm's manner, with `_pos_embed` and `qkv` projections.
+class _OnGrid(nn.Module):
+    """A block for one forward pass: whoever runs it, and when, its attention finds the grid of that pass."""
+
+    def __init__(self, block: nn.Module, grid: Grid) -> None:
+        super().__init__()
+        self.block = block
+        self.grid = grid
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        token = _GRID.set(self.grid)
+        try:
+            return self.block(*args, **kwargs)
+        finally:
+            _GRID.reset(token)
+
+
+def on_grid_of(blocks: nn.Sequential, patches: Tensor) -> nn.Sequential:
+    """The blocks, for tokens that come from patches (N, H, W, D)."""
+    return nn.Sequential(*(_OnGrid(block, (patches.shape[1], patches.shape[2])) for block in blocks))
+
+
+def attention_paths(model: nn.Module) -> list[str]:
+    """The attention layers' projections to queries, keys and values in a vision transformer of timm's.
 
     Raises:
         UnsupportedModuleError: For any other network.
     """
-    blocks = [m for m in model.modules() if isinstance(getattr(m, "qkv", None), nn.Linear)]
-    drops_patches = not isinstance(getattr(model, "patch_drop", None), nn.Identity)
-    if blocks and hasattr(model, "_pos_embed") and not drops_patches:
-        return blocks
+    if isinstance(model, VisionTransformer) and isinstance(model.patch_drop, nn.Identity):
+        paths = list(_projections(model))
+        if paths:
+            return paths
     problem = (
-        f"(root): positions='attention' needs a vision transformer with _pos_embed, qkv projections and no patch "
+        f"(root): positions='attention' needs a vision transformer of timm's with qkv projections and no patch "
         f"dropout, not {type(model).__name__}; use positions='keep'"
     )
     raise UnsupportedModuleError([problem])
 
 
-def confine_positions(model: Any) -> None:
-    """Let a converted vision transformer's constants act in its attention only; see this module's description."""
-    model.positions = Positions()
-    for block in attention_blocks(model):
-        block.qkv = PositionedQkv.from_linear(block.qkv, model.positions)
+def _projections(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "qkv", None), nn.Linear):
+            yield f"{name}.qkv"

@@ -18,6 +18,7 @@ from timm.layers.pool2d_same import MaxPool2dSame
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModuleError
+from ..nn.activations import PassedSigmoid
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, BcosPool2d
 from ..nn.layers import BcosConv2d, BcosLinear
 from ..nn.modules import clone
@@ -121,8 +122,7 @@ def replace_conv(conv: nn.Conv2d, place: Place, config: BcosConfig) -> nn.Module
         layer = BcosConv2d(conv.in_channels, conv.out_channels, **settings)
         return _adopt(layer, conv, _rows(conv.weight, unit), config)
     settings["device"] = conv.weight.device
-    mean, std = (_per_channel(values, conv.in_channels) for values in (place.mean, place.std))
-    stem = BcosStem(conv.in_channels, conv.out_channels, mean=mean, std=std, **settings)
+    stem = BcosStem(conv.in_channels, conv.out_channels, mean=place.mean, std=place.std, **settings)
     weight = torch.cat([conv.weight, -conv.weight], 1).detach() / 2
     return _adopt(stem, conv, _rows(weight, unit), config)
 
@@ -157,13 +157,6 @@ def replace_lstm(lstm: nn.LSTM, place: Place, config: BcosConfig) -> nn.Module:
     for name, _ in list(new.named_parameters()):
         setattr(new, name, getattr(lstm, name))
     return new.train(lstm.training)
-
-
-def _per_channel(values: tuple[float, ...] | None, channels: int) -> tuple[float, ...] | None:
-    """Statistics of colour images for another number of channels: their average."""
-    if values is None or len(values) in (1, channels):
-        return values
-    return (sum(values) / len(values),)
 
 
 def _conv_classifier(module: nn.Linear | nn.Conv2d, place: Place, config: BcosConfig) -> BcosConv2d | BcosLinear:
@@ -296,13 +289,14 @@ def replace_activation_with_offset(act: nn.Module, place: Place, config: BcosCon
 
 
 def replace_sequential(sequence: nn.Sequential, place: Place, config: BcosConfig) -> nn.Module:
-    """A container; but a sigmoid that feeds another layer is no gate, and as one it would cut the linear path."""
-    children = list(sequence)
-    for i, child in enumerate(children):
-        if isinstance(child, nn.Sigmoid) and any(m._parameters for m in children[i + 1 :]):
-            line = "feeds a layer, while only a gate leaves the path linear: use the equal 0.5 + 0.5 * tanh(x / 2)"
-            refuse(Place(f"{place.name}.{i}".lstrip(".")), child, line)
-    return sequence
+    """A container, in which a sigmoid that feeds another layer is an activation, not a gate."""
+    children = list(sequence.named_children())
+    feeding = [
+        name
+        for i, (name, child) in enumerate(children)
+        if type(child) is nn.Sigmoid and any(m._parameters for _, m in children[i + 1 :])
+    ]
+    return clone(sequence, **{name: PassedSigmoid() for name in feeding}) if feeding else sequence
 
 
 def replace_bare(block: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
@@ -374,3 +368,13 @@ def _with_class(block: nn.Module, table: Mapping[type[nn.Module], type[nn.Module
     new = clone(block)
     new.__class__ = kind
     return new
+
+
+def pass_sigmoid(act: nn.Sigmoid, place: Place, config: BcosConfig) -> nn.Module:
+    """For sigmoids whose value is passed on, not multiplied."""
+    return PassedSigmoid().train(act.training)
+
+
+def pass_gates(block: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
+    """iFormer's attention takes values and gates from one sigmoid."""
+    return clone(block, gate_act=PassedSigmoid().train(block.training))

@@ -12,12 +12,14 @@ from fnmatch import fnmatch
 from timm import layers as timm_layers
 from timm import models as timm_models
 from timm.layers import norm, norm_act
+from timm.models import iformer
 from timm.models.csatv2 import Dct1d
 from torch import nn
 from torchvision import ops
 from torchvision.models import convnext, maxvit
 from torchvision.models import densenet as torchvision_densenet
 
+from ..nn.activations import PassedSigmoid
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, BcosPool2d
 from ..nn.layers import BcosConv2d, BcosLinear
 from ..nn.norms import UncentredBatchNorm1d, UncentredBatchNorm2d, UncentredBatchNormAct2d
@@ -26,10 +28,10 @@ from . import replacements as to
 from .attention import WINDOWED, BcosAttention
 from .blocks import AVERAGED, BARE, WIDE, WIDE_NORM_ACTS, WIDE_NORMS
 from .positions import PositionedQkv
-from .replacements import Place, Rule, keep, keep_whole
+from .replacements import Place, Rule, keep, keep_whole, pass_sigmoid
 from .statistics import NORMALISERS
 
-__all__ = ["ADVICE", "PROBABILITIES", "RULES", "Place", "Rule", "is_container", "keep", "keep_whole"]
+__all__ = ["ADVICE", "PROBABILITIES", "RULES", "Place", "Rule", "is_container", "keep", "keep_whole", "pass_sigmoid"]
 
 
 # Parameters that a container may own directly: explanation mode covers how they are used.
@@ -140,6 +142,7 @@ RULES: dict[type[nn.Module], Rule] = {
         timm_models._efficientnet_blocks.SqueezeExcite, timm_layers.EcaModule, timm_layers.GlobalContext,
         ops.SqueezeExcitation,
     ),
+    **_table(to.pass_gates, iformer.SHMA),
     **_table(to.replace_sequential, nn.Sequential),
     # linear or piecewise linear as they are, or without effect in evaluation
     **_table(
@@ -182,7 +185,7 @@ RULES: dict[type[nn.Module], Rule] = {
     **_table(
         keep_whole,
         BcosConv2d, BcosStem, ImageReader, BcosConvClassifier, BcosLinear, BcosLinearClassifier, BcosPool2d,
-        BcosFlatten, UncentredBatchNorm1d, UncentredBatchNorm2d, PositionedQkv,
+        BcosFlatten, UncentredBatchNorm1d, UncentredBatchNorm2d, PositionedQkv, PassedSigmoid,
     ),
     **_table(
         keep,

@@ -7,8 +7,8 @@ import timm
 from PIL import Image
 from torch import Tensor, nn
 
-from ..conversion.plan import image_channels_of
 from ..errors import InputError
+from ..nn.stems import image_channels
 
 __all__ = ["LabelledImages", "image_loader"]
 
@@ -31,7 +31,7 @@ def image_loader(model: nn.Module, dataset: LabelledImages) -> Callable[[int], t
     Raises:
         InputError: For a network that takes neither grey nor coloured images.
     """
-    channels = image_channels_of(model)
+    channels = image_channels(model) or 3
     if channels not in MODES:
         raise InputError(f"photos have 1 or 3 channels, {type(model).__name__} takes {channels}")
     cfg = timm.data.resolve_model_data_config(model)

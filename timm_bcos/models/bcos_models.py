@@ -1,21 +1,31 @@
 """What timm learns from this package by importing this module: the papers' networks, fine-tuned ones, and `bcosify`."""
 
+import difflib
+import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import timm
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
+    load_model_config_from_hf,
     model_entrypoint,
+    parse_model_name,
     register_model,
     resolve_pretrained_cfg,
     split_model_name_tag,
 )
+from timm.models._hub import load_model_config_from_path
 from torch import nn
 
 from ..conversion.config import BcosConfig
 from ..conversion.converted import bcosify as convert
+from ..errors import CheckpointError, NotFineTunedWarning, TargetError
 from ..weights.catalogue import PUBLISHED, hub_addresses
+from ..weights.download import first_line
 from ..weights.embedded import EMBEDDED
 from ..weights.formats import convert_official_weights, convert_plain_weights
 from ..weights.pretrained import load_pretrained
@@ -70,7 +80,7 @@ def _create(
     pretrained: bool = False,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
-    cache_dir: Any = None,
+    cache_dir: str | Path | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     network = NETWORKS[name]
@@ -93,39 +103,143 @@ WEIGHT_SOURCES = ("file", "url", "state_dict", "hf_hub_id")
 def _create_converted(
     pretrained: bool = False,
     arch: str = "resnet50",
+    arch_kwargs: dict[str, Any] | None = None,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
-    cache_dir: Any = None,
+    cache_dir: str | Path | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """`timm.create_model('bcosify', arch=...)`: any timm model, converted.
 
-    `pretrained=True` starts from the architecture's own weights; where the cfg or its overlay names a weight source,
-    that is loaded after the conversion instead, be it converted weights or plain ones.
+    Args:
+        pretrained: Start from the architecture's own weights; where the cfg or its overlay names a weight source, that
+            is loaded after the conversion instead, be it converted weights or plain ones.
+        arch: timm's name, 'hf-hub:ORG/NAME' or 'local-dir:PATH'.
+        arch_kwargs: Arguments of the architecture. Those that no field of `BcosConfig` is called like can stand among
+            the others; `arch_kwargs=dict(bias=...)` is for those that one is.
+        pretrained_cfg: timm's.
+        pretrained_cfg_overlay: timm's.
+        cache_dir: Where downloads go.
+        kwargs: Fields of `timm_bcos.BcosConfig`, and arguments of the architecture.
+
+    Raises:
+        TargetError: For an architecture that timm does not know, or that is a B-cos network already.
+        CheckpointError: If the Hub or the directory has no such network.
+
+    Example:
+        >>> timm.create_model("bcosify", arch="resnet50", pretrained=True, b=1, bias=True)  # computes the same
+        >>> timm.create_model("bcosify", arch="test_resnet", arch_kwargs=dict(norm_layer="groupnorm"))
     """
     changes, kwargs = BcosConfig.split(kwargs)
     config = BcosConfig.finetune(**changes)
-    arch_name, tag = split_model_name_tag(arch)
-    plain_cfg = resolve_pretrained_cfg(arch_name, pretrained_cfg=tag or None).to_dict()
+    source = _find(arch, cache_dir)
+    plain_cfg = _plain_cfg(arch, source)
     given = pretrained_cfg if isinstance(pretrained_cfg, dict) else {}
     overlay = pretrained_cfg_overlay or {}
     has_source = any({**given, **overlay}.get(key) for key in WEIGHT_SOURCES)
-    no_weights = dict.fromkeys((*WEIGHT_SOURCES, "hf_hub_filename", "tag"), None)
+    own_weights = pretrained and not has_source
+    no_weights = dict.fromkeys((*WEIGHT_SOURCES, "hf_hub_filename", "tag", "source"), None)
     cfg = {**plain_cfg, **no_weights, "architecture": "bcosify", "custom_load": False, **UNNORMALISED, **given}
     cfg = resolve_pretrained_cfg("bcosify", cfg, overlay).to_dict()
 
     def build(**model_kwargs: Any) -> nn.Module:
-        own_weights = pretrained and not has_source
-        plain = model_entrypoint(arch_name)(
-            pretrained=own_weights, pretrained_cfg=tag or None, cache_dir=cache_dir, **model_kwargs
-        )
+        arguments = {**model_kwargs, **source.remembered(), **(arch_kwargs or {})}
+        entry = model_entrypoint(source.name)
+        plain = entry(pretrained=own_weights, pretrained_cfg=source.cfg, cache_dir=cache_dir, **arguments)
         model = convert(plain, config)
         if pretrained and has_source:
             load_pretrained(model, cfg, convert_plain_weights, cache_dir)
+        elif pretrained and any(plain_cfg.get(key) for key in WEIGHT_SOURCES):
+            _warn_unless_preserved(arch, config)
         return model
 
     return build_model_with_cfg(
-        build, "bcosify", False, pretrained_cfg=cfg, feature_cfg=dict(feature_cls="getter", out_indices=None), **kwargs
+        build, "bcosify", False, pretrained_cfg=cfg, feature_cfg=dict(feature_cls="getter", out_indices=None),
+        **{**source.kwargs, **kwargs},
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a plain architecture comes from.
+
+    Attributes:
+        name: timm's.
+        cfg: Its pretrained cfg, or the tag of one.
+        kwargs: Arguments that the Hub's or the directory's config tells.
+    """
+
+    name: str
+    cfg: dict[str, Any] | str | None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def remembered(self) -> dict[str, Any]:
+        """What timm wants to know of the network whose weights it loads, if it was saved with arguments."""
+        return dict(pretrained_model_args=self.kwargs) if self.kwargs else {}
+
+
+def architecture(name: str, cache_dir: str | Path | None = None) -> str:
+    """timm's name of what `timm.create_model(name)` would create, from a Hub's or a directory's config too.
+
+    Raises:
+        TargetError: If timm does not know it.
+        CheckpointError: If the Hub or the directory has no such network.
+    """
+    return _find(name, cache_dir).name
+
+
+def _find(name: str, cache_dir: str | Path | None) -> _Source:
+    try:
+        kind, place = parse_model_name(name)
+    except ValueError as error:
+        raise TargetError(str(error)) from error
+    if kind is None:
+        arch, tag = split_model_name_tag(place)
+        source = _Source(arch, tag or None)
+    else:
+        source = _read_config(name, kind, place, cache_dir)
+    if not timm.is_model(source.name):
+        near = difflib.get_close_matches(source.name, timm.list_models(), n=3)
+        raise TargetError(f"timm knows no model {source.name!r}; close names: {', '.join(near) or 'none'}")
+    return source
+
+
+def _read_config(name: str, kind: str, place: str, cache_dir: str | Path | None) -> _Source:
+    try:
+        if kind == "hf-hub":
+            cfg, arch, kwargs = load_model_config_from_hf(place, cache_dir=cache_dir)
+        else:
+            cfg, arch, kwargs = load_model_config_from_path(place)
+    except Exception as error:  # the Hub's client, its HTTP library and the system each raise their own
+        raise CheckpointError(f"cannot read the config of {name}: {first_line(error)}") from error
+    return _Source(arch, cfg, dict(kwargs or {}))
+
+
+def _plain_cfg(arch: str, source: _Source) -> dict[str, Any]:
+    """The pretrained cfg of a plain architecture."""
+    if source.name in ENTRY_POINTS:
+        raise TargetError(
+            f"arch={arch!r} is a B-cos network already: create it as such, timm.create_model({arch!r}, ...), which "
+            f"takes the fields of BcosConfig too"
+        )
+    try:
+        cfg: dict[str, Any] = resolve_pretrained_cfg(source.name, source.cfg).to_dict()
+    except RuntimeError as error:  # a tag that does not exist
+        known = timm.list_pretrained(f"{source.name}.*")
+        tags = ", ".join(tagged.partition(".")[2] for tagged in known) or "none"
+        raise TargetError(f"arch={arch!r}: {first_line(error)}; tags of {source.name}: {tags}") from error
+    return cfg
+
+
+def _warn_unless_preserved(arch: str, config: BcosConfig) -> None:
+    if config.b == 1 and config.bias:
+        return
+    warnings.warn(
+        f"bcosify: {arch} starts from its pretrained weights, but with b={config.b:g} and bias={config.bias} it is "
+        f"another function, whose predictions are not the pretrained ones: fine-tune it, or pass b=1, bias=True, "
+        f"which computes the same",
+        NotFineTunedWarning,
+        stacklevel=2,
     )
 
 

@@ -1,6 +1,5 @@
 """Networks by name or from a checkpoint, and the names of their classes: what the command line and scripts share."""
 
-import difflib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ import timm.utils
 from ..errors import CheckpointError, InputError, TargetError
 from ..weights.embedded import DEFAULT_NETWORK
 from ..weights.readers import load_weights, read_state_dict, read_training_arguments
+from .bcos_models import ENTRY_POINTS, architecture
 
 __all__ = ["create_model", "load_model", "load_plain_model"]
 
@@ -59,15 +59,12 @@ def create_model(name: str, conversion: dict[str, Any], **kwargs: Any) -> Any:
         conversion: `BcosConfig` fields for a plain network; without any it computes the same as before.
         kwargs: For `timm.create_model`.
     """
-    if name.startswith(("hf-hub:", "local-dir:")) or (name.startswith("bcos") and timm.is_model(name)):
+    if architecture(name) in ENTRY_POINTS:
         return timm.create_model(name, **kwargs)
-    if timm.is_model(name):
-        overlay = kwargs.get("pretrained_cfg_overlay", {})
-        statistics = {key: overlay.pop(key) for key in ("mean", "std") if key in overlay}  # which the stem takes over
-        changes = conversion or dict(b=1, bias=True)
-        return timm.create_model("bcosify", arch=name, **{**statistics, **changes}, **kwargs)
-    near = difflib.get_close_matches(name, timm.list_models(), n=3)
-    raise TargetError(f"timm knows no model {name!r}; close names: {', '.join(near) or 'none'}")
+    overlay = kwargs.get("pretrained_cfg_overlay", {})
+    statistics = {key: overlay.pop(key) for key in ("mean", "std") if key in overlay}  # which the stem takes over
+    changes = conversion or dict(b=1, bias=True)
+    return timm.create_model("bcosify", arch=name, **{**statistics, **changes}, **kwargs)
 
 
 def _with_weights(name: str | None, checkpoint: Path, create: Callable[..., Any]) -> Any:

@@ -54,6 +54,8 @@ class Network:
         """The converted network with fresh weights; kwargs are the architecture's."""
         arch: Any = self.arch if isinstance(self.arch, type) else model_entrypoint(self.arch)
         model = arch(**{**self.kwargs, **kwargs})
+        if config.mean == self.config.mean:
+            config = _for_channels(config, model.in_chans)
         if self.prepare is not None:
             self.prepare(model)
         model = bcosify(model, config)
@@ -63,6 +65,13 @@ class Network:
         if self.finish is not None:
             self.finish(model)
         return model
+
+
+def _for_channels(config: BcosConfig, channels: int) -> BcosConfig:
+    """A network's own statistics of colour images, for images of another number of channels: their average."""
+    if config.mean is None or config.std is None or len(config.mean) == channels:
+        return config
+    return config.change(mean=(sum(config.mean) / len(config.mean),), std=(sum(config.std) / len(config.std),))
 
 
 def _fully_convolutional(vgg: Any) -> None:

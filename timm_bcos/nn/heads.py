@@ -70,7 +70,7 @@ class BcosPool2d(SelectAdaptivePool2d):
     """timm's global pooling, which lets feature maps through while the classifier after it pools by itself.
 
     Attributes:
-        deferred: True while a `BcosConvClassifier` follows.
+        deferred: True while a `BcosConvClassifier` follows; a converted network sees to it whenever it runs.
     """
 
     deferred: bool = False

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .functional import encode_image, scale_and_offset
 from .layers import BcosConv2d
 
-__all__ = ["BcosStem", "ImageReader"]
+__all__ = ["BcosStem", "ImageReader", "image_channels"]
 
 
 class BcosStem(BcosConv2d):
@@ -95,3 +95,19 @@ class ImageReader(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         image, complement = encode_image(x, self.image_channels).chunk(2, dim=1)
         return (image - complement) * (self.scale / 2) + self.offset
+
+
+def image_channels(model: nn.Module) -> int | None:
+    """Channels of the images that a network takes: what its stem reads, or else what it says itself.
+
+    Args:
+        model: B-cos or plain.
+
+    Returns:
+        The number, without the complements of an encoded image; None for a plain network that does not say.
+    """
+    for module in model.modules():
+        if isinstance(module, BcosStem | ImageReader):
+            return module.image_channels
+    told = getattr(model, "in_chans", None)
+    return told if isinstance(told, int) else None
