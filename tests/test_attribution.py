@@ -133,6 +133,19 @@ def test_grad_cam_literally(plain: nn.Module) -> None:
         attribute(plain, x, 1, "gradcam", layer="layer9")
 
 
+def test_grad_cam_refuses_layers_without_maps(plain: nn.Module) -> None:
+    with pytest.raises(MethodError, match=r"layer 'fc' returns \(1, 4\)"):
+        attribute(plain, real_image(64), 1, "gradcam", layer="fc")
+    plain.register_module("idle", nn.Identity())
+    with pytest.raises(MethodError, match="layer 'idle' returns no tensor for this input"):
+        attribute(plain, real_image(64), 1, "gradcam", layer="idle")
+    del plain.idle
+    model = timm.create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 12, 16, 20)).eval()
+    with pytest.raises(MethodError, match=r"layer 'stages.0.blocks.0.mlp.fc1' returns \(1, 16, 16, 32\)"):
+        attribute(model, real_image(64), 1, "gradcam", layer="stages.0.blocks.0.mlp.fc1")
+    assert attribute(model, real_image(64), 1, "gradcam", layer="stages.0.blocks.0").any()
+
+
 class Brightness(nn.Module):
     """Two classes: how bright the upper left and the lower right quarter are."""
 

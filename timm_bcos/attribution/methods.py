@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import MethodError
 from ..explaining.forward import explain
-from ..nn.modules import hooked
+from ..nn.modules import channel_axis, first_output, hooked
 from .registry import Subject, check_counts, register
 
 __all__: list[str] = []
@@ -122,7 +122,7 @@ def grad_cam(subject: Subject, x: Tensor, targets: Tensor, *, layer: str | None 
     if hasattr(model, "num_prefix_tokens") or getattr(model, "output_fmt", "NCHW") != "NCHW":
         raise MethodError(f"gradcam needs maps (N, C, H, W), which {subject.kind} does not compute with")
     z = _leaf(subject, x)
-    module = _last_spatial_layer(subject, z) if layer is None else _module(subject, layer)
+    module = _last_spatial_layer(subject, z) if layer is None else _named_layer(subject, z, layer)
     maps = _captum().LayerGradCam(subject, module).attribute(z, targets)
     return F.interpolate(maps, x.shape[-2:], mode="bilinear").sum(1)
 
@@ -234,11 +234,19 @@ def _leaf(subject: Subject, x: Tensor) -> Tensor:
     return subject.prepare(x).detach().requires_grad_()
 
 
-def _module(subject: Subject, name: str) -> nn.Module:
-    found = dict(subject.model.named_modules()).get(name) if name else None
-    if found is None:
+def _named_layer(subject: Subject, z: Tensor, name: str) -> nn.Module:
+    """A layer whose output is a map (N, C, H, W)."""
+    module = dict(subject.model.named_modules()).get(name) if name else None
+    if module is None:
         raise MethodError(f"the model has no layer {name!r}: see model.named_modules() for their names")
-    return found
+    outputs: list[Any] = []
+    with torch.no_grad(), hooked([module], lambda module, args, output: outputs.append(first_output(output))):
+        subject(z[:1])
+    if not outputs or not isinstance(outputs[0], Tensor):
+        raise MethodError(f"layer {name!r} returns no tensor for this input: name one that does")
+    if outputs[0].ndim != 4 or channel_axis(module, outputs[0], subject.model) != 1:
+        raise MethodError(f"gradcam needs maps (N, C, H, W): layer {name!r} returns {tuple(outputs[0].shape)}")
+    return module
 
 
 def _last_spatial_layer(subject: Subject, z: Tensor) -> nn.Module:
