@@ -6,7 +6,6 @@ from typing import Any
 
 from timm.layers import SelectAdaptivePool2d
 from torch import nn
-from torch.nn.utils import parametrize
 
 from ..errors import BcosError, UnsupportedModuleError
 from ..nn.stems import BcosStem, ImageReader
@@ -69,8 +68,6 @@ def _problem(name: str, module: nn.Module) -> str:
     place = f"{name or '(root)'}: "
     if kind in ADVICE:
         return f"{place}{kind.__module__}.{kind.__name__} {ADVICE[kind]}"
-    if parametrize.is_parametrized(module):
-        return f"{place}call torch.nn.utils.parametrize.remove_parametrizations on it first, to have one weight"
     return (
         f"{place}no rule for {kind.__module__}.{kind.__name__}; "
         f"pass rules=RULES | {{{kind.__name__}: rule}}, with rule=keep if explanation mode covers its forward"
@@ -124,7 +121,7 @@ class Places:
             transparent += (nn.LayerNorm,)
         if not all(isinstance(m, transparent) for m in between):
             return "classifier"
-        # to one position; timm's pools for NHWC maps are others
+        # timm's pools for NHWC maps are others
         averages = isinstance(pool.pool, nn.AdaptiveAvgPool2d) and pool.pool.output_size in (1, (1, 1))
         return "positions" if averages else "map" if pool.is_identity() else "classifier"
 
