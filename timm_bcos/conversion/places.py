@@ -78,7 +78,7 @@ class Places:
             transparent += (nn.LayerNorm,)
         if not all(isinstance(m, transparent) for m in between):
             return "classifier"
-        # to one position; timm's pools for NHWC maps are others
+        # timm's pools for NHWC maps are others
         averages = isinstance(pool.pool, nn.AdaptiveAvgPool2d) and pool.pool.output_size in (1, (1, 1))
         return "positions" if averages else "map" if pool.is_identity() else "classifier"
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from ..errors import UnsupportedModuleError
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, BcosPool2d
@@ -234,8 +233,6 @@ def _problem(name: str, module: nn.Module) -> str:
     place = f"{name or '(root)'}: "
     if kind in ADVICE:
         return f"{place}{kind.__module__}.{kind.__name__} {ADVICE[kind]}"
-    if parametrize.is_parametrized(module):
-        return f"{place}call torch.nn.utils.parametrize.remove_parametrizations on it first, to have one weight"
     return (
         f"{place}no rule for {kind.__module__}.{kind.__name__}; "
         f"pass rules=RULES | {{{kind.__name__}: rule}}, with rule=keep if explanation mode covers its forward"

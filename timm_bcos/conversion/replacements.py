@@ -71,12 +71,6 @@ def refuse(place: Place, module: nn.Module, what_to_do: str) -> NoReturn:
     raise UnsupportedModuleError([f"{place.name or '(root)'}: {kind.__module__}.{kind.__name__} {what_to_do}"])
 
 
-def _check_weight(layer: nn.Conv2d | nn.Linear, place: Place) -> None:
-    if not isinstance(layer.weight, nn.Parameter):
-        advice = "make that permanent first, by remove_weight_norm, remove_spectral_norm or prune.remove"
-        refuse(place, layer, f"computes its weight anew in each pass: {advice}")
-
-
 def _adopt(
     layer: BcosConv2d | BcosLinear, old: nn.Conv2d | nn.Linear, weight: Tensor, config: BcosConfig
 ) -> BcosConv2d | BcosLinear:
@@ -107,7 +101,6 @@ def _rows(weight: Tensor, unit: dict[str, Any]) -> Tensor:
 
 def replace_conv(conv: nn.Conv2d, place: Place, config: BcosConfig) -> nn.Module:
     """Convolutions, with padding of their own or as TensorFlow has it."""
-    _check_weight(conv, place)
     channels = 2 * conv.in_channels if place.role == "stem" else conv.in_channels  # an image is encoded
     fan_in = channels * conv.kernel_size[0] * conv.kernel_size[1]
     unit = LINEAR_UNIT if place.role == "linear" else _unit(config, fan_in)
@@ -172,7 +165,6 @@ def _conv_classifier(module: nn.Linear | nn.Conv2d, place: Place, config: BcosCo
 
 def replace_linear(linear: nn.Linear, place: Place, config: BcosConfig) -> BcosConv2d | BcosLinear:
     """Linear layers; a classifier that pools becomes a convolution."""
-    _check_weight(linear, place)
     if place.role in ("positions", "map"):
         return _conv_classifier(linear, place, config)
     unit = LINEAR_UNIT if place.role == "linear" else _unit(config, linear.in_features)
@@ -304,10 +296,10 @@ def replace_bare(block: nn.Module, place: Place, config: BcosConfig) -> nn.Modul
     return block if config.activation == "keep" else _with_class(block, BARE)
 
 
-def replace_dense_net(model: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
-    """torchvision's DenseNet calls its last activation in its own forward pass."""
+def keep_unless_bare(model: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
+    """A network that calls its last activation in its own forward pass."""
     if config.activation == "remove":
-        refuse(place, model, "applies a ReLU in its own forward pass: take timm's densenet, or activation='keep'")
+        refuse(place, model, "applies a ReLU in its own forward pass: take another network, or activation='keep'")
     return model
 
 

@@ -48,6 +48,9 @@ OWNED = {
 }  # fmt: skip
 
 
+NORM_BUFFERS = ("weight", "bias", "running_mean", "running_var")  # of a norm that has been frozen
+
+
 def is_container(module: nn.Module, rules: Mapping[type[nn.Module], Rule]) -> bool:
     """Whether a module without a row may be kept, because all that matters in it has a row: see above."""
     kind = type(module)
@@ -56,6 +59,7 @@ def is_container(module: nn.Module, rules: Mapping[type[nn.Module], Rule]) -> bo
     if any(rules.get(base, keep) not in (keep, to.replace_sequential) for base in kind.__mro__[1:]):
         return False
     owned = [name for name, parameter in module._parameters.items() if parameter is not None]
+    owned += [name for name in module._buffers if name in NORM_BUFFERS]
     return all(any(fnmatch(name, pattern) for patterns in OWNED.values() for pattern in patterns) for name in owned)
 
 
@@ -64,8 +68,6 @@ PROBABILITIES = (nn.Sigmoid, nn.Softmax, nn.LogSoftmax)
 ADVICE: dict[type[nn.Module], str] = {
     nn.LogSoftmax: "gives log-probabilities, while explanations are of logits: replace it by nn.Identity() and take a "
     "loss on logits",
-    nn.DataParallel: "holds the network in its .module: convert that",
-    nn.parallel.DistributedDataParallel: "holds the network in its .module: convert that",
     nn.TransformerEncoderLayer: "computes outside its own layers: take a timm or torchvision transformer",
 }
 
@@ -120,7 +122,7 @@ RULES: dict[type[nn.Module], Rule] = {
     ),
     **_table(to.replace_activation_with_offset, timm_models.metaformer.StarReLU),
     **_table(to.replace_bare, *BARE),
-    **_table(to.replace_dense_net, torchvision_densenet.DenseNet),
+    **_table(to.keep_unless_bare, torchvision_densenet.DenseNet),
     # pooling
     **_table(to.replace_max_pool, nn.MaxPool1d, nn.MaxPool2d, timm_layers.pool2d_same.MaxPool2dSame),
     **_table(to.replace_global_pool, timm_layers.SelectAdaptivePool2d),

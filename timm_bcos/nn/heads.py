@@ -78,8 +78,8 @@ class BcosPool2d(SelectAdaptivePool2d):
     @classmethod
     def from_pool(cls, pool: SelectAdaptivePool2d) -> "BcosPool2d":
         """Adopt the settings of timm's pooling layer."""
-        new = cls(pool_type=pool.pool_type, flatten=isinstance(pool.flatten, nn.Flatten))
-        new.pool, new.flatten = pool.pool, pool.flatten  # of its output size
+        size = getattr(pool.pool, "output_size", 1)
+        new = cls(size, pool_type=pool.pool_type, flatten=isinstance(pool.flatten, nn.Flatten))
         return new.train(pool.training)
 
     def forward(self, x: Tensor) -> Tensor:
