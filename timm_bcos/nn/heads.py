@@ -73,7 +73,9 @@ class BcosPool2d(SelectAdaptivePool2d):
         deferred: True while a `BcosConvClassifier` follows; a converted network sees to it whenever it runs.
     """
 
-    deferred: bool = False
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.deferred = False
 
     @classmethod
     def from_pool(cls, pool: SelectAdaptivePool2d) -> "BcosPool2d":
@@ -93,7 +95,9 @@ class BcosPool2d(SelectAdaptivePool2d):
 class BcosFlatten(nn.Flatten):
     """`torch.nn.Flatten` of a head, which lets feature maps through as `BcosPool2d` does."""
 
-    deferred: bool = False
+    def __init__(self, start_dim: int = 1, end_dim: int = -1) -> None:
+        super().__init__(start_dim, end_dim)
+        self.deferred = False
 
     def forward(self, x: Tensor) -> Tensor:
         return x if self.deferred else x.flatten(self.start_dim, self.end_dim)
