@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..errors import MethodError
 from ..explaining.forward import explain
-from ..nn.modules import channel_axis, first_output, hooked
+from ..nn.channels import channel_axis
+from ..nn.modules import first_output, hooked
 from .registry import Subject, check_counts, register
 
 __all__: list[str] = []
