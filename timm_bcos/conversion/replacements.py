@@ -134,7 +134,9 @@ def replace_standardised_conv(conv: Any, place: Place, config: BcosConfig) -> nn
     return replace_conv(plain.train(conv.training), place, config)
 
 
-def replace_linear_layer(layer: Any, place: Place, config: BcosConfig) -> nn.Module:
+def replace_linear_layer(
+    layer: nn.Conv1d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d, place: Place, config: BcosConfig
+) -> nn.Module:
     """A layer that has no B-cos form here stays linear; only its bias may go."""
     return layer if config.bias or layer.bias is None else clone(layer, bias=None)
 
