@@ -75,14 +75,15 @@ def explain(
 ) -> None:
     """Explain what a network sees in photos: prints the classes and writes a figure and pictures per photo."""
     with without_torch_jit_warnings():
-        paths = list(find_photos(photos))
-        outputs = Outputs(out, paths)
+        given = list(find_photos(photos))
+        outputs = Outputs(out, given)
         place = find_device(device)
         network = load_model(model, checkpoint).eval().to(place)
         names = class_names(network, classes)
         targets = [find_class(t, names, network.num_classes) for t in dict.fromkeys(target)] if target else None
         explainer = PhotoExplainer(network, names, targets and list(dict.fromkeys(targets)), top, outputs)
-        failures = _explain_all(explainer, _without_own(paths))
+        paths = _without_own(given)
+        failures = _explain_all(explainer, paths)
     if failures:
         typer.echo(f"{len(failures)} of {len(paths)} photos failed: {', '.join(map(str, failures))}", err=True)
         raise typer.Exit(1)
@@ -92,8 +93,9 @@ def _without_own(paths: Sequence[Path]) -> list[Path]:
     """Explanations are not explained."""
     own = [path for path in paths if is_own(path)]
     if own:
-        typer.echo(f"left out, as timm-bcos made them: {', '.join(map(str, own))}", err=True)
-    return [path for path in paths if path not in set(own)]
+        names = ", ".join([*map(str, own[:3]), *(["…"] if len(own) > 3 else [])])
+        typer.echo(f"left out {len(own)} that timm-bcos made: {names}", err=True)
+    return [path for path in paths if path not in own]
 
 
 def _explain_all(explainer: PhotoExplainer, paths: Sequence[Path]) -> list[Path]:

@@ -88,10 +88,8 @@ def _refuse_missing_split(root: Path, split: str) -> None:
     accepted = next((synonyms for synonyms in SPLITS[:2] if name in synonyms), (name,))
     found = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
     has_splits = any(folder in synonyms for synonyms in SPLITS for folder in found)
-    if name and not set(accepted) & set(found) and (has_splits or name != DEFAULT_SPLIT):
-        raise InputError(
-            f"{root} has no folder for split {split!r}, but {', '.join(found) or 'none at all'}: see --split"
-        )
+    if name and found and not set(accepted) & set(found) and (has_splits or name != DEFAULT_SPLIT):
+        raise InputError(f"{root} has no folder for split {split!r}, but {', '.join(found[:9])}: see --split")
 
 
 def remember_settings(args: argparse.Namespace, folder: Path, *names: str) -> None:

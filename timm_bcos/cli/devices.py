@@ -23,5 +23,4 @@ def find_device(name: str) -> torch.device:
 
 
 def _devices() -> list[str]:
-    accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
-    return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    return ["cpu", *(name for name in ("cuda", "mps", "xpu") if getattr(torch, name).is_available())]

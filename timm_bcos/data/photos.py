@@ -117,6 +117,6 @@ def _in_eight_bits(image: Image.Image) -> Image.Image:
     black, white = min(values.min(), 0.0), values.max()
     if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):  # older versions of Pillow call them I
         white = SIXTEEN_BITS
-    else:
+    elif black == 0:  # otherwise any range is as good as its own
         white = next((float(full) for full in WHITES[image.mode] if white <= full), white)
-    return Image.fromarray(((values - black) / (white - black) * 255).round().astype(np.uint8))
+    return Image.fromarray(((values - black) / ((white - black) or 1) * 255).round().astype(np.uint8))
