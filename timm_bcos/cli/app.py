@@ -21,7 +21,7 @@ from ..models.classes import class_names, find_class
 from ..models.loading import create_model, load_model
 from .autoload import autoload_file, disable_autoload, enable_autoload
 from .devices import find_device
-from .failures import as_python_does, exit_status, one_line, stop_if_interrupted, without_torch_jit_warnings
+from .failures import as_python_does, exit_status, one_line, stop_if_interrupted, quiet_libraries
 from .outputs import Outputs, is_own
 from .photos import PhotoExplainer
 from .run import run_script
@@ -74,7 +74,7 @@ def explain(
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
 ) -> None:
     """Explain what a network sees in photos: prints the classes and writes a figure and pictures per photo."""
-    with without_torch_jit_warnings():
+    with quiet_libraries():
         given = list(find_photos(photos))
         outputs = Outputs(out, given)
         place = find_device(device)
@@ -123,7 +123,7 @@ def check(
     if b is not None and not math.isfinite(b):
         raise InputError(f"--b {b}: give a number of at least 1")
     conversion = dict(bias=False) if b is None else dict(bias=False, b=b)
-    with without_torch_jit_warnings():
+    with quiet_libraries():
         network = load_model(model, checkpoint, **conversion) if checkpoint else create_model(model, conversion)
         verdict, side = _measure(network.eval().double(), size, is_trained=checkpoint is not None)
     typer.echo(f"{model}: {'exact' if verdict.exact else 'not exact'} in float64, image of {side} pixels")

@@ -20,11 +20,17 @@ __all__ = [
     "exit_status",
     "one_line",
     "stop_if_interrupted",
-    "without_torch_jit_warnings",
+    "quiet_libraries",
 ]
 
 TRACEBACK = "TIMM_BCOS_TRACEBACK"  # the environment variable that shows where an error came from
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+NOISE = (
+    # torch 2.14 deprecates torch.jit, which parts of torch use by themselves when forward-mode AD is first used
+    (r".*torch\.jit\.", FutureWarning),
+    (r".*torch\.jit\.", DeprecationWarning),
+    (r"Glyph .* missing from", UserWarning),  # matplotlib, of class names; the terminal shows them
+)
 
 _received: list[int] = []
 
@@ -99,11 +105,11 @@ def as_python_does() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_torch_jit_warnings() -> Iterator[None]:
-    """Torch 2.14 deprecates torch.jit, which parts of torch use by themselves when forward-mode AD is first used."""
+def quiet_libraries() -> Iterator[None]:
+    """Without warnings that say nothing to a user of the command."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r".*torch\.jit\.", FutureWarning)
-        warnings.filterwarnings("ignore", r".*torch\.jit\.", DeprecationWarning)
+        for message, category in NOISE:
+            warnings.filterwarnings("ignore", message, category)
         yield
 
 
