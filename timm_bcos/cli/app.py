@@ -21,7 +21,7 @@ from ..models.classes import class_names, find_class
 from ..models.loading import create_model, load_model
 from .autoload import autoload_file, disable_autoload, enable_autoload
 from .devices import find_device
-from .failures import as_python_does, exit_status, one_line, stop_if_interrupted, quiet_libraries
+from .failures import as_python_does, exit_status, one_line, quiet_libraries, stop_if_interrupted
 from .outputs import Outputs, is_own
 from .photos import PhotoExplainer
 from .run import run_script

@@ -19,8 +19,8 @@ __all__ = [
     "as_python_does",
     "exit_status",
     "one_line",
-    "stop_if_interrupted",
     "quiet_libraries",
+    "stop_if_interrupted",
 ]
 
 TRACEBACK = "TIMM_BCOS_TRACEBACK"  # the environment variable that shows where an error came from
