@@ -9,7 +9,6 @@ interrupted run resumes, summary.md and boxes.png.
 """
 
 import argparse
-import csv
 import dataclasses
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -23,12 +22,13 @@ import timm_bcos
 from timm_bcos import MethodError
 from timm_bcos.attribution.registry import check_methods
 from timm_bcos.cli.arguments import add_arguments, load_network_and_data, parse_and_run, remember_settings
-from timm_bcos.cli.results import append_rows, drop_torn_line
+from timm_bcos.cli.results import append_rows, drop_torn_line, read_rows
 from timm_bcos.explaining.figures import save_figure
 from timm_bcos.files import atomic_path
 from timm_bcos.judging.pointing_game import Confidence, Grid, confidences, localisation, sample_grids
 
-FIELDS = ("n", "smooth", "method", "grid", "cell", "class", "image", "value")
+FIELDS = {"n": int, "smooth": int, "method": str, "grid": int, "cell": int, "class": int, "image": int, "value": float}
+CONFIDENCES = dict(index=int, label=int, predicted=int, confidence=float)
 Key = tuple[int, int, str, int]  # cells per side, smoothing window, method, grid
 METHODS = ("bcos", "gradient", "ixg", "ig", "deeplift", "smoothgrad", "guided_backprop", "gradcam", "lrp",
            "attention_rollout", "occlusion", "lime", "rise")  # fmt: skip
@@ -39,22 +39,15 @@ def cached_confidences(model: Any, dataset: Any, path: Path) -> list[Confidence]
     drop_torn_line(path)
     done = len(path.read_text().splitlines()) - 1 if path.exists() else 0
     if done < len(dataset):
-        header = [field.name for field in dataclasses.fields(Confidence)]
-        append_rows(path, header, map(dataclasses.astuple, confidences(model, dataset, start=done)))
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [Confidence(int(r["index"]), int(r["label"]), int(r["predicted"]), float(r["confidence"])) for r in rows]
+        append_rows(path, list(CONFIDENCES), map(dataclasses.astuple, confidences(model, dataset, start=done)))
+    return [Confidence(**row) for row in read_rows(path, CONFIDENCES)]
 
 
 def read_values(path: Path) -> dict[Key, list[float]]:
     """Values of whole grids; what an interruption cut short is played again."""
     found: dict[Key, dict[int, float]] = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                if None not in row.values():
-                    key = (int(row["n"]), int(row["smooth"]), row["method"], int(row["grid"]))
-                    found.setdefault(key, {})[int(row["cell"])] = float(row["value"])
+    for row in read_rows(path, FIELDS):
+        found.setdefault((row["n"], row["smooth"], row["method"], row["grid"]), {})[row["cell"]] = row["value"]
     return {key: list(cells.values()) for key, cells in found.items() if len(cells) == key[0] ** 2}
 
 
@@ -71,7 +64,7 @@ def play(
         for window, values in zip(missing, shares, strict=True):
             cells = zip(range(len(values)), grid.classes, grid.indices, values, strict=True)
             rows = ((grid.n, window, method, number, cell, c, i, f"{v:.6f}") for cell, c, i, v in cells)
-            append_rows(path, FIELDS, rows)
+            append_rows(path, list(FIELDS), rows)
 
 
 Panel = tuple[int, int]  # cells per side, smoothing window

@@ -6,7 +6,6 @@ Writes --out/metrics.csv (every value, appended as it comes: an interrupted run 
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -16,24 +15,21 @@ from tqdm import tqdm
 from timm_bcos import MethodError
 from timm_bcos.attribution.registry import check_counts, check_methods
 from timm_bcos.cli.arguments import add_arguments, load_network_and_data, parse_and_run, remember_settings
-from timm_bcos.cli.results import append_rows, drop_torn_line
+from timm_bcos.cli.results import append_rows, drop_torn_line, read_rows
 from timm_bcos.data.datasets import image_loader
 from timm_bcos.files import atomic_path
 from timm_bcos.judging.metrics import METRICS, evaluate
 
 METHODS = ("bcos", "gradient", "ixg", "ig", "deeplift", "smoothgrad", "guided_backprop", "gradcam", "lrp")
-FIELDS = ("metric", "method", "image", "value")
+FIELDS = dict(metric=str, method=str, image=int, value=float)
 Values = dict[tuple[str, str], list[float]]
 
 
 def read(path: Path, images: int) -> Values:
     """Values by metric and method, where all images have one."""
     found: Values = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                if None not in row.values():
-                    found.setdefault((row["metric"], row["method"]), []).append(float(row["value"]))
+    for row in read_rows(path, FIELDS):
+        found.setdefault((row["metric"], row["method"]), []).append(row["value"])
     return {key: values[-images:] for key, values in found.items() if len(values) >= images}
 
 
@@ -79,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
             tqdm.write(f"left out: {error}")
             continue
         rows = ((metric, method, i, f"{v:.6g}") for i, v in zip(indices, values, strict=True))
-        append_rows(path, FIELDS, rows)
+        append_rows(path, list(FIELDS), rows)
     text = table(read(path, len(indices)), args.methods, args.metrics)
     with atomic_path(args.out / "metrics.md") as temporary:
         temporary.write_text(text)

@@ -1,5 +1,6 @@
 import io
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from conftest import PHOTOS
 from PIL import Image
 from safetensors.torch import save_file
+from torch import Tensor
 from typer.testing import CliRunner
 
 import timm_bcos
@@ -160,6 +162,38 @@ def test_bad_checkpoints(tmp_path: Path, weights: Path, monkeypatch: pytest.Monk
     assert not (tmp_path / "executed").exists()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert set(read_state_dict(weights)) == set(before)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda w: w.fill_(torch.nan), r"'features.3.weight' with values that are not numbers \(NaN\)"),
+        (lambda w: w.index_fill(0, torch.tensor([1]), torch.inf), "'features.3.weight' with infinite values"),
+        (lambda w: w.to(torch.int8), r"'features.3.weight' in torch.int8, not in floating point"),
+        (lambda w: w.to_sparse(), r"'features.3.weight' as a torch.sparse_coo .* tensor: save plain dense tensors"),
+        (lambda w: w.to("meta"), r"'features.3.weight' as a meta tensor, without values"),
+        (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "'features.3.weight' as a .* torch.qint8 tensor"),
+        (lambda w: w[0, 0, 0, 0], "'features.3.weight' of shape "),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_weights_of_which_no_network_makes_sense(change: Callable[[Tensor], Tensor], text: str, tmp_path: Path) -> None:
+    state = timm.create_model("bcos_cnn9").state_dict()
+    torch.save(state | {"features.3.weight": change(state["features.3.weight"])}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=text):
+        load_model("bcos_cnn9", tmp_path / "w.pth")
+
+
+def test_averaged_weights_are_preferred_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    states = [timm.create_model("bcos_cnn9", num_classes=2).state_dict() for _ in range(2)]
+    torch.save({"state_dict": states[0], "state_dict_ema": states[1]}, tmp_path / "both.pth")
+    model = load_model("bcos_cnn9", tmp_path / "both.pth")
+    assert torch.equal(model.fc.weight, states[1]["fc.weight"])
+    assert caplog.text.count("taking its averaged (EMA) weights, 'state_dict_ema', not 'state_dict'") == 1
+    torch.save({"state_dict_ema": states[1]}, tmp_path / "one.pth")
+    caplog.clear()
+    load_model("bcos_cnn9", tmp_path / "one.pth")
+    assert not caplog.text
 
 
 def test_class_names() -> None:

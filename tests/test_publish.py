@@ -235,6 +235,13 @@ def test_card_without_evaluation_or_photos(tmp_path: Path) -> None:
     assert Evaluation(1.0, "x").command == ""
 
 
+def test_missing_photos_of_the_card_are_named(tmp_path: Path) -> None:
+    model = timm.create_model("bcosify", arch="test_resnet", num_classes=4).eval()
+    with pytest.raises(InputError, match=r"photo none\.jpg of the card: no such file"):
+        timm_bcos.save_repository(model, tmp_path / "x", "org/name", Card(photos=["none.jpg"]))
+    assert list((tmp_path / "x").iterdir()) == []
+
+
 def test_official_weights_take_no_options_of_trained_ones(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import PHOTOS, real_image
+from conftest import PHOTOS, normalised, real_image
 from timm.optim import create_optimizer_v2
 from timm.utils import CheckpointSaver
 from typer.testing import CliRunner
@@ -18,6 +18,7 @@ import timm_bcos
 from timm_bcos import BcosError, CheckpointError, InputError
 from timm_bcos.cli import autoload
 from timm_bcos.cli.app import app
+from timm_bcos.conversion.converted import BcosModel
 from timm_bcos.models.classes import read_class_names
 from timm_bcos.models.loading import load_model, load_plain_model
 
@@ -57,6 +58,7 @@ def test_a_missing_script_is_named(tmp_path: Path) -> None:
 
 
 DISTRIBUTED = """
+import pathlib, sys
 import timm, torch, torch.distributed as dist
 from timm.task import ClassificationTask
 dist.init_process_group("gloo")
@@ -69,7 +71,8 @@ task.get_trainable_module()(x).sum().backward()
 grad = model.layers[0].weight.grad if hasattr(model, "layers") else next(model.parameters()).grad
 both = [torch.empty_like(grad) for _ in range(2)]
 dist.all_gather(both, grad)
-print("same gradients", torch.equal(*both), bool(grad.any()))
+result = pathlib.Path(sys.argv[1]) / f"process_{dist.get_rank()}"
+result.write_text(f"same gradients {torch.equal(*both)} {bool(grad.any())}")
 dist.destroy_process_group()
 """
 
@@ -79,8 +82,9 @@ def test_trains_in_two_processes_on_the_cpu(tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(DISTRIBUTED)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    output = run(*torchrun, "-m", "timm_bcos", "run", str(script))
-    assert output.count("same gradients True True") == 2, output
+    output = run(*torchrun, "-m", "timm_bcos", "run", str(script), str(tmp_path))
+    found = {path.name: path.read_text() for path in tmp_path.glob("process_*")}  # their outputs may interleave
+    assert found == dict.fromkeys(("process_0", "process_1"), "same gradients True True"), output
 
 
 @pytest.fixture
@@ -194,8 +198,51 @@ def test_checkpoints_that_do_not_say_what_they_are(trained: Path, tmp_path: Path
     cut.write_bytes(trained.read_bytes()[:5000])
     with pytest.raises(CheckpointError, match=r"cut\.pth\.tar"):
         load_model(checkpoint=cut)
-    with pytest.raises(CheckpointError, match="another architecture"):
+    with pytest.raises(CheckpointError, match=r"trained as bcosify, arch=test_resnet, .*, not as bcos_cnn9: leave"):
         load_model("bcos_cnn9", trained)
+
+
+def test_checkpoints_are_loaded_as_what_they_were_trained_as(tmp_path: Path) -> None:
+    """Another B or name may have weights of the same shapes."""
+    network = timm.create_model("bcos_cnn9", num_classes=2, b=1.5).eval()
+    args = argparse.Namespace(model="bcos_cnn9", num_classes=2, model_kwargs=dict(b=1.5))
+    path = tmp_path / "trained.pth.tar"
+    torch.save({"state_dict": network.state_dict(), "args": args}, path)
+    x = real_image(32)
+    for name in (None, "bcos_cnn9", "bcos_cnn9.mpi_cifar10"):
+        assert torch.equal(load_model(name, path).eval()(x), network(x))
+    with pytest.raises(CheckpointError, match=r"trained as bcos_cnn9, b=1.5, not as bcos_cnn9_b200: leave"):
+        load_model("bcos_cnn9_b200", path)
+    with pytest.raises(CheckpointError, match=r"bcos_cnn9 has B = 1.5, not 2"):
+        load_model("bcos_cnn9", path, b=2.0)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(model=7, num_classes=2),
+        dict(model="nonsense", num_classes=2),
+        dict(model="bcos_cnn9", num_classes="two"),
+        dict(model="bcos_cnn9", num_classes=2, model_kwargs=[1]),
+        dict(model="bcos_cnn9", num_classes=2, model_kwargs=dict(b="x")),
+        dict(model="bcosify", num_classes=2, model_kwargs=dict(arch="nope")),
+        dict(model="bcos_cnn9", num_classes=2, input_size=5),
+    ],
+)
+def test_damaged_training_arguments(arguments: dict, tmp_path: Path) -> None:
+    state = timm.create_model("bcos_cnn9", num_classes=2).state_dict()
+    torch.save({"state_dict": state, "args": argparse.Namespace(**arguments)}, tmp_path / "w.pth.tar")
+    with pytest.raises(CheckpointError, match=r"w.pth.tar: its training arguments describe no network"):
+        load_model(checkpoint=tmp_path / "w.pth.tar")
+
+
+def test_local_folders_of_plain_networks_are_converted(tmp_path: Path) -> None:
+    plain = timm.create_model("test_resnet", num_classes=3).eval()
+    timm.models.save_for_hf(plain, str(tmp_path))
+    converted = load_model(f"local-dir:{tmp_path}").eval()
+    assert isinstance(converted, BcosModel)
+    x = real_image(64)
+    torch.testing.assert_close(converted(x), plain(normalised(x, plain.pretrained_cfg)))
 
 
 class Planted:

@@ -1,5 +1,6 @@
 """Films of explanations."""
 
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 import timm_bcos
 from timm_bcos import InputError
 from timm_bcos.cli.app import app
-from timm_bcos.explaining.films import VIDEO_SUFFIXES, explain_video
+from timm_bcos.explaining.films import VIDEO_SUFFIXES, explain_video, is_own_film
 from timm_bcos.explaining.pictures import on_white
 
 av = pytest.importorskip("av")
@@ -105,3 +106,32 @@ def test_a_film_that_ends_early_leaves_nothing_half_written(
         explain_video(model, clip, out)
     assert out.read_text() == "of before"
     assert [p.name for p in out.parent.iterdir()] == [out.name]
+
+
+def test_a_film_for_each_target_beside_the_users(
+    clip: Path, tmp_path: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("timm_bcos.cli.app.load_model", lambda *_: model)
+    before = clip.read_bytes()
+    for _ in range(2):  # the second run replaces the films of the first
+        arguments = ["explain", str(clip), "--out", str(tmp_path), "--target"]
+        assert CliRunner().invoke(app, [*arguments, "2"]).exit_code == 0
+        assert CliRunner().invoke(app, [*arguments, "0", "--target", "2"]).exit_code == 0
+    assert clip.read_bytes() == before
+    names = {f"clip{end}{clip.suffix}" for end in ("", "_2", "_class-0", "_class-2")}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert sorted(path.name for path in tmp_path.iterdir() if is_own_film(path)) == sorted(names - {clip.name})
+
+
+def test_a_gif_without_delays_is_explained_whole(model: nn.Module, tmp_path: Path) -> None:
+    pictures = [Image.open(PHOTOS / "coffee.jpg").resize((48, 32)).rotate(20 * k) for k in range(5)]
+    pictures[0].save(tmp_path / "x.gif", save_all=True, append_images=pictures[1:], duration=100)
+    content = (tmp_path / "x.gif").read_bytes()
+    without = re.sub(rb"\x21\xf9\x04.{4}\x00", b"", content, flags=re.DOTALL)  # the blocks that hold the delays
+    assert len(content) - len(without) == 5 * 8
+    (tmp_path / "x.gif").write_bytes(without)
+    assert explain_video(model, tmp_path / "x.gif", tmp_path / "out.gif").total() == 5
+    assert len(frames(tmp_path / "out.gif")) == 5
+    (tmp_path / "x.gif").write_bytes(without[: len(without) // 2])
+    with pytest.raises(InputError, match=r"x\.gif is no film"):
+        explain_video(model, tmp_path / "x.gif", tmp_path / "cut.gif")

@@ -1,6 +1,7 @@
 """The command `timm-bcos`."""
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,17 +12,18 @@ import typer
 from tqdm import tqdm
 
 from .. import __version__
-from ..data.photos import find_photos, open_photo
+from ..data.photos import find_photos
 from ..errors import BcosError, InputError
+from ..explaining.checking import Check, random_image, settle
 from ..explaining.checking import check as measure
-from ..explaining.checking import random_image, settle
-from ..explaining.explanation import Explanation
-from ..explaining.films import VIDEO_SUFFIXES, explain_video
-from ..explaining.forward import explain_targets
-from ..explaining.pictures import save_image
+from ..files import first_line
 from ..models.classes import class_names, find_class
 from ..models.loading import create_model, load_model
 from .autoload import autoload_file, disable_autoload, enable_autoload
+from .devices import find_device
+from .failures import as_python_does, exit_status, one_line, quiet_libraries, stop_if_interrupted
+from .outputs import Outputs, is_own
+from .photos import PhotoExplainer
 from .run import run_script
 
 app = typer.Typer(
@@ -33,12 +35,8 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point; errors that we raise on purpose are one line, without a traceback."""
-    try:
-        app()
-    except BcosError as error:
-        typer.echo(f"timm-bcos: {error}", err=True)
-        raise SystemExit(2) from error
+    """Entry point; errors are one line, without a traceback."""
+    raise SystemExit(exit_status(app))
 
 
 def _print_version(wanted: bool) -> None:
@@ -76,33 +74,59 @@ def explain(
     device: Annotated[str, typer.Option(help="Where to compute.")] = "cpu",
 ) -> None:
     """Explain what a network sees in photos: prints the classes and writes a figure and pictures per photo."""
-    paths = list(find_photos(photos))
-    network = load_model(model, checkpoint).eval().to(device)
-    names = class_names(network, classes)
-    targets = [find_class(t, names, network.num_classes) for t in target] if target else None
-    job = _Explainer(network, names, targets, top, out)
-    for path in tqdm(paths, unit="photo", disable=len(paths) < 2):
-        job.run(path)
-    if job.failures:
-        typer.echo(f"{len(job.failures)} of {len(paths)} photos failed: {', '.join(map(str, job.failures))}", err=True)
+    with quiet_libraries():
+        given = list(find_photos(photos))
+        outputs = Outputs(out, given)
+        place = find_device(device)
+        network = load_model(model, checkpoint).eval().to(place)
+        names = class_names(network, classes)
+        targets = [find_class(t, names, network.num_classes) for t in dict.fromkeys(target)] if target else None
+        explainer = PhotoExplainer(network, names, targets and list(dict.fromkeys(targets)), top, outputs)
+        paths = _without_own(given)
+        failures = _explain_all(explainer, paths)
+    if failures:
+        typer.echo(f"{len(failures)} of {len(paths)} photos failed: {', '.join(map(str, failures))}", err=True)
         raise typer.Exit(1)
+
+
+def _without_own(paths: Sequence[Path]) -> list[Path]:
+    """Explanations are not explained."""
+    own = [path for path in paths if is_own(path)]
+    if own:
+        names = ", ".join([*map(str, own[:3]), *(["…"] if len(own) > 3 else [])])
+        typer.echo(f"left out {len(own)} that timm-bcos made: {names}", err=True)
+    return [path for path in paths if path not in own]
+
+
+def _explain_all(explainer: PhotoExplainer, paths: Sequence[Path]) -> list[Path]:
+    """One photo after the other; one that fails, in whatever way, is reported and the others go on."""
+    failures = []
+    for path in tqdm(paths, unit="photo", disable=True if len(paths) < 2 else None):
+        stop_if_interrupted()
+        try:
+            report = explainer.explain(path)
+        except Exception as error:
+            failures.append(path)
+            report = f"{path}: {one_line(error)}"
+        tqdm.write(report)
+    return failures
 
 
 @app.command()
 def check(
     model: Annotated[str, typer.Argument(help="A B-cos network, or a timm model, which is converted.")],
     checkpoint: Annotated[Path | None, typer.Option(help="Weights; without them the network is untrained.")] = None,
-    b: Annotated[float, typer.Option(help="Exponent B of a conversion.")] = 2.0,
-    size: Annotated[int | None, typer.Option(help="Image size; the network's own if not given.")] = None,
+    b: Annotated[float | None, typer.Option(min=1, help="Exponent B of a conversion; 2 if not given.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Image size; the network's own if not given.")] = None,
 ) -> None:
     """Measure whether a network's explanations are exact, and if not, name the module that breaks them."""
-    conversion = dict(b=b, bias=False)
-    network = load_model(model, checkpoint, **conversion) if checkpoint else create_model(model, conversion)
-    network = network.eval().double()
-    shape = network.pretrained_cfg.get("input_size", (3, 224, 224))
-    x = random_image(network.in_chans, (size, size) if size else shape[-2:]).double()
-    verdict = measure(network if checkpoint else settle(network, x), x)
-    typer.echo(f"{model}: {'exact' if verdict.exact else 'not exact'} in float64, image of {x.shape[-1]} pixels")
+    if b is not None and not math.isfinite(b):
+        raise InputError(f"--b {b}: give a number of at least 1")
+    conversion = dict(bias=False) if b is None else dict(bias=False, b=b)
+    with quiet_libraries():
+        network = load_model(model, checkpoint, **conversion) if checkpoint else create_model(model, conversion)
+        verdict, side = _measure(network.eval().double(), size, is_trained=checkpoint is not None)
+    typer.echo(f"{model}: {'exact' if verdict.exact else 'not exact'} in float64, image of {side} pixels")
     typer.echo(f"  completeness error  {verdict.completeness_error:.1e}")
     typer.echo(f"  logit shift         {verdict.logit_shift:.1e}")
     typer.echo(f"  image share         {verdict.image_share:.3f}")
@@ -111,13 +135,27 @@ def check(
         raise typer.Exit(1)
 
 
+def _measure(network: Any, size: int | None, is_trained: bool) -> tuple[Check, int]:
+    """The verdict and the image's size."""
+    shape = network.pretrained_cfg.get("input_size", (3, 224, 224))
+    x = random_image(network.in_chans, (size, size) if size else shape[-2:]).double()
+    try:
+        return measure(network if is_trained else settle(network, x), x), x.shape[-1]
+    except BcosError:
+        raise
+    except Exception as error:  # as kernels larger than an image, or images that patches do not divide
+        place = f"an image of {x.shape[-2]} × {x.shape[-1]} pixels"
+        raise InputError(f"the network fails on {place}: {first_line(error)}; choose another --size") from error
+
+
 @app.command(context_settings=dict(allow_interspersed_args=False, ignore_unknown_options=True))
 def run(
     script: Annotated[Path, typer.Argument(help="A script of timm's: train.py, validate.py, inference.py, ...")],
     arguments: Annotated[list[str] | None, typer.Argument(help="The script's own arguments.")] = None,
 ) -> None:
     """Run a script of timm's, unchanged, with the B-cos networks registered."""
-    run_script(script, arguments or [])
+    with as_python_does():
+        run_script(script, arguments or [])
 
 
 class Switch(str, Enum):
@@ -135,70 +173,3 @@ def autoload(switch: Annotated[Switch, typer.Argument(help="on, off or status")]
         disable_autoload()
     state = "on" if autoload_file().exists() else "off"
     typer.echo(f"autoload is {state} ({autoload_file()})")
-
-
-@dataclass
-class _Explainer:
-    """Explains one photo after the other; a broken one is reported and the others go on."""
-
-    network: Any
-    names: list[str]
-    targets: list[int] | None
-    top: int
-    out: Path
-    failures: list[Path] = field(default_factory=list)
-    taken: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        cfg = timm.data.resolve_model_data_config(self.network)
-        self.transform = timm.data.create_transform(**cfg, is_training=False)
-        self.device = next(self.network.parameters()).device
-        self.top = min(self.top, self.network.num_classes)
-
-    def run(self, path: Path) -> None:
-        try:
-            if path.suffix.lower() in VIDEO_SUFFIXES:
-                return self._run_video(path)
-            x = self.transform(open_photo(path))[None].to(self.device)
-        except InputError as error:
-            self.failures.append(path)
-            tqdm.write(f"{path}: {error}")
-            return None
-        targets = None if self.targets is None else [self.targets]
-        explanation = Explanation.stack(explain_targets(self.network, x, targets, top=self.top))
-        self._report(path, explanation)
-        self._save(path, explanation)
-        return None
-
-    def _run_video(self, path: Path) -> None:
-        """A film of the explanations beside the film; of one class, as films have no room for several."""
-        target = self.targets[0] if self.targets else None
-        film = self._free_stem(path.stem, path.suffix) + path.suffix
-        frames = explain_video(self.network, path, self.out / film, target)
-        tqdm.write(str(path))
-        for c, count in frames.most_common(self.top):
-            tqdm.write(f"  {self.names[c]:<32.32} {count} frames")
-
-    def _report(self, path: Path, explanation: Explanation) -> None:
-        probability = explanation.probability.gather(1, explanation.target[:, None])[:, 0]
-        rows = zip(explanation.target.tolist(), probability, explanation.completeness_error, strict=True)
-        tqdm.write(str(path))
-        for c, p, error in rows:
-            tqdm.write(f"  {self.names[c]:<32.32} probability {p:6.4f}   completeness error {error:.1e}")
-
-    def _save(self, path: Path, explanation: Explanation) -> None:
-        stem = self._free_stem(path.stem)
-        explanation.save(self.out / f"{stem}.png", self.names)
-        for picture, c in zip(explanation.to_rgba(), explanation.target.tolist(), strict=True):
-            save_image(picture, self.out / f"{stem}_{_slug(self.names[c])}.png")
-
-    def _free_stem(self, stem: str, suffix: str = ".png") -> str:
-        """Photos of one name in several directories do not overwrite each other."""
-        candidates = (stem if i == 1 else f"{stem}_{i}" for i in range(1, len(self.taken) + 2))
-        free = next(c for c in candidates if c + suffix not in self.taken)
-        self.taken.add(free + suffix)
-        return free
-
-
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")

@@ -1,45 +1,122 @@
 """Photos as people have them: files, turned by their cameras, in any mode, or broken."""
 
+import logging
+import os
+import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import timm
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import InputError
+from ..files import AUTHOR, first_line
 
-__all__ = ["find_photos", "open_photo"]
+__all__ = ["find_photos", "is_own_picture", "open_photo"]
+
+_logger = logging.getLogger(__name__)
+
+LONGEST = 100  # sides in proportion; the shorter side is resized to what the network wants, the longer one with it
+SIXTEEN_BITS = 65535
+# What white may be in pictures of wider numbers, which do not say it: the first that holds the largest value.
+WHITES = {"I": (255, SIXTEEN_BITS, 2**31 - 1), "F": (1, 255, SIXTEEN_BITS, 2**31 - 1)}
 
 
 def find_photos(given: Iterable[Path]) -> Iterator[Path]:
-    """Image files, those in given directories included.
+    """Image files, those in given directories included, except hidden ones and the pictures that this package made.
 
     Raises:
         InputError: For a directory without any.
     """
     endings = timm.data.get_img_extensions()
     for path in given:
-        if not path.is_dir():
+        if not os.path.isdir(path):  # unlike Path.is_dir, it takes any name
             yield path
             continue
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings)
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings and _is_plain_file(p, path))
         if not found:
             raise InputError(f"no photos in {path}: looked for {', '.join(sorted(endings))}")
         yield from found
 
 
-def open_photo(path: Path) -> Image.Image:
-    """Open a photo upright, in RGB.
+def _is_plain_file(path: Path, root: Path) -> bool:
+    is_hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+    return not is_hidden and path.is_file()
+
+
+def is_own_picture(path: Path) -> bool:
+    """Whether this package wrote a picture."""
+    try:
+        with _quiet(), Image.open(path) as image:
+            return image.info.get("Software") == AUTHOR
+    except Exception:  # whatever else is wrong with it is for `open_photo` to say
+        return False
+
+
+def open_photo(path: Path, mode: str = "RGB") -> Image.Image:
+    """Open a photo upright; of an animated one the first picture, with a warning in the log.
+
+    Args:
+        path: A file.
+        mode: Pillow's: 'RGB', or 'L' for grey.
 
     Raises:
-        InputError: If it is missing, no image, or truncated.
+        InputError: If it is missing, no image, truncated, or cannot be read for any other reason.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError("no regular file")
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+        with _quiet(), Image.open(path) as image:
+            _refuse_stripes(image.size)
+            if getattr(image, "is_animated", False) and image.format != "MPO":
+                _logger.warning("%s is animated: only its first picture is taken", path)
+            image.load()
+            return _in_eight_bits(_upright(image)).convert(mode)
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError("no such file") from None
     except UnidentifiedImageError:
         raise InputError("not an image") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"broken image ({error})") from error
+    except Image.DecompressionBombError as error:
+        raise InputError(f"too large an image ({first_line(error)})") from error
+    except Exception as error:  # decoders raise errors of every family
+        raise InputError(f"broken image ({first_line(error)})") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Pillow warns of photos of more than 89 million pixels, as some cameras take them, and of odd metadata."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _refuse_stripes(size: tuple[int, int]) -> None:
+    if max(size) > LONGEST * min(size):
+        raise InputError(f"too long and thin: {size[0]} × {size[1]} pixels, at most 1 : {LONGEST}")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """As the camera was held, if its notes can be read."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # anything may stand in broken EXIF; the pixels are in order
+        return image
+
+
+def _in_eight_bits(image: Image.Image) -> Image.Image:
+    """Pictures of wider numbers in grey of 8 bits; Pillow would clip them."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise InputError("some of its values are not finite")
+    black, white = min(values.min(), 0.0), values.max()
+    if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):  # older versions of Pillow call them I
+        white = SIXTEEN_BITS
+    elif black == 0:  # otherwise any range is as good as its own
+        white = next((float(full) for full in WHITES[image.mode] if white <= full), white)
+    return Image.fromarray(((values - black) / ((white - black) or 1) * 255).round().astype(np.uint8))

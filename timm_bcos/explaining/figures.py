@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..files import atomic_path
+from ..files import AUTHOR, atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +58,7 @@ def draw_rows(rows: Sequence[Row]) -> "Figure":
     for row, axes in zip(rows, grid, strict=True):
         for ax, (title, picture) in zip(axes, row.pictures, strict=False):
             ax.imshow(picture.detach().cpu().float().numpy(), cmap="gray", vmin=0, vmax=1)
-            ax.set_title(title, fontsize=10)
+            ax.set_title(_drawable(title), fontsize=10, parse_math=False)  # names are no formulas
             ax.axis("off")
         _draw_bars(axes[-1], row.bars)
     return figure
@@ -67,14 +67,20 @@ def draw_rows(rows: Sequence[Row]) -> "Figure":
 def _draw_bars(axes: "Axes", bars: Bars) -> None:
     colours = ["tab:red" if i == bars.marked else "tab:gray" for i in range(len(bars.names))]
     axes.barh(range(len(bars.names)), bars.values, color=colours)
-    axes.set_yticks(range(len(bars.names)), [name[:24] for name in bars.names])
+    axes.set_yticks(range(len(bars.names)), [_drawable(name[:24]) for name in bars.names], parse_math=False)
     axes.invert_yaxis()
     axes.set_title(bars.title, fontsize=10)
     if bars.limit is not None:
         axes.set_xlim(0, bars.limit)
 
 
+def _drawable(name: str) -> str:
+    """Names of folders may hold bytes that are no text, which fonts refuse."""
+    return name.encode(errors="replace").decode()
+
+
 def save_figure(figure: "Figure", path: str | PathLike[str]) -> None:
-    """Write a figure, whole or not at all; the suffix says the format."""
+    """Write a figure, whole or not at all; the suffix says the format. A PNG names this package as its maker."""
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=100)
+        is_png = temporary.suffix.lower() == ".png"
+        figure.savefig(temporary, dpi=100, metadata={"Software": AUTHOR} if is_png else None)

@@ -1,17 +1,13 @@
 """Explanations as pictures: weights in colour, contribution maps."""
 
 import os
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import atomic_path
-
-if TYPE_CHECKING:
-    pass
+from ..files import AUTHOR, atomic_path
 
 __all__ = ["map_to_rgba", "overlay", "save_image", "weights_to_rgba"]
 
@@ -87,9 +83,12 @@ def overlay(image: Tensor, contribution_map: Tensor, opacity: float = 0.9) -> Te
 
 
 def save_image(picture: Tensor, path: str | os.PathLike[str]) -> None:
-    """Write one picture (H, W, 3 or 4) in [0, 1], whole or not at all."""
+    """Write one picture (H, W, 3 or 4) in [0, 1], whole or not at all; a PNG names this package as its maker."""
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     array = (picture.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    notes = PngInfo()
+    notes.add_text("Software", AUTHOR)
     with atomic_path(path) as temporary:
-        Image.fromarray(array).save(temporary)
+        Image.fromarray(array).save(temporary, pnginfo=notes)

@@ -8,8 +8,10 @@ from typing import Any
 
 import timm
 from huggingface_hub import EvalResult, ModelCardData
+from PIL import Image
 
 from ..data.photos import open_photo
+from ..errors import InputError
 from ..explaining.explanation import Explanation
 from ..explaining.forward import explain_targets
 from ..models.classes import class_names
@@ -149,8 +151,15 @@ def explain_photos(model: Any, paths: Sequence[str | PathLike[str]]) -> Explanat
     """One explanation of each photo's most probable class, photos read as the network's cfg says."""
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     device = next(model.parameters()).device
-    photos = [transform(open_photo(Path(path)))[None].to(device) for path in paths]
+    photos = [transform(_open(Path(path)))[None].to(device) for path in paths]
     return Explanation.stack([e for x in photos for e in explain_targets(model, x, top=1)])
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return open_photo(path)
+    except InputError as error:
+        raise InputError(f"photo {path} of the card: {error}") from error
 
 
 def _metadata(repo_id: str, card: Card) -> str:

@@ -37,7 +37,7 @@ def read_class_names(path: Path, count: int) -> list[str]:
         InputError: If there is neither, or with another number of classes than `count`.
     """
     try:
-        names = _class_directories(path) if path.is_dir() else path.read_text().splitlines()
+        names = _class_directories(path) if path.is_dir() else path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"no class names in {path}: {error}") from error
     if len(names) != count:

@@ -7,10 +7,13 @@ from typing import Any
 
 import timm
 import timm.utils
+from timm.models import split_model_name_tag
+from torch import Tensor
 
-from ..errors import CheckpointError, InputError, TargetError
+from ..errors import BcosError, CheckpointError, InputError, TargetError
+from ..files import first_line
 from ..weights.embedded import DEFAULT_NETWORK
-from ..weights.readers import load_weights, read_state_dict, read_training_arguments
+from ..weights.readers import load_state, read_state_dict, read_training_arguments
 from .bcos_models import ENTRY_POINTS, architecture
 
 __all__ = ["create_model", "load_model", "load_plain_model"]
@@ -30,11 +33,13 @@ def load_model(name: str | None = None, checkpoint: Path | None = None, **conver
         conversion: `BcosConfig` fields for a timm model; by default it computes the same as before.
 
     Raises:
-        CheckpointError: For weights that cannot be had or do not fit.
+        CheckpointError: For weights that cannot be had or do not fit, or a checkpoint that was trained as another
+            network or at another B.
+        InputError: For a network that timm cannot create.
         TargetError: For a name that timm does not know.
     """
     if checkpoint is None:
-        return _with_published_weights(name or DEFAULT_NETWORK, conversion)
+        return _with_published_weights(DEFAULT_NETWORK if name is None else name, conversion)
     return _with_weights(name, checkpoint, partial(create_model, conversion=conversion))
 
 
@@ -48,7 +53,7 @@ def load_plain_model(name: str | None = None, checkpoint: Path | None = None) ->
         return _with_weights(name, checkpoint, timm.create_model)
     if name is None:
         raise InputError("no network given: name one with --model, or give a checkpoint of train.py with --checkpoint")
-    return timm.create_model(name, pretrained=True)
+    return _created(timm.create_model, name, pretrained=True)
 
 
 def create_model(name: str, conversion: dict[str, Any], **kwargs: Any) -> Any:
@@ -58,25 +63,54 @@ def create_model(name: str, conversion: dict[str, Any], **kwargs: Any) -> Any:
         name: timm's.
         conversion: `BcosConfig` fields for a plain network; without any it computes the same as before.
         kwargs: For `timm.create_model`.
+
+    Raises:
+        InputError: For a network that timm cannot create, or of another B than `conversion` asks for.
+        TargetError: For a name that timm does not know.
     """
     if architecture(name) in ENTRY_POINTS:
-        return timm.create_model(name, **kwargs)
-    overlay = kwargs.get("pretrained_cfg_overlay", {})
-    statistics = {key: overlay.pop(key) for key in ("mean", "std") if key in overlay}  # which the stem takes over
-    changes = conversion or dict(b=1, bias=True)
-    return timm.create_model("bcosify", arch=name, **{**statistics, **changes}, **kwargs)
+        network = _created(timm.create_model, name, **kwargs)
+    else:
+        overlay = kwargs.get("pretrained_cfg_overlay", {})
+        statistics = {key: overlay.pop(key) for key in ("mean", "std") if key in overlay}  # which the stem takes over
+        changes = conversion or dict(b=1, bias=True)
+        network = _created(timm.create_model, "bcosify", arch=name, **{**statistics, **changes}, **kwargs)
+    asked, own = conversion.get("b"), network.bcos_config.b
+    if asked is not None and own != asked:
+        raise InputError(f"{name} has B = {own:g}, not {asked:g}: leave B out, or name a plain timm model to convert")
+    return network
+
+
+def _created(create: Callable[..., Any], name: str, **kwargs: Any) -> Any:
+    """Errors of timm, the Hub's client and architectures are of many families."""
+    try:
+        return create(name, **kwargs)
+    except BcosError:
+        raise
+    except Exception as error:
+        raise InputError(f"cannot create {kwargs.get('arch', name)}: {first_line(error)}") from error
 
 
 def _with_weights(name: str | None, checkpoint: Path, create: Callable[..., Any]) -> Any:
-    if name is not None:
-        network = create(name, **_classes_of(checkpoint, partial(create, name)))
+    weights, trained = read_state_dict(checkpoint), read_training_arguments(checkpoint)
+    if trained is not None and {"model", "num_classes"} <= trained.keys():
+        _refuse_another_name(name, trained, checkpoint)
+        network = _as_trained(trained, create, checkpoint)
+    elif name is None:
+        raise CheckpointError(f"{checkpoint} does not say of which network it is: name it with --model")
     else:
-        trained = read_training_arguments(checkpoint)
-        if trained is None or not {"model", "num_classes"} <= trained.keys():
-            raise CheckpointError(f"{checkpoint} does not say of which network it is: name it with --model")
-        network = _as_trained(trained, create)
-    load_weights(network, checkpoint)
+        network = create(name, **_classes_of(weights, partial(create, name)))
+    load_state(network, weights, str(checkpoint))
     return network
+
+
+def _refuse_another_name(name: str | None, trained: dict[str, Any], checkpoint: Path) -> None:
+    """Another network may have weights of the same shapes, and another B: it would compute something else."""
+    own = trained["model"]
+    if name is None or split_model_name_tag(name)[0] == split_model_name_tag(str(own))[0]:
+        return
+    details = "".join(f", {key}={value}" for key, value in (trained.get("model_kwargs") or {}).items())
+    raise CheckpointError(f"{checkpoint} was trained as {own}{details}, not as {name}: leave --model out")
 
 
 def _with_published_weights(name: str, conversion: dict[str, Any]) -> Any:
@@ -85,33 +119,43 @@ def _with_published_weights(name: str, conversion: dict[str, Any]) -> Any:
     except TargetError:
         raise
     except Exception as error:  # timm, the Hub client and urllib each raise their own
+        raise CheckpointError(f"no weights for {name}: {first_line(error)}; give a file with --checkpoint") from error
+
+
+def _as_trained(trained: dict[str, Any], create: Callable[..., Any], checkpoint: Path) -> Any:
+    """The network that train.py created; images are evaluated as there."""
+    try:
+        name, kwargs = _arguments_of(trained)
+        return create(name, **kwargs)
+    except CheckpointError:
+        raise
+    except Exception as error:
         raise CheckpointError(
-            f"no weights for {name}: {str(error).splitlines()[0]}; give a file with --checkpoint"
+            f"{checkpoint}: its training arguments describe no network that can be made: {first_line(error)}"
         ) from error
 
 
-def _as_trained(trained: dict[str, Any], create: Callable[..., Any]) -> Any:
-    """The network that train.py created; images are evaluated as there."""
-    names = DATA_ARGUMENTS if trained["model"].startswith("bcos") else (*DATA_ARGUMENTS, "mean", "std")
+def _arguments_of(trained: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    name: str = trained["model"]
+    names = DATA_ARGUMENTS if name.startswith("bcos") else (*DATA_ARGUMENTS, "mean", "std")
     given = {key: trained[key] for key in names if trained.get(key)}
     overlay = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     channels = trained.get("in_chans") or (trained.get("input_size") or (3,))[0]
     if trained.get("img_size"):
         overlay.setdefault("input_size", (channels, trained["img_size"], trained["img_size"]))
     shape = dict(num_classes=trained["num_classes"], in_chans=channels)
-    told = {name: trained.get(key) for key, name in MODEL_ARGUMENTS.items()} | trained.get("model_kwargs", {})
+    told = {name: trained.get(key) for key, name in MODEL_ARGUMENTS.items()} | (trained.get("model_kwargs") or {})
     kwargs = {key: value for key, value in told.items() if value is not None}
-    return create(trained["model"], pretrained_cfg_overlay=overlay, **{**shape, **kwargs})
+    return name, dict(pretrained_cfg_overlay=overlay, **{**shape, **kwargs})
 
 
-def _classes_of(checkpoint: Path, create: Callable[..., Any]) -> dict[str, Any]:
+def _classes_of(weights: dict[str, Tensor], create: Callable[..., Any]) -> dict[str, Any]:
     """A checkpoint may have been trained on other classes than the architecture's default."""
-    weights = read_state_dict(checkpoint)
     network = create(device="meta")
     head = network.get_classifier()
     name = next((n for n, m in network.named_modules() if m is head), "")
     found = weights.get(f"{name}.weight")
-    if found is None:
+    if found is None or found.ndim == 0:
         return {}
     rows = found.shape[0]
     is_plain = found.shape != head.weight.shape and found.ndim != head.weight.ndim

@@ -1,6 +1,5 @@
 """Weight files from the network: fetched once into the cache, and verified there."""
 
-import hashlib
 import logging
 import re
 from http.client import HTTPException
@@ -10,8 +9,9 @@ import torch
 from timm.models._hub import get_cache_dir
 
 from ..errors import CheckpointError
+from ..files import first_line, sha256
 
-__all__ = ["BY_HAND", "download", "first_line"]
+__all__ = ["BY_HAND", "download"]
 
 _logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def download(url: str | tuple[str, str], cache_dir: str | Path | None = None) ->
 
 def _verify(path: Path, address: str) -> None:
     """Compare with the digits in the file's name; where there are none, tell what came."""
-    found = _sha256(path)
+    found = sha256(path)
     expected = HASH_IN_NAME.search(path.name)
     if expected is None:
         _logger.warning("No hash is published for %s; the SHA-256 of %s is %s", address, path, found)
@@ -58,16 +58,3 @@ def _verify(path: Path, address: str) -> None:
             f"{address} should have a SHA-256 that starts with {expected[1]}, the file has {found[:16]}…: it was cut "
             f"short or changed, and has been removed; try again, or {BY_HAND}"
         )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error) or type(error).__name__).splitlines()[0]

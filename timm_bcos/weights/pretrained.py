@@ -10,7 +10,8 @@ from timm.models._hub import load_state_dict_from_path
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..weights.download import BY_HAND, download, first_line
+from ..files import first_line
+from .download import BY_HAND, download
 from .formats import adapt_image_channels, classifier_names
 from .readers import load_exactly, read_state_dict
 

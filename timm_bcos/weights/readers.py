@@ -1,6 +1,7 @@
 """Reading weight files safely: safetensors, or PyTorch files of plain tensors, never arbitrary pickles."""
 
 import argparse
+import logging
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -10,11 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..files import first_line
 from .formats import convert_official_weights, convert_plain_weights
 
-__all__ = ["load_exactly", "load_weights", "read_state_dict", "read_training_arguments"]
+__all__ = ["load_exactly", "load_state", "load_weights", "read_state_dict", "read_training_arguments"]
 
-NESTED = ("state_dict_ema", "model_ema", "state_dict", "model")  # where timm's train.py and others put the weights
+_logger = logging.getLogger(__name__)
+
+AVERAGED = ("state_dict_ema", "model_ema")
+NESTED = (*AVERAGED, "state_dict", "model")  # where timm's train.py and others put the weights
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -23,15 +28,25 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: For a missing, truncated or foreign file, naming it.
     """
-    content = _read(Path(path))
-    for key in NESTED:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
+    content = _weights_in(_read(Path(path)), path)
     is_mapping = isinstance(content, dict) and all(isinstance(name, str) for name in content)
     if not is_mapping or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise CheckpointError(f"{path} holds no state dict (a mapping from names to tensors)")
+    for name, value in content.items():
+        if value.layout != torch.strided or value.is_meta or value.is_quantized:
+            kind = "a meta tensor, without values" if value.is_meta else f"a {value.layout} {value.dtype} tensor"
+            raise CheckpointError(f"{path} has {name!r} as {kind}: save plain dense tensors")
     return {name.removeprefix("module."): value for name, value in content.items()}
+
+
+def _weights_in(content: Any, path: str | os.PathLike[str]) -> Any:
+    """The weights of a checkpoint; the averaged ones, as in timm, where it has others too."""
+    found = [key for key in NESTED if isinstance(content, dict) and isinstance(content.get(key), dict)]
+    if not found:
+        return content
+    if found[0] in AVERAGED and len(found) > 1:
+        _logger.warning("%s: taking its averaged (EMA) weights, %r, not %r", path, found[0], found[-1])
+    return content[found[0]]
 
 
 def read_training_arguments(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -51,8 +66,9 @@ def _read(path: Path) -> Any:
     try:
         return _parse(path)
     except Exception as error:  # broken bytes may mean anything to the readers
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} is no safetensors file nor PyTorch file of plain tensors: {reason}") from error
+        raise CheckpointError(
+            f"{path} is no safetensors file nor PyTorch file of plain tensors: {first_line(error)}"
+        ) from error
 
 
 def _parse(path: Path) -> Any:
@@ -74,8 +90,27 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: If a name or shape differs, naming the first; the model keeps its weights.
     """
-    weights = convert_official_weights(read_state_dict(path), model)
-    load_exactly(model, convert_plain_weights(weights, model), str(path))
+    load_state(model, read_state_dict(path), str(path))
+
+
+def load_state(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """As `load_weights`, of weights that have been read.
+
+    Args:
+        model: The network; changed only if everything fits.
+        weights: In its own format, the plain network's or a release's.
+        source: Where they came from, for errors.
+
+    Raises:
+        CheckpointError: If a name or shape differs, naming the first.
+    """
+    try:
+        converted = convert_plain_weights(convert_official_weights(weights, model), model)
+    except (IndexError, RuntimeError, ValueError) as error:  # names that fit, and shapes that do not
+        raise CheckpointError(
+            f"{source} is of another network than {type(model).__name__}: {first_line(error)}"
+        ) from error
+    load_exactly(model, converted, source)
 
 
 def load_exactly(model: nn.Module, weights: dict[str, Tensor], source: str, fresh: Collection[str] = ()) -> None:
@@ -100,7 +135,21 @@ def load_exactly(model: nn.Module, weights: dict[str, Tensor], source: str, fres
         if weights[name].shape != value.shape:
             found, wanted = tuple(weights[name].shape), tuple(value.shape)
             raise CheckpointError(f"{source} has {name!r} of shape {found}, this {kind} needs {wanted}")
+        _refuse_wrong_numbers(weights[name], value, f"{source} has {name!r}")
     unknown = [name for name in weights if name not in own]
     if unknown:
         raise CheckpointError(f"{source} has {unknown[0]!r}, which this {kind} does not know: another architecture?")
     model.load_state_dict(weights, strict=False)
+
+
+def _refuse_wrong_numbers(value: Tensor, own: Tensor, found: str) -> None:
+    """Numbers that could be loaded, but of which no network makes sense."""
+    if not own.is_floating_point():
+        return
+    if not value.is_floating_point():
+        raise CheckpointError(
+            f"{found} in {value.dtype}, not in floating point: quantised weights must be restored first"
+        )
+    if own.isfinite().all() and not value.isfinite().all():
+        what = "values that are not numbers (NaN)" if value.isnan().any() else "infinite values"
+        raise CheckpointError(f"{found} with {what}: its training diverged, or the file is damaged")

@@ -1,0 +1,96 @@
+"""Photos and films explained one after the other: what `timm-bcos explain` does with each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import Tensor
+
+from ..data.photos import open_photo
+from ..errors import InputError
+from ..explaining.explanation import Explanation
+from ..explaining.films import explain_video
+from ..explaining.forward import explain_targets
+from ..explaining.pictures import save_image
+from .outputs import Outputs, is_film, slug
+
+__all__ = ["PhotoExplainer"]
+
+MODES = {1: "L", 3: "RGB"}  # Pillow's, by image channels of the network
+
+
+@dataclass
+class PhotoExplainer:
+    """Explains photos and films, and writes the pictures.
+
+    Attributes:
+        network: In eval mode.
+        names: Of its classes.
+        targets: Classes to explain; None for the most probable ones.
+        top: How many of those.
+        outputs: Where the pictures go.
+
+    Raises:
+        InputError: If photos do not have the image channels that the network wants.
+    """
+
+    network: Any
+    names: Sequence[str]
+    targets: Sequence[int] | None
+    top: int
+    outputs: Outputs
+
+    def __post_init__(self) -> None:
+        channels = getattr(self.network, "in_chans", 3)
+        if channels not in MODES:
+            raise InputError(
+                f"the network sees {channels} channels, photos have 1 or 3: use timm_bcos.explain in Python"
+            )
+        self.mode = MODES[channels]
+        cfg = timm.data.resolve_model_data_config(self.network)
+        statistics = {key: tuple(cfg[key])[:channels] for key in ("mean", "std")}
+        self.transform = timm.data.create_transform(**{**cfg, **statistics}, is_training=False)
+        self.device = next(self.network.parameters()).device
+        self.top = min(self.top, self.network.num_classes)
+
+    def explain(self, path: Path) -> str:
+        """Explain a photo or film and write its pictures.
+
+        Returns:
+            What to print of it.
+        """
+        return self._explain_film(path) if is_film(path) else self._explain_photo(path)
+
+    def _explain_photo(self, path: Path) -> str:
+        x: Tensor = self.transform(open_photo(path, self.mode))[None].to(self.device)
+        targets = None if self.targets is None else [list(self.targets)]
+        explanation = Explanation.stack(explain_targets(self.network, x, targets, top=self.top))
+        self._save(path, explanation)
+        return self._report(path, explanation)
+
+    def _explain_film(self, path: Path) -> str:
+        """A film of the explanations beside the film, for each target."""
+        lines = [str(path)]
+        targets: Sequence[int | None] = self.targets or [None]
+        for target in targets:
+            label = "" if target is None or len(targets) == 1 else self._label(target)
+            out = self.outputs.claim(path.stem, path.suffix, label)
+            frames = explain_video(self.network, path, out, target)
+            lines += [f"  {self.names[c]:<32.32} {count} frames" for c, count in frames.most_common(self.top)]
+        return "\n".join(lines)
+
+    def _report(self, path: Path, explanation: Explanation) -> str:
+        probability = explanation.probability.gather(1, explanation.target[:, None])[:, 0]
+        rows = zip(explanation.target.tolist(), probability, explanation.completeness_error, strict=True)
+        lines = [f"  {self.names[c]:<32.32} probability {p:6.4f}   completeness error {e:.1e}" for c, p, e in rows]
+        return "\n".join([str(path), *lines])
+
+    def _save(self, path: Path, explanation: Explanation) -> None:
+        explanation.save(self.outputs.claim(path.stem, ".png"), self.names)
+        for picture, target in zip(explanation.to_rgba(), explanation.target.tolist(), strict=True):
+            save_image(picture, self.outputs.claim(path.stem, ".png", self._label(target)))
+
+    def _label(self, target: int) -> str:
+        return f"_{slug(self.names[target])[:100] or f'class-{target}'}"
