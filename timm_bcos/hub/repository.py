@@ -126,6 +126,7 @@ def _architecture(model: Any) -> dict[str, Any]:
         raise ModelStateError(f"{type(model).__name__} is no B-cos network: convert it with timm_bcos.bcosify")
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")
     if name.startswith("bcos"):
+        _refuse_local(getattr(model, "_model_args", None) or {})
         return dict(architecture=name)
     if not timm.is_model(name):
         raise ModelStateError(
@@ -133,6 +134,12 @@ def _architecture(model: Any) -> dict[str, Any]:
             f"timm.models.register_model, then convert it"
         )
     return dict(architecture="bcosify", arch=name, **_changes(model.bcos_config))
+
+
+def _refuse_local(arguments: dict[str, Any]) -> None:
+    arch = str(arguments.get("arch", ""))
+    if arch.startswith("local-dir:"):
+        raise ModelStateError(f"nobody else has {arch}: create the network with arch= its architecture's own name")
 
 
 def _changes(config: BcosConfig) -> dict[str, Any]:
