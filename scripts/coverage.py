@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import timm_bcos
 from timm_bcos.nn.layers import BcosConv2d, BcosLinear
+from timm_bcos.nn.modules import first_output
 
 PHOTO = Path(__file__).parent / "photos" / "chelsea.jpg"
 SIZES = (96, 112, 128, 160, 168)  # tried before an architecture's own input size
@@ -151,10 +152,6 @@ def create(arch: str, size: int, **kwargs: Any) -> nn.Module:
     return model
 
 
-def logits_of(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
 def create_small(arch: str) -> tuple[nn.Module, int]:
     """The plain network, and the smallest of a few image sizes that it takes; its own size if none."""
     own = facts(arch).size
@@ -217,7 +214,7 @@ def convert(plain: nn.Module, x: Tensor) -> tuple[nn.Module, float]:
     for gamma in GAMMAS:
         model = timm_bcos.bcosify(copy.deepcopy(plain), timm_bcos.BcosConfig(gamma=gamma)).train()
         with torch.no_grad():  # by the statistics of a batch
-            if logits_of(model(torch.cat([x, x.flip(-1)]))).abs().max() > FAINT:
+            if first_output(model(torch.cat([x, x.flip(-1)]))).abs().max() > FAINT:
                 break
     return model, gamma
 
@@ -247,9 +244,9 @@ def preserving_error(plain: nn.Module, known: Facts, x: Tensor) -> float:
     normalised = (x - mean) / std
     timm_bcos.settle(plain, normalised)
     with torch.no_grad():
-        expected = logits_of(plain(normalised))
+        expected = first_output(plain(normalised))
         model = timm_bcos.bcosify(plain, timm_bcos.BcosConfig.finetune(b=1, bias=True))
-        found = logits_of(model(x))
+        found = first_output(model(x))
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 

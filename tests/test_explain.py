@@ -285,3 +285,33 @@ def test_probabilities() -> None:
     torch.testing.assert_close(sigmoid.probability, sigmoid.logits.sigmoid())
     preserved = bcosify(timm.create_model("resnet18"), BcosConfig.finetune(b=1, bias=True)).eval().explain(x)
     assert preserved.probability.sum().item() == pytest.approx(1)
+
+
+class PositionsFirst(nn.Module):
+    """Sequences (L, N, C), in which nothing but the results tells positions from images; and a number for all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 16, stride=16)
+        self.norm = nn.LayerNorm(6)
+        self.mixed = nn.Linear(6, 6)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.conv(x).flatten(2).permute(2, 0, 1)  # (L, N, C)
+        return self.fc(self.mixed(self.norm(tokens)).mean(0))
+
+
+@pytest.mark.parametrize("images", [2, 3, 4])
+def test_constants_are_told_apart_in_any_layout(images: int) -> None:
+    """Of 4 positions and 2 or 4 images the layout alone says nothing; of 3 images it is clear."""
+    torch.manual_seed(0)
+    config = BcosConfig(mean=(0.5,), std=(0.5,), bias=True, b=1.5)
+    model = bcosify(PositionsFirst().double(), config).eval()
+    x = real_image(32, images, torch.float64) if images < 4 else torch.rand(4, 3, 32, 32, dtype=torch.float64)
+    found = explain(model, x)
+    assert found.completeness_error.max() <= 1e-10
+    singles = [explain(model, x[i : i + 1]) for i in range(images)]
+    torch.testing.assert_close(found.bias, torch.cat([single.bias for single in singles]))
+    torch.testing.assert_close(found.weights, torch.cat([single.weights for single in singles]))
+    assert (found.bias[0] - found.bias[1]).abs() > 1e-6

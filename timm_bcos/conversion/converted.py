@@ -22,7 +22,7 @@ from .plan import FOLDING, Plan, plan_conversion
 from .positions import Positions, on_grid_of
 from .rules import RULES, Rule
 
-__all__ = ["BcosModel", "bcosify", "frozen"]
+__all__ = ["BcosModel", "bcosify"]
 
 Method = Callable[..., Any]
 
@@ -208,19 +208,6 @@ def _bcos_class(plain: Any, has_reader: bool) -> Any:
 def _rebuild(plain: Any, has_reader: bool) -> Any:
     new = _bcos_class(plain, has_reader)
     return new.__new__(new)
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Parameters take no gradients while the block runs: only the image does."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in learning:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
 
 
 def bcosify(

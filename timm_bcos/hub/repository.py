@@ -17,6 +17,7 @@ from ..conversion.converted import BcosModel
 from ..errors import InputError, ModelStateError, PublishError
 from ..explaining.checking import random_image
 from ..models.loading import load_model
+from ..nn.modules import first_output
 from .card import Card, write_card
 
 __all__ = ["publish", "save_repository"]
@@ -167,5 +168,4 @@ def _compare(stored: Any, again: Any) -> None:
 
 
 def _logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    output = model(x)
-    return output[0] if isinstance(output, tuple) else output
+    return first_output(model(x))  # type: ignore[no-any-return]
