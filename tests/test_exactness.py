@@ -1,6 +1,7 @@
 """Exact means exact: networks that mathematics calls dynamic linear, and those that only look like it."""
 
 import copy
+import random
 import warnings
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from conftest import smooth_noise
 from torch import Tensor, nn
 
 import timm_bcos
+from timm_bcos.dynamic.table import TABLE as FUNCTIONS
 
 TABLE = torch.randn(10, 6, dtype=torch.float64)
 MATRIX = torch.randn(6, 6, dtype=torch.float64) / 6
@@ -265,3 +267,54 @@ def test_outputs_that_are_gates_name_their_function() -> None:
     model = timm_bcos.bcosify(Probabilities(nn.Identity()), timm_bcos.BcosConfig(mean=(0.5,), std=(0.5,)), rules=rules)
     with pytest.raises(timm_bcos.TargetError, match=r"the model ends in log_softmax.*declare"):
         timm_bcos.explain(model.eval(), smooth_noise(1, 3, 16, torch.float32))
+
+
+def chains(count: int) -> list[tuple[str, ...]]:
+    """Random chains of two or three blocks, exact and inexact ones."""
+    rng = random.Random(0)
+    keeps_shape = [
+        name for name, f in (EXACT | INEXACT).items() if f(torch.rand(2, 6, 8, 8).double()).shape[1:] == (6, 8, 8)
+    ]
+    names = sorted({*keeps_shape} - {"random", "masked"})
+    return [tuple(rng.sample(names, rng.choice((2, 3)))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("names", chains(40), ids=" then ".join)
+def test_without_constants_the_bias_is_zero_or_the_network_is_not_exact(names: tuple[str, ...]) -> None:
+    functions = [(EXACT | INEXACT)[name] for name in names]
+
+    def chain(z: Tensor) -> Tensor:
+        for function in functions:
+            z = function(z)
+        return z
+
+    model, x = build(chain), smooth_noise(2, 3, 16)
+    verdict = timm_bcos.check(model, x)
+    assert verdict.exact == all(name in EXACT for name in names), verdict
+    if verdict.exact:
+        explanation = timm_bcos.explain(model, x)
+        torch.testing.assert_close(explanation.bias, torch.zeros_like(explanation.bias), rtol=0, atol=1e-12)
+        assert explanation.completeness_error.max() <= 1e-10
+
+
+def test_declared_constants_are_told_apart_by_image() -> None:
+    """A handler of one's own that adds a constant to a batch."""
+
+    def shift(z: Tensor) -> Tensor:
+        if torch.overrides.has_torch_function_unary(z):
+            return torch.overrides.handle_torch_function(shift, (z,), z)
+        return z * z.square() + TABLE[0, :, None, None]
+
+    @timm_bcos.declare(shift)
+    def _shift(func: object, z: Tensor) -> Tensor:
+        return z * z.detach().square() + timm_bcos.constant(TABLE[0, :, None, None])
+
+    try:
+        model, x = build(lambda z: shift(z) * z.sigmoid()), smooth_noise(2, 3, 16)
+        explanation = timm_bcos.explain(model, x, 2)
+        gate = model.conv(x).sigmoid()
+        expected = (TABLE[0, :, None, None] * gate).mean((2, 3)) @ model.head.weight[2]
+        torch.testing.assert_close(explanation.constant_bias, expected.detach())
+        assert timm_bcos.check(model, x).exact
+    finally:
+        del FUNCTIONS[shift]
