@@ -56,7 +56,7 @@ def play(
 ) -> None:
     """Play the grids that the file of values does not have."""
     done = read_values(path)
-    for number, grid in enumerate(tqdm(grids, f"{method} {grids[0].n}×{grids[0].n}")):
+    for number, grid in enumerate(tqdm(grids, f"{method} {grids[0].n}×{grids[0].n}", disable=None)):
         missing = [window for window in windows if (grid.n, window, method, number) not in done]
         if not missing:
             continue

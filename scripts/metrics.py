@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     pairs = [(metric, method) for metric in args.metrics for method in args.methods]
     drop_torn_line(path)
     done = read(path, len(indices))
-    for metric, method in tqdm(pairs, "metrics"):
+    for metric, method in tqdm(pairs, "metrics", disable=None):
         if (metric, method) in done:
             continue
         try:

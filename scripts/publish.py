@@ -45,7 +45,7 @@ def publish_official(args: argparse.Namespace) -> int:
     """Publish what the manifest does not have yet; the number of failures."""
     organisation, *only = args.names
     failures = 0
-    for name, weights in tqdm(list(official(only)), "weights"):
+    for name, weights in tqdm(list(official(only)), "weights", disable=None):
         tagged = f"{name}.{weights.tag}"
         if tagged in hub_addresses():
             continue
