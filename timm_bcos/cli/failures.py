@@ -26,9 +26,6 @@ __all__ = [
 TRACEBACK = "TIMM_BCOS_TRACEBACK"  # the environment variable that shows where an error came from
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NOISE = (
-    # torch 2.14 deprecates torch.jit, which parts of torch use by themselves when forward-mode AD is first used
-    (r".*torch\.jit\.", FutureWarning),
-    (r".*torch\.jit\.", DeprecationWarning),
     (r"Glyph .* missing from", UserWarning),  # matplotlib, of class names; the terminal shows them
 )
 
