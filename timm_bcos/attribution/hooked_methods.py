@@ -1,7 +1,5 @@
 """captum's methods that hook activations, for the activations of timm's models."""
 
-from typing import Any
-
 from captum._utils.common import _register_backward_hook
 from captum.attr import DeepLift, GuidedBackprop
 from captum.attr._core.deep_lift import nonlinear
@@ -29,7 +27,7 @@ class DeepLiftOfActivations(DeepLift):  # type: ignore[misc]
     def _is_non_linear(self, module: nn.Module) -> bool:
         return type(module) in self.elementwise or super()._is_non_linear(module)
 
-    def _backward_hook(self, module: Any, grad_input: Tensor, grad_output: Tensor) -> Any:
+    def _backward_hook(self, module: nn.Module, grad_input: Tensor, grad_output: Tensor) -> Tensor:
         if not self.satisfies_attribute_criteria(module):
             raise MethodError(f"deeplift needs a module for each activation; one {type(module).__name__} runs twice")
         if super()._is_non_linear(module):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 from zennit.attribution import Gradient
 from zennit.canonizers import MergeBatchNorm
@@ -49,17 +50,24 @@ def relevance(model: nn.Module, x: Tensor, targets: Tensor, activations: tuple[t
 Function = Callable[..., Tensor]
 
 
+class _Context(FunctionCtx):
+    """What forward leaves to backward."""
+
+    func: Function
+    saved_tensors: tuple[Tensor, ...]
+
+
 class _InProportion(torch.autograd.Function):
     """A linear function of tensors; each input takes relevance in proportion to what it adds to the output."""
 
     @staticmethod
-    def forward(ctx: Any, func: Function, *inputs: Tensor) -> Tensor:
+    def forward(ctx: _Context, func: Function, *inputs: Tensor) -> Tensor:
         ctx.func = func
         ctx.save_for_backward(*inputs)
         return func(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, relevance: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: _Context, relevance: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
         with torch.enable_grad():
             output = ctx.func(*inputs)
@@ -73,7 +81,7 @@ def _sum(func: Function, x: Tensor | float, other: Tensor | float, **kwargs: Any
     return _InProportion.apply(lambda a, b: torch.add(a, b, **kwargs), x, other)  # type: ignore[no-any-return]
 
 
-def _mean(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _mean(func: Function, x: Tensor, *args: object, **kwargs: object) -> Tensor:
     return _InProportion.apply(lambda a: func(a, *args, **kwargs), x)  # type: ignore[no-any-return]
 
 
@@ -86,7 +94,7 @@ def _gate(func: Function, x: Tensor | float, other: Tensor | float) -> Tensor:
     return _InProportion.apply(lambda a: torch.mul(a, constant), signal)  # type: ignore[no-any-return]
 
 
-TABLE: dict[Callable[..., Any], Function] = {
+TABLE: dict[Callable[..., object], Function] = {
     **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__), _sum),
     **dict.fromkeys((torch.mean, Tensor.mean), _mean),
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__imul__, Tensor.__rmul__), _gate),
@@ -98,11 +106,11 @@ class RelevanceOfFunctions(TorchFunctionMode):
 
     def __torch_function__(
         self,
-        func: Callable[..., Any],
+        func: Callable[..., object],
         types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+        args: Sequence[object] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         is_signal = any(isinstance(x, Tensor) and x.requires_grad for x in args)
         handler = TABLE.get(func) if is_signal and torch.is_grad_enabled() else None
         return handler(func, *args, **(kwargs or {})) if handler else func(*args, **(kwargs or {}))

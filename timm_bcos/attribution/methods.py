@@ -240,7 +240,7 @@ def _named_layer(subject: Subject, z: Tensor, name: str) -> nn.Module:
     module = dict(subject.model.named_modules()).get(name) if name else None
     if module is None:
         raise MethodError(f"the model has no layer {name!r}: see model.named_modules() for their names")
-    outputs: list[Any] = []
+    outputs: list[object] = []
     with torch.no_grad(), hooked([module], lambda module, args, output: outputs.append(first_output(output))):
         subject(z[:1])
     if not outputs or not isinstance(outputs[0], Tensor):
@@ -258,7 +258,7 @@ def _last_spatial_layer(subject: Subject, z: Tensor) -> nn.Module:
     found: list[nn.Module] = []
     heads = {id(m) for m in _classifiers(subject.model)}
 
-    def record(module: nn.Module, args: Any, output: Any) -> None:
+    def record(module: nn.Module, args: object, output: object) -> None:
         if isinstance(output, Tensor) and output.ndim == 4 and id(module) not in heads:
             (height, width), (rows, columns) = z.shape[-2:], output.shape[-2:]
             if min(rows, columns) > 1 and abs(rows * width - columns * height) <= max(height, width):
@@ -274,5 +274,5 @@ def _last_spatial_layer(subject: Subject, z: Tensor) -> nn.Module:
 
 def _classifiers(model: Any) -> list[nn.Module]:
     head = model.get_classifier() if hasattr(model, "get_classifier") else None
-    heads: Iterable[Any] = head if isinstance(head, tuple | list) else [head]
+    heads: Iterable[object] = head if isinstance(head, tuple | list) else [head]
     return [module for module in heads if isinstance(module, nn.Module)]

@@ -264,7 +264,7 @@ def checked_images(model: nn.Module, x: Tensor) -> Tensor:
     return x.detach().to(like.dtype)
 
 
-def _check_options(method: Method, options: dict[str, Any]) -> None:
+def _check_options(method: Method, options: dict[str, object]) -> None:
     parameters = inspect.signature(method.function).parameters.values()
     known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     unknown = [name for name in options if name not in known]

@@ -5,7 +5,6 @@ layer that holds them. Here the projections are layers that are called.
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +74,7 @@ class BcosAttention(nn.Module):
         """(L, S), or (N · heads, L, S), to what (N, heads, L, S) can be added to."""
         return mask if mask is None or mask.ndim == 2 else mask.unflatten(0, (-1, self.num_heads))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         for name in ("weight", "bias"):
             if f"{prefix}in_proj_{name}" in state_dict:
                 state_dict[f"{prefix}in_proj.{name}"] = state_dict.pop(f"{prefix}in_proj_{name}")

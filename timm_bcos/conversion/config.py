@@ -3,11 +3,13 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ..errors import InputError
 
 __all__ = ["BcosConfig"]
+
+T = TypeVar("T")
 
 CHOICES = {
     "norm": ("keep", "uncentred", "remove"),
@@ -31,7 +33,7 @@ def _are_numbers(values: object, fits: Callable[[float], bool]) -> bool:
 
 
 # What each number must be, in words and as a test; `None` passes where it is a field's default.
-NUMBERS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "b": ("a number with b >= 1", lambda value: value >= 1),
     "max_out": ("a whole number of at least 1", lambda value: isinstance(value, int) and value >= 1),
     "gamma": ("a positive number", lambda value: value > 0),
@@ -182,7 +184,7 @@ class BcosConfig:
         return self.logit_bias
 
     @classmethod
-    def split(cls, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def split(cls, kwargs: dict[str, T]) -> tuple[dict[str, T], dict[str, T]]:
         """Keyword arguments that are fields of this class, and the rest, which belong to timm."""
         names = {f.name for f in fields(cls)}
         own = {name: value for name, value in kwargs.items() if name in names}

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
 from inspect import signature
-from typing import Any, NoReturn
+from typing import Any, NoReturn, SupportsIndex
 
 from timm.models import VisionTransformer
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class BcosModel:
         """Explain this network's output for images; see `timm_bcos.explain`."""
         return explain(self, x, target, **kwargs)  # type: ignore[arg-type]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         return _rebuild, (self._plain_class, self._has_reader), self.__dict__
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -90,22 +90,22 @@ def _find(model: nn.Module, path: str) -> nn.Module | None:
 def _overrides(plain: Any) -> dict[str, Method]:
     """What differs from the network's own class, where it has such a method; signatures stay."""
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: object, **kwargs: object) -> object:
         _link_heads(self)
         return plain.forward(self, *args, **kwargs)
 
-    def reset_classifier(self: Any, num_classes: int, *args: Any, **kwargs: Any) -> None:
+    def reset_classifier(self: Any, num_classes: int, *args: object, **kwargs: object) -> None:
         plain.reset_classifier(self, num_classes, *args, **kwargs)  # timm builds a plain head
         bcosify(self, self.bcos_config, rules=self.bcos_rules)
 
-    def forward_head(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward_head(self: Any, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         _link_heads(self)
         x = plain.forward_head(self, x, *args, **kwargs)
         pre_logits = args[0] if args else kwargs.get("pre_logits", False)
         pools = [m for m in self.modules() if isinstance(m, BcosPool2d) and m.deferred] if pre_logits else []
         return pools[0].pool_now(x).flatten(1) if pools else x  # the classifier would have pooled
 
-    def set_input_size(self: Any, *args: Any, **kwargs: Any) -> None:
+    def set_input_size(self: Any, *args: object, **kwargs: object) -> None:
         with _lend_plain_projection(getattr(self, "patch_embed", None), self.bcos_config):
             plain.set_input_size(self, *args, **kwargs)
 
@@ -123,7 +123,7 @@ def _overrides(plain: Any) -> dict[str, Method]:
 def _position_overrides(plain: Any) -> dict[str, Method]:
     """With positions='attention' the blocks get tokens without constants, and know the grid if it varies."""
 
-    def _pos_embed(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _pos_embed(self: Any, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         if self.bcos_config.positions == "keep":
             return plain._pos_embed(self, x, *args, **kwargs)
         if "_is_one_pass" in self.__dict__:
@@ -131,7 +131,7 @@ def _position_overrides(plain: Any) -> dict[str, Method]:
         return self.pos_drop(self.positions.contents(x))
 
     def in_one_pass(method: Method) -> Method:
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def call(self: Any, *args: object, **kwargs: object) -> object:
             if self.bcos_config.positions == "attention" and self.dynamic_img_size:
                 self = clone(self)  # its blocks will be this pass's own
                 self.__dict__["_is_one_pass"] = True
@@ -178,7 +178,7 @@ def _reads_first(method: Method) -> Method:
     """
     first = [*signature(method).parameters, "x"][1]
 
-    def read_and_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def read_and_call(self: Any, *args: object, **kwargs: object) -> object:
         image = args[0] if args else kwargs.pop(first)
         if isinstance(image, list | tuple | dict):
             raise InputError(f"the network reads one tensor of images first, got a {type(image).__name__}")
@@ -187,14 +187,14 @@ def _reads_first(method: Method) -> Method:
     return wraps(method)(read_and_call)
 
 
-def _without_reader(model: Any) -> Any:
+def _without_reader(model: Any) -> nn.Module:
     unread = object.__new__(model._unread_class)
     object.__setattr__(unread, "__dict__", model.__dict__)  # not a copy: the same state
     return unread
 
 
 @cache
-def _bcos_class(plain: Any, has_reader: bool) -> Any:
+def _bcos_class(plain: type, has_reader: bool) -> type:
     bases: tuple[type, ...] = (BcosModel, plain)
     methods = _overrides(plain)
     if has_reader:
@@ -205,8 +205,8 @@ def _bcos_class(plain: Any, has_reader: bool) -> Any:
     return type(plain.__name__, bases, own)
 
 
-def _rebuild(plain: Any, has_reader: bool) -> Any:
-    new = _bcos_class(plain, has_reader)
+def _rebuild(plain: type, has_reader: bool) -> nn.Module:
+    new: type[nn.Module] = _bcos_class(plain, has_reader)
     return new.__new__(new)
 
 
@@ -264,7 +264,7 @@ def _apply(plan: Plan) -> nn.Module:
     return plan.root
 
 
-def refuse_folding(*_: Any, **__: Any) -> NoReturn:
+def refuse_folding(*_: object, **__: object) -> NoReturn:
     """What a converted module answers to timm's `reparameterize_model`."""
     raise ModelStateError(
         "a norm or a parallel branch cannot be folded into a B-cos layer, whose response is not linear in its weight: "

@@ -101,7 +101,7 @@ def _last_layers(model: nn.Module) -> list[nn.Module]:
     return [*(linear or convolutions)][-1:]
 
 
-def _stem_names(model: Any, channels: int) -> tuple[str, ...]:
+def _stem_names(model: nn.Module, channels: int) -> tuple[str, ...]:
     """The convolutions that read the image; none if something else does or may, which then needs an `ImageReader`.
 
     timm's cfg names them. Elsewhere it is the first layer of the network, if that is the only convolution with as many
@@ -138,7 +138,7 @@ def _channels_of(model: nn.Module, config: BcosConfig) -> int:
     return told
 
 
-def _normalisation(model: Any, config: BcosConfig) -> tuple[Stats, Stats]:
+def _normalisation(model: nn.Module, config: BcosConfig) -> tuple[Stats, Stats]:
     if config.stem == "encoded":
         return None, None
     mean, std = image_statistics(model)

@@ -43,7 +43,7 @@ class Plan:
     network: nn.Module
     root: nn.Module
     replacements: dict[str, nn.Module]
-    attributes: dict[str, Any]
+    attributes: dict[str, object]
     has_reader: bool
     foldable: tuple[nn.Module, ...]
 
@@ -193,9 +193,9 @@ def _read_through(reader: ImageReader, network: nn.Module) -> nn.Sequential:
     return root
 
 
-def _traits(network: Any, places: "Places", found: _Replacements) -> dict[str, Any]:
+def _traits(network: nn.Module, places: "Places", found: _Replacements) -> dict[str, object]:
     """What the network says of itself: images are in [0, 1], with so many channels, and so many classes."""
-    traits: dict[str, Any] = {}
+    traits: dict[str, object] = {}
     if cfg := getattr(network, "pretrained_cfg", None):
         channels = len(cfg.get("mean") or (0, 0, 0))
         traits["pretrained_cfg"] = dict(cfg, mean=(0.0,) * channels, std=(1.0,) * channels)

@@ -12,7 +12,6 @@ checkpointing repeats, do not see each other.
 
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from timm.models import VisionTransformer
@@ -100,7 +99,7 @@ class _OnGrid(nn.Module):
         self.block = block
         self.grid = grid
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         token = _GRID.set(self.grid)
         try:
             return self.block(*args, **kwargs)

@@ -3,7 +3,6 @@
 import inspect
 import sys
 from types import ModuleType
-from typing import Any
 
 from torch import nn
 from torchvision.models import WeightsEnum
@@ -34,7 +33,7 @@ def _normalises_itself(model: nn.Module) -> bool:
     return any(isinstance(m, NORMALISERS) for m in model.modules())
 
 
-def _torchvision_cfg(model: nn.Module) -> dict[str, Any]:
+def _torchvision_cfg(model: nn.Module) -> dict[str, tuple[float, ...]]:
     """What the default weights of torchvision's builders say, if those that this network may come from agree.
 
     A torchvision network does not say where it comes from. All its family's weights have the same statistics, but for

@@ -12,14 +12,14 @@ an output depends on it: what adds to attention logits, which end in a gate, doe
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+
+from .table import Function
 
 __all__ = ["Account", "AmbiguousBatch", "Defect"]
 
@@ -57,18 +57,25 @@ TEXTS = {
 }
 
 
+class _Context(FunctionCtx):
+    """What forward leaves to backward."""
+
+    images: int
+    saved_tensors: tuple[Tensor, ...]
+
+
 class _Tap(torch.autograd.Function):
     """Passes y on as it is; the gradient of `factor` is what `addend`, a part of y, contributes for each image."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
+    def forward(ctx: _Context, y: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
         ctx.save_for_backward(addend)
         ctx.images = len(factor)
         ctx.mark_dirty(y)  # no view: layers that work in place may follow
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         (addend,) = ctx.saved_tensors
         return grad, _by_image(grad, addend, ctx.images), None
 
@@ -77,15 +84,15 @@ class _Marked(torch.autograd.Function):
     """A constant as an operand that carries a gradient: `addend` times a factor for each image."""
 
     @staticmethod
-    def forward(ctx: Any, addend: Tensor, factor: Tensor) -> Tensor:
+    def forward(ctx: _Context, addend: Tensor, factor: Tensor) -> Tensor:
         ctx.save_for_backward(addend)
         ctx.images = len(factor)
         return addend.clone()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
-        (addend,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return None, _by_image(grad, addend, ctx.images)  # type: ignore[attr-defined]
+    def backward(ctx: _Context, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        (addend,) = ctx.saved_tensors
+        return None, _by_image(grad, addend, ctx.images)
 
 
 def _by_image(grad: Tensor, addend: Tensor, images: int) -> Tensor:
@@ -153,7 +160,7 @@ class Account:
             raise AmbiguousBatch
         return _Marked.apply(addend.detach(), self.constants)  # type: ignore[no-any-return]
 
-    def suspect(self, y: Tensor, kind: str, func: Callable[..., Any] | str, addend: Tensor | None = None) -> Tensor:
+    def suspect(self, y: Tensor, kind: str, func: Function | str, addend: Tensor | None = None) -> Tensor:
         """Note a result whose dependence on the image is not, or not known to be, a dynamic linear map.
 
         Args:
@@ -168,15 +175,15 @@ class Account:
             return _Tap.apply(y.clone(), factor, y.detach())  # type: ignore[no-any-return]
         return _Tap.apply(y, factor, addend.detach())  # type: ignore[no-any-return]
 
-    def escape(self, func: Callable[..., Any]) -> None:
+    def escape(self, func: Function) -> None:
         """Note that a value has left torch."""
         self.certain.append(self._defect("escaped", func))
 
-    def _defect(self, kind: str, func: Callable[..., Any] | str) -> Defect:
+    def _defect(self, kind: str, func: Function | str) -> Defect:
         return Defect(_running_module(self.model), function_name(func), kind)
 
 
-def function_name(func: Callable[..., Any] | str) -> str:
+def function_name(func: Function | str) -> str:
     """The name of a torch function; of an attribute's getter, the attribute's."""
     if isinstance(func, str):
         return func

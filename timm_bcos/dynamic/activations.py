@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn import functional
-from .table import Function, Mode, detached, handles, named, on_linear_path
+from .table import Function, Mode, Operand, detached, handles, named, on_linear_path
 
 __all__ = ["activate"]
 
@@ -68,7 +68,7 @@ def _is_zero_at_zero(func: Function, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 @handles(*named("pow __pow__ square float_power"))
-def _power(mode: Mode, func: Function, /, input: Any, exponent: Any = 2) -> Any:
+def _power(mode: Mode, func: Function, /, input: Tensor, exponent: Operand = 2) -> Tensor:
     """xᵖ = x · xᵖ⁻¹ for a fixed p of at least 1; all other powers are statistics."""
     if not on_linear_path(input) or isinstance(exponent, Tensor) or exponent < 1:
         return torch.pow(detached(input), detached(exponent))
@@ -92,7 +92,7 @@ def _scale_by_cosine(mode: Mode, func: Function, /, linear: Tensor, norm: Tensor
 
 
 @handles(functional.unit_weight, functional.row_norm)
-def _of_weights(mode: Mode, func: Function, /, weight: Tensor, *args: Any) -> Tensor:
+def _of_weights(mode: Mode, func: Function, /, weight: Tensor, *args: float) -> Tensor:
     """Weights that depend on the image: their norms are statistics."""
     norm = functional.row_norm(weight.detach())
     if func is functional.row_norm:

@@ -1,7 +1,5 @@
 """Gates and statistics: what they return depends on the image, but only scales the linear path."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -26,12 +24,12 @@ IN_PLACE = """
 
 
 @handles(functional.patch_norm, functional.feature_norm, *named(GATES))
-def _gate(mode: Mode, func: Function, /, *args: Any, **kwargs: Any) -> Any:
+def _gate(mode: Mode, func: Function, /, *args: object, **kwargs: object) -> object:
     return func(*map(detached, args), **{name: detached(value) for name, value in kwargs.items()})
 
 
 @handles(*named(IN_PLACE))
-def _gate_in_place(mode: Mode, func: Function, /, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _gate_in_place(mode: Mode, func: Function, /, input: Tensor, *args: object, **kwargs: object) -> Tensor:
     value = func(input.detach().clone(), *args, **kwargs)
     input.detach_()  # it leaves the path
     input.data = value  # other memory, since the layer before may need its output

@@ -1,7 +1,5 @@
 """Linear layers with a bias. Their weights, too, may depend on the image."""
 
-from typing import Any
-
 from torch import Tensor
 
 from .products import share
@@ -17,8 +15,8 @@ def _convolution(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    *rest: Any,
-    **kw: Any,
+    *rest: object,
+    **kw: object,
 ) -> Tensor:  # fmt: skip
     shape = (-1,) + (1,) * (weight.ndim - 2)
     if on_linear_path(weight) or on_linear_path(bias):

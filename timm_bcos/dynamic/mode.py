@@ -11,19 +11,18 @@ that entered it alone.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import ModelStateError
 from .account import Account, function_name
-from .table import ESCAPING, METADATA, SHAPED, TABLE, declare, detached, on_linear_path
+from .table import ESCAPING, METADATA, SHAPED, TABLE, Function, Operand, declare, detached, on_linear_path
 
 __all__ = ["DynamicLinearMode", "constant", "declare", "explanation_mode", "on_linear_path"]
 
@@ -61,8 +60,8 @@ class DynamicLinearMode(TorchFunctionMode):
             self._remember(leaf, Kind.PATH)
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self, func: Function, types: object, args: Sequence[object] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if func in METADATA or _ACTIVE.get() is not self:
             return func(*args, **kwargs)
@@ -81,7 +80,7 @@ class DynamicLinearMode(TorchFunctionMode):
             self._note(args[0] if result is None and args else result, func)  # `x[i] = y` returns nothing
         return result
 
-    def _frozen(self, value: Any) -> Any:
+    def _frozen(self, value: object) -> object:
         """Parameters are constants, whose gradients nobody wants."""
         if isinstance(value, Tensor):
             if not value.requires_grad or value is self.leaf:
@@ -89,7 +88,7 @@ class DynamicLinearMode(TorchFunctionMode):
             if value.grad_fn is None and (self.leaf is not None or isinstance(value, nn.Parameter)):
                 return value.detach()
             return self.seen(value)
-        if type(value) in (list, tuple):
+        if type(value) is list or type(value) is tuple:
             return type(value)(self._frozen(item) for item in value)
         return value
 
@@ -109,7 +108,7 @@ class DynamicLinearMode(TorchFunctionMode):
             return Kind.PATH
         return self._known[id(x)].kind if id(x) in self._known else Kind.CONSTANT
 
-    def is_gate(self, x: Any) -> bool:
+    def is_gate(self, x: object) -> bool:
         """Whether x depends on the image without being on its path."""
         return isinstance(x, Tensor) and not x.requires_grad and id(x) in self._known
 
@@ -121,14 +120,14 @@ class DynamicLinearMode(TorchFunctionMode):
         key, known = id(x), self._known
         known[key] = _Known(weakref.ref(x, lambda _: known.pop(key, None)), kind, maker)
 
-    def _note(self, result: Any, func: Callable[..., Any]) -> None:
+    def _note(self, result: object, func: Function) -> None:
         """Remember how results depend on the image."""
         for x in _tensors([result]):
             self._remember(x, Kind.PATH if x.requires_grad else Kind.GATE, function_name(func))
         if func in ESCAPING and self.account is not None:
             self.account.escape(func)
 
-    def _suspected(self, result: Any, func: Callable[..., Any]) -> Any:
+    def _suspected(self, result: object, func: Function) -> object:
         if self.account is None:
             return result
         if isinstance(result, Tensor):
@@ -139,9 +138,7 @@ class DynamicLinearMode(TorchFunctionMode):
 
     # For handlers.
 
-    def add(
-        self, y: Tensor, addend: Any, func: Callable[..., Any], *sources: Any, is_gate: bool | None = None
-    ) -> Tensor:
+    def add(self, y: Tensor, addend: Operand, func: Function, *sources: object, is_gate: bool | None = None) -> Tensor:
         """Account for what a fresh result y contains beside the linear path.
 
         Args:
@@ -159,7 +156,7 @@ class DynamicLinearMode(TorchFunctionMode):
             return self.account.suspect(y, "added", func, addend)
         return self.account.tap(y, addend)
 
-    def operand(self, value: Tensor, func: Callable[..., Any]) -> Tensor:
+    def operand(self, value: Tensor, func: Function) -> Tensor:
         """Account for a whole operand that is joined to the linear path, as a class token is."""
         if self.account is None or on_linear_path(value):
             return value
@@ -168,7 +165,7 @@ class DynamicLinearMode(TorchFunctionMode):
         return self.account.mark(value)
 
 
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
+def _tensors(values: Iterable[object]) -> list[Tensor]:
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):

@@ -1,13 +1,12 @@
 """Products: with one factor on the linear path there is nothing to decide, several share the product equally."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .sums import add
-from .table import Function, Mode, detached, handles, named, on_linear_path
+from .table import Function, Mode, Operand, detached, handles, named, on_linear_path
 
 __all__ = ["share"]
 
@@ -21,7 +20,7 @@ IN_PLACE = {
 }
 
 
-def share(func: Function, operands: list[Any], **kwargs: Any) -> Any:
+def share(func: Function, operands: Sequence[object], **kwargs: object) -> Tensor:
     """A multilinear function of its operands: factors on the linear path take equal parts of the result."""
     on_path = [i for i, x in enumerate(operands) if on_linear_path(x)]
     if len(on_path) < 2:
@@ -31,7 +30,7 @@ def share(func: Function, operands: list[Any], **kwargs: Any) -> Any:
 
 
 @handles(*named(PRODUCTS))
-def _product(mode: Mode, func: Function, /, *args: Any, **kwargs: Any) -> Any:
+def _product(mode: Mode, func: Function, /, *args: object, **kwargs: object) -> Tensor:
     operands = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
     rest = {name: value for name, value in kwargs.items() if name not in operands}
     if len(args) == 1 and isinstance(args[0], list | tuple):  # multi_dot
@@ -40,29 +39,29 @@ def _product(mode: Mode, func: Function, /, *args: Any, **kwargs: Any) -> Any:
 
 
 @handles(*IN_PLACE)
-def _product_in_place(mode: Mode, func: Function, /, input: Tensor, other: Any) -> Tensor:
+def _product_in_place(mode: Mode, func: Function, /, input: Tensor, other: Operand) -> Tensor:
     if not (on_linear_path(input) and on_linear_path(other)):
         return func(input, other)  # type: ignore[no-any-return]
     return input.copy_(share(IN_PLACE[func], [input.clone(), other]))
 
 
 @handles(*named("einsum"))
-def _einsum(mode: Mode, func: Function, /, equation: str, *operands: Any) -> Tensor:
+def _einsum(mode: Mode, func: Function, /, equation: str, *operands: object) -> Tensor:
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
-    return share(lambda *factors: func(equation, *factors), list(operands))  # type: ignore[no-any-return]
+    return share(lambda *factors: func(equation, *factors), operands)
 
 
 @handles(*named("addcmul addmm addbmm baddbmm addmv addr"))
 def _sum_and_product(
-    mode: Mode, func: Function, /, input: Tensor, a: Any = None, b: Any = None, *, value: float = 1,
-    beta: float = 1, alpha: float = 1, **factors: Any,
+    mode: Mode, func: Function, /, input: Tensor, a: Tensor | None = None, b: Tensor | None = None, *, value: float = 1,
+    beta: float = 1, alpha: float = 1, **factors: Tensor,
 ) -> Tensor:  # fmt: skip
     operands = [x for x in (a, b, *factors.values()) if x is not None]
     product = share(_product_of(func), operands) * (value * alpha)
     if beta != 1:
         input = input * beta
-    return add(mode, torch.add, input, product)  # type: ignore[no-any-return]
+    return add(mode, torch.add, input, product)
 
 
 def _product_of(func: Function) -> Callable[..., Tensor]:
@@ -76,14 +75,14 @@ def _product_of(func: Function) -> Callable[..., Tensor]:
 
 
 @handles(*named("div __truediv__ true_divide divide"))
-def _quotient(mode: Mode, func: Function, /, input: Any, other: Any, **kwargs: Any) -> Any:
+def _quotient(mode: Mode, func: Function, /, input: Operand, other: Operand, **kwargs: object) -> Tensor:
     if not on_linear_path(input) or kwargs.get("rounding_mode"):
         return func(detached(input), detached(other), **kwargs)
     return func(input, detached(other), **kwargs)
 
 
 @handles(*named("div_ __itruediv__ divide_ true_divide_"))
-def _quotient_in_place(mode: Mode, func: Function, /, input: Tensor, other: Any, **kwargs: Any) -> Tensor:
+def _quotient_in_place(mode: Mode, func: Function, /, input: Tensor, other: Operand, **kwargs: object) -> Tensor:
     return func(input, detached(other), **kwargs)  # type: ignore[no-any-return]
 
 
@@ -92,10 +91,10 @@ def _sum_and_quotient(
     mode: Mode, func: Function, /, input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1
 ) -> Tensor:
     quotient = _quotient(mode, torch.div, tensor1, tensor2) * value
-    return add(mode, torch.add, input, quotient)  # type: ignore[no-any-return]
+    return add(mode, torch.add, input, quotient)
 
 
 @handles(*named("grid_sample affine_grid"))
-def _grid_sample(mode: Mode, func: Function, /, input: Tensor, grid: Any, *args: Any, **kwargs: Any) -> Tensor:
+def _grid_sample(mode: Mode, func: Function, /, input: Tensor, grid: Tensor, *args: object, **kwargs: object) -> Tensor:
     """Where to sample is a constant of the linear map."""
     return func(input, detached(grid), *args, **kwargs)  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn import functional
-from .table import Function, Mode, detached, handles, named, on_linear_path
+from .table import Function, Mode, Operand, detached, handles, named, on_linear_path
 
 __all__ = ["add"]
 
@@ -29,7 +29,7 @@ def coefficients(func: Function, alpha: float) -> tuple[float, float]:
 
 
 @handles(*ADDING, *SUBTRACTING, *REVERSED)
-def add(mode: Mode, func: Function, /, input: Any, other: Any, *, alpha: float = 1) -> Any:
+def add(mode: Mode, func: Function, /, input: Operand, other: Operand, *, alpha: float = 1) -> Tensor:
     """Sums and differences."""
     addends = [
         (operand if coefficient == 1 else operand * coefficient, mode.is_gate(operand))
@@ -37,7 +37,7 @@ def add(mode: Mode, func: Function, /, input: Any, other: Any, *, alpha: float =
         if not on_linear_path(operand)
     ]
     if addends and not on_linear_path(input) and func in CHANGING:
-        addends = [(addend.clone(), is_gate) for addend, is_gate in addends]
+        addends = [(addend.clone(), is_gate) for addend, is_gate in addends if isinstance(addend, Tensor)]
     y = func(input, other) if alpha == 1 else func(input, other, alpha=alpha)
     for addend, is_gate in addends:
         y = mode.add(y, addend, func, is_gate=is_gate)
@@ -55,12 +55,12 @@ def _to_logits(mode: Mode, func: Function, /, y: Tensor, temperature: float, log
 
 
 @handles(*named("cat concat concatenate stack hstack vstack dstack column_stack"))
-def _join(mode: Mode, func: Function, /, tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> Tensor:
+def _join(mode: Mode, func: Function, /, tensors: Sequence[Tensor], *args: object, **kwargs: object) -> Tensor:
     return func([mode.operand(t, func) if t.is_floating_point() else t for t in tensors], *args, **kwargs)
 
 
 @handles(*named("where"))
-def choose(mode: Mode, func: Function, /, condition: Tensor, *branches: Any, **options: Any) -> Any:
+def choose(mode: Mode, func: Function, /, condition: Tensor, *branches: Any, **options: Any) -> Tensor:
     """Which of the two it is, is a constant of the linear map."""
     values = [*branches, *options.values()]
     if not values:
@@ -84,8 +84,9 @@ def _extremum(mode: Mode, func: Function, /, input: Tensor, other: Tensor) -> Te
 
 @handles(F.pad)
 def _pad(
-    linear: Mode, func: Function, /, input: Tensor, pad: Any, mode: str = "constant", value: float | None = None
-) -> Tensor:
+    linear: Mode, func: Function, /, input: Tensor, pad: Sequence[int], mode: str = "constant",
+    value: float | None = None,
+) -> Tensor:  # fmt: skip
     y = func(input, pad, mode, value)
     if mode != "constant" or not value or not math.isfinite(value):
         return y
@@ -93,12 +94,12 @@ def _pad(
 
 
 @handles(*named("constant_pad_nd"))
-def _constant_pad(linear: Mode, func: Function, /, input: Tensor, pad: Any, value: float = 0.0) -> Tensor:
+def _constant_pad(linear: Mode, func: Function, /, input: Tensor, pad: Sequence[int], value: float = 0.0) -> Tensor:
     return _pad(linear, F.pad, input, pad, "constant", value)
 
 
 @handles(*named("lerp"))
-def _lerp(mode: Mode, func: Function, /, input: Tensor, end: Tensor, weight: Any) -> Tensor:
+def _lerp(mode: Mode, func: Function, /, input: Tensor, end: Tensor, weight: Operand) -> Tensor:
     """(1 - weight) · input + weight · end, the weight being a gate."""
     y, gate = func(input, end, detached(weight)), detached(weight)
     for operand, share in ((input, 1 - gate), (end, gate)):
@@ -115,16 +116,16 @@ WRITING = """
 
 
 @handles(*named(WRITING))
-def _write(mode: Mode, func: Function, /, *args: Any, **kwargs: Any) -> Any:
+def _write(mode: Mode, func: Function, /, *args: Any, **kwargs: object) -> Tensor | None:
     return _jointly_linear(mode, func, *args, **kwargs)
 
 
-def _jointly_linear(mode: Mode, func: Function, /, *args: Any, **kwargs: Any) -> Any:
+def _jointly_linear(mode: Mode, func: Function, /, *args: Any, **kwargs: object) -> Tensor | None:
     """A function that is linear in all that it reads or writes together.
 
     What an operand off the path adds is the function of that operand with zeros for all others.
     """
-    names = [*range(len(args)), *kwargs]
+    names: list[int | str] = [*range(len(args)), *kwargs]
     values = dict(zip(names, (*args, *kwargs.values()), strict=True))
     addends = [name for name, value in values.items() if _is_addend(value) or name == _number(values)]
     sources = [name for name in addends if not on_linear_path(values[name])]
@@ -141,17 +142,17 @@ def _jointly_linear(mode: Mode, func: Function, /, *args: Any, **kwargs: Any) ->
     return None if result is None else target
 
 
-def _number(values: dict[Any, Any]) -> Any:
+def _number(values: dict[int | str, Any]) -> int | str | None:
     """Where a number stands that is written: last, or under its name."""
     last = "value" if "value" in values else list(values)[-1]
     return last if isinstance(values[last], int | float) and last != 0 else None
 
 
-def _is_addend(value: Any) -> bool:
+def _is_addend(value: object) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def _alone(value: Any, is_source: bool) -> Any:
+def _alone(value: object, is_source: bool) -> Any:
     if not isinstance(value, Tensor):
         return value if is_source else 0
     return value.detach().clone() if is_source else torch.zeros_like(value)

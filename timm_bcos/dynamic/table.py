@@ -6,7 +6,7 @@ exact. `declare` adds functions of your own.
 
 from collections.abc import Callable, Iterable
 from types import GetSetDescriptorType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ __all__ = [
     "TABLE",
     "Function",
     "Mode",
+    "Operand",
     "declare",
     "detached",
     "handles",
@@ -29,19 +30,22 @@ __all__ = [
 ]
 
 Function = Callable[..., Any]
-Handler = Callable[..., Any]  # (mode, func, *args, **kwargs) to what func(*args, **kwargs) returns
+Handler = Callable[..., object]  # (mode, func, *args, **kwargs) to what func(*args, **kwargs) returns
+Operand = Tensor | float
+T = TypeVar("T")
+HandlerT = TypeVar("HandlerT", bound=Handler)
 
 
 class Mode(Protocol):
     """What handlers ask of explanation mode (`timm_bcos.dynamic.mode`)."""
 
-    def add(self, y: Tensor, addend: Any, func: Function, *sources: Any, is_gate: bool | None = None) -> Tensor:
+    def add(self, y: Tensor, addend: Operand, func: Function, *sources: object, is_gate: bool | None = None) -> Tensor:
         """Account for what a fresh result contains beside the linear path."""
 
     def operand(self, value: Tensor, func: Function) -> Tensor:
         """Account for a whole operand that is joined to the linear path."""
 
-    def is_gate(self, x: Any) -> bool:
+    def is_gate(self, x: object) -> bool:
         """Whether x depends on the image without being on its path."""
 
 
@@ -61,25 +65,31 @@ def named(text: str) -> list[Function]:
     return found
 
 
-def on_linear_path(x: Any) -> bool:
+def on_linear_path(x: object) -> TypeGuard[Tensor]:
     """Whether x is (a dynamic linear map of) the image, rather than a constant of the network."""
     return isinstance(x, Tensor) and x.requires_grad
 
 
-def detached(value: Any) -> Any:
+@overload
+def detached(value: Tensor) -> Tensor: ...
+@overload
+def detached(value: T) -> T: ...
+def detached(value: object) -> object:
     """A value without its gradient; numbers and the like as they are."""
     if isinstance(value, Tensor):
         return value.detach()
-    return type(value)(map(detached, value)) if type(value) in (list, tuple) else value
+    if type(value) is list or type(value) is tuple:
+        return type(value)(map(detached, value))
+    return value
 
 
 TABLE: dict[Function, Handler] = {}
 
 
-def handles(*functions: Function) -> Callable[[Handler], Handler]:
+def handles(*functions: Function) -> Callable[[HandlerT], HandlerT]:
     """Decorator: how functions with an operand on the linear path are rewritten; handlers also receive the mode."""
 
-    def register(handler: Handler) -> Handler:
+    def register(handler: HandlerT) -> HandlerT:
         TABLE.update(dict.fromkeys(functions, handler))
         return handler
 
@@ -109,7 +119,7 @@ def declare(*functions: Function) -> Callable[[Function], Function]:
     return register
 
 
-def _as_it_is(mode: Mode, func: Function, /, *args: Any, **kwargs: Any) -> Any:
+def _as_it_is(mode: Mode, func: Function, /, *args: object, **kwargs: object) -> object:
     return func(*args, **kwargs)
 
 

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -166,7 +165,7 @@ def _first_break(model: nn.Module, x: Tensor, channels: int, tolerance: float) -
     outputs: list[tuple[str, Tensor]] = []
     names = {module: name for name, module in model.named_modules()}
 
-    def record(module: nn.Module, args: Any, output: Any) -> None:
+    def record(module: nn.Module, args: object, output: object) -> None:
         output = first_output(output)
         if isinstance(output, Tensor) and output.requires_grad:
             outputs.append((names[module], output))

@@ -2,16 +2,16 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 import timm
 import torch
 from PIL import Image, ImageSequence
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import InputError
@@ -32,7 +32,7 @@ Film = tuple[Iterator[np.ndarray], float, int | None]  # frames (H, W, 3), frame
 
 
 def explain_video(
-    model: Any, source: Path, out: Path, target: int | None = None, *, batch_size: int = 8
+    model: nn.Module, source: Path, out: Path, target: int | None = None, *, batch_size: int = 8
 ) -> Counter[int]:
     """Write a film of the frames, as the model sees them, and their explanations in colour side by side.
 
@@ -52,7 +52,7 @@ def explain_video(
         InputError: If the source is no film, or ends before its first frame.
     """
     cfg = timm.data.resolve_model_data_config(model)
-    transform: Any = timm.data.create_transform(**cfg, is_training=False)
+    transform: Callable[[Image.Image], Tensor] = timm.data.create_transform(**cfg, is_training=False)
     device = next(model.parameters()).device
     frames, rate, count = (_open_gif if source.suffix.lower() == ".gif" else _open)(source)
     classes: Counter[int] = Counter()
@@ -89,7 +89,7 @@ def _batches(frames: Iterator[np.ndarray], size: int) -> Iterator[list[np.ndarra
         yield batch
 
 
-def _av() -> Any:
+def _av() -> ModuleType:
     try:
         import av
     except ImportError as error:

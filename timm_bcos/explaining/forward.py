@@ -5,7 +5,6 @@ Papers: https://arxiv.org/abs/2205.10268 (section 3.2), https://arxiv.org/abs/23
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +111,7 @@ def _is_mixed(explanation: Explanation) -> bool:
     return bool(explanation.completeness_error.max() > 1e-4 and error.sum().abs() < 1e-2 * error.abs().sum())
 
 
-def _check_targets(target: Any, images: int) -> Tensor | None:
+def _check_targets(target: object, images: int) -> Tensor | None:
     """(N,) classes or units; None for the strongest."""
     if target is None:
         return None
@@ -122,7 +121,7 @@ def _check_targets(target: Any, images: int) -> Tensor | None:
     return units.expand(images)
 
 
-def _check_table(targets: Any, images: int) -> Tensor:
+def _check_table(targets: object, images: int) -> Tensor:
     table = _integers(targets)
     if table is None or table.ndim != 2 or len(table) != images:
         shape = f"of shape {tuple(table.shape)}" if table is not None else repr(targets)
@@ -130,7 +129,7 @@ def _check_table(targets: Any, images: int) -> Tensor:
     return table
 
 
-def _integers(values: Any) -> Tensor | None:
+def _integers(values: object) -> Tensor | None:
     """As a tensor of int64; None for what are no whole numbers."""
     try:
         tensor = torch.as_tensor(values)

@@ -1,7 +1,5 @@
 """What explaining asks of a model and of images, checked before anything runs."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +28,7 @@ def check_model(model: nn.Module) -> BcosStem | ImageReader:
     return stems[0]
 
 
-def check_images(x: Any, stem: BcosStem | ImageReader) -> None:
+def check_images(x: object, stem: BcosStem | ImageReader) -> None:
     """Refuse what are no images in [0, 1], on the model's device.
 
     Raises:

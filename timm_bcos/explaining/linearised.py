@@ -47,7 +47,7 @@ class Linearised:
         with torch.no_grad():
             self.inputs = encode_image(x.detach(), stem.image_channels).to(stem.weight.dtype, copy=True)
         self.leaf = self.inputs.clone().requires_grad_()
-        outputs: list[Any] = []
+        outputs: list[object] = []
         network = _network_to_run(self.model, layer, outputs)
         self.account = Account(network, len(x), self.leaf)
         self.mode = DynamicLinearMode(self.leaf, self.account)
@@ -56,7 +56,7 @@ class Linearised:
             outputs = [whole] if layer is None else outputs
         self.output = self._checked(outputs)
 
-    def _checked(self, outputs: list[Any]) -> Tensor:
+    def _checked(self, outputs: list[object]) -> Tensor:
         what = "the model" if self.layer is None else f"layer {self.layer!r}"
         if len(outputs) != 1:
             times = f"runs {len(outputs)} times in a forward pass: pick the module around it" if outputs else (
@@ -174,7 +174,7 @@ def linear_part(value: Tensor, leaf: Tensor, account: Account) -> LinearPart:
     return LinearPart(weights, constants, gate_bias, defects)
 
 
-def _network_to_run(model: nn.Module, layer: str | None, outputs: list[Any]) -> nn.Module:
+def _network_to_run(model: nn.Module, layer: str | None, outputs: list[object]) -> nn.Module:
     """The model itself, or one whose layer of interest notes its outputs and which runs once, as it was written.
 
     A compiled program holds no explanation mode, and the backward pass would run checkpointed parts without it.

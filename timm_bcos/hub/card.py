@@ -4,17 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import timm
 from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image
+from torch import nn
 
+from ..conversion.converted import BcosModel
 from ..data.photos import open_photo
 from ..errors import InputError
 from ..explaining.explanation import Explanation
 from ..explaining.forward import explain_targets
 from ..models.classes import class_names
+from ..models.interface import BcosNetwork, TimmModel
 
 __all__ = ["Card", "Evaluation", "write_card"]
 
@@ -118,7 +120,7 @@ class Card:
     photos: Sequence[str | PathLike[str]] = field(default=())
 
 
-def write_card(model: Any, folder: Path, repo_id: str, card: Card) -> None:
+def write_card(model: BcosNetwork, folder: Path, repo_id: str, card: Card) -> None:
     """Write README.md and, if there are photos, the picture that it shows.
 
     Args:
@@ -147,7 +149,7 @@ def write_card(model: Any, folder: Path, repo_id: str, card: Card) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def explain_photos(model: Any, paths: Sequence[str | PathLike[str]]) -> Explanation:
+def explain_photos(model: nn.Module, paths: Sequence[str | PathLike[str]]) -> Explanation:
     """One explanation of each photo's most probable class, photos read as the network's cfg says."""
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     device = next(model.parameters()).device
@@ -187,7 +189,7 @@ def _results(evaluation: Evaluation | None) -> list[EvalResult] | None:
     ]
 
 
-def _architecture(model: Any) -> str:
+def _architecture(model: TimmModel) -> str:
     config = model.pretrained_cfg
     arch = getattr(model, "_model_args", {}).get("arch")
     return f"{config.get('architecture')}{f' of {arch}' if arch else ''}"
@@ -200,7 +202,7 @@ def _evaluation(evaluation: Evaluation | None) -> str:
     return f"\n## Accuracy\n\n{evaluation.accuracy:.2f} % top-1 on {evaluation.dataset}{measured}\n"
 
 
-def _citations(model: Any) -> list[str]:
+def _citations(model: BcosModel) -> list[str]:
     config = model.bcos_config
     if not config.normalize_weight:
         return [BCOS, BCOSIFICATION]

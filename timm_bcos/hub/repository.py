@@ -5,7 +5,7 @@ import dataclasses
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -16,6 +16,7 @@ from ..conversion.config import BcosConfig
 from ..conversion.converted import BcosModel
 from ..errors import InputError, ModelStateError, PublishError
 from ..explaining.checking import random_image
+from ..models.interface import BcosNetwork
 from ..models.loading import load_model
 from ..nn.modules import first_output
 from .card import Card, write_card
@@ -121,7 +122,7 @@ def save_repository(
             file.replace(folder / file.name)
 
 
-def _architecture(model: Any) -> dict[str, Any]:
+def _architecture(model: nn.Module) -> dict[str, object]:
     """How timm creates the network: 'architecture', and arguments beside those that timm records by itself."""
     if not isinstance(model, BcosModel):
         raise ModelStateError(f"{type(model).__name__} is no B-cos network: convert it with timm_bcos.bcosify")
@@ -137,28 +138,28 @@ def _architecture(model: Any) -> dict[str, Any]:
     return dict(architecture="bcosify", arch=name, **_changes(model.bcos_config))
 
 
-def _refuse_local(arguments: dict[str, Any]) -> None:
+def _refuse_local(arguments: dict[str, object]) -> None:
     arch = str(arguments.get("arch", ""))
     if arch.startswith("local-dir:"):
         raise ModelStateError(f"nobody else has {arch}: create the network with arch= its architecture's own name")
 
 
-def _changes(config: BcosConfig) -> dict[str, Any]:
+def _changes(config: BcosConfig) -> dict[str, object]:
     """What `bcosify` has to be told beside its defaults."""
     default = dataclasses.asdict(BcosConfig.finetune(b=config.b, bias=config.bias))
     chosen = dataclasses.asdict(config)
     return {key: chosen[key] for key in chosen if key in ("b", "bias") or chosen[key] != default[key]}
 
 
-def _load_again(folder: Path) -> Any:
+def _load_again(folder: Path) -> BcosNetwork:
     try:
-        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        return cast(BcosNetwork, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
     except Exception as error:  # whatever timm says to arguments that do not describe the network
         raise ModelStateError(f"timm cannot create this network from its config: {error}") from error
 
 
 @torch.no_grad()
-def _compare(stored: Any, again: Any) -> None:
+def _compare(stored: BcosNetwork, again: BcosNetwork) -> None:
     own, other = stored.state_dict(), again.state_dict()
     changed = [name for name, value in own.items() if name not in other or not torch.equal(value, other[name])]
     x = random_image(stored.in_chans, again.pretrained_cfg["input_size"][-2:])

@@ -5,7 +5,7 @@ Figures A1 to A4 of the supplement of arXiv 2205.10268.
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from ..explaining.pictures import map_to_rgba, on_white
 from .pointing_game import Confidence
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.figure import Figure
 
 __all__ = ["most_confident", "plot_classes", "plot_methods"]
@@ -119,7 +120,7 @@ def _colours(x: Tensor) -> Tensor:
     return three.movedim(1, -1)
 
 
-def _figure(rows: int, columns: int) -> tuple["Figure", Any]:
+def _figure(rows: int, columns: int) -> tuple["Figure", "np.ndarray"]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.5 * columns, 1.55 * rows), layout="constrained")

@@ -31,26 +31,26 @@ from ..weights.formats import convert_official_weights, convert_plain_weights
 from ..weights.pretrained import load_pretrained
 from .networks import FINETUNED, NETWORKS, SECOND_PAPER, Network
 
-PAPER_CFG: dict[str, Any] = dict(
+PAPER_CFG = dict(
     paper_name="B-cos Networks: Alignment is All We Need for Interpretability",
     paper_ids="arXiv:2205.10268",
     origin_url="https://github.com/moboehle/B-cos",
 )
-SECOND_PAPER_CFG: dict[str, Any] = dict(
+SECOND_PAPER_CFG = dict(
     paper_name="B-cos Alignment for Inherently Interpretable CNNs and Vision Transformers",
     paper_ids="arXiv:2306.10898",
     origin_url="https://github.com/B-cos/B-cos-v2",
 )
-FINETUNED_CFG: dict[str, Any] = dict(
+FINETUNED_CFG = dict(
     paper_name="B-cosification: Transforming Deep Neural Networks to be Inherently Interpretable",
     paper_ids="arXiv:2411.00715",
     origin_url="https://github.com/shrebox/B-cosification",
 )
-UNNORMALISED: dict[str, Any] = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+UNNORMALISED = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 GEOMETRY = ("input_size", "pool_size", "first_conv", "classifier", "fixed_input_size", "min_input_size")
 
 
-def _cfg(network: Network, paper: dict[str, Any]) -> dict[str, Any]:
+def _cfg(network: Network, paper: dict[str, str]) -> dict[str, Any]:
     """A pretrained cfg: the architecture's geometry, images in [0, 1] without normalisation."""
     plain = {} if isinstance(network.arch, type) else resolve_pretrained_cfg(network.arch).to_dict()
     geometry = {key: plain[key] for key in GEOMETRY if plain.get(key) is not None}
@@ -71,15 +71,15 @@ def _cfgs() -> dict[str, Any]:
     return cfgs
 
 
-def _paper(name: str) -> dict[str, Any]:
+def _paper(name: str) -> dict[str, str]:
     return FINETUNED_CFG if name in FINETUNED else SECOND_PAPER_CFG if name in SECOND_PAPER else PAPER_CFG
 
 
 def _create(
     name: str,
     pretrained: bool = False,
-    pretrained_cfg: Any = None,
-    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    pretrained_cfg: str | dict[str, object] | None = None,
+    pretrained_cfg_overlay: dict[str, object] | None = None,
     cache_dir: str | Path | None = None,
     **kwargs: Any,
 ) -> nn.Module:
@@ -88,7 +88,7 @@ def _create(
     config = network.config.change(**changes)
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay).to_dict()
 
-    def build(**model_kwargs: Any) -> nn.Module:
+    def build(**model_kwargs: object) -> nn.Module:
         model = network.build(config, **model_kwargs)
         if pretrained:  # timm's own loading verifies no hash, and knows nothing of encoded images
             load_pretrained(model, cfg, convert_official_weights, cache_dir)
@@ -103,9 +103,9 @@ WEIGHT_SOURCES = ("file", "url", "state_dict", "hf_hub_id")
 def _create_converted(
     pretrained: bool = False,
     arch: str = "resnet50",
-    arch_kwargs: dict[str, Any] | None = None,
-    pretrained_cfg: Any = None,
-    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    arch_kwargs: dict[str, object] | None = None,
+    pretrained_cfg: str | dict[str, object] | None = None,
+    pretrained_cfg_overlay: dict[str, object] | None = None,
     cache_dir: str | Path | None = None,
     **kwargs: Any,
 ) -> nn.Module:
@@ -142,7 +142,7 @@ def _create_converted(
     cfg = {**plain_cfg, **no_weights, "architecture": "bcosify", "custom_load": False, **UNNORMALISED, **given}
     cfg = resolve_pretrained_cfg("bcosify", cfg, overlay).to_dict()
 
-    def build(**model_kwargs: Any) -> nn.Module:
+    def build(**model_kwargs: object) -> nn.Module:
         arguments = {**model_kwargs, **source.remembered(), **(arch_kwargs or {})}
         entry = model_entrypoint(source.name)
         plain = entry(pretrained=own_weights, pretrained_cfg=source.cfg, cache_dir=cache_dir, **arguments)
@@ -170,10 +170,10 @@ class _Source:
     """
 
     name: str
-    cfg: dict[str, Any] | str | None
+    cfg: dict[str, object] | str | None
     kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def remembered(self) -> dict[str, Any]:
+    def remembered(self) -> dict[str, object]:
         """What timm wants to know of the network whose weights it loads, if it was saved with arguments."""
         return dict(pretrained_model_args=self.kwargs) if self.kwargs else {}
 
@@ -215,7 +215,7 @@ def _read_config(name: str, kind: str, place: str, cache_dir: str | Path | None)
     return _Source(arch, cfg, dict(kwargs or {}))
 
 
-def _plain_cfg(arch: str, source: _Source) -> dict[str, Any]:
+def _plain_cfg(arch: str, source: _Source) -> dict[str, object]:
     """The pretrained cfg of a plain architecture."""
     if source.name in ENTRY_POINTS:
         raise TargetError(
@@ -223,7 +223,7 @@ def _plain_cfg(arch: str, source: _Source) -> dict[str, Any]:
             f"takes the fields of BcosConfig too"
         )
     try:
-        cfg: dict[str, Any] = resolve_pretrained_cfg(source.name, source.cfg).to_dict()
+        cfg: dict[str, object] = resolve_pretrained_cfg(source.name, source.cfg).to_dict()
     except RuntimeError as error:  # a tag that does not exist
         known = timm.list_pretrained(f"{source.name}.*")
         tags = ", ".join(tagged.partition(".")[2] for tagged in known) or "none"

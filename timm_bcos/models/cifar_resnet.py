@@ -3,13 +3,13 @@
 Only the plain architecture stands here, with timm's model interface; `bcos_models` converts it like any other.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
+from ..nn.factory import Factory
 from .pooled import PooledCnn
 
 __all__ = ["CifarResNet"]
@@ -20,7 +20,7 @@ WIDTHS = (16, 32, 64)
 class Block(nn.Module):
     """Two 3×3 convolutions; where the size changes, the shortcut subsamples and pads channels (option A)."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, **dd: Any) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, **dd: Unpack[Factory]) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False, **dd)
         self.bn1 = nn.BatchNorm2d(outputs, **dd)
@@ -62,13 +62,13 @@ class CifarResNet(PooledCnn):
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"depth={depth}: a CIFAR ResNet has 6n + 2 layers")
-        dd = dict(device=device, dtype=dtype)
+        dd = Factory(device=device, dtype=dtype)
         self.num_classes, self.in_chans, self.num_features = num_classes, in_chans, WIDTHS[-1]
         self.conv1 = nn.Conv2d(in_chans, WIDTHS[0], 3, 1, 1, bias=False, **dd)
         self.bn1 = nn.BatchNorm2d(WIDTHS[0], **dd)
@@ -112,7 +112,7 @@ class CifarResNet(PooledCnn):
         return self.forward_head(self.forward_features(x))
 
 
-def _stage(inputs: int, outputs: int, stride: int, blocks: int, **dd: Any) -> nn.Sequential:
+def _stage(inputs: int, outputs: int, stride: int, blocks: int, **dd: Unpack[Factory]) -> nn.Sequential:
     return nn.Sequential(
         Block(inputs, outputs, stride, **dd), *[Block(outputs, outputs, 1, **dd) for _ in range(blocks - 1)]
     )

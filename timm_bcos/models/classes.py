@@ -2,17 +2,17 @@
 
 import difflib
 from pathlib import Path
-from typing import Any
 
 import timm
 import timm.utils
 
 from ..errors import InputError, TargetError
+from .interface import TimmModel
 
 __all__ = ["class_names", "find_class", "read_class_names"]
 
 
-def class_names(network: Any, path: Path | None = None) -> list[str]:
+def class_names(network: TimmModel, path: Path | None = None) -> list[str]:
     """Names of a network's classes: from a file, its cfg, or timm's ImageNet tables; numbers where there are none.
 
     Raises:

@@ -3,12 +3,11 @@
 Only its plain architecture stands here, with timm's model interface; `bcos_models` converts it like any other.
 """
 
-from typing import Any
-
 import torch
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
+from ..nn.factory import Factory
 from .pooled import PooledCnn
 
 __all__ = ["Cnn9"]
@@ -36,11 +35,11 @@ class Cnn9(PooledCnn):
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = dict(device=device, dtype=dtype)
+        dd = Factory(device=device, dtype=dtype)
         self.num_classes = num_classes
         self.in_chans = in_chans
         inputs = (in_chans, *CHANNELS[:-1])

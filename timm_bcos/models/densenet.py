@@ -10,6 +10,8 @@ from timm.layers import create_classifier, get_device_dtype
 from timm.models.densenet import DenseBlock, DenseTransition
 from torch import nn
 
+from ..nn.factory import Factory
+
 __all__ = ["restore_stem_width"]
 
 
@@ -35,7 +37,7 @@ def restore_stem_width(model: Any, width: int) -> None:
     model.head_hidden_size = model.num_features * model.global_pool.feat_mult()
 
 
-def _rebuild_blocks(model: Any, channels: int, dd: dict[str, Any]) -> int:
+def _rebuild_blocks(model: Any, channels: int, dd: Factory) -> int:
     """Replace each block and transition by one for its new number of input channels; returns the last output's."""
     for name, module in list(model.features.named_children()):
         if isinstance(module, DenseBlock):

@@ -1,6 +1,6 @@
 """Networks by name or from a checkpoint, and the names of their classes: what the command line and scripts share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,18 @@ from ..files import first_line
 from ..weights.embedded import DEFAULT_NETWORK
 from ..weights.readers import load_state, read_state_dict, read_training_arguments
 from .bcos_models import ENTRY_POINTS, architecture
+from .interface import BcosNetwork, TimmModel
 
 __all__ = ["create_model", "load_model", "load_plain_model"]
+
+Create = Callable[..., Any]  # a network from its name and timm's keywords
 
 # arguments of train.py that are fields of a pretrained cfg, and those that it hands to the network
 DATA_ARGUMENTS = ("input_size", "crop_pct", "interpolation")
 MODEL_ARGUMENTS = dict(gp="global_pool", bn_eps="bn_eps", bn_momentum="bn_momentum")
 
 
-def load_model(name: str | None = None, checkpoint: Path | None = None, **conversion: Any) -> Any:
+def load_model(name: str | None = None, checkpoint: Path | None = None, **conversion: object) -> BcosNetwork:
     """A B-cos network with weights; a timm model is converted to one.
 
     Args:
@@ -43,7 +46,7 @@ def load_model(name: str | None = None, checkpoint: Path | None = None, **conver
     return _with_weights(name, checkpoint, partial(create_model, conversion=conversion))
 
 
-def load_plain_model(name: str | None = None, checkpoint: Path | None = None) -> Any:
+def load_plain_model(name: str | None = None, checkpoint: Path | None = None) -> TimmModel:
     """A timm model as it is, B-cos or not, with weights; arguments as in `load_model`.
 
     Raises:
@@ -56,7 +59,7 @@ def load_plain_model(name: str | None = None, checkpoint: Path | None = None) ->
     return _created(timm.create_model, name, pretrained=True)
 
 
-def create_model(name: str, conversion: dict[str, Any], **kwargs: Any) -> Any:
+def create_model(name: str, conversion: Mapping[str, object], **kwargs: Any) -> BcosNetwork:
     """`timm.create_model`, with plain networks converted.
 
     Args:
@@ -81,7 +84,7 @@ def create_model(name: str, conversion: dict[str, Any], **kwargs: Any) -> Any:
     return network
 
 
-def _created(create: Callable[..., Any], name: str, **kwargs: Any) -> Any:
+def _created(create: Create, name: str, **kwargs: object) -> Any:
     """Errors of timm, the Hub's client and architectures are of many families."""
     try:
         return create(name, **kwargs)
@@ -91,7 +94,7 @@ def _created(create: Callable[..., Any], name: str, **kwargs: Any) -> Any:
         raise InputError(f"cannot create {kwargs.get('arch', name)}: {first_line(error)}") from error
 
 
-def _with_weights(name: str | None, checkpoint: Path, create: Callable[..., Any]) -> Any:
+def _with_weights(name: str | None, checkpoint: Path, create: Create) -> Any:
     weights, trained = read_state_dict(checkpoint), read_training_arguments(checkpoint)
     if trained is not None and {"model", "num_classes"} <= trained.keys():
         _refuse_another_name(name, trained, checkpoint)
@@ -113,7 +116,7 @@ def _refuse_another_name(name: str | None, trained: dict[str, Any], checkpoint: 
     raise CheckpointError(f"{checkpoint} was trained as {own}{details}, not as {name}: leave --model out")
 
 
-def _with_published_weights(name: str, conversion: dict[str, Any]) -> Any:
+def _with_published_weights(name: str, conversion: Mapping[str, object]) -> BcosNetwork:
     try:
         return create_model(name, conversion, pretrained=True)
     except TargetError:
@@ -122,7 +125,7 @@ def _with_published_weights(name: str, conversion: dict[str, Any]) -> Any:
         raise CheckpointError(f"no weights for {name}: {first_line(error)}; give a file with --checkpoint") from error
 
 
-def _as_trained(trained: dict[str, Any], create: Callable[..., Any], checkpoint: Path) -> Any:
+def _as_trained(trained: dict[str, Any], create: Create, checkpoint: Path) -> TimmModel:
     """The network that train.py created; images are evaluated as there."""
     try:
         name, kwargs = _arguments_of(trained)
@@ -135,7 +138,7 @@ def _as_trained(trained: dict[str, Any], create: Callable[..., Any], checkpoint:
         ) from error
 
 
-def _arguments_of(trained: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _arguments_of(trained: dict[str, Any]) -> tuple[str, dict[str, object]]:
     name: str = trained["model"]
     names = DATA_ARGUMENTS if name.startswith("bcos") else (*DATA_ARGUMENTS, "mean", "std")
     given = {key: trained[key] for key in names if trained.get(key)}
@@ -149,7 +152,7 @@ def _arguments_of(trained: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return name, dict(pretrained_cfg_overlay=overlay, **{**shape, **kwargs})
 
 
-def _classes_of(weights: dict[str, Tensor], create: Callable[..., Any]) -> dict[str, Any]:
+def _classes_of(weights: dict[str, Tensor], create: Create) -> dict[str, int]:
     """A checkpoint may have been trained on other classes than the architecture's default."""
     network = create(device="meta")
     head = network.get_classifier()

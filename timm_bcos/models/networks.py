@@ -44,13 +44,13 @@ class Network:
 
     arch: str | type[nn.Module]
     config: BcosConfig
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    prepare: Callable[[Any], None] | None = None
-    finish: Callable[[Any], None] | None = None
-    feature_cfg: dict[str, Any] = field(default_factory=dict)
-    cfg: dict[str, Any] = field(default_factory=dict)
+    kwargs: dict[str, object] = field(default_factory=dict)
+    prepare: Callable[[nn.Module], None] | None = None
+    finish: Callable[[nn.Module], None] | None = None
+    feature_cfg: dict[str, object] = field(default_factory=dict)
+    cfg: dict[str, object] = field(default_factory=dict)
 
-    def build(self, config: BcosConfig, **kwargs: Any) -> nn.Module:
+    def build(self, config: BcosConfig, **kwargs: object) -> nn.Module:
         """The converted network with fresh weights; kwargs are the architecture's."""
         arch: Any = self.arch if isinstance(self.arch, type) else model_entrypoint(self.arch)
         model = arch(**{**self.kwargs, **kwargs})
@@ -80,11 +80,11 @@ def _fully_convolutional(vgg: Any) -> None:
     vgg.pre_logits.input_kernel_size = 1
 
 
-FLAT: dict[str, Any] = dict(flatten_sequential=True)
+FLAT: dict[str, object] = dict(flatten_sequential=True)
 STEM_WIDTH = {121: 64, 161: 96, 169: 64, 201: 64}  # of DenseNets
 
 CNN9_LOG_T = {1.0: -3, 1.25: -3, 1.5: -2, 1.75: 1, 2.0: 2, 2.25: 2, 2.5: 3}
-CNN9_CFG: dict[str, Any] = dict(
+CNN9_CFG: dict[str, object] = dict(
     input_size=(3, 32, 32), pool_size=(8, 8), num_classes=10, crop_pct=1.0, first_conv="features.0", classifier="fc"
 )
 
@@ -97,8 +97,8 @@ def _cnn9(b: float) -> Network:
 
 
 V2 = BcosConfig.v2()
-RESNET_V2: dict[str, Any] = dict(zero_init_last=False)
-CONVNEXT_V2: dict[str, Any] = dict(conv_mlp=True, conv_bias=False, head_norm_first=True)
+RESNET_V2: dict[str, object] = dict(zero_init_last=False)
+CONVNEXT_V2: dict[str, object] = dict(conv_mlp=True, conv_bias=False, head_norm_first=True)
 CONVNEXT_NORMS = {"": "layernorm2d", "_bnu": "batchnorm2d"}
 
 WIDTH_HEADS = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12), "large": (1024, 16)}
@@ -114,7 +114,7 @@ def _vit(size: str, stem: tuple[int, ...] = ()) -> Network:
     """A simple ViT (https://arxiv.org/abs/2205.01580), which gives up one block for a convolutional stem."""
     width, heads = WIDTH_HEADS[size]
     depth = (14 if size == "large" else 12) - bool(stem)
-    kwargs: dict[str, Any] = dict(
+    kwargs: dict[str, object] = dict(
         patch_size=1 if stem else 16, embed_dim=width, depth=depth, num_heads=heads, qkv_bias=False,
         class_token=False, global_pool="avg", pos_embed="none", norm_layer=nn.LayerNorm,
         embed_layer=partial(conv_stem_embed, widths=stem) if stem else PatchEmbed,
@@ -179,7 +179,7 @@ SECOND_PAPER: dict[str, Network] = {
     **{f"bcosv2_vitc_{size}_patch1_14": _vit(size, CONV_STEMS[size]) for size in WIDTH_HEADS},
 }
 
-CIFAR_CFG: dict[str, Any] = dict(
+CIFAR_CFG: dict[str, object] = dict(
     input_size=(3, 32, 32), pool_size=(8, 8), num_classes=10, crop_pct=1.0, first_conv="conv1", classifier="linear"
 )
 IMAGENET_STEM: dict[str, Any] = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))

@@ -3,10 +3,13 @@
 from typing import Any
 
 import torch
-from timm.layers import create_classifier, get_device_dtype
+from timm.layers import SelectAdaptivePool2d, create_classifier, get_device_dtype
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from ..nn.factory import Factory
 
 __all__ = ["PooledCnn"]
 
@@ -24,7 +27,7 @@ class PooledCnn(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.grad_checkpointing = False
-        self.global_pool: Any
+        self.global_pool: SelectAdaptivePool2d
         self.feature_info: list[dict[str, Any]]
 
     @torch.jit.ignore
@@ -38,7 +41,7 @@ class PooledCnn(nn.Module):
         module: nn.Module = getattr(self, self.classifier)
         return module
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None, **dd: Any) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, **dd: Unpack[Factory]) -> None:
         """A new classifier for `num_classes`, 0 for none; the pooling stays unless given."""
         self.num_classes = num_classes
         pool_type = self.global_pool.pool_type if global_pool is None else global_pool
@@ -65,7 +68,7 @@ class PooledCnn(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> Any:
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Feature maps at the end of each resolution, as timm's models give them.
 
         Args:

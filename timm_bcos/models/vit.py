@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ..dynamic.table import SHAPED
+from ..nn.factory import Factory
 
 __all__ = ["SimpleVisionTransformer", "conv_stem_embed", "flatten_patches", "sincos_positions"]
 
@@ -67,7 +68,7 @@ def conv_stem_embed(in_chans: int, widths: Sequence[int], **kwargs: Any) -> Hybr
         widths: Channels of the stem's layers, whose stride is 2 where they grow.
         kwargs: `HybridEmbed`'s.
     """
-    dd: dict[str, Any] = {name: kwargs.get(name) for name in ("device", "dtype")}
+    dd = Factory(device=kwargs.get("device"), dtype=kwargs.get("dtype"))
     stem = nn.Sequential()
     before = 0
     for width in widths:

@@ -7,8 +7,6 @@ Each function takes part in `__torch_function__` dispatch. That is how explanati
 it, and why `torch.fx` traces it as one node.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from timm.layers import pad_same
@@ -99,11 +97,17 @@ def row_norm(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight.flatten(1), dim=1)
 
 
+class _Saved(FunctionCtx):
+    """What forward leaves to backward."""
+
+    saved_tensors: tuple[Tensor, ...]
+
+
 class _SumOfSquares(torch.autograd.Function):
     """Σ x² over a group's channels, whose backward pass is one multiplication."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, groups: int) -> Tensor:
+    def forward(ctx: _Saved, x: Tensor, groups: int) -> Tensor:
         ctx.save_for_backward(x)
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # squares overflow float16 at 65504
         if groups == 1 and wide.is_contiguous(memory_format=torch.channels_last):
@@ -111,8 +115,8 @@ class _SumOfSquares(torch.autograd.Function):
         return (wide * wide).unflatten(1, (groups, -1)).sum(2)  # (N, G, H, W)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
         twice = (2 * grad).unsqueeze(2)  # (N, G, 1, H, W)
         return (x.unflatten(1, (grad.shape[1], -1)) * twice).flatten(1, 2).to(x.dtype), None
 
@@ -184,14 +188,14 @@ class _ScaleBySquare(torch.autograd.Function):
     """y = γ · |a| · a / n, the B = 2 unit, with three in-place passes each way."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, linear: Tensor, inverse_norm: Tensor) -> Tensor:
+    def forward(ctx: _Saved, linear: Tensor, inverse_norm: Tensor) -> Tensor:
         ctx.save_for_backward(linear, inverse_norm)
         # |a| / n comes first: it is a cosine, whereas |a| · a overflows float16
         return torch.abs(linear).to(inverse_norm.dtype).mul_(inverse_norm).mul_(linear).to(linear.dtype)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        linear, inverse_norm = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        linear, inverse_norm = ctx.saved_tensors
         weighted = linear.abs().to(inverse_norm.dtype) * grad
         grad_norm = (weighted * linear).sum_to_size(inverse_norm.shape)
         if torch.is_grad_enabled():  # a second derivative will be taken
@@ -199,11 +203,19 @@ class _ScaleBySquare(torch.autograd.Function):
         return weighted.mul_(2 * inverse_norm).to(linear.dtype), grad_norm
 
 
+class _Winners(_Saved):
+    """Likewise for MaxOut: which of the neighbours won."""
+
+    units: int
+    dim: int
+    like: tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+
+
 class _MaxOut(torch.autograd.Function):
     """The largest of each M neighbours, in the memory layout of the input both ways."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, units: int, dim: int) -> Tensor:
+    def forward(ctx: _Winners, x: Tensor, units: int, dim: int) -> Tensor:
         first, *others = _neighbours(x, units, dim)
         best, winner = first, torch.zeros_like(first, dtype=torch.uint8)
         for i, unit in enumerate(others, start=1):
@@ -214,7 +226,7 @@ class _MaxOut(torch.autograd.Function):
         return best
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: _Winners, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (winner,) = ctx.saved_tensors
         size, stride, dtype, device = ctx.like
         if torch.is_grad_enabled():  # a second derivative will be taken
@@ -298,7 +310,7 @@ class _DivideByDeviation(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: _Saved, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         mean = wide.mean((0, 2, 3), keepdim=True)
         deviation = wide - mean
@@ -310,7 +322,7 @@ class _DivideByDeviation(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: _Saved, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, mean, inverse = ctx.saved_tensors
         dot = (grad * x).sum((0, 2, 3), dtype=inverse.dtype)
         # d var / d x = 2 (x - mean) / n, and d (1 / sqrt(var + eps)) / d var = -1/2 (var + eps)^(-3/2)

@@ -4,7 +4,7 @@ Papers: https://arxiv.org/abs/2205.10268 (B-cos, MaxOut, γ), https://arxiv.org/
 Differs from the official code in that the weight stays at `.weight`, as everywhere in timm.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ def _effective_weight(weight: Tensor, b: float, normalize_weight: bool) -> Tenso
     return weight if b == 1.0 else unit_weight(weight, 0.5)
 
 
-def _repr(layer: Any) -> str:
+def _repr(layer: "BcosConv2d | BcosLinear") -> str:
     free = "" if layer.normalize_weight else ", normalize_weight=False"
     return f", b={layer.b:g}, max_out={layer.max_out}, gamma={layer.gamma:g}{free}"
 
@@ -65,8 +65,8 @@ class BcosConv2d(nn.Conv2d):
         groups: int = 1,
         bias: bool = False,
         padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         b: float = 2.0,
         max_out: int = 1,
@@ -150,8 +150,8 @@ class BcosLinear(nn.Linear):
         in_features: int,
         out_features: int,
         bias: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         *,
         b: float = 2.0,
         max_out: int = 1,

@@ -13,7 +13,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Hook = Callable[[nn.Module, tuple[Any, ...], Any], None]
 
 
-def clone(module: ModuleT, **members: Any) -> ModuleT:
+def clone(module: ModuleT, **members: object) -> ModuleT:
     """A module that shares parameters, buffers, children and hooks with another one, but for those named.
 
     Args:
@@ -57,7 +57,7 @@ def frozen_copy(model: ModuleT) -> ModuleT:
     keep besides (weight norm's product, activations that a hook has stored) are shared too, without their graphs. The
     copy recomputes nothing in the backward pass, if the network did (gradient checkpointing).
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     for module in model.modules():
         for tensor in _tensors_in(vars(module)):
             detached = tensor.detach()
@@ -78,7 +78,7 @@ def _tensors_in(value: object) -> Iterator[Tensor]:
             yield from _tensors_in(part)
 
 
-def first_output(output: Any) -> Any:
+def first_output(output: object) -> Any:
     """What a network returns, without what only training needs: the first of a tuple."""
     return output[0] if isinstance(output, tuple) and output else output
 

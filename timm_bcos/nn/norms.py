@@ -5,8 +5,6 @@ https://arxiv.org/abs/2306.10898, section 3.3. torch's other norms need no class
 their statistics as constants (`timm_bcos.dynamic`), and subtracting a mean over the features of x itself is linear.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -34,7 +32,12 @@ class UncentredBatchNorm2d(nn.Module):
     num_batches_tracked: Tensor
 
     def __init__(
-        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, device: Any = None, dtype: Any = None
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.num_features = num_features
@@ -98,8 +101,10 @@ class UncentredBatchNorm1d(UncentredBatchNorm2d):
 class UncentredBatchNormAct2d(UncentredBatchNorm2d):
     """Uncentred batch norm with timm's drop and activation layers behind it (`timm.layers.BatchNormAct2d`)."""
 
-    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, device: Any = None,
-                 dtype: Any = None) -> None:  # fmt: skip
+    def __init__(
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(num_features, eps, momentum, device, dtype)
         self.drop: nn.Module = nn.Identity()
         self.act: nn.Module = nn.Identity()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .factory import Factory
 from .functional import encode_image, scale_and_offset
 from .layers import BcosConv2d
 
@@ -77,11 +78,11 @@ class ImageReader(nn.Module):
 
     def __init__(
         self, image_channels: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
-        device: Any = None, dtype: Any = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.image_channels = image_channels
-        per_channel = dict(device=device, dtype=dtype)
+        per_channel = Factory(device=device, dtype=dtype)
         scale = 1 / torch.tensor(std or (1.0,), **per_channel).expand(image_channels)
         offset = (1 - 2 * torch.tensor(mean or (0.5,), **per_channel).expand(image_channels)) * scale / 2
         self.register_buffer("scale", scale.reshape(-1, 1, 1).clone(), persistent=False)

@@ -8,7 +8,6 @@ the copies on the Hugging Face Hub, which are preferred; `scripts/publish.py --o
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 __all__ = ["HUB_FILE", "PUBLISHED", "Published", "hub_addresses"]
 
@@ -46,7 +45,7 @@ class Published:
     top1: float | None = None
     notes: tuple[str, ...] = (IMAGENET_NOTE,)
 
-    def cfg(self, crop: int) -> dict[str, Any]:
+    def cfg(self, crop: int) -> dict[str, object]:
         """What timm's pretrained cfg says of it.
 
         Args:
@@ -57,10 +56,11 @@ class Published:
         return dict(url=self.url, crop_pct=crop_pct, license="other", notes=self.notes, **accuracy)
 
 
-def _v1(name: str, share: str, tag: str = "mpi_in1k", **kwargs: Any) -> Published:
+def _v1(
+    name: str, share: str, tag: str = "mpi_in1k", resize: int = 256, notes: tuple[str, ...] = (IMAGENET_NOTE, V1_NOTE)
+) -> Published:
     """The address's last part is `download` for all of them: the cache needs names."""
-    kwargs = dict(notes=(IMAGENET_NOTE, V1_NOTE)) | kwargs
-    return Published(tag, (V1.format(share), f"{name}.{tag}.pth"), **kwargs)
+    return Published(tag, (V1.format(share), f"{name}.{tag}.pth"), resize, notes=notes)
 
 
 def _v2(top1: float, file: str, tag: str = "mpi_in1k", resize: int = 256) -> Published:

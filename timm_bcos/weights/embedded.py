@@ -4,7 +4,6 @@ They were fine-tuned with timm's train.py; the README has the commands. In `weig
 """
 
 from pathlib import Path
-from typing import Any
 
 from .catalogue import IMAGENET_NOTE
 
@@ -22,7 +21,7 @@ CIFAR_NOTE = (
 )
 
 
-CFGS: dict[str, dict[str, Any]] = {
+CFGS: dict[str, dict[str, object]] = {
     "bcos_efficientnet_lite0.clothing": dict(
         label_names=CLOTHES,
         description="top-1 on the clothing photos' test split: 88.2 %",

@@ -29,8 +29,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         CheckpointError: For a missing, truncated or foreign file, naming it.
     """
     content = _weights_in(_read(Path(path)), path)
-    is_mapping = isinstance(content, dict) and all(isinstance(name, str) for name in content)
-    if not is_mapping or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, dict) or not content or not all(map(_is_named_tensor, content.items())):
         raise CheckpointError(f"{path} holds no state dict (a mapping from names to tensors)")
     for name, value in content.items():
         if value.layout != torch.strided or value.is_meta or value.is_quantized:
@@ -39,9 +38,15 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in content.items()}
 
 
-def _weights_in(content: Any, path: str | os.PathLike[str]) -> Any:
+def _is_named_tensor(item: tuple[object, object]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+
+
+def _weights_in(content: object, path: str | os.PathLike[str]) -> object:
     """The weights of a checkpoint; the averaged ones, as in timm, where it has others too."""
-    found = [key for key in NESTED if isinstance(content, dict) and isinstance(content.get(key), dict)]
+    if not isinstance(content, dict):
+        return content
+    found = [key for key in NESTED if isinstance(content.get(key), dict)]
     if not found:
         return content
     if found[0] in AVERAGED and len(found) > 1:
@@ -60,7 +65,7 @@ def read_training_arguments(path: str | os.PathLike[str]) -> dict[str, Any] | No
     return vars(arguments) if isinstance(arguments, argparse.Namespace) else None
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> object:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     try:
@@ -71,7 +76,7 @@ def _read(path: Path) -> Any:
         ) from error
 
 
-def _parse(path: Path) -> Any:
+def _parse(path: Path) -> object:
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
