@@ -116,7 +116,7 @@ WRITING = """
 
 
 @handles(*named(WRITING))
-def _write(mode: Mode, func: Function, /, *args: Any, **kwargs: object) -> Tensor | None:
+def _write(mode: Mode, func: Function, /, *args: object, **kwargs: object) -> Tensor | None:
     return _jointly_linear(mode, func, *args, **kwargs)
 
 
