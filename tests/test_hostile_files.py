@@ -243,8 +243,10 @@ def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | options
     return subprocess.Popen(
-        [sys.executable, "-m", "timm_bcos", *map(str, arguments)], text=True, env=environment, **pipes
-    )
+        [sys.executable, "-m", "timm_bcos", *map(str, arguments)], text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background ignore it
+        **pipes,
+    )  # fmt: skip
 
 
 def test_output_is_clean_where_it_is_no_terminal(small: list[str], folder: Path) -> None:
@@ -283,7 +285,7 @@ def test_interrupted_runs_leave_nothing_half_done(
     process.stdout.readline()
     time.sleep(random.Random(number).random() / 5)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (status, f"timm-bcos: stopped by {number.name}\n")
     left = [path for path in (folder / "out").iterdir() if not is_own_picture(path)]
     assert not left
