@@ -58,6 +58,16 @@ FUNCTIONS = {
     "plain batch norm": lambda x: F.batch_norm(x, BIAS, STATS),
     "attention": lambda x: F.scaled_dot_product_attention(*[x.reshape(1, 2, 2, 3)] * 3),
     "causal attention": lambda x: F.scaled_dot_product_attention(*[x.reshape(1, 1, 4, 3)] * 3, is_causal=True),
+    "grouped queries": lambda x: F.scaled_dot_product_attention(
+        x.reshape(1, 4, 1, 3), *[x[:1].reshape(1, 2, 1, 3)] * 2, enable_gqa=True
+    ),
+    "attention that leaves out": lambda x: F.scaled_dot_product_attention(
+        *[x.reshape(1, 2, 2, 3)] * 3, attn_mask=torch.tensor([[True, False], [True, True]]), scale=0.7
+    ),
+    "attention over a sequence": lambda x: attend(x.reshape(2, 1, 6)),
+    "padded attention over a sequence": lambda x: attend(
+        x.reshape(2, 1, 6), key_padding_mask=torch.tensor([[False, True]]), attn_mask=torch.zeros(2, 2, dtype=Double)
+    ),
     "attention with a mask of the input": lambda x: F.scaled_dot_product_attention(
         *[x.reshape(1, 2, 2, 3)] * 3, attn_mask=x[0, 0] * x.reshape(1, 2, 2, 3) @ x.reshape(1, 2, 3, 2)
     ),
@@ -78,6 +88,27 @@ FUNCTIONS = {
     "response norm": lambda x: x * (x.norm(dim=-1, keepdim=True) / 3),
     "max pooling": lambda x: F.max_pool1d(x[None], 2),
 }
+
+
+def attend(x: Tensor, **masks: Tensor) -> Tensor:
+    """torch's attention layer as a function, over (L, N, E)."""
+    return F.multi_head_attention_forward(
+        x,
+        x,
+        x,
+        6,
+        2,
+        WEIGHT.repeat(3, 1),
+        BIAS.repeat(3),
+        None,
+        None,
+        False,
+        0.0,
+        WEIGHT,
+        BIAS,
+        training=False,
+        **masks,
+    )[0]
 
 
 def augmented(x: Tensor) -> Tensor:

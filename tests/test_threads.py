@@ -251,8 +251,31 @@ def test_wrong_targets(model: nn.Module, images: Tensor) -> None:
     for target in (True, [True, False, True], 1.5, [1, [2]], torch.ones(3, dtype=torch.bool)):
         with pytest.raises(timm_bcos.TargetError, match="give an int, or one int for each of the 3 images"):
             timm_bcos.explain(model, images, target)
+    with pytest.raises(timm_bcos.InputError, match="expected a network first, then images, got Tensor"):
+        timm_bcos.explain(images, model)  # type: ignore[arg-type]
+    with pytest.raises(timm_bcos.InputError, match="expected a network first"):
+        timm_bcos.check(None)  # type: ignore[arg-type]
     with pytest.raises(timm_bcos.TargetError, match="layer='' is the network itself"):
         timm_bcos.explain(model, images, layer="")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert timm_bcos.explain(model, images, [1, 2, 3]).target.tolist() == [1, 2, 3]
+
+
+def test_neurons_on_maps_need_both_coordinates() -> None:
+    model, x = timm.create_model("bcos_cnn9").eval(), real_image(32)
+    assert timm_bcos.explain(model, x, 0, layer="features.2", position=(1, 2)).position.tolist() == [[1, 2]]
+    for position in (3, True, (1, 2, 3), "middle"):
+        with pytest.raises(timm_bcos.TargetError, match=r"give \(row, column\)"):
+            timm_bcos.explain(model, x, 0, layer="features.2", position=position)
+
+
+def test_only_explanations_of_one_kind_are_stacked() -> None:
+    model, x = timm.create_model("bcos_cnn9").eval(), real_image(32)
+    logit, neuron = timm_bcos.explain(model, x, 0), timm_bcos.explain(model, x, 0, layer="features.2")
+    stacked = timm_bcos.Explanation.stack([logit, timm_bcos.explain(model, x, 1)])
+    assert stacked.target.tolist() == [0, 1]
+    with pytest.raises(timm_bcos.InputError, match=r"different outputs: .*features\.2"):
+        timm_bcos.Explanation.stack([logit, neuron])
+    with pytest.raises(timm_bcos.InputError, match="no explanations"):
+        timm_bcos.Explanation.stack([])

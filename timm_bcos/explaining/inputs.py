@@ -14,8 +14,11 @@ def check_model(model: nn.Module) -> BcosStem | ImageReader:
     """What reads the images in a B-cos network.
 
     Raises:
+        InputError: For what is no network.
         ModelStateError: For another network, or one in training mode.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expected a network first, then images, got {type(model).__name__}")
     stems = [m for m in model.modules() if isinstance(m, BcosStem | ImageReader)]
     if not stems:
         raise ModelStateError(

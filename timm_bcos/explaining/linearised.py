@@ -211,9 +211,11 @@ def _check_layer(model: nn.Module, layer: str) -> None:
 
 
 def _position_index(position: int | tuple[int, int], grid: tuple[int, int]) -> int:
-    if isinstance(position, int) and grid[0] != 1:
-        raise TargetError(f"position={position!r}: the layer's units lie on a map, give (row, column)")
-    row, column = (0, position) if isinstance(position, int) else position
+    is_index = isinstance(position, int) and not isinstance(position, bool) and grid[0] == 1
+    place: object = (0, position) if is_index else position
+    if not isinstance(place, tuple | list) or len(place) != 2:
+        raise TargetError(f"position={position!r}: give (row, column); for token sequences an index will do")
+    row, column = map(int, place)
     if not (0 <= row < grid[0] and 0 <= column < grid[1]):
         raise TargetError(f"position={position!r}: the layer's map has {grid[0]} rows and {grid[1]} columns")
     return row * grid[1] + column
