@@ -318,3 +318,37 @@ def test_declared_constants_are_told_apart_by_image() -> None:
         assert timm_bcos.check(model, x).exact
     finally:
         del FUNCTIONS[shift]
+
+
+class Prepares(Network):
+    """Changes images by itself before it reads them."""
+
+    def __init__(self, prepare: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(nn.Identity())
+        self.prepare = prepare
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.prepare(x))
+
+
+PREPARED = {
+    "flipped": (lambda x: x.flip(-1), True),
+    "resized": (lambda x: F.interpolate(x, size=(12, 12), mode="bilinear"), True),
+    "normalised": (lambda x: 2 * x - 1, False),
+    "normalised in place": (lambda x: x.mul_(2).sub_(1), False),
+    "padded": (lambda x: F.pad(x, (2, 2, 2, 2)), False),
+}
+
+
+@pytest.mark.parametrize("name", PREPARED)
+def test_the_image_that_is_read_is_the_one_that_is_explained(name: str) -> None:
+    prepare, is_same = PREPARED[name]
+    config, x = timm_bcos.BcosConfig.finetune(b=1, bias=True, mean=(0.0,), std=(1.0,)), smooth_noise(2, 3, 16)
+    torch.manual_seed(0)
+    model = timm_bcos.bcosify(Prepares(prepare).double(), config).eval()
+    if is_same:
+        assert timm_bcos.check(model, x).exact
+        return
+    for look in (timm_bcos.check, timm_bcos.explain):
+        with pytest.raises(timm_bcos.ModelStateError, match="changes images before its stem reads them"):
+            look(model, x.clone())

@@ -16,7 +16,7 @@ from .attribution.registry import attribute
 from .conversion.config import BcosConfig
 from .conversion.converted import bcosify
 from .conversion.rules import RULES, Place, keep, keep_whole, pass_sigmoid
-from .dynamic import activations, attention, gates, layers, lstm, norms, products, sums  # noqa: F401
+from .dynamic import activations, attention, gates, images, layers, lstm, norms, products, sums  # noqa: F401
 from .dynamic.account import Defect
 from .dynamic.mode import constant, declare, explanation_mode, on_linear_path
 from .errors import (

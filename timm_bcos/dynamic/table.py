@@ -39,6 +39,8 @@ HandlerT = TypeVar("HandlerT", bound=Handler)
 class Mode(Protocol):
     """What handlers ask of explanation mode (`timm_bcos.dynamic.mode`)."""
 
+    leaf: Tensor | None
+
     def add(self, y: Tensor, addend: Operand, func: Function, *sources: object, is_gate: bool | None = None) -> Tensor:
         """Account for what a fresh result contains beside the linear path."""
 
@@ -174,5 +176,5 @@ PIECEWISE = """
     adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices fractional_max_pool2d
     fractional_max_pool3d max_unpool1d max_unpool2d
 """
-pass_on([functional.encode_image, functional.same_padding, *named(LINEAR)])
+pass_on([functional.same_padding, *named(LINEAR)])
 pass_on(named(PIECEWISE))

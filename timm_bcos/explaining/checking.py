@@ -102,13 +102,13 @@ def _measure(model: nn.Module, x: Tensor, channels: int, tolerance: float) -> Ch
         warnings.simplefilter("ignore", InexactWarning)  # the verdict says it
         explanation = explain(model, x)
     plain, again = _logits(model, x), _logits(model, x)
-    signal = explanation.logit - explanation.logit_bias
+    signal, encoded = explanation.logit - explanation.logit_bias, encode_image(x, channels)
     return Check(
         completeness_error=explanation.completeness_error.max().item(),
         logit_shift=_distance(explanation.logits, plain),
         image_share=(explanation.contributions.sum((1, 2, 3)) / signal).min().item(),
         tolerance=tolerance,
-        rounding=_distance(_logits(model, _with_other_last_digits(encode_image(x, channels))), plain),
+        rounding=_distance(_logits(model, _with_other_last_digits(encoded)), _logits(model, encoded)),
         randomness=_distance(again, plain),
         defects=explanation.defects,
     )

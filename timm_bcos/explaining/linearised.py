@@ -52,7 +52,7 @@ class Linearised:
         self.account = Account(network, len(x), self.leaf)
         self.mode = DynamicLinearMode(self.leaf, self.account)
         with torch.enable_grad(), active(self.mode):
-            whole = network(self.leaf)
+            whole = network(self.leaf.clone())  # in which it may write
             outputs = [whole] if layer is None else outputs
         self.output = self._checked(outputs)
 
