@@ -135,3 +135,19 @@ def test_a_gif_without_delays_is_explained_whole(model: nn.Module, tmp_path: Pat
     (tmp_path / "x.gif").write_bytes(without[: len(without) // 2])
     with pytest.raises(InputError, match=r"x\.gif is no film"):
         explain_video(model, tmp_path / "x.gif", tmp_path / "cut.gif")
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".mkv"])
+def test_films_of_threads_are_refused(model: nn.Module, tmp_path: Path, suffix: str) -> None:
+    path, size = tmp_path / f"thread{suffix}", (16, 2000)
+    if suffix == ".gif":
+        Image.new("L", size).save(path, save_all=True, append_images=[Image.new("L", size, 9)])
+    else:
+        with av.open(str(path), "w") as film:
+            stream = film.add_stream("ffv1", Fraction(10))
+            stream.pix_fmt, (stream.width, stream.height) = "yuv420p", size
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((*size[::-1], 3), np.uint8), format="rgb24")))
+            film.mux(stream.encode(None))
+    with pytest.raises(InputError, match="too long and thin: 16 × 2000 pixels"):
+        explain_video(model, path, tmp_path / "out.mp4")
+    assert not (tmp_path / "out.mp4").exists()

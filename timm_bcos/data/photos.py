@@ -12,13 +12,13 @@ import timm
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import InputError
+from ..explaining.inputs import refuse_stripes
 from ..files import AUTHOR, first_line
 
 __all__ = ["find_photos", "is_own_picture", "open_photo"]
 
 _logger = logging.getLogger(__name__)
 
-LONGEST = 100  # sides in proportion; the shorter side is resized to what the network wants, the longer one with it
 SIXTEEN_BITS = 65535
 # What white may be in pictures of wider numbers, which do not say it: the first that holds the largest value.
 WHITES = {"I": (255, SIXTEEN_BITS, 2**31 - 1), "F": (1, 255, SIXTEEN_BITS, 2**31 - 1)}
@@ -69,7 +69,7 @@ def open_photo(path: Path, mode: str = "RGB") -> Image.Image:
         raise InputError("no regular file")
     try:
         with _quiet(), Image.open(path) as image:
-            _refuse_stripes(image.size)
+            refuse_stripes(image.size)
             if getattr(image, "is_animated", False) and image.format != "MPO":
                 _logger.warning("%s is animated: only its first picture is taken", path)
             image.load()
@@ -92,11 +92,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def _refuse_stripes(size: tuple[int, int]) -> None:
-    if max(size) > LONGEST * min(size):
-        raise InputError(f"too long and thin: {size[0]} × {size[1]} pixels, at most 1 : {LONGEST}")
 
 
 def _upright(image: Image.Image) -> Image.Image:

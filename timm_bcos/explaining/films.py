@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..files import AUTHOR, atomic_path, first_line
 from .explanation import Explanation
 from .forward import explain
+from .inputs import refuse_stripes
 from .pictures import on_white
 
 __all__ = ["VIDEO_SUFFIXES", "explain_video", "is_own_film"]
@@ -111,7 +112,10 @@ def _open(path: Path) -> Film:
         try:
             with container:
                 for frame in container.decode(stream):
+                    refuse_stripes((frame.width, frame.height))
                     yield frame.to_ndarray(format="rgb24")
+        except InputError:
+            raise
         except (av.FFmpegError, OSError, ValueError) as error:
             raise InputError(f"{path} is broken: {first_line(error)}") from error
 
@@ -122,9 +126,12 @@ def _open_gif(path: Path) -> Film:
     """FFmpeg drops the frames of a GIF that gives no delays."""
     try:
         with Image.open(path) as image:
+            refuse_stripes(image.size)
             delays = [_delay(frame) for frame in ImageSequence.Iterator(image)]
     except FileNotFoundError:
         raise InputError(f"no film at {path}") from None
+    except InputError:
+        raise
     except Exception as error:  # as decoders' errors differ
         raise InputError(f"{path} is no film: {first_line(error)}") from error
 

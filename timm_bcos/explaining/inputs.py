@@ -7,7 +7,9 @@ from ..errors import InputError, ModelStateError
 from ..nn.functional import encode_image
 from ..nn.stems import BcosStem, ImageReader
 
-__all__ = ["check_images", "check_model"]
+__all__ = ["check_images", "check_model", "refuse_stripes"]
+
+LONGEST = 100  # sides in proportion; the shorter side is resized to what the network wants, the longer one with it
 
 
 def check_model(model: nn.Module) -> BcosStem | ImageReader:
@@ -67,3 +69,16 @@ def _check_range(x: Tensor) -> None:
             else "it looks mean/std-normalised: leave that out (mean 0, std 1)"
         )
         raise InputError(f"pixels must lie in [0, 1], got [{low:.3g}, {high:.3g}]; {hint}")
+
+
+def refuse_stripes(size: tuple[int, int]) -> None:
+    """Refuse pictures whose resized longer side would take all memory.
+
+    Args:
+        size: Width and height, in pixels.
+
+    Raises:
+        InputError: If one side is more than 100 times the other.
+    """
+    if max(size) > LONGEST * min(size):
+        raise InputError(f"too long and thin: {size[0]} × {size[1]} pixels, at most 1 : {LONGEST}")
