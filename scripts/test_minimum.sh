@@ -17,7 +17,8 @@ for requirement in [*project["dependencies"], *extras["attribution"], *extras["v
 END
 cat "$venv/minima.txt"
 "$venv/bin/pip" install --quiet --constraint "$venv/minima.txt" -e ".[attribution,video]" pytest scikit-image
-tests=(tests/test_layers.py tests/test_models.py tests/test_dynamic.py tests/test_explain.py tests/test_convert.py
+tests=(tests/test_layers.py tests/test_models.py tests/test_dynamic.py tests/test_exactness.py tests/test_threads.py
+       tests/test_rules.py tests/test_any_network.py tests/test_positions.py tests/test_explain.py tests/test_convert.py
        tests/test_export.py tests/test_render.py tests/test_attribution.py tests/test_photos.py tests/test_video.py
        tests/test_cli.py tests/test_hostile_files.py tests/test_settings.py tests/test_run.py tests/test_publish.py)
 # torch.export with a free batch size fails in torch 2.5 to 2.7 on our autograd functions; all else runs there

@@ -1,4 +1,6 @@
+import contextlib
 import copy
+import functools
 import math
 import pickle
 import subprocess
@@ -323,6 +325,15 @@ def test_grad_checkpointing_changes_nothing(name: str) -> None:
     torch.testing.assert_close(explained[1].bias, explained[0].bias)
 
 
+@functools.cache
+def timm_vits_trace() -> bool:
+    """Whether torch.fx traces timm's own vision transformers: torch 2.6 takes no proxy for `is_causal`."""
+    with contextlib.suppress(TypeError):
+        torch.fx.symbolic_trace(timm.create_model("test_vit"))
+        return True
+    return False
+
+
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.filterwarnings("ignore")
 def test_script_trace_and_export(name: str) -> None:
@@ -331,7 +342,7 @@ def test_script_trace_and_export(name: str) -> None:
     expected = model(x).detach()
     torch.testing.assert_close(torch.jit.script(model)(x), expected)
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
-    if "vgg" not in name:  # timm's VGG branches on the size of its input
+    if "vgg" not in name and (name not in VITS or timm_vits_trace()):  # timm's VGG branches on the size of its input
         torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
     assert isinstance(model, timm_bcos.conversion.converted.BcosModel)
     torch.testing.assert_close(model(x), expected)

@@ -69,6 +69,11 @@ class BcosModel:
         return root
 
 
+# Tuples: torch.compile of torch 2.6 knows no `isinstance(x, A | B)`.
+POOLING = (BcosPool2d, BcosFlatten)
+CONTAINERS = (list, tuple, dict)
+
+
 def _link_heads(model: Any) -> None:
     """Pooling layers let maps through exactly while a classifier beside them pools by itself, whatever was assigned."""
     for path in model.head_paths:
@@ -76,7 +81,7 @@ def _link_heads(model: Any) -> None:
         children = () if head is None else head._modules.values()
         defers = any(isinstance(m, BcosConvClassifier) for m in children)
         for child in children:
-            if isinstance(child, BcosPool2d | BcosFlatten) and child.deferred != defers:
+            if isinstance(child, POOLING) and child.deferred != defers:
                 child.deferred = defers
 
 
@@ -180,7 +185,7 @@ def _reads_first(method: Method) -> Method:
 
     def read_and_call(self: Any, *args: object, **kwargs: object) -> object:
         image = args[0] if args else kwargs.pop(first)
-        if isinstance(image, list | tuple | dict):
+        if isinstance(image, CONTAINERS):
             raise InputError(f"the network reads one tensor of images first, got a {type(image).__name__}")
         return method(_without_reader(self), self.image_reader(image), *args[1:], **kwargs)
 
