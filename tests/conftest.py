@@ -1,9 +1,12 @@
+import contextlib
+import functools
 import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -75,3 +78,12 @@ def normalised(x: Tensor, cfg: dict) -> Tensor:
 
 def smooth_noise(batch: int, channels: int, size: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return F.interpolate(torch.rand(batch, channels, 8, 8, dtype=dtype), size, mode="bilinear")
+
+
+@functools.cache
+def timm_vits_trace() -> bool:
+    """Whether torch.fx traces timm's own vision transformers: torch 2.6 takes no proxy for `is_causal`."""
+    with contextlib.suppress(TypeError):
+        torch.fx.symbolic_trace(timm.create_model("vit_tiny_patch16_224"))
+        return True
+    return False

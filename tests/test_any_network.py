@@ -199,9 +199,10 @@ def test_formats_keep_the_reader(kind: type[nn.Module]) -> None:
     torch.testing.assert_close(torch.jit.trace(model, x)(x), expected)
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
     torch.testing.assert_close(create_feature_extractor(model, ["fc"])(x)["fc"], expected)
-    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+    torch.testing.assert_close(torch.export.export(model, (x,), strict=False).module()(x), expected)
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+    one_graph = torch.__version__ >= "2.7"  # before, dynamo reads no attribute of a shared __dict__
+    torch.testing.assert_close(torch.compile(model, fullgraph=one_graph, backend="aot_eager")(x), expected)
     torch.testing.assert_close(model(x), expected)
 
 

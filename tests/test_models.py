@@ -1,6 +1,4 @@
-import contextlib
 import copy
-import functools
 import math
 import pickle
 import subprocess
@@ -11,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import assert_exact, enliven, load_script, normalised, real_image
+from conftest import assert_exact, enliven, load_script, normalised, real_image, timm_vits_trace
 from timm.models import register_model
 from torch import nn
 
@@ -323,15 +321,6 @@ def test_grad_checkpointing_changes_nothing(name: str) -> None:
         torch.testing.assert_close(checkpointed, plain)
     torch.testing.assert_close(explained[1].weights, explained[0].weights)
     torch.testing.assert_close(explained[1].bias, explained[0].bias)
-
-
-@functools.cache
-def timm_vits_trace() -> bool:
-    """Whether torch.fx traces timm's own vision transformers: torch 2.6 takes no proxy for `is_causal`."""
-    with contextlib.suppress(TypeError):
-        torch.fx.symbolic_trace(timm.create_model("test_vit"))
-        return True
-    return False
 
 
 @pytest.mark.parametrize("name", SMALL)
