@@ -1,6 +1,8 @@
 """The house: imports run one way, and no module hides behind a public name."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,3 +83,31 @@ def test_files_are_short_and_say_what_they_are(path: Path) -> None:
     assert len(text.splitlines()) <= 400
     assert ast.get_docstring(ast.parse(text))
     assert "unittest" not in text
+
+
+LIGHT = {"cli"}  # rooms that import no torch, so that `timm-bcos --help` answers at once
+
+
+@pytest.mark.parametrize(
+    "room", sorted(p.parent.name for p in PACKAGE.glob("*/__init__.py") if p.parent.name not in LIGHT)
+)
+def test_rooms_import_timm_first(room: str) -> None:
+    """timm's import registers our networks, which imports this room: it may not happen halfway through it."""
+    body = [
+        node for node in ast.parse((PACKAGE / room / "__init__.py").read_text()).body if not isinstance(node, ast.Expr)
+    ]
+    assert ast.unparse(body[0]) == "import timm"
+
+
+def test_the_package_is_light_until_it_is_used() -> None:
+    code = "import sys, timm_bcos; assert timm_bcos.__version__ and not {'torch', 'timm', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("first", ["timm_bcos, timm", "timm, timm_bcos"])
+def test_networks_are_registered_whoever_is_imported_first(first: str) -> None:
+    subprocess.run([sys.executable, "-c", f"import {first}; assert timm.is_model('bcos_densenet121')"], check=True)
+
+
+def test_every_public_name_is_there() -> None:
+    assert all(hasattr(timm_bcos, name) for name in timm_bcos.__all__)

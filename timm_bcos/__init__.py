@@ -10,75 +10,15 @@ Importing this package registers its networks with timm:
 
 __version__ = "0.1.0"
 
-# some register as they are imported
-from .attribution import methods  # noqa: F401
-from .attribution.registry import attribute
-from .conversion.config import BcosConfig
-from .conversion.converted import bcosify
-from .conversion.rules import RULES, Place, keep, keep_whole, pass_sigmoid
-from .dynamic import activations, attention, gates, images, layers, lstm, norms, products, sums  # noqa: F401
-from .dynamic.account import Defect
-from .dynamic.mode import constant, declare, explanation_mode, on_linear_path
-from .errors import (
-    BcosError,
-    CheckpointError,
-    InexactWarning,
-    InputError,
-    MethodError,
-    ModelStateError,
-    NotFineTunedWarning,
-    PublishError,
-    TargetError,
-    UnsupportedModuleError,
-)
-from .explaining.checking import Check, check, settle
-from .explaining.explanation import Explanation
-from .explaining.exporting import export_explainer
-from .explaining.forward import explain, explain_targets
-from .hub.card import Card, Evaluation
-from .hub.repository import publish, save_repository
-from .models import bcos_models  # noqa: F401
-from .nn.functional import encode_image
-from .nn.layers import BcosConv2d, BcosLinear
-from .nn.norms import UncentredBatchNorm2d
+from types import ModuleType
 
-__all__ = [
-    "RULES",
-    "BcosConfig",
-    "BcosConv2d",
-    "BcosError",
-    "BcosLinear",
-    "Card",
-    "Check",
-    "CheckpointError",
-    "Defect",
-    "Evaluation",
-    "Explanation",
-    "InexactWarning",
-    "InputError",
-    "MethodError",
-    "ModelStateError",
-    "NotFineTunedWarning",
-    "Place",
-    "PublishError",
-    "TargetError",
-    "UncentredBatchNorm2d",
-    "UnsupportedModuleError",
-    "attribute",
-    "bcosify",
-    "check",
-    "constant",
-    "declare",
-    "encode_image",
-    "explain",
-    "explain_targets",
-    "explanation_mode",
-    "export_explainer",
-    "keep",
-    "keep_whole",
-    "on_linear_path",
-    "pass_sigmoid",
-    "publish",
-    "save_repository",
-    "settle",
-]
+import lazy_loader
+import wrapt
+
+# `__init__.pyi` lists the public names; each is imported when it is first used, so that the command line starts fast
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+@wrapt.when_imported("timm")  # at once where timm has been imported before
+def _register_networks(timm: ModuleType) -> None:
+    from .models import bcos_models  # noqa: F401

@@ -1,0 +1,70 @@
+from .attribution.registry import attribute
+from .conversion.config import BcosConfig
+from .conversion.converted import bcosify
+from .conversion.rules import RULES, Place, keep, keep_whole, pass_sigmoid
+from .dynamic.account import Defect
+from .dynamic.mode import constant, declare, explanation_mode, on_linear_path
+from .errors import (
+    BcosError,
+    CheckpointError,
+    InexactWarning,
+    InputError,
+    MethodError,
+    ModelStateError,
+    NotFineTunedWarning,
+    PublishError,
+    TargetError,
+    UnsupportedModuleError,
+)
+from .explaining.checking import Check, check, settle
+from .explaining.explanation import Explanation
+from .explaining.exporting import export_explainer
+from .explaining.forward import explain, explain_targets
+from .hub.card import Card, Evaluation
+from .hub.repository import publish, save_repository
+from .nn.functional import encode_image
+from .nn.layers import BcosConv2d, BcosLinear
+from .nn.norms import UncentredBatchNorm2d
+
+__version__: str
+
+__all__ = [
+    "RULES",
+    "BcosConfig",
+    "BcosConv2d",
+    "BcosError",
+    "BcosLinear",
+    "Card",
+    "Check",
+    "CheckpointError",
+    "Defect",
+    "Evaluation",
+    "Explanation",
+    "InexactWarning",
+    "InputError",
+    "MethodError",
+    "ModelStateError",
+    "NotFineTunedWarning",
+    "Place",
+    "PublishError",
+    "TargetError",
+    "UncentredBatchNorm2d",
+    "UnsupportedModuleError",
+    "attribute",
+    "bcosify",
+    "check",
+    "constant",
+    "declare",
+    "encode_image",
+    "explain",
+    "explain_targets",
+    "explanation_mode",
+    "export_explainer",
+    "keep",
+    "keep_whole",
+    "on_linear_path",
+    "pass_sigmoid",
+    "publish",
+    "save_repository",
+    "settle",
+]
