@@ -39,7 +39,7 @@ function views() {
   const overlay = overlayOf(mapColour, (i) => Math.min(1, Math.abs(map[i]) / scale));
   const rows = shownClasses().map((one) => ({
     title: isContrast() ? `For ${one.name}` : "Explanation", file: `explanation ${one.name}`, colours: rowOf(one),
-    below: `What speaks for ${one.name}, in the colours that the network looks for`,
+    below: "What speaks for it, in the colours that the network looks for",
   }));
   const file = shownClasses().map((one) => one.name).join(" not ");
   return [
@@ -59,7 +59,7 @@ function legend(scale, ends) {
   bar.style.background = `linear-gradient(to right, ${colours.join(", ")})`;
   const meaning = isContrast() ? [`for ${againstClass().name}`, `for ${askedClass().name}`] : ["against", "for"];
   const group = element("div");
-  group.append(bar, ticks([`−${limit}`, "0", `+${limit}`]), ticks([meaning[0], "logits", meaning[1]]));
+  group.append(bar, ticks([`−${limit}`, "0 logits", `+${limit}`]), ticks(meaning));
   return group;
 }
 

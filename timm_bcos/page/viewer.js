@@ -145,7 +145,7 @@ function swatch(one, at) {
   colour.style.background = `rgb(${[...colourOf(one, at)].join(" ")})`;
   const what = isContrast() ? `${one.name} ${signed(one.map[at], current.decimals)}` : "What its weights look for";
   const text = element("div", "", what);
-  text.append(element("span", "note", `${percent((one.strength[4 * at] / 255) ** 2)} of the strongest weights`));
+  text.append(element("span", "note", `Norm: ${percent((one.strength[4 * at] / 255) ** 2)} of the largest`));
   line.append(colour, text);
   return line;
 }
@@ -156,16 +156,16 @@ function accountRows(columns) {
   const rest = columns.map((one) => one.bias - one.constantBias);
   const isRest = page.defects.length > 0 || rest.some((value) => value !== 0);
   return [
-    state.rectangle && ["inside", `Inside, ${sizeOf(state.rectangle)} pixels`, sums.map(({ inside }) => inside)],
+    state.rectangle && ["inside", `Inside, ${sizeOf(state.rectangle)}`, sums.map(({ inside }) => inside)],
     ["outside", state.rectangle ? "Outside" : "All pixels", sums.map(({ outside }) => outside)],
     ["constants", "Constants", columns.map((one) => one.constantBias)],
-    isRest && ["rest", "Parts that are not linear", rest],
+    isRest && ["rest", "Parts not linear", rest],
     ["total", "Sum", columns.map((one, i) => sums[i].inside + sums[i].outside + one.bias)],
-    ["logit", "The network’s logit", columns.map((one) => one.logit)],
+    ["logit", "Network’s logit", columns.map((one) => one.logit)],
   ].filter(Boolean);
 }
 
-const sizeOf = ({ top, bottom, left, right }) => `${right + 1 - left} × ${bottom + 1 - top}`;
+const sizeOf = ({ top, bottom, left, right }) => `${right + 1 - left}\u00a0×\u00a0${bottom + 1 - top}`;
 
 function showAccount() {
   const columns = isContrast() ? [...shownClasses(), current] : [current];
@@ -182,7 +182,7 @@ function showAccount() {
   showRounding(rows.find(([kind]) => kind === "total")[2].at(-1));
 }
 
-const header = (scope, name) => Object.assign(element("th", "", name), { scope });
+const header = (scope, name) => Object.assign(element("th", "", name), { scope, title: name });
 
 function cell(value, decimals) {
   const td = element("td");
