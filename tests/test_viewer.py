@@ -389,6 +389,24 @@ def test_a_tap_reads_a_pixel(viewer: Viewer, hat: Path, explanation: Explanation
 
 
 @needs_browser
+@pytest.mark.parametrize("viewer", [390], indirect=True)
+@pytest.mark.parametrize(("step", "draws"), [((4, 1), True), ((0, -6), False)])
+def test_a_finger_draws_sideways_and_scrolls_downwards(
+    viewer: Viewer, hat: Path, step: tuple[int, int], draws: bool
+) -> None:
+    viewer.open(hat)
+    x, y = viewer.point(0, 70, 40, 160)
+    before = viewer.page.evaluate("scrollY")
+    touch = viewer.context.new_cdp_session(viewer.page)
+    for i in range(21):
+        points = [{"x": x + i * step[0], "y": y + i * step[1]}]
+        touch.send("Input.dispatchTouchEvent", {"type": "touchMove" if i else "touchStart", "touchPoints": points})
+    touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+    assert ("inside" in viewer.account()) == draws
+    assert (viewer.page.evaluate("scrollY") > before) == (not draws)
+
+
+@needs_browser
 def test_hostile_names_are_text(viewer: Viewer, tmp_path: Path) -> None:
     save_viewer(small(), tmp_path / "page.html", [HOSTILE] * 10, HOSTILE)
     viewer.open(tmp_path / "page.html")
