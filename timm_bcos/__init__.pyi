@@ -17,11 +17,13 @@ from .errors import (
     UnsupportedModuleError,
 )
 from .explaining.checking import Check, check, settle
+from .explaining.contrasting import contrast
 from .explaining.explanation import Explanation
 from .explaining.exporting import export_explainer
 from .explaining.forward import explain, explain_targets
 from .hub.card import Card, Evaluation
 from .hub.repository import publish, save_repository
+from .hub.space import publish_space, save_space
 from .nn.functional import encode_image
 from .nn.layers import BcosConv2d, BcosLinear
 from .nn.norms import UncentredBatchNorm2d
@@ -54,6 +56,7 @@ __all__ = [
     "bcosify",
     "check",
     "constant",
+    "contrast",
     "declare",
     "encode_image",
     "explain",
@@ -65,6 +68,8 @@ __all__ = [
     "on_linear_path",
     "pass_sigmoid",
     "publish",
+    "publish_space",
     "save_repository",
+    "save_space",
     "settle",
 ]
