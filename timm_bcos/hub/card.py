@@ -183,7 +183,7 @@ def _metadata(repo_id: str, card: Card) -> str:
         datasets=list(card.datasets) or None,
         base_model=card.base_model,
         metrics=["accuracy"] if card.evaluation else None,
-        model_name=repo_id.rpartition("/")[2],
+        model_name=repo_id.rpartition("/")[2] if card.evaluation else None,
         eval_results=_results(card.evaluation),
     ).to_yaml()
 
