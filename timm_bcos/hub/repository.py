@@ -107,7 +107,7 @@ def save_repository(
     with TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
         timm.models.save_for_hf(stored, unfinished, labels, model_args=architecture, safe_serialization=True)
         again = _load_again(Path(unfinished))
-        _compare(stored.float().cpu(), again)
+        _compare(_with_weights_of(network, stored), again)
         write_card(again.to(next(network.parameters()).device), Path(unfinished), repo_id, card)
         for file in sorted(Path(unfinished).iterdir()):
             file.replace(folder / file.name)
@@ -147,6 +147,13 @@ def _load_again(folder: Path) -> BcosNetwork:
         return cast(BcosNetwork, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
     except Exception as error:  # whatever timm says to arguments that do not describe the network
         raise ModelStateError(f"timm cannot create this network from its config: {error}") from error
+
+
+def _with_weights_of(network: BcosNetwork, stored: BcosNetwork) -> BcosNetwork:
+    """The network with weights rounded as they are stored, and nothing else: constants are not stored."""
+    rounded = copy.deepcopy(network).eval().float().cpu()
+    rounded.load_state_dict(stored.state_dict())
+    return rounded
 
 
 @torch.no_grad()
