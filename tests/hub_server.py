@@ -143,7 +143,8 @@ class Handler(BaseHTTPRequestHandler):
         if is_space and wanted.get("sdk") not in ("gradio", "docker", "static"):
             return self.answer(400, {"error": "a Space needs an sdk"})
         known = repo in self.hub.repositories
-        created = Repository(private=wanted.get("visibility") == "private", sdk=wanted.get("sdk"))
+        is_private = wanted.get("private") or wanted.get("visibility") == "private"  # older clients, newer ones
+        created = Repository(private=bool(is_private), sdk=wanted.get("sdk"))
         self.hub.repositories.setdefault(repo, created)
         return self.answer(409 if known else 200, {"url": f"{self.hub.url}/{repo}", "name": repo, "id": repo})
 
