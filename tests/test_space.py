@@ -19,6 +19,7 @@ import typer
 from conftest import PHOTOS
 from huggingface_hub import ModelCard, SpaceCard, SpaceCardData, metadata_load
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import timm_bcos
@@ -101,6 +102,19 @@ def test_the_command_writes_a_folder(tmp_path: Path) -> None:
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert model.pretrained_cfg["label_names"] == list("abcdefghij")
     assert (tmp_path / "out" / "model.safetensors").stat().st_size < 700_000
+
+
+def test_the_terms_of_published_weights_go_with_them(tmp_path: Path) -> None:
+    weights = tmp_path / "own.safetensors"
+    save_file(timm.create_model("bcos_cifar_resnet20").state_dict(), weights)
+    given = {"theirs": [], "own": ["--checkpoint", str(weights)]}
+    for name, more in given.items():
+        folder = str(tmp_path / name)
+        result = CliRunner().invoke(app, ["org/name", "--model", "bcos_cifar_resnet20", *more, "--folder", folder])
+        assert result.exit_code == 0, result.output
+    cards = {name: ModelCard.load(tmp_path / name / "README.md") for name in given}
+    assert [cards[name].data.license for name in given] == ["bsd-2-clause", "apache-2.0"]
+    assert ["Yerlan Idelbayev" in cards[name].text for name in given] == [True, False]
 
 
 def test_the_command_takes_figures_with_what_was_measured(tmp_path: Path) -> None:

@@ -31,7 +31,9 @@ def publish(
     base_model: Annotated[
         str | None, typer.Option(help="ORG/NAME that the training started from; train.py's checkpoints often tell.")
     ] = None,
-    licence: Annotated[str, typer.Option(help="As the Hub calls it.")] = "apache-2.0",
+    licence: Annotated[
+        str | None, typer.Option(help="As the Hub calls it; that of published weights, or apache-2.0, by default.")
+    ] = None,
     note: Annotated[list[str] | None, typer.Option(help="Further terms; repeat for several.")] = None,
     dtype: Annotated[Literal["float16", "bfloat16"] | None, typer.Option(help="Of the stored weights.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Of a new repository.")] = False,
@@ -60,11 +62,13 @@ def publish(
 
     _refuse_half_an_accuracy(accuracy, dataset, command)
     network = load_model(model, checkpoint).eval()
+    terms = network.pretrained_cfg if checkpoint is None else {}  # of the published weights
+    licence = licence or terms.get("license") or "apache-2.0"
     card = Card(
         description,
         None if accuracy is None else Evaluation(accuracy, dataset, command),
         licence,
-        note or (),
+        note or terms.get("notes") or (),
         photo or (),
         trained_on or (),
         base_model or find_base_model(model, checkpoint),
