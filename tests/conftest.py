@@ -1,10 +1,14 @@
 import contextlib
 import functools
 import importlib.util
+import os
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import hub_server
 import pytest
 import timm
 import torch
@@ -35,6 +39,34 @@ def _seed() -> None:
 @pytest.fixture
 def photo() -> Path:
     return PHOTOS / "coffee.jpg"
+
+
+@pytest.fixture
+def hub() -> Iterator[hub_server.Hub]:
+    with hub_server.serve() as running:
+        yield running
+
+
+@pytest.fixture
+def hub_client(hub: hub_server.Hub, tmp_path: Path) -> dict[str, str]:
+    """The environment of a process whose Hub is ours and whose caches are empty."""
+    caches = dict(HF_HOME=str(tmp_path / "hf"), TORCH_HOME=str(tmp_path / "torch"), OMP_NUM_THREADS="1")
+    client = dict(HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET="1", HF_TOKEN=hub_server.TOKEN)
+    return {**os.environ, "PYTHONPATH": str(SCRIPTS.parent), **caches, **client}
+
+
+@pytest.fixture
+def python(hub_client: dict[str, str], tmp_path: Path) -> Callable[..., str]:
+    """Runs code, in `tmp_path`, in a process of its own whose Hub is ours: what it prints."""
+
+    def run(code: str, **environment: str) -> str:
+        result = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code], env={**hub_client, **environment},
+            cwd=tmp_path, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        return result.stdout + result.stderr
+
+    return run
 
 
 def real_image(size: int, batch: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:

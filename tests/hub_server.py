@@ -5,7 +5,8 @@ uploads and their completion, commits (files added, regular or LFS; deleted file
 GET of files (LFS ones through a redirect with X-Linked headers, as the Hub's storage does), byte ranges, tokens.
 
 Not covered: Xet storage (the client must run with HF_HUB_DISABLE_XET=1), pull requests, branches other than main,
-copies, moving and deleting repositories, datasets and spaces, search, gated repositories, rate limits.
+copies, moving and deleting repositories, data sets, running a Space, search, gated repositories, rate limits.
+Spaces are repositories of their own, under 'spaces/ORG/NAME'.
 """
 
 import base64
@@ -32,6 +33,7 @@ class Repository:
     lfs: dict[str, str] = field(default_factory=dict)  # path to SHA-256
     commit: str = "0" * 40
     private: bool = False
+    sdk: str | None = None  # of a Space
 
 
 @dataclass
@@ -66,20 +68,21 @@ class Handler(BaseHTTPRequestHandler):
 
     hub: Hub
     protocol_version = "HTTP/1.1"
-    MODEL = r"/api/models/(?P<repo>[^/]+/[^/]+)"
+    REPO = r"(?P<repo>(?:spaces/)?[^/]+/[^/]+)"
+    API = r"/api/(?:models/)?" + REPO
     ROUTES = (
         ("GET", r"/api/whoami-v2", "whoami"),
         ("POST", r"/api/repos/create", "create"),
         ("POST", r"/api/validate-yaml", "validate"),
-        ("POST", MODEL + r"/preupload/main", "preupload"),
-        ("POST", MODEL + r"/commit/main", "commit"),
-        ("GET", MODEL + r"/tree/[^/]+(?:/.*)?", "tree"),
-        ("GET", MODEL + r"(?:/revision/[^/]+)?", "info"),
-        ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "batch"),
+        ("POST", API + r"/preupload/main", "preupload"),
+        ("POST", API + r"/commit/main", "commit"),
+        ("GET", API + r"/tree/[^/]+(?:/.*)?", "tree"),
+        ("GET", API + r"(?:/revision/[^/]+)?", "info"),
+        ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", "batch"),
         ("PUT", r"/storage/(?P<oid>\w+)(?:/(?P<part>\d+))?", "put"),
         ("POST", r"/storage/(?P<oid>\w+)", "complete"),
         ("HEAD|GET", r"/storage/(?P<oid>\w+)", "get_object"),
-        ("HEAD|GET", r"/(?P<repo>[^/]+/[^/]+)/resolve/[^/]+/(?P<path>.+)", "resolve"),
+        ("HEAD|GET", rf"/{REPO}/resolve/[^/]+/(?P<path>.+)", "resolve"),
     )
 
     def log_message(self, *_: Any) -> None: ...
@@ -135,10 +138,15 @@ class Handler(BaseHTTPRequestHandler):
         if not self.authorised():
             return
         wanted = json.loads(self.body)
-        repo = f"{wanted.get('organization') or 'tester'}/{wanted['name']}"
+        is_space = wanted.get("type") == "space"
+        repo = f"{'spaces/' if is_space else ''}{wanted.get('organization') or 'tester'}/{wanted['name']}"
+        if is_space and wanted.get("sdk") not in ("gradio", "docker", "static"):
+            return self.answer(400, {"error": "a Space needs an sdk"})
         known = repo in self.hub.repositories
-        self.hub.repositories.setdefault(repo, Repository(private=wanted.get("visibility") == "private"))
-        self.answer(409 if known else 200, {"url": f"{self.hub.url}/{repo}", "name": repo, "id": repo})
+        is_private = wanted.get("private") or wanted.get("visibility") == "private"  # older clients, newer ones
+        created = Repository(private=bool(is_private), sdk=wanted.get("sdk"))
+        self.hub.repositories.setdefault(repo, created)
+        return self.answer(409 if known else 200, {"url": f"{self.hub.url}/{repo}", "name": repo, "id": repo})
 
     def validate(self) -> None:
         self.answer(200, {"errors": [], "warnings": []})

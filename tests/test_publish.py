@@ -1,9 +1,6 @@
 """Publishing through the real Hub client, against a hub on loopback; the client reads HF_ENDPOINT when it starts."""
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import hub_server
@@ -15,33 +12,16 @@ from hub_server import Hub
 from torch import nn
 
 import timm_bcos
-from timm_bcos import BcosConfig, Card, Evaluation, InputError, ModelStateError, bcosify
+from timm_bcos import BcosConfig, Card, InputError, ModelStateError, bcosify
 from timm_bcos.models.bcos_models import _cfgs
 
-Run = Callable[[str], str]
+Run = Callable[..., str]
 
 
 @pytest.fixture
-def hub() -> Iterator[Hub]:
-    with hub_server.serve() as running:
-        yield running
-
-
-@pytest.fixture
-def python(hub: Hub, tmp_path: Path) -> Run:
-    """Runs code in a process of its own, whose Hub is ours and whose caches are empty."""
-    caches = dict(HF_HOME=str(tmp_path / "hf"), TORCH_HOME=str(tmp_path / "torch"), OMP_NUM_THREADS="1")
-    client = dict(HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET="1", HF_TOKEN=hub_server.TOKEN)
-
-    def run(code: str, **environment: str) -> str:
-        code = f"import timm, timm_bcos, torch\n{code}"
-        result = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code], env={**os.environ, **caches, **client, **environment},
-            cwd=tmp_path, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        return result.stdout + result.stderr
-
-    return run
+def python(python: Run) -> Run:
+    """With the packages imported."""
+    return lambda code, **environment: python(f"import timm, timm_bcos, torch\n{code}", **environment)
 
 
 NETWORKS = {
@@ -141,6 +121,7 @@ import sys, dataclasses, hashlib, pathlib
 sys.path.insert(0, {str(tests)!r})
 from conftest import load_script
 from test_pretrained import official_resnet
+from timm_bcos.cli.failures import exit_status
 from timm.models import _registry
 torch.manual_seed(0)
 weights, model = official_resnet()
@@ -152,16 +133,12 @@ pathlib.Path('weights.pth').rename(name)
 tagged = 'bcosv2_resnet18.mpi_in1k'
 cfg = _registry._model_pretrained_cfgs[tagged]
 _registry._model_pretrained_cfgs[tagged] = dataclasses.replace(cfg, url=pathlib.Path(name).resolve().as_uri())
-script = load_script('publish')
+script = load_script('publish_official')
 manifest = pathlib.Path('hub.json')
 manifest.write_text('{{}}')
 script.HUB_FILE = timm_bcos.weights.catalogue.HUB_FILE = manifest
 for _ in range(2):
-    sys.argv = ['publish.py', '--official', 'org', tagged]
-    try:
-        script.main()
-    except SystemExit as end:
-        print('end', end.code)
+    print('end', exit_status(lambda: script.app(['org', tagged])))
 print(manifest.read_text())
 x = torch.rand(1, 3, 64, 64)
 expected = model.eval()(x)
@@ -225,16 +202,6 @@ def test_what_timm_cannot_create_again(tmp_path: Path) -> None:
     assert not (tmp_path / "labels").exists()
 
 
-def test_card_without_evaluation_or_photos(tmp_path: Path) -> None:
-    model = timm.create_model("bcosify", arch="test_resnet", num_classes=4).eval()
-    timm_bcos.save_repository(model, tmp_path, "org/name", Card(licence="other", notes=("ask first",)))
-    text = (tmp_path / "README.md").read_text()
-    assert "ask first." in text
-    assert "Accuracy" not in text
-    assert "explanation.png" not in text
-    assert Evaluation(1.0, "x").command == ""
-
-
 def test_missing_photos_of_the_card_are_named(tmp_path: Path) -> None:
     model = timm.create_model("bcosify", arch="test_resnet", num_classes=4).eval()
     with pytest.raises(InputError, match=r"photo none\.jpg of the card: no such file"):
@@ -242,13 +209,9 @@ def test_missing_photos_of_the_card_are_named(tmp_path: Path) -> None:
     assert list((tmp_path / "x").iterdir()) == []
 
 
-def test_official_weights_take_no_options_of_trained_ones(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.argv", ["publish.py", "--official", "org", "--folder", "somewhere"])
-    with pytest.raises(SystemExit):
-        load_script("publish").main()
-    assert "--folder does not go with --official" in capsys.readouterr().err
+def test_only_official_weights_are_official() -> None:
+    with pytest.raises(InputError, match=r"no official weights called nothing; there are bcos_cnn9\.mpi_cifar10, "):
+        load_script("publish_official").official(["nothing"])
 
 
 def test_a_plain_network_of_the_hub_is_converted(hub: Hub, python: Run, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The model card of a published network: what it is, how to load and explain it, how good it is, under which terms."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -17,10 +18,12 @@ from ..explaining.explanation import Explanation
 from ..explaining.forward import explain_targets
 from ..models.classes import class_names
 from ..models.interface import BcosNetwork, TimmModel
+from .stats import measure_stats
 
 __all__ = ["Card", "Evaluation", "write_card"]
 
 PICTURE = "explanation.png"
+TAGS = ["timm", "image-classification", "b-cos", "explainable-ai"]
 
 TEXT = """\
 ---
@@ -28,31 +31,36 @@ TEXT = """\
 ---
 # {name}
 
+> **Import `timm_bcos` first.** The code that the Hub offers for timm models lacks this import, and timm then ends with
+> `Unknown model ({architecture})`:
+
+```python
+import timm, timm_bcos
+model = timm.create_model("hf-hub:{repo_id}", pretrained=True)
+```
+
 {description}
 
 It is a B-cos network: its logits are one input-dependent linear map of the image, and the row of that map that belongs
 to a class, a picture in colour, explains the class exactly. The contributions of all pixels, plus the network's
 constants, sum up to the logit.
 {picture}
-## Use
+## Explain an image
 
 ```python
 import timm, timm_bcos
+from PIL import Image
 
 model = timm.create_model("hf-hub:{repo_id}", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+image = Image.open("photo.jpg").convert("RGB")
 explanation = timm_bcos.explain(model, transform(image)[None])
 explanation.save("why.png")
 ```
 
-## Details
+## Model Details
 
-| | |
-| --- | --- |
-| architecture | {architecture} |
-| parameters | {parameters:.2f} M |
-| classes | {classes} |
-| image size | {size} |
+{details}
 {evaluation}
 ## Licence
 
@@ -111,6 +119,9 @@ class Card:
         licence: As the Hugging Face Hub calls it.
         notes: Further terms.
         photos: Image files that the card shows explanations of.
+        datasets: What it was trained on, as the Hub calls these data sets, for instance 'imagenet-1k'.
+        base_model: The network on the Hub whose weights its training started from, 'ORGANISATION/NAME'. By default what
+            a checkpoint of train.py tells; a network in memory does not know it.
     """
 
     description: str = ""
@@ -118,6 +129,8 @@ class Card:
     licence: str = "apache-2.0"
     notes: Sequence[str] = ()
     photos: Sequence[str | PathLike[str]] = field(default=())
+    datasets: Sequence[str] = ()
+    base_model: str | None = None
 
 
 def write_card(model: BcosNetwork, folder: Path, repo_id: str, card: Card) -> None:
@@ -131,17 +144,14 @@ def write_card(model: BcosNetwork, folder: Path, repo_id: str, card: Card) -> No
     """
     if card.photos:
         explain_photos(model, card.photos).save(folder / PICTURE, class_names(model))
-    size = timm.data.resolve_model_data_config(model)["input_size"]
     text = TEXT.format(
         metadata=_metadata(repo_id, card),
         name=repo_id.rpartition("/")[2],
         repo_id=repo_id,
+        architecture=model.pretrained_cfg["architecture"],
         description=card.description or f"`{_architecture(model)}` as a B-cos network.",
         picture=f"\n![Explanations of photos]({PICTURE})\n" if card.photos else "",
-        architecture=_architecture(model),
-        parameters=sum(p.numel() for p in model.parameters()) / 1e6,
-        classes=model.num_classes,
-        size=" × ".join(map(str, size[1:])),
+        details=_details(model, card),
         evaluation=_evaluation(card.evaluation),
         licence="\n".join([f"{card.licence}.", *(f"{note}." for note in card.notes)]),
         citations="\n\n".join(f"```bibtex\n{entry}\n```" for entry in _citations(model)),
@@ -169,8 +179,11 @@ def _metadata(repo_id: str, card: Card) -> str:
         library_name="timm",
         license=card.licence,
         pipeline_tag="image-classification",
-        tags=["image-classification", "timm", "b-cos", "interpretability"],
-        model_name=repo_id.rpartition("/")[2],
+        tags=TAGS,
+        datasets=list(card.datasets) or None,
+        base_model=card.base_model,
+        metrics=["accuracy"] if card.evaluation else None,
+        model_name=repo_id.rpartition("/")[2] if card.evaluation else None,
         eval_results=_results(card.evaluation),
     ).to_yaml()
 
@@ -181,12 +194,27 @@ def _results(evaluation: Evaluation | None) -> list[EvalResult] | None:
     return [
         EvalResult(
             task_type="image-classification",
-            dataset_type=evaluation.dataset,
+            task_name="Image Classification",
+            dataset_type=re.sub(r"[^\w./-]+", "-", evaluation.dataset.lower()).strip("-"),
             dataset_name=evaluation.dataset,
             metric_type="accuracy",
+            metric_name="Top-1 accuracy (%)",
             metric_value=evaluation.accuracy,
         )
     ]
+
+
+def _details(model: BcosNetwork, card: Card) -> str:
+    """In the form of timm's own cards."""
+    stats = [f"  - {name}: {value}" for name, value in measure_stats(model).lines().items()]
+    more = {
+        "Architecture": _architecture(model),
+        "Classes": str(model.num_classes),
+        "Dataset": ", ".join(card.datasets),
+        "Base model": card.base_model and f"[{card.base_model}](https://huggingface.co/{card.base_model})",
+    }
+    lines = [f"- **{name}:** {value}" for name, value in more.items() if value]
+    return "\n".join(["- **Model Type:** Image classification", "- **Model Stats:**", *stats, *lines])
 
 
 def _architecture(model: TimmModel) -> str:

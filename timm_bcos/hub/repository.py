@@ -11,15 +11,16 @@ import timm
 import torch
 from torch import nn
 
-from .. import __version__
 from ..conversion.config import BcosConfig
 from ..conversion.converted import BcosModel
-from ..errors import InputError, ModelStateError, PublishError
+from ..errors import InputError, ModelStateError
 from ..explaining.checking import random_image
 from ..models.interface import BcosNetwork
 from ..models.loading import load_model
 from ..nn.modules import first_output
 from .card import Card, write_card
+from .origin import find_base_model
+from .upload import upload_folder
 
 __all__ = ["publish", "save_repository"]
 
@@ -58,24 +59,11 @@ def publish(
         ModelStateError: If timm could not create the network again.
         CheckpointError: For a broken checkpoint.
     """
-    from huggingface_hub import HfApi
-
     with TemporaryDirectory() as folder:
         save_repository(model, folder, repo_id, card, label_names=label_names, dtype=dtype)
-        api = HfApi(token=token, library_name="timm_bcos", library_version=__version__)
-        try:
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, revision=revision, create_pr=create_pr,
-                commit_message=f"Published with timm_bcos {__version__}",
-            )  # fmt: skip
-        except Exception as error:  # the client's own, its HTTP library's and the system's
-            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-            raise PublishError(
-                f"cannot publish to {repo_id}: {reason}; check the name, the network and the token "
-                f"(`hf auth login`, or token=...)"
-            ) from error
-    return str(commit.pr_url or commit.commit_url)
+        return upload_folder(
+            Path(folder), repo_id, token=token, private=private, revision=revision, create_pr=create_pr
+        )
 
 
 def save_repository(
@@ -105,6 +93,9 @@ def save_repository(
         InputError: For another number of label names than classes.
     """
     network: Any = model if isinstance(model, nn.Module) else load_model(None, Path(model))
+    card = card or Card()
+    if not isinstance(model, nn.Module) and card.base_model is None:
+        card = dataclasses.replace(card, base_model=find_base_model(checkpoint=Path(model)))
     architecture = _architecture(network)
     stored = copy.deepcopy(network).eval().to(dtype=dtype)
     stored.pretrained_cfg = {**network.pretrained_cfg, "architecture": architecture.pop("architecture")}
@@ -116,8 +107,8 @@ def save_repository(
     with TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
         timm.models.save_for_hf(stored, unfinished, labels, model_args=architecture, safe_serialization=True)
         again = _load_again(Path(unfinished))
-        _compare(stored.float().cpu(), again)
-        write_card(again.to(next(network.parameters()).device), Path(unfinished), repo_id, card or Card())
+        _compare(_with_weights_of(network, stored), again)
+        write_card(again.to(next(network.parameters()).device), Path(unfinished), repo_id, card)
         for file in sorted(Path(unfinished).iterdir()):
             file.replace(folder / file.name)
 
@@ -156,6 +147,13 @@ def _load_again(folder: Path) -> BcosNetwork:
         return cast(BcosNetwork, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
     except Exception as error:  # whatever timm says to arguments that do not describe the network
         raise ModelStateError(f"timm cannot create this network from its config: {error}") from error
+
+
+def _with_weights_of(network: BcosNetwork, stored: BcosNetwork) -> BcosNetwork:
+    """The network with weights rounded as they are stored, and nothing else: constants are not stored."""
+    rounded = copy.deepcopy(network).eval().float().cpu()
+    rounded.load_state_dict(stored.state_dict())
+    return rounded
 
 
 @torch.no_grad()
