@@ -88,14 +88,14 @@ def hub() -> Iterator[hub_server.Hub]:
         yield running
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if BLOCKS[page]], ids=lambda page: page.stem)
-def test_every_example_runs(page: Path, stand_ins: Path, hub: hub_server.Hub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("document", [page for page in PAGES if BLOCKS[page]], ids=lambda page: page.stem)
+def test_every_example_runs(document: Path, stand_ins: Path, hub: hub_server.Hub, tmp_path: Path) -> None:
     folder = tmp_path / "work"
     shutil.copytree(stand_ins, folder, symlinks=True)
     caches = dict(HF_HOME=str(tmp_path / "hf"), TORCH_HOME=str(tmp_path / "torch"), MPLBACKEND="agg")
     client = dict(HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET="1", HF_TOKEN=hub_server.TOKEN)
     environment = {**os.environ, **caches, **client, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "docs_runner.py"), str(page)]
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "docs_runner.py"), str(document)]
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
 
