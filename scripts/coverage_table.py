@@ -77,24 +77,36 @@ def read(path: Path) -> list[Row]:
 
 
 def summary(rows: Iterable[Row]) -> str:
-    """How many of each library reach each goal."""
+    """How many of each library reach each goal, in a line."""
+    found = _counts(rows)
+    return "; ".join(f"{library}: " + ", ".join(f"{goal} {n}" for goal, n in goals.items()) for library, goals in found)
+
+
+def summary_table(rows: Iterable[Row]) -> str:
+    """The same as a table."""
+    found = _counts(rows)
+    goals = list(found[0][1])
+    cells = [[goal, *(counted[goal] for _, counted in found)] for goal in goals]
+    return markdown_table(["", *(library for library, _ in found)], cells)
+
+
+def _counts(rows: Iterable[Row]) -> list[tuple[str, dict[str, str]]]:
     libraries: dict[str, list[Row]] = dict(timm=[], torchvision=[])
     for row in rows:
         libraries["torchvision" if row.file.startswith(TORCHVISION) else "timm"].append(row)
-    return "; ".join(f"{library}: {_summary(part)}" for library, part in libraries.items() if part)
+    return [(library, _count(part)) for library, part in libraries.items() if part]
 
 
-def _summary(rows: list[Row]) -> str:
-    exact = sum(row.verdict == "exact" for row in rows)
-    files = by_file(rows)
-    complete = sum(all(row.verdict == "exact" for row in part) for part in files.values())
-    good = sum(row.preserving is not None and row.preserving <= GOALS["preserving"] for row in rows)
-    trained = sum(row.gradients == "all" for row in rows)
-    return (
-        f"{exact} of {len(rows)} architectures exact, every architecture in {complete} of {len(files)} files; function "
-        f"preserved to {GOALS['preserving']:g} in {good} of {len(rows)}; a training step reaches every parameter in "
-        f"{trained} of {len(rows)}"
-    )
+def _count(rows: list[Row]) -> dict[str, str]:
+    files = by_file(rows).values()
+    complete = sum(all(row.verdict == "exact" for row in part) for part in files)
+    kept = sum(row.preserving is not None and row.preserving <= GOALS["preserving"] for row in rows)
+    return {
+        "architectures exact": f"{sum(row.verdict == 'exact' for row in rows)} of {len(rows)}",
+        "files with every architecture exact": f"{complete} of {len(files)}",
+        f"function preserved to {GOALS['preserving']:g}": f"{kept} of {len(rows)}",
+        "training reaches every parameter": f"{sum(row.gradients == 'all' for row in rows)} of {len(rows)}",
+    }
 
 
 def by_file(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -120,7 +132,7 @@ def _file_row(file: str, rows: list[Row]) -> list[str]:
     exact = sum(row.verdict == "exact" for row in rows)
     trained = sum(row.gradients == "all" for row in rows)
     return [
-        f"`{file}`", str(len(rows)), " to ".join(dict.fromkeys([sizes[0], sizes[-1]])), str(exact),
+        f"`{file}`", str(len(rows)), "–".join(dict.fromkeys([sizes[0], sizes[-1]])), str(exact),
         *(_largest(rows, name) for name in ("error64", "error32", "shift")),
         f"{min(shares):.2g}" if shares else "", str(trained), _largest(rows, "preserving"),
     ]  # fmt: skip
@@ -138,8 +150,7 @@ Which networks convert, and whether their explanations are exact: each architect
 [`bcosify`](converting.md), and the explanation of a real photo measured. Made by
 `{command}` with {versions}. Networks are untrained; the photo is `scripts/photos/{photo}`.
 
-{summary}.
-
+{summary}
 One row for each model file of timm and torchvision; [coverage.csv](coverage.csv) has one for each architecture.
 
 | column | what it says |
@@ -178,7 +189,7 @@ def page(rows: list[Row], made: dict[str, str]) -> str:
     shifted = sum(row.rounding is not None for row in rows)
     missed = ROUNDING.format(shifted=shifted, count=len(unlike), names=", ".join(unlike) or "none")
     table = file_table(rows)
-    return PAGE.format(**made, photo=PHOTO.name, summary=summary(rows), missed=missed, table=table, **GOALS)
+    return PAGE.format(**made, photo=PHOTO.name, summary=summary_table(rows), missed=missed, table=table, **GOALS)
 
 
 def write_pages(rows: list[Row], made: dict[str, str], folder: Path) -> None:

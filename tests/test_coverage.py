@@ -79,7 +79,7 @@ def test_coverage_resumes_and_writes_tables(tmp_path: Path) -> None:
     path.write_text(path.read_text() + '{"file": "cut')
     again = coverage.run(pairs, path, jobs=2, seconds=100)
     assert again[0] == first[0] and [row.verdict for row in again] == ["exact", "exact"]
-    assert "2 of 2 architectures exact" in coverage.summary(again)
+    assert "architectures exact 2 of 2," in coverage.summary(again)
     coverage.write_pages(again, coverage.origin(["--all"]), tmp_path)
     assert (tmp_path / "coverage.md").read_text().count("| `resnet` | 1 |") == 1
     assert "\nresnet,test_resnet," in (tmp_path / "coverage.csv").read_text()
