@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import CheckpointSaver
 
 import timm_bcos
+from timm_bcos import errors
 from timm_bcos.weights.embedded import CLOTHES
 
 ROOT = Path(__file__).parent.parent
@@ -138,6 +140,12 @@ def test_the_site_builds(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     html = (tmp_path / "site" / "index.html").read_text()
     assert "fonts.googleapis.com" not in html and (tmp_path / "site" / "images" / "clothes.webp").exists()
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    named = set(re.findall(r"^::: timm_bcos\.(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE))
+    missing = {name for name in set(timm_bcos.__all__) - named if not hasattr(errors, name)}
+    assert not missing and named - {"errors"} <= set(timm_bcos.__all__)
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
