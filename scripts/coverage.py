@@ -4,13 +4,13 @@ One row per architecture: by default the smallest of every model file, else all 
 torchvision's are called `torchvision/resnet18`, of the file `torchvision/resnet`.
 Each is converted (B = 2, no biases), run once in training mode so that running statistics have a scale, and explained.
 A second conversion (B = 1, biases kept) must give the original's logits. Rows are appended to a JSON-lines file as they
-come, so an interrupted run resumes; each architecture runs in a process of its own. Ends with two tables.
+come, so an interrupted run resumes; each architecture runs in a process of its own. Ends with a page
+(`scripts/coverage_table.py`); `--docs` puts it where it belongs.
 """
 
 import argparse
 import contextlib
 import copy
-import csv
 import dataclasses
 import json
 import multiprocessing.connection
@@ -29,6 +29,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
+from coverage_table import DOCS, GOALS, PHOTO, TORCHVISION, Row, read, summary, write_pages
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -36,54 +37,9 @@ import timm_bcos
 from timm_bcos.nn.layers import BcosConv2d, BcosLinear
 from timm_bcos.nn.modules import first_output
 
-PHOTO = Path(__file__).parent / "photos" / "chelsea.jpg"
 SIZES = (96, 112, 128, 160, 168)  # tried before an architecture's own input size
 GAMMAS = (1.0, 8.0, 64.0)
 FAINT = 1e-30  # logits that float32 hardly holds
-GOALS = dict(error64=1e-10, error32=1e-4, preserving=1e-3)
-
-
-@dataclass
-class Row:
-    """What is measured of one architecture.
-
-    Attributes:
-        file: timm's model file, or torchvision's.
-        arch: The architecture.
-        params: Its parameters, in millions.
-        size: Image size.
-        gamma: γ of every layer of the conversion.
-        verdict: 'exact', or why not.
-        error64: Completeness error in float64.
-        error32: In float32.
-        image_share: Share of logit − logit bias that the image explains.
-        shift: Largest relative change of a logit in explanation mode, in float64.
-        rounding: Where the shift exceeds its goal: the same for an image changed in its last digits.
-        bcos_share: Share of the weights that are in B-cos layers; the rest are gates, tables and what stays linear.
-        gradients: 'all' if a training step gives each parameter a finite gradient, else the first without.
-        preserving: Largest relative error of the logits of the function-preserving conversion, in float32.
-        preserving64: In float64, where the float32 figure misses its goal.
-        breaks_at: Where exactness ends.
-        seconds: How long it took.
-    """
-
-    file: str
-    arch: str
-    params: float = 0.0
-    size: int = 0
-    gamma: float = 1.0
-    verdict: str = ""
-    error64: float | None = None
-    error32: float | None = None
-    image_share: float | None = None
-    shift: float | None = None
-    rounding: float | None = None
-    bcos_share: float | None = None
-    gradients: str = ""
-    preserving: float | None = None
-    preserving64: float | None = None
-    breaks_at: str = ""
-    seconds: float = 0.0
 
 
 def photo(size: int, channels: int = 3) -> Tensor:
@@ -96,7 +52,6 @@ def photo(size: int, channels: int = 3) -> Tensor:
     return image[[i % 3 for i in range(channels)]][None]
 
 
-TORCHVISION = "torchvision/"
 SIZE_ARGUMENT = {"vision_transformer": "image_size"}  # of torchvision's networks that are built for one size
 
 
@@ -332,83 +287,12 @@ def _send(sender: Any, file: str, arch: str, seconds: int) -> None:
     sender.send(measure(file, arch, seconds))
 
 
-def read(path: Path) -> list[Row]:
-    """Rows of an earlier run; a last line cut short by an interruption is dropped."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(Row(**json.loads(line)))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
-COLUMNS = (
-    "file", "arch", "params", "size", "gamma", "verdict", "error64", "error32", "image_share", "bcos_share", "shift",
-    "rounding", "gradients", "preserving", "preserving64",
-)  # fmt: skip
-
-
-def markdown(rows: list[Row]) -> str:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- " * len(COLUMNS) + "|"]
-    lines += ["| " + " | ".join(_cell(getattr(row, name)) for name in COLUMNS) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.2g}" if isinstance(value, float) else str(value).replace("|", "/")
-
-
-def summary(rows: list[Row]) -> str:
-    """How many of each library reach each goal."""
-    own = [row for row in rows if row.file.startswith(TORCHVISION)]
-    libraries = {"timm": [row for row in rows if row not in own], "torchvision": own}
-    return "; ".join(f"{library}: {_summary(part)}" for library, part in libraries.items() if part)
-
-
-def _summary(rows: list[Row]) -> str:
-    exact = sum(row.verdict == "exact" for row in rows)
-    files = defaultdict(list)
-    for row in rows:
-        files[row.file].append(row.verdict == "exact")
-    preserving = [row for row in rows if row.preserving is not None]
-    good = sum(row.preserving <= GOALS["preserving"] for row in preserving if row.preserving is not None)
-    return (
-        f"{exact} of {len(rows)} architectures exact, every architecture in {sum(map(all, files.values()))} of "
-        f"{len(files)} files; function preserved to {GOALS['preserving']:g} in {good} of {len(rows)}; a training step "
-        f"reaches every parameter in {sum(row.gradients == 'all' for row in rows)} of {len(rows)}"
-    )
-
-
-EXPLANATION = """\
-| column | what it says |
-| --- | --- |
-| params | millions of parameters |
-| size | image size, the smallest of a few that the architecture takes |
-| gamma | γ of every layer: 1, unless the untrained network's signal fades to nothing |
-| error64, error32 | distance of Σ contributions + bias from the logit, relative to logit − logit bias; \
-goals {error64:g} and {error32:g} |
-| image_share | what the image explains of logit − logit bias; the rest comes from constants |
-| bcos_share | share of the weights that are in B-cos layers |
-| shift | largest change of a logit in explanation mode, relative, float64 |
-| rounding | where shift exceeds {error64:g}: how far the logits move when the image changes in its last digits, which \
-an untrained network of many layers amplifies; a shift of up to ten times that is rounding |
-| gradients | whether one training step reaches every parameter with a finite gradient |
-| preserving | largest relative error of the logits after conversion with B = 1 and biases, float32; \
-goal {preserving:g} |
-| preserving64 | the same in float64, where the goal is missed in float32: what is left is float32's rounding, which \
-untrained networks amplify |
-"""
-
-
-def document(rows: list[Row], arguments: list[str]) -> str:
-    """The page COVERAGE.md."""
+def origin(arguments: list[str]) -> dict[str, str]:
+    """The command, without paths of this machine, and the versions."""
     packages = (timm, torchvision, torch, timm_bcos)
-    versions = ", ".join(f"{package.__name__} {package.__version__}" for package in packages)
-    command = " ".join(["python scripts/coverage.py", *(a for a in arguments if not a.startswith("/"))])
-    return (
-        f"# Coverage\n\nMade by `{command}` with {versions}. Networks are untrained; the photo is "
-        f"`scripts/photos/{PHOTO.name}`.\n\n{summary(rows)}.\n\n{EXPLANATION.format(**GOALS)}\n{markdown(rows)}"
+    return dict(
+        command=" ".join(["python scripts/coverage.py", *(a for a in arguments if not a.startswith("/"))]),
+        versions=", ".join(f"{package.__name__} {package.__version__}" for package in packages),
     )
 
 
@@ -423,19 +307,16 @@ def main() -> None:
     parser.add_argument("--shard", default="1/1", help="i/n: every n-th pair, from the i-th")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seconds", type=int, default=600, help="per architecture")
-    parser.add_argument("--out", type=Path, default=Path("coverage"), help="rows of earlier runs, and the tables")
-    parser.add_argument("--table", type=Path, help="where the Markdown table goes instead")
+    parser.add_argument("--out", type=Path, default=Path("coverage"), help="rows of earlier runs, and the page")
+    parser.add_argument("--docs", action="store_true", help=f"the page goes to {DOCS.name}/ instead")
     args = parser.parse_args()
     args.out.mkdir(exist_ok=True)
     first, shards = map(int, args.shard.split("/"))
     pairs = choose(args, all_architectures(args.out / "parameters.json", args.jobs))[first - 1 :: shards]
     rows = run(pairs, args.out / "rows.jsonl", args.jobs, args.seconds)
-    with timm_bcos.files.atomic_path(args.table or args.out / "coverage.md") as path:
-        path.write_text(document(rows, sys.argv[1:]))
-    with (args.out / "coverage.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
-        writer.writeheader()
-        writer.writerows(map(dataclasses.asdict, rows))
+    made = origin(sys.argv[1:])
+    (args.out / "made.json").write_text(json.dumps(made, indent=1) + "\n")
+    write_pages(rows, made, DOCS if args.docs else args.out)
     print(summary(rows))
 
 

@@ -23,7 +23,9 @@ PHOTOS = SCRIPTS / "photos"
 
 
 def load_script(name: str) -> ModuleType:
-    """A script as a module; their folder stays off the import path, where `coverage.py` would hide a package."""
+    """A script as a module; their folder comes last on the import path, where `coverage.py` hides no package."""
+    if str(SCRIPTS) not in sys.path:
+        sys.path.append(str(SCRIPTS))
     spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)

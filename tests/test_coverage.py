@@ -1,6 +1,8 @@
 """One architecture for each kind of difficulty that timm's model files hold; `scripts/coverage.py` measures all."""
 
 import copy
+import csv
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -77,8 +79,24 @@ def test_coverage_resumes_and_writes_tables(tmp_path: Path) -> None:
     path.write_text(path.read_text() + '{"file": "cut')
     again = coverage.run(pairs, path, jobs=2, seconds=100)
     assert again[0] == first[0] and [row.verdict for row in again] == ["exact", "exact"]
-    assert "2 of 2 architectures exact" in coverage.summary(again)
-    assert coverage.markdown(again).count("\n| resnet | test_resnet") == 1
+    assert "architectures exact 2 of 2," in coverage.summary(again)
+    coverage.write_pages(again, coverage.origin(["--all"]), tmp_path)
+    assert (tmp_path / "coverage.md").read_text().count("| `resnet` | 1 |") == 1
+    assert "\nresnet,test_resnet," in (tmp_path / "coverage.csv").read_text()
+
+
+def test_the_page_on_coverage_agrees_with_its_rows() -> None:
+    """The table of docs/coverage.md is that of docs/coverage.csv, with every model file of both libraries."""
+    table = load_script("coverage_table")
+    with (table.DOCS / "coverage.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    page = (table.DOCS / "coverage.md").read_text()
+    lines = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    assert {line[0].strip("| `"): int(line[1]) for line in lines} == Counter(row["file"] for row in rows)
+    exact = Counter(row["file"] for row in rows if row["verdict"] == "exact")
+    assert {line[0].strip("| `"): int(line[3]) for line in lines} == exact
+    timms = {row["file"] for row in rows if not row["file"].startswith(table.TORCHVISION)}
+    assert timms == {m for m in timm.list_modules() if not m.startswith("bcos")}
 
 
 def test_lstm_in_explanation_mode_is_the_same_function() -> None:

@@ -411,6 +411,6 @@ def test_torch_hub() -> None:
     assert offered == set(ENTRY_POINTS)
 
 
-def test_readme_table_is_current() -> None:
+def test_model_zoo_is_current() -> None:
     model_table = load_script("model_table")
-    assert model_table.table() in model_table.README.read_text()
+    assert load_script("markdown_blocks").block(model_table.PAGE, model_table.NAME) == model_table.table()

@@ -238,7 +238,7 @@ def bcosify(
             images are normalised, if nothing says so.
         InputError: For a mean or std that does not fit the image's channels.
 
-    Example:
+    Examples:
         >>> model = bcosify(timm.create_model("resnet50", pretrained=True), BcosConfig.finetune(b=1, bias=True))
     """
     converted = next((m for m in model.modules() if isinstance(m, BcosModel)), None)

@@ -224,7 +224,7 @@ def explanation_mode(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         ModelStateError: For a model with gradient checkpointing, whose backward pass would run without this mode.
 
-    Example:
+    Examples:
         >>> with explanation_mode(model):
         ...     contributions = captum.attr.InputXGradient(model).attribute(timm_bcos.encode_image(x, 3), target=c)
     """

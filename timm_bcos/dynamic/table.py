@@ -105,7 +105,7 @@ def declare(*functions: Function) -> Callable[[Function], Function]:
     of a linear map, everything else being constant. Without a handler a function is differentiated as it is, and
     reported if it is not known to be linear.
 
-    Example:
+    Examples:
         >>> @timm_bcos.declare(my_gate)  # a gate: what it returns only scales
         ... def _(func, x):
         ...     return func(x.detach())

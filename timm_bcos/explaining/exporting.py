@@ -40,7 +40,7 @@ def export_explainer(model: nn.Module, x: Tensor) -> ExportedProgram:
         InputError: For fewer than two example images, from which a trace would take the batch size to be fixed.
         ModelStateError: For a model in training mode.
 
-    Example:
+    Examples:
         >>> program = export_explainer(model, torch.rand(2, 3, 224, 224))
         >>> logits, weights, contributions = program.module()(images, torch.full((len(images),), -1))
     """

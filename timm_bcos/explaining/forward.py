@@ -48,7 +48,7 @@ def explain(
     Warns:
         InexactWarning: If the network has parts that are not dynamic linear.
 
-    Example:
+    Examples:
         >>> explanation = timm_bcos.explain(model, transform(photo)[None])
         >>> explanation.completeness_error, explanation.contribution_map
     """

@@ -126,7 +126,7 @@ def _create_converted(
         TargetError: For an architecture that timm does not know, or that is a B-cos network already.
         CheckpointError: If the Hub or the directory has no such network.
 
-    Example:
+    Examples:
         >>> timm.create_model("bcosify", arch="resnet50", pretrained=True, b=1, bias=True)  # computes the same
         >>> timm.create_model("bcosify", arch="test_resnet", arch_kwargs=dict(norm_layer="groupnorm"))
     """

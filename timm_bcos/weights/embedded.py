@@ -1,6 +1,6 @@
 """The weights that come with the package: two small networks that need no download.
 
-They were fine-tuned with timm's train.py; the README has the commands. In `weights/` they are stored in float16.
+They were fine-tuned with timm's train.py; docs/training.md has the commands. In `weights/` they are stored in float16.
 """
 
 from pathlib import Path

@@ -1,0 +1,157 @@
+"""Render the stored results (docs/results/*.csv) as the tables of docs/results.md.
+
+python scripts/results_tables.py --write
+"""
+
+import argparse
+import csv
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from markdown_blocks import DOCS, markdown_table, replace_block
+
+PAGE = DOCS / "results.md"
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: which rows of a file, and how they are laid out.
+
+    Attributes:
+        file: In docs/results, without its suffix.
+        only: Values that the rows must have.
+        rows: The columns of the file that make a row of the table, by their titles there.
+        columns: How a column of the table is called, as a format of the file's columns; empty for flat tables.
+        cell: What stands in a cell, likewise; for flat tables the remaining columns, by their titles.
+        best: The column of the file whose largest value in each column of the table is set in bold, among the rows
+            with the largest `among`.
+        among: See `best`.
+    """
+
+    file: str
+    rows: dict[str, str]
+    columns: str = ""
+    cell: str = ""
+    only: Row = field(default_factory=dict)
+    best: str = ""
+    among: str = ""
+
+
+SMOOTH = {"1": "raw", "3": "smoothed 3×3", "15": "smoothed 15×15"}
+GAME = dict(
+    file="pointing_game",
+    rows=dict(method="{method}", grids="{grids}"),
+    columns="{network}, {smoothing}",
+    cell="{median} ({q25} to {q75})",
+    best="median",
+    among="grids",
+)
+METRIC = dict(file="metrics", rows=dict(method="{method}"), columns="{metric}", cell="{mean} ± {std}")
+PLAIN = "tf_efficientnet_lite0, plain"
+ABLATION = {
+    "network": "{network}",
+    "parameters (M)": "{parameters}",
+    "top-1 (%)": "{top1}",
+    "alignment": "{alignment}",
+}
+
+TABLES: dict[str, Table] = {
+    **{
+        f"pointing game, {data}, {cells}×{cells}": Table(**GAME, only=dict(data=data, cells=cells))  # type: ignore[arg-type]
+        for data in ("CIFAR-10", "clothes", "ImageNet")
+        for cells in ("2", "3")
+    },
+    **{
+        f"metrics, {data}, {network}": Table(**METRIC, only=dict(data=data, network=network))  # type: ignore[arg-type]
+        for data, network in (
+            ("CIFAR-10", "bcos_cifar_resnet20"),
+            ("clothes", "bcos_efficientnet_lite0"),
+            ("clothes", PLAIN),
+        )
+    },
+    "ablation, b": Table("ablations", ABLATION, only=dict(family="b")),
+    "ablation, growth": Table("ablations", ABLATION, only=dict(family="growth")),
+    "conversion": Table("conversion", {"network": "{network}", "top-1 (%)": "{top1}", "right": "{right} of {images}"}),
+    "trained": Table(
+        "trained",
+        {
+            "data": "{data}",
+            "network": "{network}",
+            "how": "{how}",
+            "epochs": "{epochs}",
+            "validation (%)": "{validation}",
+            "test (%)": "{test}",
+            "minutes": "{minutes}",
+            "log": "{links}",
+        },
+    ),
+    "speed": Table(
+        "speed",
+        {"network": "{network}, batch {batch}, {side}²", "": "{what}"},
+        "{implementation}",
+        "{relative_time}",
+    ),
+    "memory": Table(
+        "memory", {"network": "{network}", "implementation": "{implementation}", "adds (MiB)": "{added_mib}"}
+    ),
+    "method speed": Table(
+        "method_speed", dict(method="{method}"), "batch of {batch}", "{images_per_second} ({relative_time}×)"
+    ),
+}
+
+
+def read(table: Table) -> list[Row]:
+    with (DOCS / "results" / f"{table.file}.csv").open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if table.only.items() <= row.items()]
+    return [row | dict(smoothing=SMOOTH.get(row.get("smooth", ""), ""), links=links(row)) for row in rows]
+
+
+def links(row: Row) -> str:
+    """To the logs of a training."""
+    names = row.get("logs", "").split()
+    return ", ".join(f"[{i}](results/training/{name}.csv)" for i, name in enumerate(names, 1))
+
+
+def render(table: Table) -> str:
+    """The table in Markdown."""
+    rows = read(table)
+    if not table.columns:
+        cells = [[text.format(**row) for text in table.rows.values()] for row in rows]
+        return markdown_table(list(table.rows), cells, numeric_from=len(table.rows))
+    columns = list(dict.fromkeys(table.columns.format(**row) for row in rows))
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    best = {column: largest(table, of_column(table, rows, column)) for column in columns}
+    for row in rows:
+        key, column = tuple(text.format(**row) for text in table.rows.values()), table.columns.format(**row)
+        cell = table.cell.format(**row)
+        found.setdefault(key, {})[column] = f"**{cell}**" if row is best[column] else cell
+    lines = [[*key, *(cells.get(column, "") for column in columns)] for key, cells in found.items()]
+    return markdown_table([*table.rows, *columns], lines, numeric_from=len(table.rows))
+
+
+def of_column(table: Table, rows: Iterable[Row], column: str) -> list[Row]:
+    return [row for row in rows if table.columns.format(**row) == column]
+
+
+def largest(table: Table, rows: list[Row]) -> Row | None:
+    """The row of the best value."""
+    if not table.best:
+        return None
+    most = max(int(row[table.among]) for row in rows)
+    return max((row for row in rows if int(row[table.among]) == most), key=lambda row: float(row[table.best]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help=f"replace the tables in {PAGE.name}")
+    is_written = parser.parse_args().write
+    for name, table in TABLES.items():
+        if is_written:
+            replace_block(PAGE, name, render(table))
+        else:
+            print(f"{name}\n\n{render(table)}")
+
+
+if __name__ == "__main__":
+    main()
