@@ -15,6 +15,7 @@ import csv
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ from tqdm import tqdm
 
 import timm_bcos
 from timm_bcos import BcosError, InputError
-from timm_bcos.cli.arguments import parse_and_run, remember_settings
+from timm_bcos.cli.failures import exit_status
 from timm_bcos.data.datasets import image_loader
 from timm_bcos.explaining.figures import save_figure
 from timm_bcos.files import atomic_path
+from timm_bcos.judging.settings import remember_settings
 from timm_bcos.models.loading import load_model
 
 
@@ -41,6 +43,8 @@ class Variant:
     x: float | None = None  # None: its parameters
     line: str = ""
 
+
+SETTINGS = ("data_dir", "family", "val_split", "images", "options")  # what the results depend on
 
 FAMILIES = {
     "b": [Variant(f"B = {b / 100:g}", f"bcos_cnn9_b{b}", x=b / 100) for b in (100, 125, 150, 175, 200, 225, 250)],
@@ -134,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
     unknown = set(args.only) - set(family)
     if unknown:
         raise InputError(f"--only {' '.join(sorted(unknown))}: choose of {' '.join(family)}")
-    remember_settings(args, args.out, "family", "val_split", "images", "options")
+    remember_settings(args.out, {name: getattr(args, name) for name in SETTINGS})
     results = []
     for variant in tqdm([v for name, v in family.items() if name in args.only or not args.only], "networks"):
         results.append(measure(variant, train(variant, args), args))
@@ -157,7 +161,8 @@ def main() -> None:
     given = sys.argv[1:]
     end = given.index("--") if "--" in given else len(given)
     parser.set_defaults(options=given[end + 1 :])
-    parse_and_run(parser, run, given[:end])
+    args = parser.parse_args(given[:end])
+    raise SystemExit(exit_status(partial(run, args)))
 
 
 if __name__ == "__main__":

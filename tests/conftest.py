@@ -17,7 +17,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 import timm_bcos
+from timm_bcos.cli.app import app
+from timm_bcos.cli.failures import exit_status
 
+LOADING = "timm_bcos.models.loading.load_model"  # what commands load networks by
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 PHOTOS = SCRIPTS / "photos"
 
@@ -121,3 +124,8 @@ def timm_vits_trace() -> bool:
         torch.fx.symbolic_trace(timm.create_model("vit_tiny_patch16_224"))
         return True
     return False
+
+
+def command(*arguments: object) -> int:
+    """The exit status of `timm-bcos`, as its entry point runs it."""
+    return exit_status(lambda: app([*map(str, arguments)]))

@@ -217,19 +217,19 @@ def test_photos_are_turned_upright(tmp_path: Path) -> None:
 
 
 def test_check_prints_the_verdict(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, text = run("test_resnet", "--size", 64, command="check")
+    code, text = run("--model", "test_resnet", "--size", 64, command="check")
     assert code == 0, text
     assert "test_resnet: exact in float64, image of 64 pixels" in text
-    code, text = run("bcos_cnn9", "--checkpoint", weights, command="check")
+    code, text = run("--model", "bcos_cnn9", "--checkpoint", weights, command="check")
     assert code in (0, 1) and "completeness error" in text
     for typo, name in {"test_resnot": "test_resnet", "bcos_resnet999": "bcos_resnet"}.items():
-        assert f"close names: {name}" in run(typo, command="check")[1]
+        assert f"close names: {name}" in run("--model", typo, command="check")[1]
 
     def spoiled(name: str, conversion: dict[str, object]) -> torch.nn.Module:
         model = timm.create_model("bcosify", arch=name, **conversion)
         model.layer2.register_forward_hook(lambda module, args, output: output + output.frac())
         return model
 
-    monkeypatch.setattr(timm_bcos.cli.app, "create_model", spoiled)
-    code, text = run("test_resnet", "--size", 64, command="check")
+    monkeypatch.setattr("timm_bcos.models.loading.create_model", spoiled)
+    code, text = run("--model", "test_resnet", "--size", 64, command="check")
     assert code == 1 and "not exact" in text and "breaks at           layer2" in text

@@ -1,20 +1,20 @@
 """The grid pointing game on cases worked by hand, and its script on a small data set."""
 
-import argparse
-import sys
+import csv
+import re
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
-from conftest import PHOTOS, load_script
+from conftest import LOADING, PHOTOS, command
 from PIL import Image
 from torch import Tensor, nn
 
 from timm_bcos import BcosConfig, InputError, MethodError, bcosify
-from timm_bcos.cli.arguments import add_arguments, load_network_and_data
-from timm_bcos.data.datasets import image_loader
+from timm_bcos.data.datasets import image_loader, load_dataset
 from timm_bcos.judging.pointing_game import (
     Confidence,
     Grid,
@@ -24,8 +24,10 @@ from timm_bcos.judging.pointing_game import (
     localisation,
     sample_grids,
 )
+from timm_bcos.judging.pointing_results import read_values, summarise
 
-script = load_script("localisation")
+CONFIDENCES = "timm_bcos.judging.pointing_results.confidences"
+PLAY = ("evaluate", "pointing-game")
 
 
 def test_a_map_in_one_cell_scores_one_there() -> None:
@@ -177,10 +179,9 @@ def test_confidences(model: nn.Module, photos: Path) -> None:
         list(confidences(small, dataset, progress=False))
 
 
-def test_a_plain_network_has_to_be_named(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["x", "--plain", "--data-dir", str(photos), "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit, match="no network given: name one with --model"):
-        script.main()
+def test_a_plain_network_has_to_be_named(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(*PLAY, "--plain", "--data-dir", photos, "--out", tmp_path / "out") == 2
+    assert "no network given: name one with --model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -188,16 +189,18 @@ def test_a_plain_network_has_to_be_named(photos: Path, tmp_path: Path, monkeypat
     [("nowhere", "no data set at .*nowhere, split 'test': there is nothing"), ("flat", "has images of 1 classes")],
 )
 def test_data_without_labels(
-    place: str, text: str, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str,
+    text: str,
+    model: nn.Module,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "flat").mkdir()
     Image.open(PHOTOS / "coffee.jpg").save(tmp_path / "flat" / "photo.jpg")
-    monkeypatch.setattr("timm_bcos.cli.arguments.load_model", lambda *_: model)
-    monkeypatch.setattr(
-        sys, "argv", ["x", "--data-dir", str(tmp_path / place), "--split", "test", "--out", str(tmp_path)]
-    )
-    with pytest.raises(SystemExit, match=text):
-        script.main()
+    monkeypatch.setattr(LOADING, lambda *_: model)
+    assert command(*PLAY, "--data-dir", tmp_path / place, "--split", "test", "--out", tmp_path) == 2
+    assert re.search(text, capsys.readouterr().err)
     assert not (tmp_path / "settings.json").exists()  # so that a corrected command may write there
 
 
@@ -234,65 +237,52 @@ def test_networks_of_ones_own_play_too(photos: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["torch/image_folder", "tar"])
-def test_other_kinds_of_data_sets_tell_their_classes_too(
-    kind: str, model: nn.Module, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_kinds_of_data_sets_tell_their_classes_too(kind: str, photos: Path, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "photos.tar", "w") as file:
         for folder in sorted((photos / "test").iterdir()):
             file.add(folder, folder.name)
-    place = ["--data-dir", str(tmp_path / "photos.tar")]
+    place = dict(root=str(tmp_path / "photos.tar"))
     if kind != "tar":
-        place = ["--dataset", kind, "--data-dir", str(photos / "test")]
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    args = parser.parse_args(place)
-    monkeypatch.setattr("timm_bcos.cli.arguments.load_model", lambda *_: model)
-    _, dataset = load_network_and_data(args)
-    assert len(dataset) == 18
-    model.num_classes = 8
+        place = dict(root=str(photos / "test"), kind=kind)
+    assert len(load_dataset(num_classes=9, **place)) == 18
     with pytest.raises(InputError, match="images of 9 classes, the model 8"):
-        load_network_and_data(args)
+        load_dataset(num_classes=8, **place)
 
 
-def test_the_script_refuses_before_it_plays(
-    model: nn.Module, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_command_refuses_before_it_plays(
+    model: nn.Module, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("timm_bcos.cli.arguments.load_model", lambda *_: model)
+    monkeypatch.setattr(LOADING, lambda *_: model)
     right = [Confidence(i, i // 2, i // 2, 0.5) for i in range(16)]
     right += [Confidence(i, 8, 0, 0.5) for i in (16, 17)]
-    monkeypatch.setattr(script, "confidences", lambda *_, start: iter(right[start:]))
-    arguments = ["x", "--data-dir", str(photos), "--split", "test", "--out", str(tmp_path / "out"), "--grids", "1"]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--methods", "ixg"])
-    with pytest.raises(SystemExit, match="8 have some: images of 1 more are missing"):
-        script.main()
-    monkeypatch.setattr(sys, "argv", [*arguments, "--methods", "ixg", "grdcam"])
-    with pytest.raises(SystemExit, match="no attribution method 'grdcam'"):
-        script.main()
+    monkeypatch.setattr(CONFIDENCES, lambda *_, start: iter(right[start:]))
+    arguments = [*PLAY, "--data-dir", photos, "--split", "test", "--out", tmp_path / "out", "--grids", 1]
+    for method, text in (("ixg", "8 have some: images of 1 more are missing"), ("grdcam", "no attribution method")):
+        assert command(*arguments, "--method", method) == 2
+        assert text in capsys.readouterr().err
     assert not (tmp_path / "out" / "values.csv").exists()
 
 
-def test_the_script_resumes(
+def test_the_command_resumes(
     model: nn.Module, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("timm_bcos.cli.arguments.load_model", lambda *_: model)
+    monkeypatch.setattr(LOADING, lambda *_: model)
     right = [Confidence(i, i // 2, i // 2, 0.5) for i in range(18)]
-    monkeypatch.setattr(script, "confidences", lambda *_, start: iter(right[start:]))
+    monkeypatch.setattr(CONFIDENCES, lambda *_, start: iter(right[start:]))
     out = tmp_path / "out"
-    arguments = ["localisation.py", "--data-dir", str(photos), "--split", "test", "--out", str(out), "--grids", "2"]
-    arguments += ["--batch-size", "3"]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--methods", "bcos", "attention_rollout", "ixg", "--n", "2"])
-    script.main()
+    options = ["--split", "test", "--out", out, "--grids", 2, "--batch-size", 3, "--n", 2]
+    methods = [word for method in ("bcos", "attention_rollout", "ixg") for word in ("--method", method)]
+    assert command(*PLAY, "--data-dir", photos, *options, *methods) == 0
     whole = (out / "values.csv").read_text()
     assert len(whole.splitlines()) == 1 + 2 * 2 * 2 * 4
-    complete = script.read_values(out / "values.csv")
+    complete = read_values(out)
     monkeypatch.chdir(photos.parent)  # from where the data have another name
-    sys.argv[sys.argv.index("--data-dir") + 1] = photos.name
     with (out / "confidences.csv").open("rb+") as file:
         file.truncate(100)  # the images behind are looked at again
     for cut in (1, 5, 10, 14, 21, 30, 60, len(whole) - 3):  # as an interruption leaves it
         (out / "values.csv").write_bytes((out / "values.csv").read_bytes()[:-cut])
-        script.main()
-        values = script.read_values(out / "values.csv")
+        assert command(*PLAY, "--data-dir", photos.name, *options, *methods) == 0
+        values = read_values(out)
         assert values == complete
     assert len((out / "confidences.csv").read_text().splitlines()) == 1 + 18
     assert sorted(values) == [
@@ -301,8 +291,12 @@ def test_the_script_resumes(
     assert "left out: attention_rollout is for vision transformers" in capsys.readouterr().out
     assert "| method | 2×2, raw | 2×2, smoothed 15×15 |" in (out / "summary.md").read_text()
     assert Image.open(out / "boxes.png").width > 100
-    assert script.summarise(out / "values.csv", ["gradcam"]) == {}  # which has not been played
-    monkeypatch.setattr(sys, "argv", [*arguments, "--methods", "bcos", "--n", "2", "--seed", "1"])
-    with pytest.raises(SystemExit, match="holds results for seed=0, not 1"):
-        script.main()
-    assert script.read_values(out / "values.csv") == values
+    with (out / "summary.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    raw = np.concatenate([values[2, 1, "bcos", k] for k in (0, 1)])
+    (row,) = (row for row in rows if (row["method"], row["cells"], row["smooth"]) == ("bcos", "2", "1"))
+    assert (row["values"], float(row["median"])) == ("8", pytest.approx(np.median(raw), abs=1e-4))
+    assert summarise(out, ["gradcam"]) == {}  # which has not been played
+    assert command(*PLAY, "--data-dir", photos, *options, "--method", "bcos", "--seed", 1) == 2
+    assert "holds results for seed=0, not 1" in capsys.readouterr().err
+    assert read_values(out) == values

@@ -5,15 +5,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import PHOTOS, load_script, real_image
+from conftest import LOADING, PHOTOS, command, real_image
 from PIL import Image
 from torch import nn
 
 from timm_bcos import InputError, MethodError
 from timm_bcos.judging.galleries import most_confident, plot_classes, plot_methods
 from timm_bcos.judging.pointing_game import Confidence
-
-script = load_script("gallery")
 
 
 @pytest.fixture
@@ -68,16 +66,21 @@ def test_images_of_other_channels(channels: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["classes", "methods"])
-def test_script(kind: str, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command(kind: str, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for c in range(3):
         folder = tmp_path / "data" / "test" / f"class{c}"
         folder.mkdir(parents=True)
         for k, photo in enumerate(sorted(PHOTOS.glob("*.jpg"))[:2]):
             Image.open(photo).convert("RGB").resize((64, 64)).save(folder / f"{c}_{k}.png")
-    monkeypatch.setattr("timm_bcos.cli.arguments.load_model", lambda *_: model)
-    monkeypatch.setattr(script, "confidences", lambda *_: [Confidence(i, i // 2, i // 2, 0.5) for i in range(6)])
+    monkeypatch.setattr(LOADING, lambda *_: model)
+    monkeypatch.setattr(
+        "timm_bcos.judging.pointing_game.confidences", lambda *_: [Confidence(i, i // 2, i // 2, 0.5) for i in range(6)]
+    )
     out = tmp_path / "gallery.png"
-    arguments = ["gallery.py", kind, "--data-dir", str(tmp_path / "data"), "--split", "test", "--out", str(out)]
-    monkeypatch.setattr("sys.argv", [*arguments, "--show", "0", "1", "--images", "2", "--methods", "bcos", "ixg"])
-    script.main()
+    options = dict(classes=["--images", 2], methods=["--method", "bcos", "--method", "ixg"])[kind]
+    shown = ["--show", 0, "--show", "class 1"]
+    assert (
+        command("gallery", kind, "--data-dir", tmp_path / "data", "--split", "test", "--out", out, *shown, *options)
+        == 0
+    )
     assert Image.open(out).width > 200

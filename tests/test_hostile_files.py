@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import PHOTOS
+from conftest import PHOTOS, command
 from PIL import Image
 from safetensors.torch import save_file
 
 from timm_bcos.cli import failures
-from timm_bcos.cli.app import app
 from timm_bcos.cli.outputs import Outputs, slug
 from timm_bcos.data.photos import is_own_picture, open_photo
 from timm_bcos.errors import InputError
@@ -51,11 +50,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def photo(path: Path, size: tuple[int, int] = (32, 32)) -> Path:
     Image.open(PHOTOS / "coffee.jpg").convert("RGB").resize(size).save(path)
     return path
-
-
-def command(*arguments: object) -> int:
-    """As `main` runs it."""
-    return failures.exit_status(lambda: app([*map(str, arguments)]))
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -135,12 +129,12 @@ def assert_one_line(text: str) -> None:
         (["explain", "x.jpg", "--device", "meta"], "no device 'meta' here"),
         (["explain", "x.jpg", "--device", "cuda:99"], "no device 'cuda:99' here"),
         (["explain", "x.jpg", "--model", ""], "timm knows no model ''"),
-        (["check", "test_resnet.nope"], "arch='test_resnet.nope': Invalid pretrained tag"),
-        (["check", "local-dir:/nope"], "cannot read the config of local-dir:/nope: Config file not found"),
-        (["check", "hf-hub:"], "'hf-hub:' has no model id"),
-        (["check", "test_resnet", "--b", "inf"], "--b inf"),
-        (["check", "bcos_cnn9", "--b", "1.5"], "bcos_cnn9 has B = 2, not 1.5"),
-        (["check", "vit_tiny_patch16_224", "--size", "5"], "the network fails on an image of 5 × 5 pixels"),
+        (["check", "--model", "test_resnet.nope"], "arch='test_resnet.nope': Invalid pretrained tag"),
+        (["check", "--model", "local-dir:/nope"], "cannot read the config of local-dir:/nope: Config file not found"),
+        (["check", "--model", "hf-hub:"], "'hf-hub:' has no model id"),
+        (["check", "--model", "test_resnet", "--b", "inf"], "--b inf"),
+        (["check", "--model", "bcos_cnn9", "--b", "1.5"], "bcos_cnn9 has B = 2, not 1.5"),
+        (["check", "--model", "vit_tiny_patch16_224", "--size", "5"], "the network fails on an image of 5 × 5 pixels"),
         (["run", "none.py"], "no script none.py"),
     ],
 )
@@ -153,7 +147,7 @@ def test_errors_are_one_line(arguments: list[str], text: str, folder: Path, capf
 
 @pytest.mark.parametrize("arguments", [["--b", "0.5"], ["--b", "nan"], ["--size", "0"], ["--size", "-5"]])
 def test_numbers_out_of_range(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
-    assert command("check", "test_resnet", *arguments) == 2
+    assert command("check", "--model", "test_resnet", *arguments) == 2
     error = capfd.readouterr().err
     assert arguments[0] in error
     assert "Traceback" not in error

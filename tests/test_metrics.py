@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import PHOTOS, load_script, real_image
+from conftest import LOADING, PHOTOS, command, real_image
 from PIL import Image
 from torch import Tensor, nn
 
@@ -18,7 +18,6 @@ from timm_bcos.judging.metrics import METRICS, evaluate
 from timm_bcos.nn.modules import first_output
 
 pytest.importorskip("captum")
-script = load_script("metrics")
 
 
 class UpperHalf(nn.Module):
@@ -257,7 +256,9 @@ def test_unknown_metric() -> None:
         evaluate(UpperHalf().eval(), real_image(32), torch.tensor([0]), "area")
 
 
-def test_script_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.manual_seed(0)
     overlay = dict(input_size=(3, 32, 32))
     model = timm.create_model("bcosify", arch="test_resnet", num_classes=2, pretrained_cfg_overlay=overlay).eval()
@@ -265,14 +266,16 @@ def test_script_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         folder = tmp_path / "data" / "test" / f"class{c}"
         folder.mkdir(parents=True)
         Image.open(sorted(PHOTOS.glob("*.jpg"))[c]).convert("RGB").resize((40, 40)).save(folder / f"{c}.png")
-    monkeypatch.setattr("timm_bcos.cli.arguments.load_model", lambda *_: model)
-    arguments = ["metrics.py", "--data-dir", str(tmp_path / "data"), "--split", "test", "--out", str(tmp_path / "out")]
-    options = ["--metrics", "max_sensitivity", "--methods", "bcos", "lrp", "ixg", "--images", "2"]
-    monkeypatch.setattr("sys.argv", [*arguments, *options])
-    script.main()
+    monkeypatch.setattr(LOADING, lambda *_: model)
+    arguments = ["evaluate", "metrics", "--data-dir", tmp_path / "data", "--split", "test", "--out", tmp_path / "out"]
+    methods = [word for method in ("bcos", "lrp", "ixg") for word in ("--method", method)]
+    options = ["--metric", "max_sensitivity", "--images", 2, *methods]
+    assert command(*arguments, *options) == 0
     text = (tmp_path / "out" / "metrics.csv").read_text()
     assert len(text.splitlines()) == 1 + 2 * 2
-    script.main()
+    assert command(*arguments, *options) == 0
     assert (tmp_path / "out" / "metrics.csv").read_text() == text
     assert "left out: lrp has rules" in capsys.readouterr().out
     assert "| ixg |" in (tmp_path / "out" / "metrics.md").read_text()
+    assert command(*arguments, "--metric", "area") == 2
+    assert "no metric 'area': choose one of deletion" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import PHOTOS, load_script, normalised
+from conftest import LOADING, PHOTOS, command, normalised
 from PIL import Image
 from torch import nn
 
@@ -23,8 +23,6 @@ from timm_bcos.judging.neurons import (
     plot_wall,
 )
 from timm_bcos.nn.modules import hooked
-
-script = load_script("neurons")
 
 
 @pytest.fixture
@@ -172,11 +170,10 @@ def test_layers_that_cannot_be_searched(model: nn.Module, photos: Path) -> None:
         find_strongest(model, dataset, "layer9", progress=False)
 
 
-def test_script(model: nn.Module, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("timm_bcos.cli.arguments.load_model", lambda *_: model)
-    arguments = ["neurons.py", "--layer", "layer3", "--data-dir", str(photos), "--split", "test"]
-    monkeypatch.setattr("sys.argv", [*arguments, "--out", str(tmp_path / "out"), "--units", "2", "--images", "3"])
-    script.main()
+def test_command(model: nn.Module, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LOADING, lambda *_: model)
+    arguments = ["--layer", "layer3", "--data-dir", photos, "--split", "test", "--units", 2, "--images", 3]
+    assert command("neurons", *arguments, "--out", tmp_path / "out") == 0
     assert len((tmp_path / "out" / "units.csv").read_text().splitlines()) == 1 + 192
     for name in ("wall.png", "classes.png"):
         assert Image.open(tmp_path / "out" / name).width > 100

@@ -91,7 +91,6 @@ def test_trains_in_two_processes_on_the_cpu(tmp_path: Path) -> None:
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Site-packages of our own."""
     monkeypatch.setattr(autoload, "autoload_file", lambda: tmp_path / "timm_bcos_autoload.pth")
-    monkeypatch.setattr("timm_bcos.cli.app.autoload_file", autoload.autoload_file)
     return tmp_path
 
 

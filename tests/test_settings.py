@@ -1,20 +1,18 @@
 """What the scripts remember, and what they refuse to go on with."""
 
-import argparse
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from conftest import PHOTOS
 from PIL import Image
-from torch import nn
 
 from timm_bcos import InputError
-from timm_bcos.cli.arguments import add_arguments, load_network_and_data, remember_settings
-from timm_bcos.cli.results import append_rows, read_rows
+from timm_bcos.cli.inputs import DataChoice, NetworkChoice
 from timm_bcos.explaining.figures import Bars, Row, draw_rows, save_figure
 from timm_bcos.files import atomic_path
+from timm_bcos.judging.results import append_rows, read_rows
+from timm_bcos.judging.settings import remember_settings
 
 
 @pytest.fixture
@@ -28,60 +26,50 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def arguments(*given: object) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return parser.parse_args([*map(str, given)])
+def settings(data: Path, checkpoint: Path | None = None) -> dict[str, object]:
+    return vars(NetworkChoice(checkpoint=checkpoint)) | vars(DataChoice(str(data)))
 
 
-@pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    network = timm.create_model("bcos_cnn9", num_classes=2).eval()
-    monkeypatch.setattr("timm_bcos.cli.arguments.load_model", lambda *_: network)
-    return network
-
-
-@pytest.mark.usefixtures("model")
 def test_splits_that_do_not_exist(data: Path) -> None:
-    for given, text in ((["--split", "tset"], "'tset'"), ([], "'validation'")):
+    for given, text in ((dict(split="tset"), "'tset'"), ({}, "'validation'")):
         with pytest.raises(InputError, match=f"has no folder for split {text}, but test, train: see --split"):
-            load_network_and_data(arguments("--data-dir", data, *given))
+            DataChoice(str(data), **given).load(2)
     for split, count in (("test", 2), ("train", 2), ("training", 2)):
-        assert len(load_network_and_data(arguments("--data-dir", data, "--split", split))[1]) == count
-    assert len(load_network_and_data(arguments("--data-dir", data / "test"))[1]) == 2  # folders of classes
+        assert len(DataChoice(str(data), split=split).load(2)) == count
+    assert len(DataChoice(str(data / "test")).load(2)) == 2  # folders of classes
     with pytest.raises(InputError, match="no device 'cdua'"):
-        load_network_and_data(arguments("--data-dir", data, "--split", "test", "--device", "cdua"))
+        NetworkChoice().load("cdua")
 
 
 def test_results_of_another_checkpoint_or_other_data(data: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "w.pth"
     torch.save({"a": torch.zeros(3)}, checkpoint)
-    args, out = arguments("--data-dir", data, "--checkpoint", checkpoint), data / "results"
-    remember_settings(args, out)
+    given, out = settings(data, checkpoint), data / "results"
+    remember_settings(out, given)
     (out / "values.csv").write_text("a\n1\n")
-    remember_settings(args, out)
+    remember_settings(out, given)
     stamp, content = checkpoint.stat(), checkpoint.read_bytes()
     checkpoint.touch()  # copied, or downloaded again
-    remember_settings(args, out)
+    remember_settings(out, given)
     torch.save({"a": torch.ones(3)}, checkpoint)
     assert checkpoint.stat().st_size == stamp.st_size
     with pytest.raises(InputError, match=r"holds results for contents of checkpoint=.*choose another folder"):
-        remember_settings(args, out)
+        remember_settings(out, given)
     checkpoint.write_bytes(content)
-    remember_settings(args, out)
+    remember_settings(out, given)
     (data / "test" / "a" / "y.png").write_bytes(b"one more")
     with pytest.raises(InputError, match="holds results for contents of data_dir="):
-        remember_settings(args, out)
+        remember_settings(out, given)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"null"])
 def test_damaged_settings(content: bytes, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    remember_settings(arguments("--data-dir", data), out)
+    remember_settings(out, settings(data))
     (out / "values.csv").touch()
     (out / "settings.json").write_bytes(content)
     with pytest.raises(InputError, match=r"settings\.json is damaged"):
-        remember_settings(arguments("--data-dir", data), out)
+        remember_settings(out, settings(data))
 
 
 def test_rows(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import PHOTOS
+from conftest import LOADING, PHOTOS
 from PIL import Image
 from torch import nn
 from torchvision.transforms.functional import to_tensor
@@ -74,7 +74,7 @@ def test_classes_of_the_frames_are_counted(model: nn.Module, clip: Path, tmp_pat
 
 
 def test_command_line(clip: Path, tmp_path: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("timm_bcos.cli.app.load_model", lambda *_: model)
+    monkeypatch.setattr(LOADING, lambda *_: model)
     result = CliRunner().invoke(app, ["explain", str(clip), "--out", str(tmp_path / "out"), "--target", "2"])
     assert result.exit_code == 0, result.output
     assert "class 2" in result.output and "11 frames" in result.output
@@ -111,7 +111,7 @@ def test_a_film_that_ends_early_leaves_nothing_half_written(
 def test_a_film_for_each_target_beside_the_users(
     clip: Path, tmp_path: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("timm_bcos.cli.app.load_model", lambda *_: model)
+    monkeypatch.setattr(LOADING, lambda *_: model)
     before = clip.read_bytes()
     for _ in range(2):  # the second run replaces the films of the first
         arguments = ["explain", str(clip), "--out", str(tmp_path), "--target"]

@@ -1,6 +1,6 @@
 """`python -m timm_bcos`, which `torchrun -m timm_bcos run train.py ...` needs."""
 
-from .cli.app import main
+from .cli.main import main
 
 if __name__ == "__main__":
     main()

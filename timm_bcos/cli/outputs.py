@@ -8,6 +8,7 @@ from pathlib import Path
 from ..data.photos import is_own_picture
 from ..errors import InputError
 from ..explaining.films import VIDEO_SUFFIXES, is_own_film
+from ..page.viewer import is_own_page
 
 __all__ = ["Outputs", "is_film", "is_own", "slug"]
 
@@ -20,8 +21,9 @@ def is_film(path: Path) -> bool:
 
 
 def is_own(path: Path) -> bool:
-    """Whether this package wrote a picture or film."""
-    return os.path.isfile(path) and (is_own_film if is_film(path) else is_own_picture)(path)
+    """Whether this package wrote a picture, page or film."""
+    known = is_own_film if is_film(path) else is_own_page if path.suffix == ".html" else is_own_picture
+    return os.path.isfile(path) and known(path)
 
 
 class Outputs:

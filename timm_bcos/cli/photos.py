@@ -14,6 +14,7 @@ from ..explaining.explanation import Explanation
 from ..explaining.films import explain_video
 from ..explaining.forward import explain_targets
 from ..explaining.pictures import save_image
+from ..page.viewer import save_viewer
 from .outputs import Outputs, is_film, slug
 
 __all__ = ["PhotoExplainer"]
@@ -28,9 +29,10 @@ class PhotoExplainer:
     Attributes:
         network: In eval mode.
         names: Of its classes.
-        targets: Classes to explain; None for the most probable ones.
+        targets: Classes to explain; none for the most probable ones.
         top: How many of those.
         outputs: Where the pictures go.
+        html: Write a page per photo, not pictures.
 
     Raises:
         InputError: If photos do not have the image channels that the network wants.
@@ -38,9 +40,10 @@ class PhotoExplainer:
 
     network: Any
     names: Sequence[str]
-    targets: Sequence[int] | None
+    targets: Sequence[int]
     top: int
     outputs: Outputs
+    html: bool = False
 
     def __post_init__(self) -> None:
         channels = getattr(self.network, "in_chans", 3)
@@ -65,9 +68,9 @@ class PhotoExplainer:
 
     def _explain_photo(self, path: Path) -> str:
         x: Tensor = self.transform(open_photo(path, self.mode))[None].to(self.device)
-        targets = None if self.targets is None else [list(self.targets)]
+        targets = [list(self.targets)] if self.targets else None
         explanation = Explanation.stack(explain_targets(self.network, x, targets, top=self.top))
-        self._save(path, explanation)
+        (self._save_page if self.html else self._save_pictures)(path, explanation)
         return self._report(path, explanation)
 
     def _explain_film(self, path: Path) -> str:
@@ -87,7 +90,10 @@ class PhotoExplainer:
         lines = [f"  {self.names[c]:<32.32} probability {p:6.4f}   completeness error {e:.1e}" for c, p, e in rows]
         return "\n".join([str(path), *lines])
 
-    def _save(self, path: Path, explanation: Explanation) -> None:
+    def _save_page(self, path: Path, explanation: Explanation) -> None:
+        save_viewer(explanation, self.outputs.claim(path.stem, ".html"), self.names, path.name)
+
+    def _save_pictures(self, path: Path, explanation: Explanation) -> None:
         explanation.save(self.outputs.claim(path.stem, ".png"), self.names)
         for picture, target in zip(explanation.to_rgba(), explanation.target.tolist(), strict=True):
             save_image(picture, self.outputs.claim(path.stem, ".png", self._label(target)))

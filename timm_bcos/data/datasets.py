@@ -1,7 +1,9 @@
 """Labelled data sets, as `timm.data.create_dataset` makes them."""
 
+import os
 from collections.abc import Callable
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, cast
 
 import timm
 from PIL import Image
@@ -10,9 +12,13 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..nn.stems import image_channels
 
-__all__ = ["LabelledImages", "image_loader"]
+__all__ = ["LabelledImages", "image_loader", "load_dataset"]
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by channels
+
+# what folders of splits are called; timm takes each for the others of its line, and none for all images
+SPLITS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"), ("test", "testing"))
+DEFAULT_SPLIT = "validation"
 
 
 class LabelledImages(Protocol):
@@ -45,3 +51,48 @@ def image_loader(model: nn.Module, dataset: LabelledImages) -> Callable[[int], t
         return transform(image.convert(MODES[channels])), int(label)
 
     return load
+
+
+def load_dataset(
+    root: str, num_classes: int, *, kind: str = "", split: str = DEFAULT_SPLIT, class_map: str = ""
+) -> LabelledImages:
+    """A labelled data set as timm's scripts read it, which says so if it is not the one that was meant.
+
+    Args:
+        root: A folder of one folder per class, with or without folders of splits above them, a tar file, or whatever
+            `kind` reads.
+        num_classes: Of the network.
+        kind: timm's name of the data set.
+        split: Of the data set.
+        class_map: File of the names of all classes.
+
+    Raises:
+        InputError: For a data set that cannot be had, a split that it does not have, or another number of classes.
+    """
+    place = f"{root}, split {split!r}"
+    if kind.partition("/")[0] in ("", "folder", "torch") and os.path.isdir(root):
+        _refuse_missing_split(Path(root), split)
+    try:
+        dataset = timm.data.create_dataset(kind, root=root, split=split, class_map=class_map)  # type: ignore[arg-type]
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:  # as timm's readers differ
+        raise InputError(f"no data set at {place}: {str(error) or 'there is nothing'}") from error
+    readers = (dataset, getattr(dataset, "reader", None))  # torchvision's data sets have none
+    names = ("class_to_idx", "class_name_to_idx")  # folders', tars'
+    found = [getattr(reader, name) for reader in readers for name in names if getattr(reader, name, None)]
+    count = len(set(found[0].values())) if found else num_classes
+    if count != num_classes:
+        raise InputError(
+            f"{place} has images of {count} classes, the model {num_classes}: labels come from a folder per class, or "
+            f"from folders and --class-map, which lists the names of all classes"
+        )
+    return cast(LabelledImages, dataset)
+
+
+def _refuse_missing_split(root: Path, split: str) -> None:
+    """Where there is no folder for a split, timm takes all images; that is meant where no folder is called so."""
+    name = split.partition("[")[0]
+    accepted = next((synonyms for synonyms in SPLITS[:2] if name in synonyms), (name,))
+    found = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    has_splits = any(folder in synonyms for synonyms in SPLITS for folder in found)
+    if name and found and not set(accepted) & set(found) and (has_splits or name != DEFAULT_SPLIT):
+        raise InputError(f"{root} has no folder for split {split!r}, but {', '.join(found[:9])}: see --split")

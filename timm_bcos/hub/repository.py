@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +23,7 @@ from .card import Card, write_card
 from .origin import find_base_model
 from .upload import upload_folder
 
-__all__ = ["publish", "save_repository"]
+__all__ = ["publish", "save_network", "save_repository"]
 
 
 def publish(
@@ -96,19 +97,57 @@ def save_repository(
     card = card or Card()
     if not isinstance(model, nn.Module) and card.base_model is None:
         card = dataclasses.replace(card, base_model=find_base_model(checkpoint=Path(model)))
+    _save(
+        network,
+        Path(folder),
+        label_names,
+        dtype,
+        lambda again, unfinished: write_card(again, unfinished, repo_id, card),
+    )
+
+
+def save_network(
+    network: BcosNetwork,
+    folder: str | PathLike[str],
+    *,
+    label_names: list[str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write `model.safetensors` and `config.json` alone, which `timm.create_model('local-dir:FOLDER')` loads.
+
+    Args:
+        network: A B-cos network that timm can create again by name.
+        folder: A directory, made if need be.
+        label_names: One per class.
+        dtype: Of the stored weights.
+
+    Raises:
+        ModelStateError: If timm could not create the network again; the folder stays as it is.
+        InputError: For another number of label names than classes.
+    """
+    _save(network, Path(folder), label_names, dtype, lambda again, unfinished: None)
+
+
+def _save(
+    network: BcosNetwork,
+    folder: Path,
+    label_names: list[str] | None,
+    dtype: torch.dtype | None,
+    add: Callable[[BcosNetwork, Path], None],
+) -> None:
+    """Files are made, with those that `add` makes of the network loaded again, then moved into the folder together."""
     architecture = _architecture(network)
     stored = copy.deepcopy(network).eval().to(dtype=dtype)
     stored.pretrained_cfg = {**network.pretrained_cfg, "architecture": architecture.pop("architecture")}
     if label_names and len(label_names) != network.num_classes:
         raise InputError(f"{len(label_names)} label names for a network of {network.num_classes} classes")
     labels = dict(label_names=label_names) if label_names else None
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
         timm.models.save_for_hf(stored, unfinished, labels, model_args=architecture, safe_serialization=True)
         again = _load_again(Path(unfinished))
         _compare(_with_weights_of(network, stored), again)
-        write_card(again.to(next(network.parameters()).device), Path(unfinished), repo_id, card)
+        add(again.to(next(network.parameters()).device), Path(unfinished))
         for file in sorted(Path(unfinished).iterdir()):
             file.replace(folder / file.name)
 

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from ..attribution.registry import Subject, Targets, attribute, checked_images
 from ..errors import MethodError
 
-__all__ = ["METRICS", "evaluate"]
+__all__ = ["METRICS", "check_metrics", "evaluate"]
 
 STEPS = 50  # of deletion and insertion
 SUBSETS, SUBSET_SHARE = 50, 16  # sets of pixels, and the part of the image that each is, for the faithfulness
@@ -172,6 +172,17 @@ METRICS: dict[str, Callable[[_Call], Tensor]] = {
 }
 
 
+def check_metrics(names: Sequence[str]) -> None:
+    """Refuse unknown metrics.
+
+    Raises:
+        MethodError: Naming those that there are.
+    """
+    unknown = [name for name in names if name not in METRICS]
+    if unknown:
+        raise MethodError(f"no metric {unknown[0]!r}: choose one of {', '.join(METRICS)}")
+
+
 def evaluate(
     model: nn.Module, x: Tensor, targets: Targets, metric: str, method: str = "bcos", *, seed: int = 0, **options: Any
 ) -> Tensor:
@@ -192,8 +203,7 @@ def evaluate(
     Raises:
         MethodError: For an unknown metric or method, or for maps that are zero everywhere or not finite.
     """
-    if metric not in METRICS:
-        raise MethodError(f"no metric {metric!r}: choose one of {', '.join(METRICS)}")
+    check_metrics([metric])
     x = checked_images(model, x)
     maps = attribute(model, x, targets, method, **options).double()
     if not bool(maps.isfinite().all()) or not bool(maps.any()):

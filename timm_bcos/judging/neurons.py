@@ -3,9 +3,11 @@
 Figures A5, A6 and B4 of the supplement of arXiv 2205.10268.
 """
 
+import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,13 +20,14 @@ from ..errors import InputError, TargetError
 from ..explaining.explanation import Explanation
 from ..explaining.forward import explain
 from ..explaining.pictures import on_white
+from ..files import atomic_path
 from ..nn.channels import channel_axis
 from ..nn.modules import first_output, hooked
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Strongest", "find_strongest", "label_entropy", "plot_label_counts", "plot_wall"]
+__all__ = ["Strongest", "find_strongest", "label_entropy", "plot_label_counts", "plot_wall", "save_units"]
 
 
 @dataclass(frozen=True)
@@ -211,3 +214,22 @@ def plot_label_counts(strongest: Strongest, units: Sequence[int], class_names: S
         if len(class_names) <= 20:
             ax.set_xticks(range(len(class_names)), class_names, rotation=90, fontsize=7)
     return figure
+
+
+def save_units(strongest: Strongest, class_names: Sequence[str], path: Path) -> None:
+    """Write a row per unit as CSV: its strongest activation, its images, the entropy of their classes and the first.
+
+    Args:
+        strongest: Of a layer.
+        class_names: Of all classes.
+        path: Of the file.
+    """
+    entropy = label_entropy(strongest.labels, len(class_names)).tolist()
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["unit", "strongest", "images", "entropy", "most_frequent", "share"])
+        for unit, (values, labels) in enumerate(zip(strongest.values, strongest.labels, strict=True)):
+            top = int(labels.mode().values)
+            share = (labels == top).double().mean().item()
+            row = [unit, f"{values[0]:.6g}", len(labels), f"{entropy[unit]:.4f}", class_names[top], f"{share:.3f}"]
+            writer.writerow(row)

@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from hashlib import sha256
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +23,14 @@ from torch import Tensor
 from ..errors import InputError
 from ..explaining.explanation import Explanation, unit_name
 from ..explaining.pictures import EPS, weights_to_rgba
-from ..files import atomic_path
+from ..files import AUTHOR, atomic_path
 
-__all__ = ["save_viewer", "viewer_html"]
+__all__ = ["is_own_page", "save_viewer", "viewer_html"]
 
 TITLE = "B-cos explanation"
 SCRIPTS = ("numbers.js", "pictures.js", "viewer.js")
+HEAD = 4096  # characters, in which the signature stands
+SIGNATURE = f'<meta name="generator" content="{AUTHOR}">'
 
 
 def viewer_html(explanation: Explanation, class_names: Sequence[str] | None = None, title: str = "") -> str:
@@ -78,6 +81,15 @@ def save_viewer(
     document = viewer_html(explanation, class_names, title)
     with atomic_path(path) as temporary:
         temporary.write_text(document, encoding="utf-8")
+
+
+def is_own_page(path: Path) -> bool:
+    """Whether this package wrote a page: its head says so."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return SIGNATURE in file.read(HEAD)
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _check(explanation: Explanation) -> None:

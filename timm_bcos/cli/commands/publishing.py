@@ -5,13 +5,11 @@ from typing import Annotated, Literal
 
 import typer
 
+from ..inputs import NetworkChoice
+from ..options import Checkpoint, Classes, Model
+
 __all__ = ["publish"]
 
-Model = Annotated[
-    str | None, typer.Option(help="A B-cos network, or a timm model, converted to one that computes the same.")
-]
-Checkpoint = Annotated[Path | None, typer.Option(help="Weights; a checkpoint of train.py says which network it is of.")]
-Classes = Annotated[Path | None, typer.Option(help="Class names, one a line, or a directory of a directory per class.")]
 Photos = Annotated[list[Path] | None, typer.Option("--photo", help="Shown explained on the card; repeat for several.")]
 
 
@@ -44,24 +42,21 @@ def publish(
 ) -> None:
     """Publish a network on the Hugging Face Hub: weights, config and a model card; with --space also a page.
 
-    Example: timm-bcos publish ORG/NAME --checkpoint model_best.pth.tar --classes data/train --photo cat.jpg --space
-
     After `import timm_bcos`, `timm.create_model("hf-hub:ORG/NAME", pretrained=True)` has it.
 
     With --folder, the Space's files are in its subfolder `space`.
     """
     import torch
 
-    from ..hub.card import Card, Evaluation
-    from ..hub.origin import find_base_model
-    from ..hub.repository import publish as publish_network
-    from ..hub.repository import save_repository
-    from ..hub.space import publish_space, save_space
-    from ..models.classes import read_class_names
-    from ..models.loading import load_model
+    from ...hub.card import Card, Evaluation
+    from ...hub.origin import find_base_model
+    from ...hub.repository import publish as publish_network
+    from ...hub.repository import save_repository
+    from ...hub.space import publish_space, save_space
+    from ...models.classes import read_class_names
 
     _refuse_half_an_accuracy(accuracy, dataset, command)
-    network = load_model(model, checkpoint).eval()
+    network = NetworkChoice(model, checkpoint).load()
     terms = network.pretrained_cfg if checkpoint is None else {}  # of the published weights
     licence = licence or terms.get("license") or "apache-2.0"
     card = Card(
@@ -88,7 +83,7 @@ def publish(
 
 
 def _refuse_half_an_accuracy(accuracy: float | None, dataset: str, command: str) -> None:
-    from ..errors import InputError
+    from ...errors import InputError
 
     if accuracy is None and (dataset or command):
         raise InputError(f"--{'dataset' if dataset else 'command'} without a figure: give --accuracy too")

@@ -1,0 +1,76 @@
+"""`timm-bcos explain`: what a network sees in photos and films."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..failures import one_line, quiet_libraries, stop_if_interrupted
+from ..inputs import NetworkChoice
+from ..options import Checkpoint, Classes, Device, Model
+
+if TYPE_CHECKING:
+    from ..photos import PhotoExplainer
+
+__all__ = ["explain"]
+
+
+def explain(
+    photos: Annotated[list[Path], typer.Argument(help="Image files or films, or directories of images.")],
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    classes: Classes = None,
+    device: Device = "cpu",
+    target: Annotated[list[str] | None, typer.Option(help="Class name or index; repeat for several.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Without a target: how many of the most probable classes.")] = 3,
+    out: Annotated[Path, typer.Option(help="Directory for the pictures.")] = Path("explanations"),
+    html: Annotated[
+        bool, typer.Option("--html", help="Write an interactive page per photo, one self-contained file, not pictures.")
+    ] = False,
+) -> None:
+    """Explain what a network sees in photos: prints the classes and writes a figure and pictures per photo."""
+    from ...data.photos import find_photos
+    from ...models.classes import class_names, find_class
+    from ..outputs import Outputs
+    from ..photos import PhotoExplainer
+
+    with quiet_libraries():
+        given = list(find_photos(photos))
+        outputs = Outputs(out, given)
+        network = NetworkChoice(model, checkpoint).load(device)
+        names = class_names(network, classes)
+        targets = list(dict.fromkeys(find_class(t, names, network.num_classes) for t in target or ()))
+        explainer = PhotoExplainer(network, names, targets, top, outputs, html)
+        paths = _without_own(given)
+        failures = _explain_all(explainer, paths)
+    if failures:
+        typer.echo(f"{len(failures)} of {len(paths)} photos failed: {', '.join(map(str, failures))}", err=True)
+        raise typer.Exit(1)
+
+
+def _without_own(paths: Sequence[Path]) -> list[Path]:
+    """Explanations are not explained."""
+    from ..outputs import is_own
+
+    own = [path for path in paths if is_own(path)]
+    if own:
+        names = ", ".join([*map(str, own[:3]), *(["…"] if len(own) > 3 else [])])
+        typer.echo(f"left out {len(own)} that timm-bcos made: {names}", err=True)
+    return [path for path in paths if path not in own]
+
+
+def _explain_all(explainer: "PhotoExplainer", paths: Sequence[Path]) -> list[Path]:
+    """One photo after the other; one that fails, in whatever way, is reported and the others go on."""
+    from tqdm import tqdm
+
+    failures = []
+    for path in tqdm(paths, unit="photo", disable=True if len(paths) < 2 else None):
+        stop_if_interrupted()
+        try:
+            report = explainer.explain(path)
+        except Exception as error:
+            failures.append(path)
+            report = f"{path}: {one_line(error)}"
+        tqdm.write(report)
+    return failures

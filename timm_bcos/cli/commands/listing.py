@@ -1,0 +1,40 @@
+"""`timm-bcos models`: the registered networks."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ...models.listing import Listed
+
+__all__ = ["models"]
+
+ROW = "{:<52} {:>10} {:>6} {:>10}  {}"
+
+
+def models(
+    pattern: Annotated[str, typer.Argument(help="Of names, with * and ?, as in timm.list_models.")] = "*",
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Only networks with weights.")] = False,
+) -> None:
+    """List the networks: name and tag, parameters in millions, published top-1 in per cent, image size in pixels.
+
+    Any other timm model becomes a B-cos network by `timm-bcos convert`, or by the name `bcosify`.
+    """
+    from ...errors import TargetError
+    from ...models.listing import list_networks
+
+    is_empty = True
+    for network in list_networks(pattern, pretrained=pretrained):
+        if is_empty:
+            typer.echo(ROW.format("name", "parameters", "top-1", "image", "").rstrip())
+            is_empty = False
+        typer.echo(_row(network))
+    if is_empty:
+        raise TargetError(f"no network is called {pattern!r}: `timm-bcos models` lists all, 'bcosv2_*' a family")
+
+
+def _row(network: "Listed") -> str:
+    image = f"{network.resize} → {network.size}" if network.resize else str(network.size)
+    note = "comes with the package" if network.is_embedded else ""
+    parameters, top1 = f"{network.parameters:.1f}", str(network.top1 or "")
+    return ROW.format(network.tagged_name, parameters, top1, image, note).rstrip()

@@ -1,0 +1,51 @@
+"""`timm-bcos neurons`: what the units of a layer look for."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..inputs import DataChoice, NetworkChoice
+from ..options import Checkpoint, Classes, ClassMap, DataDir, Dataset, Device, Model, Split
+
+__all__ = ["neurons"]
+
+
+def neurons(
+    layer: Annotated[str, typer.Option(help="Path of a layer whose output is a map, or tokens, as blocks.4.")],
+    data_dir: DataDir,
+    dataset: Dataset = "",
+    split: Split = "validation",
+    class_map: ClassMap = "",
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    classes: Classes = None,
+    device: Device = "cpu",
+    units: Annotated[int, typer.Option(min=1, help="On the pictures.")] = 6,
+    images: Annotated[int, typer.Option(min=1, help="Per unit, on the wall.")] = 6,
+    strongest: Annotated[int, typer.Option(min=1, help="Images per unit, for the entropy of their classes.")] = 500,
+    out: Annotated[Path, typer.Option(help="Directory for the pictures and units.csv.")] = Path("neurons"),
+) -> None:
+    """Show what a layer's units look for: their strongest images, explained, and the classes of these.
+
+    Writes wall.png (crops of the most active units' images, and their explanations), classes.png (the classes of the
+    most one-sided units) and units.csv (every unit).
+    """
+    from ...explaining.figures import save_figure
+    from ...judging.neurons import find_strongest, label_entropy, plot_label_counts, plot_wall, save_units
+    from ...models.classes import class_names
+
+    network = NetworkChoice(model, checkpoint).load(device)
+    labelled = DataChoice(data_dir, dataset, split, class_map).load(network.num_classes)
+    names = class_names(network, classes)
+    found = find_strongest(network, labelled, layer, strongest)
+    save_units(found, names, out / "units.csv")
+    save_figure(plot_wall(network, labelled, found, found.most_active(units), images), out / "wall.png")
+    one_sided = found.most_one_sided(units, len(names))
+    if one_sided:
+        save_figure(plot_label_counts(found, one_sided, names), out / "classes.png")
+    entropy = label_entropy(found.labels, len(names)).tolist()
+    for unit in one_sided:
+        top = names[int(found.labels[unit].mode().values)]
+        typer.echo(f"unit {unit}: entropy {entropy[unit]:.3f} of the uniform distribution's, most often {top}")
+    typer.echo(f"wrote {out}")
