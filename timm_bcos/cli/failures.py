@@ -62,9 +62,11 @@ def exit_status(command: Callable[[], object]) -> int:
         return _end("stopped by SIGINT", 128 + signal.SIGINT)
     except BrokenPipeError:  # nobody reads on, as in `timm-bcos ... | head`
         return _end(None, 128 + signal.SIGPIPE)
-    except BcosError as error:
-        return _end(one_line(error), 2)
     except Exception as error:
+        if _received:  # what a signal interrupts, above all an import, may raise errors of its own
+            return _end(str(Interrupted(_received[0])), 128 + _received[0])
+        if isinstance(error, BcosError):
+            return _end(one_line(error), 2)
         hint = "" if isinstance(error, OSError) else f" ({TRACEBACK}=1 in the environment shows where)"
         return _end(one_line(error) + hint, 1)
 

@@ -26,7 +26,7 @@ class Listed:
         top1: Published accuracy in per cent, where there is one.
         resize: What images' shorter side is resized to, in pixels; None where the weights do not say it.
         size: Height and width of the input, in pixels.
-        is_embedded: Whether the weights come with this package.
+        note: On weights that come with this package.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Listed:
     top1: float | None
     resize: int | None
     size: int
-    is_embedded: bool = False
+    note: str = ""
 
     @property
     def tagged_name(self) -> str:
@@ -70,4 +70,6 @@ def _rows(name: str, tags: list[str]) -> Iterator[Listed]:
     for tag in tags:
         file = files.get(tag)
         top1, resize = (file.top1, file.resize) if file else (None, None)
-        yield Listed(name, tag, parameters, top1, resize, size, f"{name}.{tag}" in EMBEDDED)
+        embedded = EMBEDDED.get(f"{name}.{tag}")
+        note = f"comes with the package; {embedded['description']}" if embedded else ""
+        yield Listed(name, tag, parameters, top1, resize, size, note)

@@ -61,6 +61,6 @@ def _export_onnx(network: Any, x: Any, out: Path) -> None:
     options: dict[str, Any] = dict(dynamo=True, dynamic_shapes=({0: batch},), external_data=False, verbose=False)
     try:
         with atomic_path(out) as path:
-            torch.onnx.export(network, (x,), path, dynamo=True, **options)
+            torch.onnx.export(network, (x,), path, **options)
     except ImportError as error:
         raise InputError(f"ONNX needs {error.name}: pip install 'timm_bcos[onnx]'") from error

@@ -9,7 +9,8 @@ if TYPE_CHECKING:
 
 __all__ = ["models"]
 
-ROW = "{:<52} {:>10} {:>6} {:>10}  {}"
+ROW = "{:<45} {:>10} {:>9} {:>10}  {}"
+HEADER = ROW.format("name", "params (M)", "top-1 (%)", "image (px)", "")
 
 
 def models(
@@ -26,7 +27,7 @@ def models(
     is_empty = True
     for network in list_networks(pattern, pretrained=pretrained):
         if is_empty:
-            typer.echo(ROW.format("name", "parameters", "top-1", "image", "").rstrip())
+            typer.echo(HEADER.rstrip())
             is_empty = False
         typer.echo(_row(network))
     if is_empty:
@@ -35,6 +36,5 @@ def models(
 
 def _row(network: "Listed") -> str:
     image = f"{network.resize} → {network.size}" if network.resize else str(network.size)
-    note = "comes with the package" if network.is_embedded else ""
     parameters, top1 = f"{network.parameters:.1f}", str(network.top1 or "")
-    return ROW.format(network.tagged_name, parameters, top1, image, note).rstrip()
+    return ROW.format(network.tagged_name, parameters, top1, image, network.note).rstrip()
