@@ -1,0 +1,1 @@
+"""Explanations as web pages that need no network."""
