@@ -13,7 +13,7 @@ MODULES = {path: path.relative_to(PACKAGE.parent).with_suffix("").as_posix() for
 # from the cellar to the roof: a room imports from those before it
 ROOMS = (
     "errors", "files", "nn", "dynamic", "explaining", "conversion", "weights", "models", "data", "attribution",
-    "judging", "hub", "cli",
+    "judging", "hub", "page", "cli",
 )  # fmt: skip
 
 

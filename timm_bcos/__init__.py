@@ -32,6 +32,7 @@ from .errors import (
     UnsupportedModuleError,
 )
 from .explaining.checking import Check, check, settle
+from .explaining.contrasting import contrast
 from .explaining.explanation import Explanation
 from .explaining.exporting import export_explainer
 from .explaining.forward import explain, explain_targets
@@ -68,6 +69,7 @@ __all__ = [
     "bcosify",
     "check",
     "constant",
+    "contrast",
     "declare",
     "encode_image",
     "explain",

@@ -16,7 +16,7 @@ from .pictures import map_to_rgba, on_white, overlay, weights_to_rgba
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Explanation"]
+__all__ = ["Explanation", "unit_name"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +38,7 @@ class Explanation:
         layer: The explained neuron's layer, None for a logit.
         probability_kind: 'sigmoid' or 'softmax', as the network's config says.
         position: (N, 2) its row and column (row 0 for token sequences), None for a logit.
+        versus: (N,) the class that `contrast` subtracts; weights and biases are then differences. None for one class.
     """
 
     logits: Tensor
@@ -51,11 +52,13 @@ class Explanation:
     layer: str | None = None
     position: Tensor | None = None
     probability_kind: str = "sigmoid"
+    versus: Tensor | None = None
 
     @property
     def logit(self) -> Tensor:
-        """(N,) the explained outputs."""
-        return self.logits.gather(1, self.target[:, None])[:, 0]
+        """(N,) the explained outputs; with `versus`, the differences of two."""
+        logit = self.logits.gather(1, self.target[:, None])[:, 0]
+        return logit if self.versus is None else logit - self.logits.gather(1, self.versus[:, None])[:, 0]
 
     @property
     def image(self) -> Tensor:
@@ -110,7 +113,9 @@ class Explanation:
         """
         if not explanations:
             raise InputError("no explanations to stack")
-        kinds = {(e.layer, e.probability_kind, e.logit_bias, e.logits.shape[1:]) for e in explanations}
+        kinds = {
+            (e.layer, e.probability_kind, e.logit_bias, e.logits.shape[1:], e.versus is not None) for e in explanations
+        }
         if len(kinds) > 1:
             raise InputError(
                 f"cannot stack explanations of different outputs: {', '.join(map(str, sorted(kinds, key=str)))}"
@@ -150,8 +155,11 @@ class Explanation:
 
     def _title(self, index: int, class_names: Sequence[str] | None) -> str:
         unit = int(self.target[index])
+        if self.versus is not None:
+            against = unit_name("class", int(self.versus[index]), class_names)
+            return f"for {unit_name('class', unit, class_names)}, not {against}"
         if self.layer is None or self.position is None:
-            return f"for {_name('class', unit, class_names)}"
+            return f"for {unit_name('class', unit, class_names)}"
         return f"{self.layer}, unit {unit} at {tuple(self.position[index].tolist())}"
 
     def _bars(self, index: int, class_names: Sequence[str] | None, top: int) -> Bars:
@@ -159,7 +167,7 @@ class Explanation:
         values = self.probability[index] if is_logit else self.logits[index]
         best = values.topk(min(top, len(values)))
         units = best.indices.tolist()
-        names = [_name("class", unit, class_names) if is_logit else _name("unit", unit, None) for unit in units]
+        names = [unit_name("class", unit, class_names) if is_logit else unit_name("unit", unit) for unit in units]
         target = int(self.target[index])
         title = f"probability ({self.probability_kind})" if is_logit else "activation"
         marked = units.index(target) if target in units else None
@@ -170,5 +178,6 @@ class Explanation:
         save_figure(self.plot(class_names), path)
 
 
-def _name(kind: str, index: int, names: Sequence[str] | None) -> str:
+def unit_name(kind: str, index: int, names: Sequence[str] | None = None) -> str:
+    """The name of a class, or what stands for one: its kind and number."""
     return names[index] if names is not None and index < len(names) else f"{kind} {index}"

@@ -16,7 +16,7 @@ from .explanation import Explanation
 from .inputs import check_images, check_model
 from .linearised import Linearised
 
-__all__ = ["explain", "explain_targets"]
+__all__ = ["Targets", "check_targets", "explain", "explain_targets"]
 
 Targets = int | Sequence[int] | Tensor | None
 Position = int | tuple[int, int] | None
@@ -53,7 +53,7 @@ def explain(
         >>> explanation.completeness_error, explanation.contribution_map
     """
     check_images(x, check_model(model))
-    units = _check_targets(target, len(x))
+    units = check_targets(target, len(x))
 
     def ask(part: Linearised, images: slice) -> list[Explanation]:
         return [part.explain(None if units is None else units[images], position)]
@@ -111,13 +111,13 @@ def _is_mixed(explanation: Explanation) -> bool:
     return bool(explanation.completeness_error.max() > 1e-4 and error.sum().abs() < 1e-2 * error.abs().sum())
 
 
-def _check_targets(target: object, images: int) -> Tensor | None:
-    """(N,) classes or units; None for the strongest."""
+def check_targets(target: object, images: int, name: str = "target") -> Tensor | None:
+    """(N,) classes or units; None for the strongest. Errors call the argument `name`."""
     if target is None:
         return None
     units = _integers(target)
     if units is None or units.ndim > 1 or (units.ndim == 1 and len(units) != images):
-        raise TargetError(f"target={target!r}: give an int, or one int for each of the {images} images")
+        raise TargetError(f"{name}={target!r}: give an int, or one int for each of the {images} images")
     return units.expand(images)
 
 
