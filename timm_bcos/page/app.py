@@ -64,3 +64,27 @@ def page_networks(
     for one in networks:
         one.model.to(device)
     return networks
+
+
+def build_app(networks: Sequence[PageNetwork]) -> gr.Blocks:
+    """The page.
+
+    Args:
+        networks: To choose from, the first being chosen at first.
+
+    Returns:
+        A Gradio app, whose queue limits how many answers are computed at once.
+    """
+    offered = {network.label: network for network in networks}
+    first = networks[0]
+    with gr.Blocks(title="timm_bcos", analytics_enabled=False) as app:
+        gr.HTML(f"<h1>{TITLE}</h1><p>{LEAD}</p>", elem_classes="bcos-title")
+        with gr.Row(equal_height=True):
+            with gr.Column(scale=5, min_width=300):
+                photo = PhotoZone(_first_example(first), examples=example_props(first.examples), elem_id="photo")
+            with gr.Column(scale=4, min_width=300):
+                label = gr.Dropdown(list(offered), value=first.label, label="Network", elem_id="network")
+                more = gr.Dropdown([], multiselect=True, label="Further classes", info=MORE, elem_id="more")
+        told = gr.HTML(elem_id="told")
+        frame = Frame(elem_id="explanation")
+        visit = gr.State(time_to_live=3600)

@@ -39,8 +39,8 @@ def viewer_html(explanation: Explanation, class_names: Sequence[str] | None = No
         title: Heading, for instance the photo's and the network's name.
 
     Returns:
-        An HTML document. In an iframe of the same origin it sets that iframe's height; in a sandboxed one allow
-        scripts and downloads.
+        An HTML document. In an iframe allow scripts and downloads; it posts messages `{height}` in pixels to what
+        embeds it.
 
     Raises:
         InputError: For explanations of several images, of inner neurons or of differences (the page subtracts by
