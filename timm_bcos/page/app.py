@@ -2,45 +2,48 @@
 
 import contextlib
 import io
-import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
 import gradio as gr
+import torch
 from starlette.middleware import Middleware
 
 from ..attribution.registry import METHODS
-from ..errors import BcosError, InputError
+from ..errors import InputError
 from ..files import first_line
 from ..models.classes import class_names
 from ..models.loading import load_model
-from . import visits
+from .answers import Answers
 from .components import Frame, PhotoZone, example_props, static
 from .guard import Guard
-from .markup import notice, pictures_side_by_side
 from .networks import PageNetwork, embedded_networks
+from .theme import page_theme
 from .uploads import LARGEST, encode_file
+from .visits import MOST_CLASSES
 
 __all__ = ["build_app", "launch", "page_networks", "serving"]
 
-T = TypeVar("T")
-
-_logger = logging.getLogger(__name__)
-
 TITLE = "What a B-cos network sees"
 LEAD = (
-    "Logits of a B-cos network are sums over the pixels, so that an explanation is exact: nothing is approximated. "
-    "Photos stay in memory, and only for the answer."
+    "A logit of a B-cos network is a sum over the pixels, so an explanation is exact: nothing is approximated. "
+    "Photos are held in memory, never on disk."
 )
-FAST = ("ixg", "guided_backprop", "gradcam")  # what is compared at first
-AT_ONCE, WAITING, SESSIONS = 2, 32, 200  # answers computed, answers waited for, visitors remembered
+OTHERS = [name for name in METHODS if name != "bcos"]
+AT_FIRST = ["ixg", "guided_backprop", "gradcam"]
+SLOW = "Maps are computed in this order; " + ", ".join(n for n, m in METHODS.items() if m.slow) + " take long."
+
+AT_ONCE, WAITING, VISITORS = 2, 32, 200  # answers computed, answers waited for, visits remembered
+SECONDS = 3600  # that a visit is remembered
 REQUEST = LARGEST * 4 // 3 + 1_000_000  # bytes: a photo as a data address, and what goes with it
 
 
 def page_networks(
-    model: str | None = None, checkpoint: Path | None = None, classes: Path | None = None, device: object = "cpu"
+    model: str | None = None,
+    checkpoint: Path | None = None,
+    classes: Path | None = None,
+    device: torch.device | str = "cpu",
 ) -> list[PageNetwork]:
     """The networks that come with the package, after the one that is asked for.
 
@@ -56,10 +59,10 @@ def page_networks(
         TargetError: For a name that timm does not know.
     """
     networks = embedded_networks()
-    if model is not None or checkpoint is not None or classes is not None:
+    if (model, checkpoint, classes) != (None, None, None):
         network = load_model(model, checkpoint).eval()
+        label = model or (checkpoint.name if checkpoint else f"{networks[0].label}, renamed")
         examples = [photo for embedded in networks for photo in embedded.examples]
-        label = str(model or (checkpoint and checkpoint.name) or networks[0].label)
         networks.insert(0, PageNetwork(label, network, class_names(network, classes), examples))
     for one in networks:
         one.model.to(device)
@@ -75,16 +78,116 @@ def build_app(networks: Sequence[PageNetwork]) -> gr.Blocks:
     Returns:
         A Gradio app, whose queue limits how many answers are computed at once.
     """
-    offered = {network.label: network for network in networks}
-    first = networks[0]
+    answers, first = Answers(networks), networks[0]
+    classes = [(name, index) for index, name in enumerate(first.names)]
     with gr.Blocks(title="timm_bcos", analytics_enabled=False) as app:
         gr.HTML(f"<h1>{TITLE}</h1><p>{LEAD}</p>", elem_classes="bcos-title")
-        with gr.Row(equal_height=True):
+        visit = gr.State(time_to_live=SECONDS)
+        with gr.Row():
             with gr.Column(scale=5, min_width=300):
-                photo = PhotoZone(_first_example(first), examples=example_props(first.examples), elem_id="photo")
+                photo = PhotoZone(_first_photo(first), examples=example_props(first.examples), elem_id="photo")
             with gr.Column(scale=4, min_width=300):
-                label = gr.Dropdown(list(offered), value=first.label, label="Network", elem_id="network")
-                more = gr.Dropdown([], multiselect=True, label="Further classes", info=MORE, elem_id="more")
+                label = gr.Dropdown(list(answers.networks), value=first.label, label="Network", elem_id="network")
+                more = gr.Dropdown(
+                    classes, multiselect=True, value=[], label="Further classes", elem_id="more",
+                    info=f"The most probable ones are explained anyway; up to {MOST_CLASSES} in all.",
+                )  # fmt: skip
         told = gr.HTML(elem_id="told")
         frame = Frame(elem_id="explanation")
-        visit = gr.State(time_to_live=3600)
+        with gr.Tab("Other methods"):
+            with gr.Row():
+                target = gr.Dropdown(classes, value=None, label="Class", scale=1, elem_id="target")
+                methods = gr.Dropdown(OTHERS, multiselect=True, value=AT_FIRST, label="Methods", info=SLOW, scale=3)
+            compare = gr.Button("Compare", variant="primary", elem_id="compare")
+            maps = gr.HTML(elem_id="maps", min_height=60)
+        with gr.Tab("Inner neurons"):
+            layer = gr.Dropdown(first.layers, value=first.layer, label="Layer", elem_id="layer")
+            show = gr.Button("Show the strongest units", variant="primary", elem_id="show")
+            neurons = gr.HTML(elem_id="neurons", min_height=60)
+
+        comparison = compare.click(answers.compare, [visit, target, methods], maps)
+        search = show.click(answers.show_neurons, [visit, layer], neurons)
+        taking = dict(
+            fn=answers.take_photo,
+            inputs=[label, photo],
+            outputs=[told, frame, visit, more, target, maps, neurons],
+            cancels=[comparison, search],
+        )
+        photo.input(**taking, trigger_mode="always_last")
+        label.input(answers.take_network, [label, photo], [photo, more, target, layer]).then(**taking)
+        app.load(**taking)
+        more.input(answers.add_classes, [visit, more], [told, frame], trigger_mode="always_last")
+    for event in app.fns.values():
+        event.concurrency_id, event.api_visibility = "answers", "private"
+    return app.queue(max_size=WAITING, default_concurrency_limit=AT_ONCE)
+
+
+def _first_photo(network: PageNetwork) -> str:
+    return encode_file(network.examples[0]) if network.examples else ""
+
+
+@contextlib.contextmanager
+def serving(app: gr.Blocks, port: int | None = None, share: bool = False) -> Iterator[str]:
+    """Serve a page until the block ends.
+
+    Args:
+        app: From `build_app`.
+        port: None for the first free one from 7860 on.
+        share: Also at a public address, through Gradio's servers.
+
+    Yields:
+        Its address.
+
+    Raises:
+        InputError: If it cannot be served there.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            app.launch(
+                server_port=port, share=share, inbrowser=False, prevent_thread_lock=True, quiet=True, inline=False,
+                theme=page_theme(), css=static("page.css"), footer_links=["gradio"], run_history=False,
+                enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, max_file_size=LARGEST,
+                state_session_capacity=VISITORS, app_kwargs=dict(middleware=[Middleware(Guard, largest=REQUEST)]),
+            )  # fmt: skip
+    except OSError as error:
+        where = f"port {port} is taken" if port is not None else "no free port"
+        raise InputError(f"{where} ({first_line(error)}): choose another one with --port") from error
+    try:
+        if share and not app.share_url:
+            raise InputError(f"no public address: {' '.join(said.getvalue().split())}; leave --share out")
+        yield app.share_url or app.local_url
+    finally:
+        app.close(verbose=False)
+
+
+def launch(
+    model: str | None = None,
+    checkpoint: Path | None = None,
+    classes: Path | None = None,
+    *,
+    port: int | None = None,
+    share: bool = False,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Serve the page until Ctrl-C; all that the `app.py` of a Hugging Face Space needs.
+
+    Args:
+        model: As in `page_networks`, for instance 'hf-hub:ORG/NAME'.
+        checkpoint: As there.
+        classes: As there.
+        port: As in `serving`.
+        share: As in `serving`.
+        device: Where to compute.
+
+    Raises:
+        BcosError: As in `page_networks` and `serving`.
+
+    Example:
+        >>> from timm_bcos.page.app import launch
+        >>> launch(model="hf-hub:ORG/NAME")
+    """
+    app = build_app(page_networks(model, checkpoint, classes, device))
+    with serving(app, port, share) as address:
+        print(f"the page is at {address} (Ctrl-C ends it)", flush=True)
+        threading.Event().wait()

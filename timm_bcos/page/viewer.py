@@ -140,7 +140,7 @@ def _png(picture: Tensor) -> str:
 
     array = (picture.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     file = io.BytesIO()
-    Image.fromarray(array).save(file, "PNG", optimize=True)
+    Image.fromarray(array).save(file, "PNG")
     return f"data:image/png;base64,{_base64(file.getvalue())}"
 
 
