@@ -80,7 +80,7 @@ def build_app(networks: Sequence[PageNetwork]) -> gr.Blocks:
     """
     answers, first = Answers(networks), networks[0]
     classes = [(name, index) for index, name in enumerate(first.names)]
-    with gr.Blocks(title="timm_bcos", analytics_enabled=False) as app:
+    with gr.Blocks(title="timm_bcos", analytics_enabled=False, fill_width=True) as app:
         gr.HTML(f"<h1>{TITLE}</h1><p>{LEAD}</p>", elem_classes="bcos-title")
         visit = gr.State(time_to_live=SECONDS)
         with gr.Row():
