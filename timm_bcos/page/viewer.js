@@ -1,163 +1,36 @@
-"use strict";
+// The page: what is asked, where the pointer is, and what is shown of both.
 
 const page = JSON.parse(document.getElementById("data").textContent);
 const { width, height, classes } = page;
-const state = { asked: 0, against: null, pixel: null, rectangle: null };
-const pictures = []; // {canvas, pixel, rectangle, figure}
+const state = { asked: 0, against: null, pixel: null, rectangle: null, isDragging: false, active: null };
+const pictures = []; // the marks on each: {pixel, rectangle, tip}
+let current; // the explained quantity, see `question`
 const by = (id) => document.getElementById(id);
-
-const WHITE = [255, 255, 255];
-const FOR_AND_AGAINST = [[190, 18, 45], [24, 84, 190]];
-const A_AND_B = [[196, 88, 6], [84, 48, 152]]; // orange and purple: apart for every kind of colour vision
-const SATURATION = 0.995; // quantile of |contribution| at which colours are full
-const OVERLAY = 0.9; // opacity of the strongest contributions over the photo
-
-// ---- numbers -------------------------------------------------------------------------------------------------------
+const create = (tag) => document.createElement(tag);
+const element = (tag, className = "", textContent = "") => Object.assign(create(tag), { className, textContent });
 
 const isContrast = () => state.against !== null;
 const askedClass = () => classes[state.asked];
-const againstClass = () => classes[state.against];
-
-/** The explained quantity: one class, or the difference of two; every sum of it is in double precision. */
-function question() {
-  const a = askedClass();
-  if (!isContrast()) return { ...a, map: a.map, logitBias: page.logitBias };
-  const b = againstClass();
-  const minus = (key) => a[key] - b[key];
-  return {
-    map: a.map.map((value, i) => value - b.map[i]),
-    logit: minus("logit"), bias: minus("bias"), constantBias: minus("constantBias"), logitBias: 0,
-  };
-}
-
-function isInside({ top, bottom, left, right }, row, column) {
-  return row >= top && row <= bottom && column >= left && column <= right;
-}
-
-/** Sums of a map inside and outside a rectangle, each added up by itself. */
-function split(map, rectangle) {
-  const sums = { inside: 0, outside: 0 };
-  for (let i = 0; i < map.length; i++) {
-    const part = rectangle && isInside(rectangle, Math.floor(i / width), i % width) ? "inside" : "outside";
-    sums[part] += map[i];
-  }
-  return sums;
-}
-
-function quantile(values, share) {
-  const sorted = Float64Array.from(values).sort();
-  const at = share * (sorted.length - 1), low = Math.floor(at);
-  return sorted[low] + (at - low) * ((sorted[low + 1] ?? sorted[low]) - sorted[low]);
-}
-
-const scaleOf = (map) => quantile(map.map(Math.abs), SATURATION) || 1e-12;
-
-function strongest(map) {
-  let best = 0;
-  for (let i = 1; i < map.length; i++) if (Math.abs(map[i]) > Math.abs(map[best])) best = i;
-  return { row: Math.floor(best / width), column: best % width };
-}
-
-/** Decimals that show five digits of numbers of this size. */
-const decimalsFor = (size) => Math.min(12, Math.max(0, 4 - Math.floor(Math.log10(size || 1))));
-
-function signed(value, decimals) {
-  const digits = Math.abs(value).toFixed(decimals);
-  return (Number(digits) === 0 ? "" : value < 0 ? "−" : "+") + digits;
-}
-
-function scientific(value) {
-  if (value === 0) return "0";
-  const [digits, exponent] = value.toExponential(1).split("e");
-  return `${digits} × 10${[...String(Number(exponent))].map((c) => "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"["-0123456789".indexOf(c)]).join("")}`;
-}
-
-const percent = (share) => `${(100 * share).toFixed(1)} %`;
+const againstClass = () => classes[state.against]; // undefined where one class is explained
+const shownClasses = () => (isContrast() ? [askedClass(), againstClass()] : [askedClass()]);
 
 // ---- pictures ------------------------------------------------------------------------------------------------------
-
-/** Position in a diverging scale from -1 to 1 as a colour; white is 0. */
-function diverging(t, [positive, negative]) {
-  const end = t < 0 ? negative : positive, strength = Math.min(1, Math.abs(t));
-  return WHITE.map((white, c) => white + (end[c] - white) * strength);
-}
-
-/** A picture from a function of the pixel's index that returns [r, g, b] or [r, g, b, opacity]. */
-function paint(canvas, colourAt) {
-  const picture = new ImageData(width, height);
-  for (let i = 0; i < width * height; i++) {
-    const [r, g, b, opacity = 255] = colourAt(i);
-    picture.data.set([r, g, b, opacity], 4 * i);
-  }
-  canvas.getContext("2d").putImageData(picture, 0, 0);
-}
-
-const photoAt = (i) => page.photo.subarray(4 * i, 4 * i + 3);
-const colourOf = (one, i) => one.colour.subarray(4 * i, 4 * i + 3);
-const rowOf = (one) => (i) => [...colourOf(one, i), one.opacity[4 * i]];
-
-function overlayOf(mapColour, strengthAt) {
-  return (i) => {
-    const [r, g, b] = photoAt(i), grey = 127.5 + (r + g + b) / 6, strength = OVERLAY * strengthAt(i);
-    return mapColour(i).map((value) => grey * (1 - strength) + value * strength);
-  };
-}
-
-/** What is drawn for the question: name, colours, and what stands below. */
-function views() {
-  const { map } = question(), scale = scaleOf(map), ends = isContrast() ? A_AND_B : FOR_AND_AGAINST;
-  const mapColour = (i) => diverging(map[i] / scale, ends);
-  const overlay = overlayOf(mapColour, (i) => Math.min(1, Math.abs(map[i]) / scale));
-  const rows = (isContrast() ? [askedClass(), againstClass()] : [askedClass()]).map((one) => ({
-    name: isContrast() ? `Weights for ${one.name}` : "Explanation", file: `weights ${one.name}`, colours: rowOf(one),
-    below: "The colours that the network looks for, opaque where they speak for the class",
-  }));
-  const file = isContrast() ? `${askedClass().name} not ${againstClass().name}` : askedClass().name;
-  return [
-    { name: "Photo", file: "photo", colours: photoAt, below: `${width} × ${height} pixels, as the network sees it` },
-    ...rows,
-    { name: "Contributions", file: `contributions ${file}`, colours: mapColour, below: legend(scale, ends) },
-    { name: "Overlay", file: `overlay ${file}`, colours: overlay, below: "Contributions over the photo" },
-  ];
-}
-
-function legend(scale, ends) {
-  const [bar, ticks, text] = ["div", "div", "div"].map((tag) => document.createElement(tag));
-  const colours = [-1, 0, 1].map((t) => `rgb(${diverging(t, ends).join(" ")})`);
-  bar.className = "legend";
-  bar.style.background = `linear-gradient(to right, ${colours.join(", ")})`;
-  ticks.className = "ticks";
-  const marks = [`−${scale.toPrecision(2)}`, "0", `+${scale.toPrecision(2)}`];
-  ticks.append(...marks.map((mark) => Object.assign(document.createElement("span"), { textContent: mark })));
-  text.textContent = isContrast() ? `Logits: for ${againstClass().name} ↔ for ${askedClass().name}` : "Logits: against ↔ for";
-  const group = document.createElement("div");
-  group.append(bar, ticks, text);
-  return group;
-}
 
 function addPicture(view) {
   const figure = by("picture").content.cloneNode(true).firstElementChild;
   const canvas = Object.assign(figure.querySelector("canvas"), { width, height });
-  figure.querySelector(".name").textContent = view.name;
+  figure.querySelector(".title").textContent = view.title;
   figure.querySelector(".below").append(view.below);
   canvas.setAttribute("role", "img");
-  canvas.setAttribute("aria-label", `${view.name}: ${heading()}`);
+  canvas.setAttribute("aria-label", `${view.title}: ${heading()}`);
   const button = figure.querySelector(".download");
-  button.setAttribute("aria-label", `Download ${view.name} as PNG`);
+  button.setAttribute("aria-label", `Download ${view.title} as PNG`);
   button.addEventListener("click", () => download(canvas, view.file));
   paint(canvas, view.colours);
-  listen(figure.querySelector(".frame"));
+  listen(figure.querySelector(".frame"), pictures.length);
   by("pictures").append(figure);
-  pictures.push({ pixel: figure.querySelector(".pixel"), rectangle: figure.querySelector(".rectangle") });
-}
-
-function download(canvas, name) {
-  const file = `${page.title} ${name}`.replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "");
-  canvas.toBlob((blob) => {
-    const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(blob), download: `${file}.png` });
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-  });
+  const [pixel, rectangle, tip] = [".pixel", ".rectangle", ".tip"].map((name) => figure.querySelector(name));
+  pictures.push({ pixel, rectangle, tip });
 }
 
 // ---- pointing ------------------------------------------------------------------------------------------------------
@@ -180,31 +53,31 @@ function between(p, q) {
 }
 
 /** Pointing shows a pixel, dragging draws a rectangle, a click removes it. */
-function listen(frame) {
+function listen(frame, number) {
   let start = null;
-  frame.addEventListener("pointerdown", (event) => {
+  const on = (name, action) => frame.addEventListener(name, (event) => { action(event); showNumbers(); });
+  const stop = () => { start = null; state.isDragging = false; };
+  on("pointerdown", (event) => {
     if (event.button !== 0) return;
-    start = { ...pixelAt(event, frame), x: event.clientX, y: event.clientY, before: state.rectangle, isDrag: false };
+    start = { ...pixelAt(event, frame), x: event.clientX, y: event.clientY, before: state.rectangle };
     frame.setPointerCapture(event.pointerId);
   });
-  frame.addEventListener("pointermove", (event) => {
-    state.pixel = pixelAt(event, frame);
-    if (start && Math.hypot(event.clientX - start.x, event.clientY - start.y) > 4) start.isDrag = true;
-    if (start?.isDrag) state.rectangle = between(start, state.pixel);
-    showNumbers();
+  on("pointermove", (event) => {
+    Object.assign(state, { pixel: pixelAt(event, frame), active: number });
+    state.isDragging ||= start !== null && Math.hypot(event.clientX - start.x, event.clientY - start.y) > 4;
+    if (state.isDragging) state.rectangle = between(start, state.pixel);
   });
-  frame.addEventListener("pointerup", (event) => {
-    if (!start) return;
-    state.pixel = pixelAt(event, frame);
-    if (!start.isDrag) state.rectangle = null;
-    start = null;
-    showNumbers();
+  on("pointerup", (event) => {
+    if (start === null) return;
+    Object.assign(state, { pixel: pixelAt(event, frame), active: number });
+    if (!state.isDragging) state.rectangle = null;
+    stop();
   });
-  frame.addEventListener("pointercancel", () => { // the finger scrolls the page
-    if (start) state.rectangle = start.before;
-    start = null;
-    showNumbers();
+  on("pointercancel", () => { // the finger scrolls the page
+    if (start !== null) state.rectangle = start.before;
+    stop();
   });
+  on("pointerleave", (event) => { if (event.pointerType === "mouse") state.active = null; });
 }
 
 const ARROWS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
@@ -227,11 +100,12 @@ function onKey(event) {
 
 // ---- what is shown -------------------------------------------------------------------------------------------------
 
-const shownPixel = () => state.pixel ?? strongest(question().map);
+const shownPixel = () => state.pixel ?? current.strongest;
 
-function place(element, { top, bottom, left, right }) {
+/** Where a rectangle of pixels lies in a picture. */
+function place(mark, { top, bottom, left, right }) {
   const share = (value, whole) => `${(100 * value) / whole}%`;
-  Object.assign(element.style, {
+  Object.assign(mark.style, {
     display: "block", top: share(top, height), left: share(left, width),
     height: share(bottom + 1 - top, height), width: share(right + 1 - left, width),
   });
@@ -239,79 +113,85 @@ function place(element, { top, bottom, left, right }) {
 
 function showMarks() {
   const { row, column } = shownPixel();
-  for (const { pixel, rectangle } of pictures) {
-    const centre = { top: `${(100 * (row + 0.5)) / height}%`, left: `${(100 * (column + 0.5)) / width}%` };
-    Object.assign(pixel.style, { display: "block", ...centre });
+  const top = `${(100 * (row + 0.5)) / height}%`, left = `${(100 * (column + 0.5)) / width}%`;
+  pictures.forEach(({ pixel, rectangle, tip }, i) => {
+    Object.assign(pixel.style, { display: "block", top, left });
     if (state.rectangle) place(rectangle, state.rectangle);
     else rectangle.style.display = "none";
-  }
+    tip.hidden = i !== state.active;
+    if (!tip.hidden) showTip(tip, row, column);
+  });
+}
+
+/** The number beside the pointer: of the pixel, or of the rectangle while it is drawn. */
+function showTip(tip, row, column) {
+  const { map, decimals } = current;
+  const sum = () => `Σ ${signed(split(map, state.rectangle).inside, decimalsFor(current.logit, 5))}`;
+  tip.textContent = state.isDragging ? sum() : signed(map[row * width + column], decimals);
+  tip.classList.toggle("low", row < height / 4);
+  const share = (100 * (column + 0.5)) / width;
+  Object.assign(tip.style, { top: `${(100 * (row + 0.5)) / height}%`, left: `${Math.min(82, Math.max(18, share))}%` });
 }
 
 function showPixel() {
-  const { map } = question(), { row, column } = shownPixel(), at = row * width + column;
-  const note = state.pixel ? "" : ", the strongest one";
-  by("place").textContent = `Row ${row}, column ${column}${note}`;
-  const decimals = decimalsFor(scaleOf(map));
+  const { map, decimals } = current, { row, column } = shownPixel(), at = row * width + column;
+  by("place").textContent = `Row ${row}, column ${column}${state.pixel ? "" : " (the strongest)"}`;
   Object.assign(by("contribution"), { value: map[at], textContent: signed(map[at], decimals) });
-  by("swatches").replaceChildren(...(isContrast() ? [askedClass(), againstClass()] : [askedClass()]).map((one) => swatch(one, at, decimals)));
+  by("swatches").replaceChildren(...shownClasses().map((one) => swatch(one, at)));
 }
 
-function swatch(one, at, decimals) {
-  const line = document.createElement("div"), colour = document.createElement("i"), text = document.createElement("span");
-  line.className = "swatch";
+function swatch(one, at) {
+  const line = element("div", "swatch"), colour = element("i");
   colour.style.background = `rgb(${[...colourOf(one, at)].join(" ")})`;
-  const strength = `${percent((one.strength[4 * at] / 255) ** 2)} of the strongest weights`;
-  text.textContent = isContrast() ? `${one.name}: ${signed(one.map[at], decimals)}; ${strength}` : `The colour its weights look for, with ${strength}`;
+  const what = isContrast() ? `${one.name} ${signed(one.map[at], current.decimals)}` : "What its weights look for";
+  const text = element("div", "", what);
+  text.append(element("span", "note", `${percent((one.strength[4 * at] / 255) ** 2)} of the strongest weights`));
   line.append(colour, text);
   return line;
 }
 
-/** Rows of the account: name, what each column's class has there, and its style. */
+/** Rows of the account: kind, name, and the number of each column. */
 function accountRows(columns) {
   const sums = columns.map((one) => split(one.map, state.rectangle));
-  const total = columns.map((one, i) => sums[i].inside + sums[i].outside + one.bias);
   const rest = columns.map((one) => one.bias - one.constantBias);
   const isRest = page.defects.length > 0 || rest.some((value) => value !== 0);
-  const size = state.rectangle && `${state.rectangle.right + 1 - state.rectangle.left} × ${state.rectangle.bottom + 1 - state.rectangle.top}`;
   return [
-    state.rectangle && ["inside", `Inside the rectangle (${size})`, sums.map((s) => s.inside)],
-    ["outside", state.rectangle ? "Outside" : "All pixels", sums.map((s) => s.outside)],
+    state.rectangle && ["inside", `Inside, ${sizeOf(state.rectangle)} pixels`, sums.map(({ inside }) => inside)],
+    ["outside", state.rectangle ? "Outside" : "All pixels", sums.map(({ outside }) => outside)],
     ["constants", "Constants", columns.map((one) => one.constantBias)],
-    isRest && ["rest", "Added by parts that are not linear", rest],
-    ["total", "Sum", total],
-    ["logit", isContrast() ? "The network’s logits" : "The network’s logit", columns.map((one) => one.logit)],
+    isRest && ["rest", "Parts that are not linear", rest],
+    ["total", "Sum", columns.map((one, i) => sums[i].inside + sums[i].outside + one.bias)],
+    ["logit", "The network’s logit", columns.map((one) => one.logit)],
   ].filter(Boolean);
 }
 
+const sizeOf = ({ top, bottom, left, right }) => `${right + 1 - left} × ${bottom + 1 - top}`;
+
 function showAccount() {
-  const whole = question();
-  const columns = isContrast() ? [askedClass(), againstClass(), whole] : [whole];
-  const rows = accountRows(columns), decimals = decimalsFor(Math.max(...columns.map((one) => Math.abs(one.logit))));
-  const table = by("account");
-  table.replaceChildren();
-  if (isContrast()) {
-    const head = table.createTHead().insertRow();
-    head.append(...["", askedClass().name, againstClass().name, "Difference"].map((name) => heads("col", name)));
-  }
-  const body = table.createTBody();
+  const columns = isContrast() ? [...shownClasses(), current] : [current];
+  const rows = accountRows(columns), largest = Math.max(...columns.map((one) => Math.abs(one.logit)));
+  const decimals = decimalsFor(largest, 5);
+  const table = by("account"), head = table.createTHead(), body = element("tbody");
+  const names = isContrast() ? ["", askedClass().name, againstClass().name, "Difference"] : [];
+  head.replaceChildren(...names.map((name) => header("col", name)));
   for (const [kind, name, values] of rows) {
-    const row = body.insertRow();
-    row.className = kind;
-    row.append(heads("row", name), ...values.map((value) => cell(value, decimals)));
+    const row = Object.assign(body.insertRow(), { className: kind });
+    row.append(header("row", name), ...values.map((value) => cell(value, decimals)));
   }
-  showRounding(whole, rows.find(([kind]) => kind === "total")[2].at(-1));
+  table.replaceChildren(head, body);
+  showRounding(rows.find(([kind]) => kind === "total")[2].at(-1));
 }
 
-const heads = (scope, textContent) => Object.assign(document.createElement("th"), { scope, textContent });
+const header = (scope, name) => Object.assign(element("th", "", name), { scope });
 
 function cell(value, decimals) {
-  const td = document.createElement("td");
-  td.append(Object.assign(document.createElement("data"), { value, textContent: signed(value, decimals) }));
+  const td = element("td");
+  td.append(Object.assign(element("data", "", signed(value, decimals)), { value }));
   return td;
 }
 
-function showRounding(whole, total) {
-  const error = Math.abs(total - whole.logit), scale = Math.abs(whole.logit - whole.logitBias);
+function showRounding(total) {
+  const error = Math.abs(total - current.logit), scale = Math.abs(current.logit - current.logitBias);
   const relative = error === 0 ? 0 : error / scale;
   const kind = page.defects.length ? "Error" : "Rounding error";
   const hint = state.rectangle ? "" : " Drag a rectangle in a picture to split the pixels.";
@@ -324,9 +204,7 @@ function showNumbers() {
   showAccount();
 }
 
-function heading() {
-  return isContrast() ? `why ${askedClass().name} and not ${againstClass().name}` : `why ${askedClass().name}`;
-}
+const heading = () => `why ${shownClasses().map((one) => one.name).join(" and not ")}`;
 
 function showBars() {
   for (const [i, button] of [...by("bars").children].entries()) {
@@ -337,6 +215,7 @@ function showBars() {
 }
 
 function show() {
+  current = question();
   document.body.classList.toggle("versus", isContrast());
   by("asked").value = state.asked;
   by("against").value = state.against ?? "";
@@ -357,9 +236,8 @@ function ask(asked, against) {
 }
 
 function addBar(one, index) {
-  const button = document.createElement("button");
-  button.type = "button";
-  const [name, track, fill, share] = ["name", "track", "fill", "share"].map((className) => Object.assign(document.createElement("span"), { className }));
+  const button = Object.assign(element("button"), { type: "button" });
+  const [name, track, fill, share] = ["name", "track", "fill", "share"].map((part) => element("span", part));
   name.textContent = button.title = one.name;
   fill.style.width = `${100 * one.probability}%`;
   share.textContent = percent(one.probability);
@@ -374,34 +252,19 @@ function addOptions() {
   by("asked").append(...options);
   by("against").append(new Option("and not …", ""), ...classes.map((one, i) => new Option(`and not ${one.name}`, i)));
   by("against").hidden = classes.length < 2;
-  by("asked").addEventListener("change", (event) => ask(Number(event.target.value), state.against));
-  by("against").addEventListener("change", (event) => ask(state.asked, event.target.value === "" ? null : Number(event.target.value)));
+  const chosen = (id) => (by(id).value === "" ? null : Number(by(id).value));
+  const onChange = () => ask(chosen("asked"), chosen("against"));
+  for (const id of ["asked", "against"]) by(id).addEventListener("change", onChange);
 }
 
 function showFacts() {
   const shown = classes.length < page.classCount ? `${classes.length} of ${page.classCount} classes` : "All classes";
   const law = page.probability === "softmax" ? "softmax" : "sigmoid, so they need not add up to 100 %";
   by("kind").textContent = `${shown}, probabilities by ${law}`;
-  by("defects").hidden = by("promise").hidden = false;
   by("defects").hidden = page.defects.length === 0;
   by("promise").hidden = page.defects.length > 0;
-  by("defects").querySelector("ul").append(...page.defects.map((textContent) => Object.assign(document.createElement("li"), { textContent })));
+  by("defects").querySelector("ul").append(...page.defects.map((defect) => element("li", "", defect)));
   document.body.classList.toggle("coarse", width < 100);
-}
-
-/** The bytes of a PNG, red, green, blue and opacity of each pixel; grey pictures have them all in red. */
-async function decode(address) {
-  const image = new Image();
-  image.src = address;
-  await image.decode();
-  const context = Object.assign(document.createElement("canvas"), { width, height }).getContext("2d", { willReadFrequently: true });
-  context.drawImage(image, 0, 0);
-  return context.getImageData(0, 0, width, height).data;
-}
-
-function decodeNumbers(text) {
-  const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
-  return Float64Array.from(new Float32Array(bytes.buffer));
 }
 
 async function load() {

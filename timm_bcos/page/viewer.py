@@ -1,6 +1,6 @@
 """One photo's explanation as a web page: a single document that needs no network and can stand in an <iframe srcdoc>.
 
-The page is `viewer.html`; `viewer.css` and `viewer.js` are written into it, and so are the numbers: contribution maps
+The page is `viewer.html`; a style and the scripts are written into it, and so are the numbers: contribution maps
 in float32, from which the page computes every sum in double precision, and pictures as PNG. Its content security policy
 lets nothing else run or load, whatever the classes are called.
 """
@@ -27,6 +27,7 @@ from ..files import atomic_path
 __all__ = ["save_viewer", "viewer_html"]
 
 TITLE = "B-cos explanation"
+SCRIPTS = ("numbers.js", "pictures.js", "viewer.js")
 
 
 def viewer_html(explanation: Explanation, class_names: Sequence[str] | None = None, title: str = "") -> str:
@@ -47,7 +48,7 @@ def viewer_html(explanation: Explanation, class_names: Sequence[str] | None = No
             itself), with numbers that are not finite, or of images with other than 1 or 3 channels.
     """
     _check(explanation)
-    style, script = _part("viewer.css"), _part("viewer.js")
+    style, script = _part("viewer.css"), "\n".join(map(_part, SCRIPTS))
     values = {
         "title": html.escape(_text(title) or TITLE),
         "style": style,
