@@ -11,6 +11,7 @@ from .transforms import photo_transform
 
 __all__ = ["LabelledImages", "image_loader"]
 
+
 class LabelledImages(Protocol):
     """What the tools need of a data set."""
 

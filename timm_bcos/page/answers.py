@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import gradio as gr
@@ -9,11 +10,11 @@ import gradio as gr
 from ..errors import BcosError
 from ..files import first_line
 from . import visits
-from .components import example_props
+from .components import example_props, framed
 from .markup import notice, pictures_side_by_side
 from .networks import PageNetwork
 from .uploads import encode_file
-from .visits import Visit
+from .visits import Picture, Visit
 
 __all__ = ["Answers"]
 
@@ -45,7 +46,7 @@ class Answers:
         visit, problem = _attempt(lambda: visits.begin(network, address))
         document, problem = _attempt(lambda: visits.explain_classes(visit)) if visit else (None, problem)
         best = visit.classes[0] if visit else None
-        return notice(problem), document or "", visit, gr.update(value=[]), gr.update(value=best), "", ""
+        return notice(problem), framed(document or ""), visit, gr.update(value=[]), gr.update(value=best), "", ""
 
     def take_network(self, label: str, address: object) -> tuple[Any, ...]:
         """Another network; one of the examples gives way to one that suits it.
@@ -74,19 +75,23 @@ class Answers:
         if visit is None:
             return notice(NO_VISIT), gr.skip()
         document, problem = _attempt(lambda: visits.explain_classes(visit, more))
-        return notice(problem), document or gr.skip()
+        return notice(problem), framed(document) if document else gr.skip()
 
     def compare(
-        self, visit: Visit | None, target: int | None, methods: Sequence[str], progress: gr.Progress = gr.Progress()
+        self,
+        visit: Visit | None,
+        target: int | None,
+        methods: Sequence[str],
+        progress: gr.Progress = gr.Progress(),  # noqa: B008 - so that Gradio finds it
     ) -> Iterator[str]:
         """Maps of the chosen methods, side by side, as they are computed; the network's own comes first."""
         if visit is None or target is None:
             yield notice(NO_VISIT)
             return
-        found = []
+        found: list[Picture] = []
         for method in progress.tqdm(["bcos", *methods], desc="Methods", unit="methods"):
-            pictures, problem = _attempt(lambda name=method: list(visits.compare_methods(visit, target, [name])))
-            found += pictures or [visits.Picture(method, None, problem)]
+            picture, problem = _attempt(partial(visits.map_of_method, visit, target, method))
+            found.append(picture or Picture(method, None, problem))
             yield pictures_side_by_side(found)
 
     def show_neurons(self, visit: Visit | None, layer: str | None) -> str:

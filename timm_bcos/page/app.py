@@ -5,6 +5,7 @@ import io
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import torch
@@ -16,7 +17,7 @@ from ..files import first_line
 from ..models.classes import class_names
 from ..models.loading import load_model
 from .answers import Answers
-from .components import Frame, PhotoZone, example_props, static
+from .components import frame, photo_zone, static
 from .guard import Guard
 from .networks import PageNetwork, embedded_networks
 from .theme import page_theme
@@ -35,6 +36,7 @@ AT_FIRST = ["ixg", "guided_backprop", "gradcam"]
 SLOW = "Maps are computed in this order; " + ", ".join(n for n, m in METHODS.items() if m.slow) + " take long."
 
 AT_ONCE, WAITING, VISITORS = 2, 32, 200  # answers computed, answers waited for, visits remembered
+SHARED: dict[str, Any] = dict(concurrency_id="answers", api_visibility="private")  # by all events: one limit for all
 SECONDS = 3600  # that a visit is remembered
 REQUEST = LARGEST * 4 // 3 + 1_000_000  # bytes: a photo as a data address, and what goes with it
 
@@ -61,7 +63,7 @@ def page_networks(
     networks = embedded_networks()
     if (model, checkpoint, classes) != (None, None, None):
         network = load_model(model, checkpoint).eval()
-        label = model or (checkpoint.name if checkpoint else f"{networks[0].label}, renamed")
+        label = model or (checkpoint.name if checkpoint else f"{networks[0].label} with {classes}")
         examples = [photo for embedded in networks for photo in embedded.examples]
         networks.insert(0, PageNetwork(label, network, class_names(network, classes), examples))
     for one in networks:
@@ -85,7 +87,7 @@ def build_app(networks: Sequence[PageNetwork]) -> gr.Blocks:
         visit = gr.State(time_to_live=SECONDS)
         with gr.Row():
             with gr.Column(scale=5, min_width=300):
-                photo = PhotoZone(_first_photo(first), examples=example_props(first.examples), elem_id="photo")
+                photo = photo_zone(_first_photo(first), first.examples, elem_id="photo")
             with gr.Column(scale=4, min_width=300):
                 label = gr.Dropdown(list(answers.networks), value=first.label, label="Network", elem_id="network")
                 more = gr.Dropdown(
@@ -93,7 +95,7 @@ def build_app(networks: Sequence[PageNetwork]) -> gr.Blocks:
                     info=f"The most probable ones are explained anyway; up to {MOST_CLASSES} in all.",
                 )  # fmt: skip
         told = gr.HTML(elem_id="told")
-        frame = Frame(elem_id="explanation")
+        explanation = frame(elem_id="explanation")
         with gr.Tab("Other methods"):
             with gr.Row():
                 target = gr.Dropdown(classes, value=None, label="Class", scale=1, elem_id="target")
@@ -105,20 +107,18 @@ def build_app(networks: Sequence[PageNetwork]) -> gr.Blocks:
             show = gr.Button("Show the strongest units", variant="primary", elem_id="show")
             neurons = gr.HTML(elem_id="neurons", min_height=60)
 
-        comparison = compare.click(answers.compare, [visit, target, methods], maps)
-        search = show.click(answers.show_neurons, [visit, layer], neurons)
-        taking = dict(
+        comparison = compare.click(answers.compare, [visit, target, methods], maps, **SHARED)
+        search = show.click(answers.show_neurons, [visit, layer], neurons, **SHARED)
+        taking = SHARED | dict(
             fn=answers.take_photo,
             inputs=[label, photo],
-            outputs=[told, frame, visit, more, target, maps, neurons],
+            outputs=[told, explanation, visit, more, target, maps, neurons],
             cancels=[comparison, search],
         )
         photo.input(**taking, trigger_mode="always_last")
-        label.input(answers.take_network, [label, photo], [photo, more, target, layer]).then(**taking)
+        label.input(answers.take_network, [label, photo], [photo, more, target, layer], **SHARED).then(**taking)
         app.load(**taking)
-        more.input(answers.add_classes, [visit, more], [told, frame], trigger_mode="always_last")
-    for event in app.fns.values():
-        event.concurrency_id, event.api_visibility = "answers", "private"
+        more.input(answers.add_classes, [visit, more], [told, explanation], trigger_mode="always_last", **SHARED)
     return app.queue(max_size=WAITING, default_concurrency_limit=AT_ONCE)
 
 
@@ -156,7 +156,7 @@ def serving(app: gr.Blocks, port: int | None = None, share: bool = False) -> Ite
     try:
         if share and not app.share_url:
             raise InputError(f"no public address: {' '.join(said.getvalue().split())}; leave --share out")
-        yield app.share_url or app.local_url
+        yield str(app.share_url or app.local_url)
     finally:
         app.close(verbose=False)
 
@@ -190,4 +190,5 @@ def launch(
     app = build_app(page_networks(model, checkpoint, classes, device))
     with serving(app, port, share) as address:
         print(f"the page is at {address} (Ctrl-C ends it)", flush=True)
-        threading.Event().wait()
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()

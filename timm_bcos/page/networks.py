@@ -82,7 +82,11 @@ def _layers_with_positions(model: BcosNetwork) -> list[str]:
 
     def record(module: nn.Module, args: object, output: object) -> None:
         value = first_output(output)
-        if isinstance(value, Tensor) and value.ndim in (3, 4) and value[0].numel() > max(value.shape[1], value.shape[-1]):
+        if (
+            isinstance(value, Tensor)
+            and value.ndim in (3, 4)
+            and value[0].numel() > max(value.shape[1], value.shape[-1])
+        ):
             runs.append(module)
 
     weight = next(copy.parameters())

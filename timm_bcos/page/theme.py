@@ -4,7 +4,7 @@ import gradio as gr
 
 __all__ = ["page_theme"]
 
-FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Helvetica Neue", "sans-serif"]
+FONTS = ["Inter", "system-ui", "Segoe UI", "Roboto", "Noto Sans", "Helvetica Neue", "sans-serif"]
 COLOURS = {  # by Gradio's name: light, dark
     "body_background_fill": ("#fbfaf8", "#131417"),
     "background_fill_primary": ("#ffffff", "#1c1e22"),
@@ -14,7 +14,7 @@ COLOURS = {  # by Gradio's name: light, dark
     "block_info_text_color": ("#64666d", "#9b9da5"),
     "border_color_primary": ("#e4e2dd", "#2d3036"),
     "block_border_color": ("#e4e2dd", "#2d3036"),
-    "color_accent": ("#b8172f", "#ff6b78"),
+    "input_background_fill": ("#f5f4f1", "#2a2c32"),
     "button_primary_background_fill": ("#b8172f", "#c22a40"),
     "button_primary_background_fill_hover": ("#9d1227", "#d33b51"),
     "button_primary_text_color": ("#ffffff", "#ffffff"),
@@ -24,6 +24,6 @@ COLOURS = {  # by Gradio's name: light, dark
 def page_theme() -> gr.themes.Base:
     """A theme that asks no other host for fonts."""
     theme = gr.themes.Base(primary_hue="red", neutral_hue="stone", font=FONTS, font_mono=["ui-monospace", "monospace"])
-    shades = {f"{name}{end}": value for name, pair in COLOURS.items() for end, value in zip(("", "_dark"), pair)}
-    shades.pop("color_accent_dark")
-    return theme.set(**shades, block_radius="14px", button_large_radius="10px", input_radius="10px")
+    light = {name: colour for name, (colour, _) in COLOURS.items()}
+    dark = {f"{name}_dark": colour for name, (_, colour) in COLOURS.items()}
+    return theme.set(**light, **dark, block_radius="14px", button_large_radius="10px", input_radius="10px")

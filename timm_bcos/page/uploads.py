@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..data.photos import open_photo
 from ..errors import InputError
+from ..files import first_line
 
 __all__ = ["LARGEST", "decode_photo", "encode_file", "encode_picture"]
 
@@ -19,6 +20,7 @@ LARGEST = 20_000_000  # bytes of an upload
 MOST_PIXELS = 60_000_000  # of an upload: more than phones take, and 180 MB once decoded
 # what strangers may send; Pillow knows formats that start other programs (EPS), or that few browsers could show anyway
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+KINDS = "a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file"
 
 
 def decode_photo(address: object, mode: str = "RGB") -> Image.Image:
@@ -54,10 +56,11 @@ def _decode(address: object) -> bytes:
     if not address:
         raise InputError("no photo yet: drop one on the page, paste it, or choose a file")
     if not isinstance(address, str) or not address.startswith("data:") or ";base64," not in address[:200]:
-        raise InputError("this is no photo: send a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file")
+        raise InputError(f"this is no photo: send {KINDS}")
     text = address[address.index(",") + 1 :]
-    if len(text) * 3 // 4 > LARGEST:
-        raise InputError(f"the file has {len(text) * 3 / 4e6:.0f} MB, the page takes {LARGEST / 1e6:.0f}: send a smaller one")
+    size = len(text) * 3 // 4
+    if size > LARGEST:
+        raise InputError(f"the file has {size / 1e6:.0f} MB, the page takes {LARGEST / 1e6:.0f}: send a smaller one")
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -65,16 +68,15 @@ def _decode(address: object) -> bytes:
 
 
 def _refuse_strange(data: bytes) -> None:
-    """By what the file's first bytes say, before its pixels take memory; what says nothing is for `open_photo`."""
+    """By what the file's first bytes say, before its pixels take memory."""
     Image.init()
     try:
         with Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
-            width, height = image.size
-    except Image.DecompressionBombError:
-        raise InputError("the photo has too many pixels: send a smaller one") from None
-    except Exception:  # decoders raise errors of every family
-        raise InputError("not an image that the page can read: send a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file") from None
-    if width * height > MOST_PIXELS:
-        raise InputError(
-            f"the photo has {width} × {height} pixels, the page takes {MOST_PIXELS // 1_000_000} million: send a smaller one"
-        )
+            pixels = image.width * image.height
+    except Image.DecompressionBombError as error:
+        raise InputError(f"too many pixels ({first_line(error)}): send a smaller photo") from error
+    except Exception as error:  # decoders raise errors of every family
+        raise InputError(f"not an image that the page can read: send {KINDS}") from error
+    if pixels > MOST_PIXELS:
+        millions = f"{pixels / 1e6:.0f} million pixels, the page takes {MOST_PIXELS / 1e6:.0f}"
+        raise InputError(f"the photo has {millions}: send a smaller one")

@@ -1,23 +1,21 @@
 """What the page answers: a photo's classes, other methods' maps, a layer's strongest neurons. Nothing is kept."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..attribution.registry import Subject, attribute, check_methods
-from ..errors import BcosError, InputError
+from ..attribution.registry import Subject, attribute
+from ..errors import InputError
 from ..explaining.explanation import Explanation
 from ..explaining.forward import explain, explain_targets
-from ..explaining.pictures import map_to_rgba, overlay, weights_to_rgba
-from ..files import first_line
+from ..explaining.pictures import map_to_rgba
 from ..judging.neurons import peak_activations
 from .networks import PageNetwork
 from .viewer import viewer_html
 
-__all__ = ["MOST_CLASSES", "Picture", "Visit", "begin", "compare_methods", "explain_classes", "strongest_neurons"]
+__all__ = ["MOST_CLASSES", "Picture", "Visit", "begin", "explain_classes", "map_of_method", "strongest_neurons"]
 
 FIRST_CLASSES = 5  # that are explained without being asked for
 MOST_CLASSES = 10  # in one document
@@ -83,29 +81,27 @@ def explain_classes(visit: Visit, more: Sequence[int] = ()) -> str:
     """
     classes = list(dict.fromkeys([*visit.classes, *more]))
     if len(classes) > MOST_CLASSES:
-        raise InputError(f"{len(classes)} classes at once: choose up to {MOST_CLASSES - len(visit.classes)} further ones")
+        raise InputError(
+            f"{len(classes)} classes at once: choose up to {MOST_CLASSES - len(visit.classes)} further ones"
+        )
     found = explain_targets(visit.network.model, visit.image, [classes])
     return viewer_html(Explanation.stack(found), visit.network.names, visit.network.label)
 
 
-def compare_methods(visit: Visit, target: int, methods: Iterable[str]) -> Iterator[Picture]:
-    """Maps of one class by several methods, one after the other as they are computed.
-
-    A method that does not suit the network says so in its picture's place.
+def map_of_method(visit: Visit, target: int, method: str) -> Picture:
+    """What another method says speaks for a class (red) and against it (blue).
 
     Args:
         visit: The photo and the network.
         target: The class.
-        methods: Of `timm_bcos.attribution.registry.METHODS`.
+        method: Of `timm_bcos.attribution.registry.METHODS`.
+
+    Raises:
+        MethodError: If there is no such method, or it does not suit the network.
+        TargetError: For a class that the network does not have.
     """
-    for method in methods:
-        try:
-            check_methods([method])
-            maps = attribute(visit.network.model, visit.image, [target], method)
-        except BcosError as error:
-            yield Picture(method, None, first_line(error))
-        else:
-            yield Picture(method, map_to_rgba(maps)[0, ..., :3])
+    maps = attribute(visit.network.model, visit.image, [target], method)
+    return Picture(method, map_to_rgba(maps)[0, ..., :3])
 
 
 def strongest_neurons(visit: Visit, layer: str) -> list[Picture]:
@@ -124,7 +120,9 @@ def strongest_neurons(visit: Visit, layer: str) -> list[Picture]:
     explanation = explain(visit.network.model, images, best.indices, layer=layer)
     return [
         Picture(f"unit {unit}", picture, f"activation {value:.3g}")
-        for unit, value, picture in zip(best.indices.tolist(), best.values.tolist(), _on_photo(explanation), strict=True)
+        for unit, value, picture in zip(
+            best.indices.tolist(), best.values.tolist(), _on_photo(explanation), strict=True
+        )
     ]
 
 
