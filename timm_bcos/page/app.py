@@ -13,7 +13,6 @@ from starlette.middleware import Middleware
 
 from ..attribution.registry import METHODS
 from ..errors import InputError
-from ..files import first_line
 from ..models.classes import class_names
 from ..models.loading import load_model
 from .answers import Answers
@@ -141,9 +140,8 @@ def serving(app: gr.Blocks, port: int | None = None, share: bool = False) -> Ite
     Raises:
         InputError: If it cannot be served there.
     """
-    said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(io.StringIO()):  # Gradio's advice; the caller says what there is to say
             app.launch(
                 server_port=port, share=share, inbrowser=False, prevent_thread_lock=True, quiet=True, inline=False,
                 theme=page_theme(), css=static("page.css"), footer_links=["gradio"], run_history=False,
@@ -151,11 +149,13 @@ def serving(app: gr.Blocks, port: int | None = None, share: bool = False) -> Ite
                 state_session_capacity=VISITORS, app_kwargs=dict(middleware=[Middleware(Guard, largest=REQUEST)]),
             )  # fmt: skip
     except OSError as error:
-        where = f"port {port} is taken" if port is not None else "no free port"
-        raise InputError(f"{where} ({first_line(error)}): choose another one with --port") from error
+        where = f"port {port}" if port is not None else "any port from 7860 on"
+        raise InputError(
+            f"the page cannot be served at {where}, which is taken: choose a free one with --port"
+        ) from error
     try:
         if share and not app.share_url:
-            raise InputError(f"no public address: {' '.join(said.getvalue().split())}; leave --share out")
+            raise InputError("Gradio gives no public address now: check the connection, or leave --share out")
         yield str(app.share_url or app.local_url)
     finally:
         app.close(verbose=False)

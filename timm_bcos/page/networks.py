@@ -12,6 +12,7 @@ from ..models.classes import class_names
 from ..models.interface import BcosNetwork
 from ..models.loading import load_model
 from ..nn.modules import first_output, frozen_copy, hooked
+from ..nn.stems import image_channels
 from .uploads import decode_photo
 
 __all__ = ["PageNetwork", "embedded_networks"]
@@ -90,9 +91,9 @@ def _layers_with_positions(model: BcosNetwork) -> list[str]:
             runs.append(module)
 
     weight = next(copy.parameters())
-    size = timm.data.resolve_model_data_config(model)["input_size"]
+    _, *size = timm.data.resolve_model_data_config(model)["input_size"]
     with hooked(names, record):
-        copy(torch.rand(1, *size, generator=torch.Generator().manual_seed(0)).to(weight))
+        copy(torch.rand(1, image_channels(model) or 3, *size, generator=torch.Generator().manual_seed(0)).to(weight))
     return [names[module] for module in dict.fromkeys(runs) if runs.count(module) == 1]
 
 
