@@ -21,6 +21,7 @@ from .commands.listing import models
 from .commands.neurons import neurons
 from .commands.publishing import publish
 from .commands.scripts import autoload, run
+from .commands.serving import demo
 
 __all__ = ["app"]
 
@@ -52,6 +53,7 @@ COMMANDS = (
     Command(neurons, "neurons --layer blocks.4 --data-dir photos --split test --out neurons"),
     Command(publish, "publish ORG/NAME --checkpoint model_best.pth.tar --classes photos/train --photo cat.jpg --space"),
     Command(export, "export --model bcos_cifar_resnet20 --out cifar.pt2"),
+    Command(demo, "demo --model bcosv2_resnet50 --port 8080"),
     Command(
         run,
         "run validate.py --model bcos_densenet121 --data-dir imagenet",

@@ -10,11 +10,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..nn.stems import image_channels
+from .transforms import photo_transform
 
 __all__ = ["LabelledImages", "image_loader", "load_dataset"]
-
-MODES = {1: "L", 3: "RGB"}  # Pillow's, by channels
 
 # what folders of splits are called; timm takes each for the others of its line, and none for all images
 SPLITS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"), ("test", "testing"))
@@ -37,18 +35,13 @@ def image_loader(model: nn.Module, dataset: LabelledImages) -> Callable[[int], t
     Raises:
         InputError: For a network that takes neither grey nor coloured images.
     """
-    channels = image_channels(model) or 3
-    if channels not in MODES:
-        raise InputError(f"photos have 1 or 3 channels, {type(model).__name__} takes {channels}")
-    cfg = timm.data.resolve_model_data_config(model)
-    cfg |= dict(mean=(0.0,) * channels, std=(1.0,) * channels, is_training=False)
-    transform = timm.data.create_transform(**cfg)
+    mode, transform = photo_transform(model)
 
     def load(index: int) -> tuple[Tensor, int]:
         image, label = dataset[index]
         if int(label) < 0:
             raise InputError(f"image {index} of the data set has no label: images belong in a folder per class")
-        return transform(image.convert(MODES[channels])), int(label)
+        return transform(image.convert(mode)), int(label)
 
     return load
 

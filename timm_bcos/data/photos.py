@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import timm
@@ -55,23 +56,23 @@ def is_own_picture(path: Path) -> bool:
         return False
 
 
-def open_photo(path: Path, mode: str = "RGB") -> Image.Image:
+def open_photo(file: Path | BinaryIO, mode: str = "RGB") -> Image.Image:
     """Open a photo upright; of an animated one the first picture, with a warning in the log.
 
     Args:
-        path: A file.
+        file: A path, or an open file.
         mode: Pillow's: 'RGB', or 'L' for grey.
 
     Raises:
         InputError: If it is missing, no image, truncated, or cannot be read for any other reason.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
+    if isinstance(file, str | os.PathLike) and os.path.exists(file) and not os.path.isfile(file):
         raise InputError("no regular file")
     try:
-        with _quiet(), Image.open(path) as image:
+        with _quiet(), Image.open(file) as image:
             refuse_stripes(image.size)
             if getattr(image, "is_animated", False) and image.format != "MPO":
-                _logger.warning("%s is animated: only its first picture is taken", path)
+                _logger.warning("%s is animated: only its first picture is taken", file)
             image.load()
             return _in_eight_bits(_upright(image)).convert(mode)
     except InputError:

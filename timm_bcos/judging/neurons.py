@@ -27,7 +27,15 @@ from ..nn.modules import first_output, hooked
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Strongest", "find_strongest", "label_entropy", "plot_label_counts", "plot_wall", "save_units"]
+__all__ = [
+    "Strongest",
+    "find_strongest",
+    "label_entropy",
+    "peak_activations",
+    "plot_label_counts",
+    "plot_wall",
+    "save_units",
+]
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ def find_strongest(
     for start in tqdm(range(0, len(dataset), batch_size), layer, disable=not progress):
         indices = list(range(start, min(start + batch_size, len(dataset))))
         images, labels = zip(*map(load, indices), strict=True)
-        peaks = _peaks(subject, layer, torch.stack(images).to(device))
+        peaks = peak_activations(subject, layer, torch.stack(images).to(device))
         new = (peaks, torch.tensor(indices).expand_as(peaks), torch.tensor(labels).expand_as(peaks))
         both = new if not best else tuple(torch.cat(pair, 1) for pair in zip(best, new, strict=True))
         kept = both[0].topk(min(k, both[0].shape[1]), dim=1).indices
@@ -98,8 +106,20 @@ def find_strongest(
 
 
 @torch.no_grad()
-def _peaks(subject: Subject, layer: str, x: Tensor) -> Tensor:
-    """(C, N) strongest activations."""
+def peak_activations(subject: Subject, layer: str, x: Tensor) -> Tensor:
+    """How strongly each unit of a layer answers each image, at its strongest position.
+
+    Args:
+        subject: The network.
+        layer: Path of one of its modules.
+        x: Images (N, C, H, W) in [0, 1].
+
+    Returns:
+        (units, N).
+
+    Raises:
+        TargetError: For a layer whose output has no spatial positions.
+    """
     module, outputs = subject.model.get_submodule(layer), []
     with hooked([module], lambda module, args, output: outputs.append(first_output(output))):
         subject(subject.prepare(x))

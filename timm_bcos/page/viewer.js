@@ -275,12 +275,11 @@ async function load() {
   }
 }
 
-/** An iframe of the same origin becomes as high as the page. */
-function fitFrame() {
-  const frame = window.frameElement;
-  if (!frame) return;
-  const fit = () => { frame.style.height = `${Math.ceil(document.documentElement.getBoundingClientRect().height)}px`; };
-  new ResizeObserver(fit).observe(document.documentElement);
+/** Whoever embeds the page hears how high it is: a sandboxed frame cannot set its own height. */
+function tellHeight() {
+  if (window.parent === window) return;
+  const tell = () => window.parent.postMessage({ height: Math.ceil(document.documentElement.getBoundingClientRect().height) }, "*");
+  new ResizeObserver(tell).observe(document.documentElement);
 }
 
 async function start() {
@@ -290,7 +289,7 @@ async function start() {
   showFacts();
   by("pictures").addEventListener("keydown", onKey);
   show();
-  fitFrame();
+  tellHeight();
   document.documentElement.dataset.ready = "true";
 }
 

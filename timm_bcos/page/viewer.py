@@ -43,8 +43,8 @@ def viewer_html(explanation: Explanation, class_names: Sequence[str] | None = No
         title: Heading, for instance the photo's and the network's name.
 
     Returns:
-        An HTML document. In an iframe of the same origin it sets that iframe's height; in a sandboxed one allow
-        scripts and downloads.
+        An HTML document. In an iframe allow scripts and downloads; it posts messages `{height}` in pixels to what
+        embeds it.
 
     Raises:
         InputError: For explanations of several images, of inner neurons or of differences (the page subtracts by
@@ -153,7 +153,7 @@ def _png(picture: Tensor) -> str:
 
     array = (picture.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     file = io.BytesIO()
-    Image.fromarray(array).save(file, "PNG", optimize=True)
+    Image.fromarray(array).save(file, "PNG")
     return f"data:image/png;base64,{_base64(file.getvalue())}"
 
 

@@ -1,0 +1,198 @@
+"""The page that `timm-bcos demo` and a Hugging Face Space show: Gradio around `timm_bcos.page.visits`."""
+
+import contextlib
+import io
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import torch
+from starlette.middleware import Middleware
+
+from ..attribution.registry import METHODS
+from ..errors import InputError
+from ..models.classes import class_names
+from ..models.loading import load_model
+from .answers import Answers
+from .components import frame, photo_zone, static
+from .guard import Guard
+from .networks import PageNetwork, embedded_networks
+from .theme import page_theme
+from .uploads import LARGEST, encode_file
+from .visits import MOST_CLASSES
+
+__all__ = ["build_app", "launch", "page_networks", "serving"]
+
+TITLE = "What a B-cos network sees"
+LEAD = (
+    "A logit of a B-cos network is a sum over the pixels, so an explanation is exact: nothing is approximated. "
+    "Photos are held in memory, never on disk."
+)
+OTHERS = [name for name in METHODS if name != "bcos"]
+AT_FIRST = ["ixg", "guided_backprop", "gradcam"]
+SLOW = "Maps are computed in this order; " + ", ".join(n for n, m in METHODS.items() if m.slow) + " take long."
+
+AT_ONCE, WAITING, VISITORS = 2, 32, 200  # answers computed, answers waited for, visits remembered
+SHARED: dict[str, Any] = dict(concurrency_id="answers", api_visibility="private")  # by all events: one limit for all
+SECONDS = 3600  # that a visit is remembered
+REQUEST = LARGEST * 4 // 3 + 1_000_000  # bytes: a photo as a data address, and what goes with it
+
+
+def page_networks(
+    model: str | None = None,
+    checkpoint: Path | None = None,
+    classes: Path | None = None,
+    device: torch.device | str = "cpu",
+    examples: Sequence[Path] = (),
+) -> list[PageNetwork]:
+    """The networks that come with the package, after the one that is asked for.
+
+    Args:
+        model: As in `timm_bcos.models.loading.load_model`.
+        checkpoint: As there.
+        classes: Names of that network's classes, as in `timm_bcos.models.classes.class_names`.
+        device: Where to compute.
+        examples: Photos for the network that is asked for; those of the others by default.
+
+    Raises:
+        CheckpointError: For weights that cannot be had or do not fit.
+        InputError: For a network that cannot be made, or class names that do not fit.
+        TargetError: For a name that timm does not know.
+    """
+    networks = embedded_networks()
+    if (model, checkpoint, classes) != (None, None, None):
+        network = load_model(model, checkpoint).eval()
+        label = model or (checkpoint.name if checkpoint else f"{networks[0].label} with {classes}")
+        photos = examples or [photo for embedded in networks for photo in embedded.examples]
+        networks.insert(0, PageNetwork(label, network, class_names(network, classes), photos))
+    for one in networks:
+        one.model.to(device)
+    return networks
+
+
+def build_app(networks: Sequence[PageNetwork]) -> gr.Blocks:
+    """The page.
+
+    Args:
+        networks: To choose from, the first being chosen at first.
+
+    Returns:
+        A Gradio app, whose queue limits how many answers are computed at once.
+    """
+    answers, first = Answers(networks), networks[0]
+    classes = [(name, index) for index, name in enumerate(first.names)]
+    with gr.Blocks(title="timm_bcos", analytics_enabled=False, fill_width=True) as app:
+        gr.HTML(f"<h1>{TITLE}</h1><p>{LEAD}</p>", elem_classes="bcos-title")
+        visit = gr.State(time_to_live=SECONDS)
+        with gr.Row():
+            with gr.Column(scale=5, min_width=300):
+                photo = photo_zone(_first_photo(first), first.examples, elem_id="photo")
+            with gr.Column(scale=4, min_width=300):
+                label = gr.Dropdown(list(answers.networks), value=first.label, label="Network", elem_id="network")
+                more = gr.Dropdown(
+                    classes, multiselect=True, value=[], label="Further classes", elem_id="more",
+                    info=f"The most probable ones are explained anyway; up to {MOST_CLASSES} in all.",
+                )  # fmt: skip
+        told = gr.HTML(elem_id="told")
+        explanation = frame(elem_id="explanation")
+        with gr.Tab("Other methods"):
+            with gr.Row():
+                target = gr.Dropdown(classes, value=None, label="Class", scale=1, elem_id="target")
+                methods = gr.Dropdown(OTHERS, multiselect=True, value=AT_FIRST, label="Methods", info=SLOW, scale=3)
+            compare = gr.Button("Compare", variant="primary", elem_id="compare")
+            maps = gr.HTML(elem_id="maps", min_height=60)
+        with gr.Tab("Inner neurons"):
+            layer = gr.Dropdown(first.layers, value=first.layer, label="Layer", elem_id="layer")
+            show = gr.Button("Show the strongest units", variant="primary", elem_id="show")
+            neurons = gr.HTML(elem_id="neurons", min_height=60)
+
+        comparison = compare.click(answers.compare, [visit, target, methods], maps, **SHARED)
+        search = show.click(answers.show_neurons, [visit, layer], neurons, **SHARED)
+        taking = SHARED | dict(
+            fn=answers.take_photo,
+            inputs=[label, photo],
+            outputs=[told, explanation, visit, more, target, maps, neurons],
+            cancels=[comparison, search],
+        )
+        photo.input(**taking, trigger_mode="always_last")
+        label.input(answers.take_network, [label, photo], [photo, more, target, layer], **SHARED).then(**taking)
+        app.load(**taking)
+        more.input(answers.add_classes, [visit, more], [told, explanation], trigger_mode="always_last", **SHARED)
+    return app.queue(max_size=WAITING, default_concurrency_limit=AT_ONCE)
+
+
+def _first_photo(network: PageNetwork) -> str:
+    return encode_file(network.examples[0]) if network.examples else ""
+
+
+@contextlib.contextmanager
+def serving(app: gr.Blocks, port: int | None = None, share: bool = False) -> Iterator[str]:
+    """Serve a page until the block ends.
+
+    Args:
+        app: From `build_app`.
+        port: None for the first free one from 7860 on.
+        share: Also at a public address, through Gradio's servers.
+
+    Yields:
+        Its address.
+
+    Raises:
+        InputError: If it cannot be served there.
+    """
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # Gradio's advice; the caller says what there is to say
+            app.launch(
+                server_port=port, share=share, inbrowser=False, prevent_thread_lock=True, quiet=True, inline=False,
+                theme=page_theme(), css=static("page.css"), footer_links=["gradio"], run_history=False,
+                enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, max_file_size=LARGEST,
+                state_session_capacity=VISITORS, app_kwargs=dict(middleware=[Middleware(Guard, largest=REQUEST)]),
+            )  # fmt: skip
+    except OSError as error:
+        where = f"port {port}" if port is not None else "any port from 7860 on"
+        raise InputError(
+            f"the page cannot be served at {where}, which is taken: choose a free one with --port"
+        ) from error
+    try:
+        if share and not app.share_url:
+            raise InputError("Gradio gives no public address now: check the connection, or leave --share out")
+        yield str(app.share_url or app.local_url)
+    finally:
+        app.close(verbose=False)
+
+
+def launch(
+    model: str | None = None,
+    checkpoint: Path | None = None,
+    classes: Path | None = None,
+    *,
+    port: int | None = None,
+    share: bool = False,
+    device: torch.device | str = "cpu",
+    examples: Sequence[Path] = (),
+) -> None:
+    """Serve the page until Ctrl-C; all that the `app.py` of a Hugging Face Space needs.
+
+    Args:
+        model: As in `page_networks`, for instance 'hf-hub:ORG/NAME'.
+        checkpoint: As there.
+        classes: As there.
+        port: As in `serving`.
+        share: As in `serving`.
+        device: Where to compute.
+        examples: As in `page_networks`.
+
+    Raises:
+        BcosError: As in `page_networks` and `serving`.
+
+    Example:
+        >>> from timm_bcos.page.app import launch
+        >>> launch(model="hf-hub:ORG/NAME")
+    """
+    app = build_app(page_networks(model, checkpoint, classes, device, examples))
+    with serving(app, port, share) as address:
+        print(f"the page is at {address} (Ctrl-C ends it)", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()

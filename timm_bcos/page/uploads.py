@@ -1,0 +1,82 @@
+"""Photos and pictures as data addresses ("data:image/png;base64,…"): between browser and page nothing is a file."""
+
+import base64
+import binascii
+import io
+import mimetypes
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..data.photos import open_photo
+from ..errors import InputError
+from ..files import first_line
+
+__all__ = ["LARGEST", "decode_photo", "encode_file", "encode_picture"]
+
+LARGEST = 20_000_000  # bytes of an upload
+MOST_PIXELS = 60_000_000  # of an upload: more than phones take, and 180 MB once decoded
+# what strangers may send; Pillow knows formats that start other programs (EPS), or that few browsers could show anyway
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+KINDS = "a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file"
+
+
+def decode_photo(address: object, mode: str = "RGB") -> Image.Image:
+    """A photo from a browser, whatever has been sent in its place.
+
+    Args:
+        address: A data address.
+        mode: Pillow's: 'RGB', or 'L' for grey.
+
+    Raises:
+        InputError: For what is no photo, is broken, or is larger than a photo is.
+    """
+    data = _decode(address)
+    _refuse_strange(data)
+    return open_photo(io.BytesIO(data), mode)
+
+
+def encode_file(path: Path) -> str:
+    """An image file as it is."""
+    kind, _ = mimetypes.guess_type(path.name)
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def encode_picture(picture: Tensor) -> str:
+    """A picture (H, W, 3 or 4) in [0, 1], as PNG."""
+    array = (picture.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _decode(address: object) -> bytes:
+    if not address:
+        raise InputError("no photo yet: drop one on the page, paste it, or choose a file")
+    if not isinstance(address, str) or not address.startswith("data:") or ";base64," not in address[:200]:
+        raise InputError(f"this is no photo: send {KINDS}")
+    text = address[address.index(",") + 1 :]
+    size = len(text) * 3 // 4
+    if size > LARGEST:
+        raise InputError(f"the file has {size / 1e6:.0f} MB, the page takes {LARGEST / 1e6:.0f}: send a smaller one")
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InputError(f"the photo arrived damaged ({error}): send it again") from error
+
+
+def _refuse_strange(data: bytes) -> None:
+    """By what the file's first bytes say, before its pixels take memory."""
+    Image.init()
+    try:
+        with Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+            pixels = image.width * image.height
+    except Image.DecompressionBombError as error:
+        raise InputError(f"too many pixels ({first_line(error)}): send a smaller photo") from error
+    except Exception as error:  # decoders raise errors of every family
+        raise InputError(f"not an image that the page can read: send {KINDS}") from error
+    if pixels > MOST_PIXELS:
+        millions = f"{pixels / 1e6:.0f} million pixels, the page takes {MOST_PIXELS / 1e6:.0f}"
+        raise InputError(f"the photo has {millions}: send a smaller one")
