@@ -88,8 +88,7 @@ def find_strongest(
     """
     check_counts(k=k, batch_size=batch_size)
     subject, load = Subject(model), image_loader(model, dataset)
-    if layer not in dict(subject.model.named_modules()):
-        raise TargetError(f"the model has no layer {layer!r}: see model.named_modules() for their names")
+    _find_layer(subject, layer)
     if len(dataset) == 0:
         raise InputError("the data set has no images")
     device = next(model.parameters()).device
@@ -118,9 +117,9 @@ def peak_activations(subject: Subject, layer: str, x: Tensor) -> Tensor:
         (units, N).
 
     Raises:
-        TargetError: For a layer whose output has no spatial positions.
+        TargetError: For a layer that does not exist, or whose output has no spatial positions.
     """
-    module, outputs = subject.model.get_submodule(layer), []
+    module, outputs = _find_layer(subject, layer), []
     with hooked([module], lambda module, args, output: outputs.append(first_output(output))):
         subject(subject.prepare(x))
     if not outputs or not isinstance(outputs[0], Tensor) or outputs[0].ndim not in (3, 4):
@@ -128,6 +127,13 @@ def peak_activations(subject: Subject, layer: str, x: Tensor) -> Tensor:
         raise TargetError(f"layer {layer!r} has no spatial positions: it returns {shape}, not (N, C, H, W)")
     axis = channel_axis(module, outputs[0], subject.model)
     return outputs[0].movedim(axis, 1).flatten(2).amax(2).T.cpu()
+
+
+def _find_layer(subject: Subject, layer: str) -> nn.Module:
+    modules = dict(subject.model.named_modules())
+    if layer not in modules:
+        raise TargetError(f"the model has no layer {layer!r}: see model.named_modules() for their names")
+    return modules[layer]
 
 
 def label_entropy(labels: Tensor, num_classes: int) -> Tensor:

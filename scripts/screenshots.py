@@ -1,0 +1,56 @@
+"""Photograph the demo page for the documentation: docs/images/demo-desktop.webp and demo-phone.webp.
+
+    python scripts/screenshots.py
+
+Needs Chromium (apt-get install chromium) and the extras `demo`, `attribution` and `test`.
+"""
+
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+from timm_bcos.files import atomic_path
+from timm_bcos.page.app import build_app, page_networks, serving
+
+ROOT = Path(__file__).parent.parent
+PHOTO = ROOT / "scripts" / "photos" / "clothes" / "hat.jpg"
+WINDOWS = {"desktop": (1280, 1240), "phone": (390, 2090)}  # as high as the explanation, which scrolling would cut
+
+
+def show(page: Any, is_phone: bool) -> None:
+    """A photo, two classes, a rectangle."""
+    explanation = page.frame_locator("#explanation iframe")
+    explanation.locator("#bars button").first.wait_for()
+    page.set_input_files("#photo input", PHOTO)
+    explanation.locator("#asked option:checked", has_text="hat").wait_for(state="attached")
+    if not is_phone:
+        explanation.locator("#against").select_option(index=2)
+    page.wait_for_timeout(300)
+    box = explanation.locator("figure canvas").nth(1).bounding_box()
+    page.mouse.move(box["x"] + 0.25 * box["width"], box["y"] + 0.2 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.7 * box["width"], box["y"] + 0.45 * box["height"], steps=5)
+    page.mouse.up()
+    page.wait_for_timeout(300)
+
+
+def main() -> None:
+    with serving(build_app(page_networks())) as address, sync_playwright() as playwright:
+        options: Any = dict(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        browser = playwright.chromium.launch(**options)
+        for name, (width, height) in WINDOWS.items():
+            is_phone = name == "phone"
+            viewport: Any = dict(width=width, height=height)
+            page = browser.new_page(viewport=viewport, device_scale_factor=1.5, has_touch=is_phone, is_mobile=is_phone)
+            page.goto(address)
+            show(page, is_phone)
+            with atomic_path(ROOT / "docs" / "images" / f"demo-{name}.webp") as path:
+                Image.open(io.BytesIO(page.screenshot())).save(path, quality=85)
+
+
+if __name__ == "__main__":
+    main()
