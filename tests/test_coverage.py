@@ -198,11 +198,16 @@ def test_positions_need_a_vision_transformer() -> None:
 
 
 @pytest.mark.parametrize("arch", ["repvgg_a0", "fastvit_t8", "levit_128s", "repvit_m0_9"])
-def test_folding_is_refused(arch: str) -> None:
-    model = timm.create_model("bcosify", arch=arch, num_classes=3).eval()
-    with pytest.raises(timm_bcos.ModelStateError, match="cannot be folded"):
-        reparameterize_model(model)
-    torch.testing.assert_close(copy.deepcopy(model)(real_image(224)), model(real_image(224)))
+def test_reparameterize_model_fuses_layers(arch: str) -> None:
+    """What it would fold into them stays: norms and parallel branches."""
+    x = real_image(224, dtype=torch.float64)
+    model = enliven(timm.create_model("bcosify", arch=arch, num_classes=3).double(), x)
+    fused = reparameterize_model(model)
+    layers = [m for m in fused.modules() if isinstance(m, BcosConv2d)]
+    assert layers and all(layer.is_fused for layer in layers)
+    assert not any(getattr(m, "is_fused", False) for m in model.modules())
+    torch.testing.assert_close(fused(x), model(x))
+    torch.testing.assert_close(timm_bcos.explain(fused, x).weights, timm_bcos.explain(model, x).weights)
     folded = reparameterize_model(timm.create_model(arch, num_classes=3).eval())
     assert any(isinstance(m, BcosConv2d) for m in bcosify(folded).modules())
 

@@ -1,6 +1,7 @@
 from .attribution.registry import attribute
 from .conversion.config import BcosConfig
 from .conversion.converted import bcosify
+from .conversion.fusing import fuse
 from .conversion.rules import RULES, Place, keep, keep_whole, pass_sigmoid
 from .dynamic.account import Defect
 from .dynamic.mode import constant, declare, explanation_mode, on_linear_path
@@ -63,6 +64,7 @@ __all__ = [
     "explain_targets",
     "explanation_mode",
     "export_explainer",
+    "fuse",
     "keep",
     "keep_whole",
     "on_linear_path",

@@ -3,18 +3,19 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from inspect import signature
-from typing import Any, NoReturn, SupportsIndex
+from typing import Any, SupportsIndex
 
 from timm.models import VisionTransformer
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ..errors import InputError, ModelStateError
 from ..explaining.explanation import Explanation
 from ..explaining.forward import explain
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosPool2d
-from ..nn.layers import BcosConv2d
+from ..nn.layers import BcosConv2d, BcosLinear, refuse_fused
 from ..nn.modules import clone
 from .config import BcosConfig
 from .hooks import move_hooks
@@ -47,6 +48,13 @@ class BcosModel:
         """Explain this network's output for images; see `timm_bcos.explain`."""
         return explain(self, x, target, **kwargs)  # type: ignore[arg-type]
 
+    def train(self, mode: bool = True) -> Self:
+        """As in torch; refused, before anything is changed, if layers have been fused."""
+        if mode:
+            for module in self.modules():  # type: ignore[attr-defined]
+                refuse_fused(module)
+        return super().train(mode)  # type: ignore[misc,no-any-return]
+
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         return _rebuild, (self._plain_class, self._has_reader), self.__dict__
 
@@ -70,6 +78,7 @@ class BcosModel:
 
 
 # Tuples: torch.compile of torch 2.6 knows no `isinstance(x, A | B)`.
+LAYERS = (BcosConv2d, BcosLinear)
 POOLING = (BcosPool2d, BcosFlatten)
 CONTAINERS = (list, tuple, dict)
 
@@ -264,14 +273,16 @@ def _apply(plan: Plan) -> nn.Module:
     for module in plan.foldable:
         for name in FOLDING:
             if hasattr(type(module), name):
-                setattr(module, name, refuse_folding)
+                setattr(module, name, partial(fuse_within, module))
     _link_heads(plan.root)
     return plan.root
 
 
-def refuse_folding(*_: object, **__: object) -> NoReturn:
-    """What a converted module answers to timm's `reparameterize_model`."""
-    raise ModelStateError(
-        "a norm or a parallel branch cannot be folded into a B-cos layer, whose response is not linear in its weight: "
-        "call reparameterize_model on the plain network and convert the result"
-    )
+def fuse_within(module: nn.Module, *_: object, **__: object) -> nn.Module:
+    """What timm's `reparameterize_model` makes of a converted module that would fold norms or branches into weights.
+
+    Responses of B-cos layers are not linear in their weights, so that norms and branches stay; layers are fused.
+    """
+    for name, child in module.named_children():
+        setattr(module, name, child.fuse() if isinstance(child, LAYERS) else fuse_within(child))
+    return module

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import UnsupportedModuleError
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, BcosPool2d
-from ..nn.layers import BcosLinear
+from ..nn.layers import BcosConv2d, BcosLinear
 from ..nn.stems import BcosStem, ImageReader
 from .config import BcosConfig
 from .hooks import has_hooks, has_state_hooks
@@ -85,8 +85,12 @@ def plan_conversion(model: nn.Module, config: BcosConfig, rules: Rules) -> Plan:
             **_traits(network, places, found),
         ),
         has_reader=reader is not None and not is_wrapped,
-        foldable=tuple(m for m in found.modules() if any(hasattr(type(m), name) for name in FOLDING)),
+        foldable=tuple(m for m in found.modules() if _is_foldable(m)),
     )
+
+
+def _is_foldable(module: nn.Module) -> bool:
+    return not isinstance(module, BcosConv2d | BcosLinear) and any(hasattr(type(module), name) for name in FOLDING)
 
 
 @dataclass

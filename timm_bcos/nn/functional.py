@@ -7,6 +7,8 @@ Each function takes part in `__torch_function__` dispatch. That is how explanati
 it, and why `torch.fx` traces it as one node.
 """
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from timm.layers import pad_same
@@ -17,6 +19,7 @@ from torch.overrides import handle_torch_function, has_torch_function, has_torch
 from ..errors import InputError
 
 __all__ = [
+    "effective_weight",
     "encode_image",
     "feature_norm",
     "max_out",
@@ -78,6 +81,16 @@ def unit_weight(weight: Tensor, power: float = 1.0) -> Tensor:
     return weight * norm.pow(-power).reshape([-1] + [1] * (weight.ndim - 1))
 
 
+def effective_weight(weight: Tensor, b: float, normalize_weight: bool) -> Tensor:
+    """What a layer multiplies x by.
+
+    Rows of unit norm; free rows keep √‖w‖ at B = 2, because the response squares it, and ‖w‖ at B = 1.
+    """
+    if normalize_weight or b not in (1.0, 2.0):
+        return unit_weight(weight)
+    return weight if b == 1.0 else unit_weight(weight, 0.5)
+
+
 def same_padding(x: Tensor, kernel: list[int], stride: list[int], dilation: list[int]) -> Tensor:
     """Zero-pad as TensorFlow's 'SAME' convolution does, by amounts that depend on the size of x (N, C, H, W)."""
     if not torch.jit.is_scripting() and has_torch_function_unary(x):
@@ -121,6 +134,13 @@ class _SumOfSquares(torch.autograd.Function):
         return (x.unflatten(1, (grad.shape[1], -1)) * twice).flatten(1, 2).to(x.dtype), None
 
 
+def _weighted_squares(x: Tensor, weights: Tensor, groups: int) -> Tensor:
+    """Σ weight · x² over each group's channels, (N, C, H, W) to (N, G, H, W)."""
+    wide = x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
+    squares = F.conv2d(wide * wide, weights.to(wide.dtype).reshape(groups, -1, 1, 1), None, 1, 0, 1, groups)
+    return squares
+
+
 def _window_sum(x: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
     """Sum of each channel over the windows of a convolution, zero padding included."""
     if kernel == [1, 1] and padding == [0, 0]:
@@ -140,6 +160,7 @@ def patch_norm(
     dilation: list[int],
     groups: int,
     eps: float = 1e-6,
+    channel_squares: Tensor | None = None,
 ) -> Tensor:
     """Norm of every patch that a convolution sees: sqrt(Σ x² + eps) over the window and the channel group.
 
@@ -153,15 +174,20 @@ def patch_norm(
         dilation: Spacing of the window, per dimension.
         groups: Channel groups G.
         eps: Added inside the root.
+        channel_squares: (C,), s² where the patches are those of s · x; inference alone.
 
     Returns:
         (N, G, H', W'), in float32 for half-precision input.
     """
-    if torch.jit.is_scripting():
+    if not torch.jit.is_scripting() and has_torch_function_unary(x):
+        return handle_torch_function(
+            patch_norm, (x,), x, kernel, stride, padding, dilation, groups, eps, channel_squares
+        )
+    if channel_squares is not None:
+        squares = _weighted_squares(x, channel_squares, groups)
+    elif torch.jit.is_scripting():
         squares = (x * x).unflatten(1, [groups, x.shape[1] // groups]).sum(2)
     else:
-        if has_torch_function_unary(x):
-            return handle_torch_function(patch_norm, (x,), x, kernel, stride, padding, dilation, groups, eps)
         squares = _SumOfSquares.apply(x, groups)
     return (_window_sum(squares, kernel, stride, padding, dilation) + eps).sqrt()
 
@@ -258,7 +284,10 @@ def max_out(x: Tensor, units: int, dim: int) -> Tensor:
     if not torch.jit.is_scripting():
         if has_torch_function_unary(x):
             return handle_torch_function(max_out, (x,), x, units, dim)
-        return _MaxOut.apply(x, units, dim)
+        if torch.is_grad_enabled():
+            return _MaxOut.apply(x, units, dim)
+        first, *others = _neighbours(x, units, dim)
+        return reduce(torch.maximum, others, first)
     return x.unflatten(dim, [-1, units]).max(dim + 1 if dim >= 0 else dim)[0]
 
 

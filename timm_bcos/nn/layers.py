@@ -9,12 +9,24 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from .functional import feature_norm, max_out, patch_norm, row_norm, same_padding, scale_by_cosine, unit_weight
+from ..errors import ModelStateError
+from .functional import (
+    effective_weight,
+    feature_norm,
+    max_out,
+    patch_norm,
+    row_norm,
+    same_padding,
+    scale_by_cosine,
+)
+from .fused import fuse_layer
 
 __all__ = [
     "BcosConv2d",
     "BcosLinear",
+    "refuse_fused",
 ]
 
 
@@ -25,16 +37,20 @@ def _check(b: float, max_out: int, normalize_weight: bool) -> None:
         raise ValueError(f"max_out={max_out} compares units by their cosine: it needs normalize_weight=True")
 
 
-def _effective_weight(weight: Tensor, b: float, normalize_weight: bool) -> Tensor:
-    """Rows of unit norm; free rows keep √‖w‖ at B = 2, because the response squares it, and ‖w‖ at B = 1."""
-    if normalize_weight or b not in (1.0, 2.0):
-        return unit_weight(weight)
-    return weight if b == 1.0 else unit_weight(weight, 0.5)
-
-
 def _repr(layer: "BcosConv2d | BcosLinear") -> str:
     free = "" if layer.normalize_weight else ", normalize_weight=False"
-    return f", b={layer.b:g}, max_out={layer.max_out}, gamma={layer.gamma:g}{free}"
+    fused = ", is_fused=True" if layer.is_fused else ""
+    return f", b={layer.b:g}, max_out={layer.max_out}, gamma={layer.gamma:g}{free}{fused}"
+
+
+def refuse_fused(module: nn.Module) -> None:
+    """Refuse to train a layer that has been fused for inference.
+
+    Raises:
+        ModelStateError: If it has been.
+    """
+    if getattr(module, "is_fused", False):
+        raise ModelStateError("this network has been fused for inference: train the one that it was made from")
 
 
 class BcosConv2d(nn.Conv2d):
@@ -51,8 +67,16 @@ class BcosConv2d(nn.Conv2d):
         pad_same: TensorFlow's 'SAME' padding, computed from the input's size (timm's `Conv2dSame`).
         eps: Stabilises the norm of a patch, sqrt(‖patch‖² + eps).
 
+    Attributes:
+        is_fused: Whether `weight` is what x is multiplied by, γ and neighbouring norms included (`timm_bcos.fuse`).
+        amplitude: (O, 1, 1) of a fused layer, what its response is multiplied by besides; or None.
+        channel_squares: (C,) of a fused layer, the squared scale of a norm before it; or None.
+
     Shape: (N, in_channels, H, W) to (N, out_channels, H', W').
     """
+
+    amplitude: Tensor | None
+    channel_squares: Tensor | None
 
     def __init__(
         self,
@@ -89,6 +113,9 @@ class BcosConv2d(nn.Conv2d):
         self.normalize_weight = normalize_weight
         self.pad_same = pad_same
         self.eps = eps
+        self.is_fused = False
+        self.register_buffer("amplitude", None)
+        self.register_buffer("channel_squares", None)
         self._zero_padding, self._explicit_padding = self._split_padding()
 
     def _split_padding(self) -> tuple[list[int], list[int]]:
@@ -111,12 +138,15 @@ class BcosConv2d(nn.Conv2d):
     def respond(self, x: Tensor) -> Tensor:
         """The B-cos response; a method of its own because TorchScript has no `super()`."""
         x = self.pad(x)
-        weight = _effective_weight(self.weight, self.b, self.normalize_weight)
+        weight = self.weight if self.is_fused else effective_weight(self.weight, self.b, self.normalize_weight)
         linear = F.conv2d(x, weight, None, self.stride, self._zero_padding, self.dilation, self.groups)
         if self.max_out > 1:
             linear = max_out(linear, self.max_out, 1)
         y = self._scale(linear, x)
-        if not self.normalize_weight and self.b not in (1.0, 2.0):
+        amplitude = self.amplitude
+        if amplitude is not None:
+            y = y * amplitude
+        elif not self.is_fused and not self.normalize_weight and self.b not in (1.0, 2.0):
             y = y * row_norm(self.weight).reshape(-1, 1, 1)
         bias = self.bias
         return y if bias is None else y + bias.reshape(-1, 1, 1)
@@ -125,11 +155,21 @@ class BcosConv2d(nn.Conv2d):
         if self.b == 1.0:
             return linear if self.gamma == 1.0 else linear * self.gamma
         window = list(self.kernel_size), list(self.stride), self._zero_padding, list(self.dilation)
-        norm = patch_norm(x, window[0], window[1], window[2], window[3], self.groups, self.eps)
+        squares = self.channel_squares
+        norm = patch_norm(x, window[0], window[1], window[2], window[3], self.groups, self.eps, squares)
         if self.groups == 1:
             return scale_by_cosine(linear, norm, self.b, self.gamma)
         by_group = linear.unflatten(1, [self.groups, self.out_channels // self.groups])
         return scale_by_cosine(by_group, norm.unsqueeze(2), self.b, self.gamma).flatten(1, 2)
+
+    def fuse(self) -> Self:
+        """For timm's `reparameterize_model`: the layer for inference, its weight computed once."""
+        return self if self.is_fused else fuse_layer(self)
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            refuse_fused(self)
+        return super().train(mode)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + _repr(self)
@@ -142,8 +182,13 @@ class BcosLinear(nn.Linear):
         in_features: Input features; likewise the other arguments of `torch.nn.Linear`.
         b: Exponent B; `max_out`, `gamma` and `normalize_weight` are as in `BcosConv2d`.
 
+    Attributes:
+        is_fused: As in `BcosConv2d`; likewise `amplitude`, here (O,).
+
     Shape: (..., in_features) to (..., out_features).
     """
+
+    amplitude: Tensor | None
 
     def __init__(
         self,
@@ -167,23 +212,38 @@ class BcosLinear(nn.Linear):
         self.max_out = max_out
         self.gamma = float(gamma)
         self.normalize_weight = normalize_weight
+        self.is_fused = False
+        self.register_buffer("amplitude", None)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.respond(x)
 
     def respond(self, x: Tensor) -> Tensor:
         """The B-cos response; a method of its own because TorchScript has no `super()`."""
-        linear = F.linear(x, _effective_weight(self.weight, self.b, self.normalize_weight))
+        weight = self.weight if self.is_fused else effective_weight(self.weight, self.b, self.normalize_weight)
+        linear = F.linear(x, weight)
         if self.max_out > 1:
             linear = max_out(linear, self.max_out, -1)
         if self.b != 1.0:
             y = scale_by_cosine(linear, feature_norm(x), self.b, self.gamma)
         else:
             y = linear if self.gamma == 1.0 else linear * self.gamma
-        if not self.normalize_weight and self.b not in (1.0, 2.0):
+        amplitude = self.amplitude
+        if amplitude is not None:
+            y = y * amplitude
+        elif not self.is_fused and not self.normalize_weight and self.b not in (1.0, 2.0):
             y = y * row_norm(self.weight)
         bias = self.bias
         return y if bias is None else y + bias
+
+    def fuse(self) -> Self:
+        """For timm's `reparameterize_model`: the layer for inference, its weight computed once."""
+        return self if self.is_fused else fuse_layer(self)
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            refuse_fused(self)
+        return super().train(mode)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + _repr(self)
