@@ -5,8 +5,9 @@ from literal import bcos_conv2d, bcos_linear, uncentred_batch_norm
 from timm.layers import Conv2dSame
 
 from timm_bcos import BcosConv2d, BcosLinear, InputError, UncentredBatchNorm2d, encode_image
-from timm_bcos.nn.functional import max_out
+from timm_bcos.nn import functional
 from timm_bcos.nn.heads import BcosConvClassifier
+from timm_bcos.nn.maxout import max_out
 from timm_bcos.nn.stems import BcosStem
 
 Double = torch.float64
@@ -228,3 +229,55 @@ def test_classifier_votes_per_position() -> None:
 def test_bad_settings(kwargs: dict, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         BcosConv2d(3, 3, 3, **kwargs)
+
+
+# What a CPU does image by image, or in another order, where no gradient is needed.
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("last", [False, True])
+def test_images_one_by_one(dtype: torch.dtype, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [BcosConv2d(8, 6, 3, padding=1), BcosConv2d(8, 6, 3, groups=2), BcosConv2d(8, 3, 1, max_out=2)]
+    x = torch.randn(3, 8, 9, 9)
+    for layer in layers:
+        layer, image = layer.to(dtype), x.to(dtype)
+        if last:
+            layer, image = (t.to(memory_format=torch.channels_last) for t in (layer, image))
+        before = image.clone()
+        with_gradient = layer(image).detach()
+        monkeypatch.setattr(functional, "LARGE", 1)
+        with torch.no_grad():
+            one_by_one = layer(image)
+        monkeypatch.undo()
+        torch.testing.assert_close(one_by_one, with_gradient)
+        assert torch.equal(image, before)
+    linear, tokens = BcosLinear(8, 5).to(dtype), x.to(dtype).movedim(1, -1)
+    with_gradient = linear(tokens).detach()
+    monkeypatch.setattr(functional, "LARGE", 1)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(tokens), with_gradient)
+
+
+def test_only_a_response_of_its_own_is_written_over() -> None:
+    linear, norm = torch.randn(2, 3), torch.rand(2, 1) + 1
+    before = linear.clone()
+    with torch.no_grad():
+        y = functional.scale_by_cosine(linear, norm, 2, 1.0)
+        assert torch.equal(linear, before)
+        assert functional.scale_by_cosine(linear, norm, 2, 1.0, inplace=True) is linear
+    torch.testing.assert_close(linear, y)
+    leaf = before.clone().requires_grad_()
+    functional.scale_by_cosine(leaf * 1, norm, 2, 1.0, inplace=True).sum().backward()
+    torch.testing.assert_close(leaf.grad, 2 * before.abs() / norm)
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(7, 1, 3), (3, 2, 1), (2, 2, 0)])
+def test_window_sums_of_many_channels(kernel: int, stride: int, padding: int) -> None:
+    """Which float32 convolves and float64 pools; under autocast nothing is rounded to 16 bits."""
+    x = torch.rand(2, 6, 20, 20)
+    window = [kernel] * 2, [stride] * 2, [padding] * 2, [1, 1], 6
+    expected = functional.patch_norm(x.double(), *window)
+    torch.testing.assert_close(functional.patch_norm(x, *window).double(), expected, rtol=1e-6, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = functional.patch_norm(x, *window)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)

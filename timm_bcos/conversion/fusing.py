@@ -154,4 +154,4 @@ class _Flow(TorchFunctionMode):
             self._alive.append(output)
             self.outputs[module] = id(output)
             self.makers[id(output)] = module
-            self.readers.setdefault(id(output), set())
+            self.readers.setdefault(id(output), set()).discard(module)  # which may have written in place

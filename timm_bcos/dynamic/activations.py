@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..nn import functional
+from ..nn import functional, maxout
 from .table import Function, Mode, Operand, detached, handles, named, on_linear_path
 
 __all__ = ["activate"]
@@ -81,13 +81,15 @@ def _glu(mode: Mode, func: Function, /, input: Tensor, dim: int = -1) -> Tensor:
     return half * gate.detach().sigmoid()
 
 
-@handles(functional.max_out)
+@handles(maxout.max_out)
 def _max_out(mode: Mode, func: Function, /, x: Tensor, units: int, dim: int) -> Tensor:
     return x.unflatten(dim, (-1, units)).max(dim + 1 if dim >= 0 else dim).values
 
 
 @handles(functional.scale_by_cosine)
-def _scale_by_cosine(mode: Mode, func: Function, /, linear: Tensor, norm: Tensor, b: float, gamma: float) -> Tensor:
+def _scale_by_cosine(
+    mode: Mode, func: Function, /, linear: Tensor, norm: Tensor, b: float, gamma: float, inplace: bool = False
+) -> Tensor:
     return linear * functional.cosine_factor(detached(linear), detached(norm), b, gamma).to(linear.dtype)
 
 

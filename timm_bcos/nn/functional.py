@@ -7,8 +7,6 @@ Each function takes part in `__torch_function__` dispatch. That is how explanati
 it, and why `torch.fx` traces it as one node.
 """
 
-from functools import reduce
-
 import torch
 import torch.nn.functional as F
 from timm.layers import pad_same
@@ -22,7 +20,6 @@ __all__ = [
     "effective_weight",
     "encode_image",
     "feature_norm",
-    "max_out",
     "passed_sigmoid",
     "patch_norm",
     "row_norm",
@@ -116,16 +113,41 @@ class _Saved(FunctionCtx):
     saved_tensors: tuple[Tensor, ...]
 
 
+LARGE = 1 << 21  # elements: from here on, memory fresh from the system costs more than a step per image
+
+
+def _is_large(x: Tensor) -> bool:
+    """Whether images are better taken one by one, with one temporary that stays in the processor's cache."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x.numel(), int):
+        return False  # a program is for batches of any size
+    return x.device.type == "cpu" and x.numel() > LARGE and len(x) > 1
+
+
+def _sum_of_squares(x: Tensor, groups: int, weights: Tensor | None = None) -> Tensor:
+    """Σ weight · x² over each group's channels, (N, C, H, W) to (N, G, H, W)."""
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # squares overflow float16 at 65504
+    if weights is None and groups == 1 and wide.is_contiguous(memory_format=torch.channels_last):
+        return torch.linalg.vector_norm(wide, dim=1, keepdim=True).square_()  # in one pass, in this layout alone
+    if torch.is_grad_enabled() or not _is_large(wide):
+        return _sum_of_groups(wide * wide, groups, weights)
+    squares = torch.empty_like(wide[0])
+    return torch.stack([_sum_of_groups(torch.mul(image, image, out=squares), groups, weights) for image in wide])
+
+
+def _sum_of_groups(squares: Tensor, groups: int, weights: Tensor | None) -> Tensor:
+    """(..., C, H, W), which is used up, to (..., G, H, W)."""
+    if weights is not None:
+        squares = squares.mul_(weights.reshape(-1, 1, 1))
+    return squares.unflatten(-3, (groups, -1)).sum(-3)
+
+
 class _SumOfSquares(torch.autograd.Function):
     """Σ x² over a group's channels, whose backward pass is one multiplication."""
 
     @staticmethod
     def forward(ctx: _Saved, x: Tensor, groups: int) -> Tensor:
         ctx.save_for_backward(x)
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # squares overflow float16 at 65504
-        if groups == 1 and wide.is_contiguous(memory_format=torch.channels_last):
-            return torch.linalg.vector_norm(wide, dim=1, keepdim=True).square_()  # in one pass, in this layout alone
-        return (wide * wide).unflatten(1, (groups, -1)).sum(2)  # (N, G, H, W)
+        return _sum_of_squares(x, groups)
 
     @staticmethod
     def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -134,18 +156,21 @@ class _SumOfSquares(torch.autograd.Function):
         return (x.unflatten(1, (grad.shape[1], -1)) * twice).flatten(1, 2).to(x.dtype), None
 
 
-def _weighted_squares(x: Tensor, weights: Tensor, groups: int) -> Tensor:
-    """Σ weight · x² over each group's channels, (N, C, H, W) to (N, G, H, W)."""
-    wide = x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
-    squares = F.conv2d(wide * wide, weights.to(wide.dtype).reshape(groups, -1, 1, 1), None, 1, 0, 1, groups)
-    return squares
+def _convolves_faster(x: Tensor) -> bool:
+    """A CPU pools many channels over ten times as slowly as it convolves them; autocast would round the sums."""
+    kind = x.device.type
+    is_exact = x.dtype == torch.float32 and not (kind == "cpu" and torch.is_autocast_enabled(kind))
+    return kind == "cpu" and x.shape[1] > 1 and is_exact
 
 
 def _window_sum(x: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
     """Sum of each channel over the windows of a convolution, zero padding included."""
     if kernel == [1, 1] and padding == [0, 0]:
         return x[:, :, :: stride[0], :: stride[1]]
-    if dilation == [1, 1] and padding[0] <= kernel[0] // 2 and padding[1] <= kernel[1] // 2:
+    pools = dilation == [1, 1] and padding[0] <= kernel[0] // 2 and padding[1] <= kernel[1] // 2
+    if not torch.jit.is_scripting():
+        pools = pools and not _convolves_faster(x)
+    if pools:
         # not `divisor_override=1`: ONNX has none, and its export drops it silently
         return F.avg_pool2d(x, kernel, stride, padding) * (kernel[0] * kernel[1])
     ones = torch.ones([x.shape[1], 1, kernel[0], kernel[1]], dtype=x.dtype, device=x.device)
@@ -183,10 +208,13 @@ def patch_norm(
         return handle_torch_function(
             patch_norm, (x,), x, kernel, stride, padding, dilation, groups, eps, channel_squares
         )
-    if channel_squares is not None:
-        squares = _weighted_squares(x, channel_squares, groups)
-    elif torch.jit.is_scripting():
-        squares = (x * x).unflatten(1, [groups, x.shape[1] // groups]).sum(2)
+    if torch.jit.is_scripting():
+        squares = x * x
+        if channel_squares is not None:
+            squares = squares * channel_squares.reshape(-1, 1, 1)
+        squares = squares.unflatten(1, [groups, x.shape[1] // groups]).sum(2)
+    elif channel_squares is not None:
+        squares = _sum_of_squares(x, groups, channel_squares)
     else:
         squares = _SumOfSquares.apply(x, groups)
     return (_window_sum(squares, kernel, stride, padding, dilation) + eps).sqrt()
@@ -229,68 +257,6 @@ class _ScaleBySquare(torch.autograd.Function):
         return weighted.mul_(2 * inverse_norm).to(linear.dtype), grad_norm
 
 
-class _Winners(_Saved):
-    """Likewise for MaxOut: which of the neighbours won."""
-
-    units: int
-    dim: int
-    like: tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
-
-
-class _MaxOut(torch.autograd.Function):
-    """The largest of each M neighbours, in the memory layout of the input both ways."""
-
-    @staticmethod
-    def forward(ctx: _Winners, x: Tensor, units: int, dim: int) -> Tensor:
-        first, *others = _neighbours(x, units, dim)
-        best, winner = first, torch.zeros_like(first, dtype=torch.uint8)
-        for i, unit in enumerate(others, start=1):
-            winner.masked_fill_(unit > best, i)
-            best = torch.maximum(best, unit)
-        ctx.save_for_backward(winner)
-        ctx.units, ctx.dim, ctx.like = units, dim, (x.size(), x.stride(), x.dtype, x.device)
-        return best
-
-    @staticmethod
-    def backward(ctx: _Winners, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (winner,) = ctx.saved_tensors
-        size, stride, dtype, device = ctx.like
-        if torch.is_grad_enabled():  # a second derivative will be taken
-            after = ctx.dim + 1 if ctx.dim >= 0 else ctx.dim
-            return torch.stack([grad * (winner == i) for i in range(ctx.units)], after).reshape(size), None, None
-        grad_x = torch.empty_strided(size, stride, dtype=dtype, device=device)
-        for i, unit in enumerate(_neighbours(grad_x, ctx.units, ctx.dim)):
-            unit.copy_(grad * (winner == i))
-        return grad_x, None, None
-
-
-def _neighbours(x: Tensor, units: int, dim: int) -> list[Tensor]:
-    """Views of the first, second, ... of each M neighbours along a dimension, 1 or -1."""
-    grouped = x.unflatten(dim, (-1, units))
-    return [grouped.select(dim + 1 if dim >= 0 else dim, i) for i in range(units)]
-
-
-def max_out(x: Tensor, units: int, dim: int) -> Tensor:
-    """MaxOut: the largest response of each M neighbouring units (section 4 of arXiv 2205.10268).
-
-    Args:
-        x: Responses, unit m of output o at index o · M + m.
-        units: M.
-        dim: 1 for feature maps (N, O · M, H, W), -1 for feature vectors (..., O · M).
-
-    Returns:
-        The same with O instead of O · M.
-    """
-    if not torch.jit.is_scripting():
-        if has_torch_function_unary(x):
-            return handle_torch_function(max_out, (x,), x, units, dim)
-        if torch.is_grad_enabled():
-            return _MaxOut.apply(x, units, dim)
-        first, *others = _neighbours(x, units, dim)
-        return reduce(torch.maximum, others, first)
-    return x.unflatten(dim, [-1, units]).max(dim + 1 if dim >= 0 else dim)[0]
-
-
 def cosine_factor(linear: Tensor, norm: Tensor, b: float, gamma: float, eps: float = 1e-6) -> Tensor:
     """γ · |cos|^(B-1), what `scale_by_cosine` multiplies by; |cos| = |ŵᵀx| / ‖x‖, plus eps unless B is 2."""
     cosine = linear.abs() / norm
@@ -299,7 +265,17 @@ def cosine_factor(linear: Tensor, norm: Tensor, b: float, gamma: float, eps: flo
     return gamma * cosine
 
 
-def scale_by_cosine(linear: Tensor, norm: Tensor, b: float, gamma: float) -> Tensor:
+def _multiply_by_magnitude(linear: Tensor, inverse_norm: Tensor) -> Tensor:
+    """linear ← |linear| / n · linear."""
+    if _is_large(linear) and len(linear) == len(inverse_norm) and linear.dtype == inverse_norm.dtype:
+        magnitude = torch.empty_like(linear[0])
+        for one, inverse in zip(linear, inverse_norm, strict=True):
+            one.mul_(torch.abs(one, out=magnitude).mul_(inverse))
+        return linear
+    return linear.mul_(linear.abs().to(inverse_norm.dtype).mul_(inverse_norm))
+
+
+def scale_by_cosine(linear: Tensor, norm: Tensor, b: float, gamma: float, inplace: bool = False) -> Tensor:
     """Turn the linear response ŵᵀx into the B-cos response γ · |ŵᵀx / ‖x‖|^(B-1) · ŵᵀx.
 
     Args:
@@ -307,13 +283,17 @@ def scale_by_cosine(linear: Tensor, norm: Tensor, b: float, gamma: float) -> Ten
         norm: ‖x‖, broadcastable to `linear`.
         b: The exponent B, not 1.
         gamma: The fixed output scale γ.
+        inplace: Write into `linear` where no gradient is needed.
 
     Returns:
         The shape and dtype of `linear`.
     """
     if not torch.jit.is_scripting():
         if has_torch_function((linear, norm)):
-            return handle_torch_function(scale_by_cosine, (linear, norm), linear, norm, b, gamma)
+            return handle_torch_function(scale_by_cosine, (linear, norm), linear, norm, b, gamma, inplace)
+        needs_grad = torch.is_grad_enabled() and (linear.requires_grad or norm.requires_grad)
+        if b == 2 and inplace and not needs_grad:
+            return _multiply_by_magnitude(linear, gamma / norm)
         if b == 2:
             return _ScaleBySquare.apply(linear, gamma / norm)
     return (linear * cosine_factor(linear, norm, b, gamma)).to(linear.dtype)

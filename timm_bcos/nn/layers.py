@@ -15,13 +15,13 @@ from ..errors import ModelStateError
 from .functional import (
     effective_weight,
     feature_norm,
-    max_out,
     patch_norm,
     row_norm,
     same_padding,
     scale_by_cosine,
 )
 from .fused import fuse_layer
+from .maxout import max_out
 
 __all__ = [
     "BcosConv2d",
@@ -158,9 +158,9 @@ class BcosConv2d(nn.Conv2d):
         squares = self.channel_squares
         norm = patch_norm(x, window[0], window[1], window[2], window[3], self.groups, self.eps, squares)
         if self.groups == 1:
-            return scale_by_cosine(linear, norm, self.b, self.gamma)
+            return scale_by_cosine(linear, norm, self.b, self.gamma, inplace=True)
         by_group = linear.unflatten(1, [self.groups, self.out_channels // self.groups])
-        return scale_by_cosine(by_group, norm.unsqueeze(2), self.b, self.gamma).flatten(1, 2)
+        return scale_by_cosine(by_group, norm.unsqueeze(2), self.b, self.gamma, inplace=True).flatten(1, 2)
 
     def fuse(self) -> Self:
         """For timm's `reparameterize_model`: the layer for inference, its weight computed once."""
@@ -225,7 +225,7 @@ class BcosLinear(nn.Linear):
         if self.max_out > 1:
             linear = max_out(linear, self.max_out, -1)
         if self.b != 1.0:
-            y = scale_by_cosine(linear, feature_norm(x), self.b, self.gamma)
+            y = scale_by_cosine(linear, feature_norm(x), self.b, self.gamma, inplace=True)
         else:
             y = linear if self.gamma == 1.0 else linear * self.gamma
         amplitude = self.amplitude
