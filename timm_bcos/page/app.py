@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -195,4 +195,5 @@ def launch(
     with serving(app, port, share) as address:
         print(f"the page is at {address} (Ctrl-C ends it)", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
-            threading.Event().wait()
+            while True:  # a wait without end misses a signal that arrives just before it
+                time.sleep(0.2)
