@@ -5,7 +5,8 @@ from literal import bcos_conv2d, bcos_linear, uncentred_batch_norm
 from timm.layers import Conv2dSame
 
 from timm_bcos import BcosConv2d, BcosLinear, InputError, UncentredBatchNorm2d, encode_image
-from timm_bcos.nn import functional
+from timm_bcos.nn import functional, memory
+from timm_bcos.nn.cosine import scale_by_cosine
 from timm_bcos.nn.heads import BcosConvClassifier
 from timm_bcos.nn.maxout import max_out
 from timm_bcos.nn.stems import BcosStem
@@ -245,7 +246,7 @@ def test_images_one_by_one(dtype: torch.dtype, last: bool, monkeypatch: pytest.M
             layer, image = (t.to(memory_format=torch.channels_last) for t in (layer, image))
         before = image.clone()
         with_gradient = layer(image).detach()
-        monkeypatch.setattr(functional, "LARGE", 1)
+        monkeypatch.setattr(memory, "LARGE", 1)
         with torch.no_grad():
             one_by_one = layer(image)
         monkeypatch.undo()
@@ -253,7 +254,7 @@ def test_images_one_by_one(dtype: torch.dtype, last: bool, monkeypatch: pytest.M
         assert torch.equal(image, before)
     linear, tokens = BcosLinear(8, 5).to(dtype), x.to(dtype).movedim(1, -1)
     with_gradient = linear(tokens).detach()
-    monkeypatch.setattr(functional, "LARGE", 1)
+    monkeypatch.setattr(memory, "LARGE", 1)
     with torch.no_grad():
         torch.testing.assert_close(linear(tokens), with_gradient)
 
@@ -262,12 +263,12 @@ def test_only_a_response_of_its_own_is_written_over() -> None:
     linear, norm = torch.randn(2, 3), torch.rand(2, 1) + 1
     before = linear.clone()
     with torch.no_grad():
-        y = functional.scale_by_cosine(linear, norm, 2, 1.0)
+        y = scale_by_cosine(linear, norm, 2, 1.0)
         assert torch.equal(linear, before)
-        assert functional.scale_by_cosine(linear, norm, 2, 1.0, inplace=True) is linear
+        assert scale_by_cosine(linear, norm, 2, 1.0, inplace=True) is linear
     torch.testing.assert_close(linear, y)
     leaf = before.clone().requires_grad_()
-    functional.scale_by_cosine(leaf * 1, norm, 2, 1.0, inplace=True).sum().backward()
+    scale_by_cosine(leaf * 1, norm, 2, 1.0, inplace=True).sum().backward()
     torch.testing.assert_close(leaf.grad, 2 * before.abs() / norm)
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..nn import functional, maxout
+from ..nn import cosine, functional, maxout
 from .table import Function, Mode, Operand, detached, handles, named, on_linear_path
 
 __all__ = ["activate"]
@@ -86,11 +86,11 @@ def _max_out(mode: Mode, func: Function, /, x: Tensor, units: int, dim: int) -> 
     return x.unflatten(dim, (-1, units)).max(dim + 1 if dim >= 0 else dim).values
 
 
-@handles(functional.scale_by_cosine)
+@handles(cosine.scale_by_cosine)
 def _scale_by_cosine(
     mode: Mode, func: Function, /, linear: Tensor, norm: Tensor, b: float, gamma: float, inplace: bool = False
 ) -> Tensor:
-    return linear * functional.cosine_factor(detached(linear), detached(norm), b, gamma).to(linear.dtype)
+    return linear * cosine.cosine_factor(detached(linear), detached(norm), b, gamma).to(linear.dtype)
 
 
 @handles(functional.unit_weight, functional.row_norm)

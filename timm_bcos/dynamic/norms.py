@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..nn import functional
+from ..nn.deviation import divide_by_deviation
 from .products import share
 from .table import Function, Mode, handles, named, on_linear_path
 
@@ -108,7 +108,7 @@ def _local_response_norm(
     return input * (func(ones, size, alpha, beta, k) / ones)
 
 
-@handles(functional.divide_by_deviation)
+@handles(divide_by_deviation)
 def _divide_by_deviation(mode: Mode, func: Function, /, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     var = x.detach().var((0, *range(2, x.ndim)), correction=0)
     return x * (weight * (var + eps).rsqrt()).reshape(1, -1, 1, 1).to(x.dtype), var

@@ -1,4 +1,4 @@
-"""The B-cos transform as functions: input encoding, patch norms and the cosine factor.
+"""The parts of the B-cos transform as functions: input encoding, unit weights, norms of patches, logits.
 
 Paper: B-cos Networks: Alignment is All We Need for Interpretability (CVPR 2022), https://arxiv.org/abs/2205.10268.
 A unit computes y(x) = γ · |cos(x, w)|^(B-1) · ŵᵀx (eq. 3 there, γ in its section 3.2.2).
@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from timm.layers import pad_same
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
+from torch.autograd.function import FunctionCtx
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ..errors import InputError
+from .memory import pieces
 
 __all__ = [
     "effective_weight",
@@ -25,7 +26,6 @@ __all__ = [
     "row_norm",
     "same_padding",
     "scale_and_offset",
-    "scale_by_cosine",
     "to_logits",
     "unit_weight",
 ]
@@ -64,6 +64,37 @@ def scale_and_offset(image: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     return image * scale + offset
 
 
+def _inverse_norm(weight: Tensor, power: float) -> Tensor:
+    """(O, 1, ...) 1 / norm of each row to a power; 1 for a row of zeros, which stays one."""
+    norm = row_norm(weight)
+    return (norm + (norm == 0).to(norm.dtype)).pow(-power).reshape([-1] + [1] * (weight.ndim - 1))
+
+
+class _Saved(FunctionCtx):
+    """What forward leaves to backward."""
+
+    saved_tensors: tuple[Tensor, ...]
+    power: float
+
+
+class _UnitWeight(torch.autograd.Function):
+    """w · n^-p, whose gradient takes two passes: n^-p · (g - p · ŵ · ŵᵀg)."""
+
+    @staticmethod
+    def forward(ctx: _Saved, weight: Tensor, power: float) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.power = power
+        return weight * _inverse_norm(weight, power)
+
+    @staticmethod
+    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        inverse = _inverse_norm(weight, 1.0)
+        dims = list(range(1, weight.ndim))
+        slope = -ctx.power * inverse.square() * (grad * weight).sum(dims, keepdim=True)
+        return torch.addcmul(grad, weight, slope) * inverse.pow(ctx.power), None
+
+
 def unit_weight(weight: Tensor, power: float = 1.0) -> Tensor:
     """Divide each output row of a weight by its Euclidean norm to the given power; 1 gives ŵ.
 
@@ -73,9 +104,9 @@ def unit_weight(weight: Tensor, power: float = 1.0) -> Tensor:
     """
     if not torch.jit.is_scripting() and has_torch_function_unary(weight):
         return handle_torch_function(unit_weight, (weight,), weight, power)
-    norm = row_norm(weight)
-    norm = norm + (norm == 0).to(norm.dtype)  # a row of zeros stays one
-    return weight * norm.pow(-power).reshape([-1] + [1] * (weight.ndim - 1))
+    if torch.jit.is_scripting():
+        return weight * _inverse_norm(weight, power)
+    return _UnitWeight.apply(weight, power)
 
 
 def effective_weight(weight: Tensor, b: float, normalize_weight: bool) -> Tensor:
@@ -107,31 +138,13 @@ def row_norm(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight.flatten(1), dim=1)
 
 
-class _Saved(FunctionCtx):
-    """What forward leaves to backward."""
-
-    saved_tensors: tuple[Tensor, ...]
-
-
-LARGE = 1 << 21  # elements: from here on, memory fresh from the system costs more than a step per image
-
-
-def _is_large(x: Tensor) -> bool:
-    """Whether images are better taken one by one, with one temporary that stays in the processor's cache."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x.numel(), int):
-        return False  # a program is for batches of any size
-    return x.device.type == "cpu" and x.numel() > LARGE and len(x) > 1
-
-
 def _sum_of_squares(x: Tensor, groups: int, weights: Tensor | None = None) -> Tensor:
     """Σ weight · x² over each group's channels, (N, C, H, W) to (N, G, H, W)."""
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # squares overflow float16 at 65504
     if weights is None and groups == 1 and wide.is_contiguous(memory_format=torch.channels_last):
         return torch.linalg.vector_norm(wide, dim=1, keepdim=True).square_()  # in one pass, in this layout alone
-    if torch.is_grad_enabled() or not _is_large(wide):
-        return _sum_of_groups(wide * wide, groups, weights)
-    squares = torch.empty_like(wide[0])
-    return torch.stack([_sum_of_groups(torch.mul(image, image, out=squares), groups, weights) for image in wide])
+    parts = [_sum_of_groups(part * part, groups, weights) for (part,) in pieces(wide)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _sum_of_groups(squares: Tensor, groups: int, weights: Tensor | None) -> Tensor:
@@ -238,67 +251,6 @@ def feature_norm(x: Tensor, eps: float = 1e-12) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True) + eps
 
 
-class _ScaleBySquare(torch.autograd.Function):
-    """y = γ · |a| · a / n, the B = 2 unit, with three in-place passes each way."""
-
-    @staticmethod
-    def forward(ctx: _Saved, linear: Tensor, inverse_norm: Tensor) -> Tensor:
-        ctx.save_for_backward(linear, inverse_norm)
-        # |a| / n comes first: it is a cosine, whereas |a| · a overflows float16
-        return torch.abs(linear).to(inverse_norm.dtype).mul_(inverse_norm).mul_(linear).to(linear.dtype)
-
-    @staticmethod
-    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        linear, inverse_norm = ctx.saved_tensors
-        weighted = linear.abs().to(inverse_norm.dtype) * grad
-        grad_norm = (weighted * linear).sum_to_size(inverse_norm.shape)
-        if torch.is_grad_enabled():  # a second derivative will be taken
-            return (weighted * (2 * inverse_norm)).to(linear.dtype), grad_norm
-        return weighted.mul_(2 * inverse_norm).to(linear.dtype), grad_norm
-
-
-def cosine_factor(linear: Tensor, norm: Tensor, b: float, gamma: float, eps: float = 1e-6) -> Tensor:
-    """γ · |cos|^(B-1), what `scale_by_cosine` multiplies by; |cos| = |ŵᵀx| / ‖x‖, plus eps unless B is 2."""
-    cosine = linear.abs() / norm
-    if b != 2:
-        cosine = (cosine + eps).pow(b - 1)
-    return gamma * cosine
-
-
-def _multiply_by_magnitude(linear: Tensor, inverse_norm: Tensor) -> Tensor:
-    """linear ← |linear| / n · linear."""
-    if _is_large(linear) and len(linear) == len(inverse_norm) and linear.dtype == inverse_norm.dtype:
-        magnitude = torch.empty_like(linear[0])
-        for one, inverse in zip(linear, inverse_norm, strict=True):
-            one.mul_(torch.abs(one, out=magnitude).mul_(inverse))
-        return linear
-    return linear.mul_(linear.abs().to(inverse_norm.dtype).mul_(inverse_norm))
-
-
-def scale_by_cosine(linear: Tensor, norm: Tensor, b: float, gamma: float, inplace: bool = False) -> Tensor:
-    """Turn the linear response ŵᵀx into the B-cos response γ · |ŵᵀx / ‖x‖|^(B-1) · ŵᵀx.
-
-    Args:
-        linear: ŵᵀx, any shape.
-        norm: ‖x‖, broadcastable to `linear`.
-        b: The exponent B, not 1.
-        gamma: The fixed output scale γ.
-        inplace: Write into `linear` where no gradient is needed.
-
-    Returns:
-        The shape and dtype of `linear`.
-    """
-    if not torch.jit.is_scripting():
-        if has_torch_function((linear, norm)):
-            return handle_torch_function(scale_by_cosine, (linear, norm), linear, norm, b, gamma, inplace)
-        needs_grad = torch.is_grad_enabled() and (linear.requires_grad or norm.requires_grad)
-        if b == 2 and inplace and not needs_grad:
-            return _multiply_by_magnitude(linear, gamma / norm)
-        if b == 2:
-            return _ScaleBySquare.apply(linear, gamma / norm)
-    return (linear * cosine_factor(linear, norm, b, gamma)).to(linear.dtype)
-
-
 def to_logits(y: Tensor, temperature: float, logit_bias: float) -> Tensor:
     """y / T + logit bias, in float32: y / T may exceed float16's range, so under autocast it also stays float32."""
     if not torch.jit.is_scripting():
@@ -310,51 +262,3 @@ def to_logits(y: Tensor, temperature: float, logit_bias: float) -> Tensor:
             autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not on "meta"
             return logits if autocast else logits.to(y.dtype)
     return y / temperature + logit_bias
-
-
-class _DivideByDeviation(torch.autograd.Function):
-    """weight · x / sqrt(var + eps), var being the biased variance of the batch.
-
-    `torch.var` takes several times as long as all of this on a CPU, and its gradient as much again.
-    """
-
-    @staticmethod
-    def forward(ctx: _Saved, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        mean = wide.mean((0, 2, 3), keepdim=True)
-        deviation = wide - mean
-        var = deviation.mul_(deviation).mean((0, 2, 3))
-        inverse = (var + eps).rsqrt()
-        ctx.save_for_backward(x, weight, mean, inverse)
-        ctx.mark_non_differentiable(var)
-        return x * _per_channel(weight * inverse).to(x.dtype), var
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: _Saved, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, mean, inverse = ctx.saved_tensors
-        dot = (grad * x).sum((0, 2, 3), dtype=inverse.dtype)
-        # d var / d x = 2 (x - mean) / n, and d (1 / sqrt(var + eps)) / d var = -1/2 (var + eps)^(-3/2)
-        slope = -_per_channel(dot * weight * inverse**3) / (x.numel() // x.shape[1])
-        grad_x = torch.addcmul((-slope * mean).to(x.dtype), x, slope.to(x.dtype))
-        return grad_x.addcmul_(grad, _per_channel(weight * inverse).to(x.dtype)), (dot * inverse).to(weight.dtype), None
-
-
-def _per_channel(values: Tensor) -> Tensor:
-    return values.reshape(1, -1, 1, 1)
-
-
-def divide_by_deviation(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Uncentred batch norm of a training batch: weight · x / sqrt(var + eps).
-
-    Args:
-        x: (N, C, H, W).
-        weight: (C,).
-        eps: Added to the variance.
-
-    Returns:
-        The result, and the batch's biased variance (C,), which carries no gradient.
-    """
-    if has_torch_function((x, weight)):
-        return handle_torch_function(divide_by_deviation, (x, weight), x, weight, eps)
-    return _DivideByDeviation.apply(x, weight, eps)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..errors import ModelStateError
+from .cosine import scale_by_cosine
 from .functional import (
     effective_weight,
     feature_norm,
     patch_norm,
     row_norm,
     same_padding,
-    scale_by_cosine,
 )
 from .fused import fuse_layer
 from .maxout import max_out

@@ -1,0 +1,133 @@
+"""What training computes in fewer passes, or again instead of keeping it, beside the formulas in float64."""
+
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from timm_bcos import BcosConv2d, BcosLinear, UncentredBatchNorm2d
+from timm_bcos.nn import memory
+from timm_bcos.nn.cosine import origin, scale_by_cosine
+from timm_bcos.nn.deviation import divide_by_deviation
+from timm_bcos.nn.functional import unit_weight
+
+Double = torch.float64
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def literal_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * (weight / (x.var((0, 2, 3), correction=0) + eps).sqrt()).reshape(1, -1, 1, 1)
+
+
+def literal_conv(x: Tensor, weight: Tensor) -> Tensor:
+    """B = 2, 3×3, padded by 1."""
+    linear = nn.functional.conv2d(x, weight / weight.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1), padding=1)
+    squares = nn.functional.conv2d(x * x, torch.ones(1, x.shape[1], 3, 3, dtype=x.dtype), padding=1)
+    return linear.abs() / (squares + 1e-6).sqrt() * linear
+
+
+def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    leaves = [value.detach().clone().requires_grad_() for value in inputs]
+    y = function(*leaves)
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape))
+    return [y.detach(), *[leaf.grad for leaf in leaves if leaf.grad is not None]]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("dtype", [Double, torch.float32])
+def test_division_by_the_deviation(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """With a mean that is large beside the deviation, which sums of squares would not survive."""
+    x = (5 + torch.randn(4, 6, 9, 7, dtype=dtype)).contiguous(memory_format=layout)
+    weight = torch.randn(6, dtype=dtype)
+    expected = gradients(lambda x, w: literal_norm(x, w, 1e-5), x.double(), weight.double())
+    found = gradients(lambda x, w: divide_by_deviation(x, w, 1e-5)[0], x, weight)
+    tolerance = dict(rtol=1e-10, atol=1e-10) if dtype is Double else dict(rtol=1e-4, atol=1e-4)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, **tolerance)
+    torch.testing.assert_close(divide_by_deviation(x, weight, 1e-5)[1], x.var((0, 2, 3), correction=0))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("large", [1, 1 << 21], ids=["one by one", "whole"])
+def test_a_convolution_and_its_norm(layout: torch.memory_format, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "LARGE", large)
+    conv, norm = BcosConv2d(4, 5, 3, padding=1, dtype=Double), UncentredBatchNorm2d(5, dtype=Double)
+    x = torch.randn(3, 4, 6, 5, dtype=Double).contiguous(memory_format=layout)
+    weight, scale = torch.randn(5, 4, 3, 3, dtype=Double), torch.randn(5, dtype=Double)
+
+    def ours(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        y = torch.func.functional_call(conv, dict(weight=weight), x)
+        return torch.func.functional_call(norm, dict(weight=scale), y)
+
+    expected = gradients(lambda x, w, s: literal_norm(literal_conv(x, w), s, norm.eps), x, weight, scale)
+    for one, other in zip(gradients(ours, x, weight, scale), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_second_derivatives() -> None:
+    conv, norm = BcosConv2d(2, 2, 3, padding=1, dtype=Double), UncentredBatchNorm2d(2, dtype=Double)
+    x = torch.randn(2, 2, 3, 3, dtype=Double, requires_grad=True)
+    weight = torch.randn(2, 2, 3, 3, dtype=Double, requires_grad=True)
+    scale = torch.randn(2, dtype=Double, requires_grad=True)
+
+    def both(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        y = torch.func.functional_call(conv, dict(weight=weight), x)
+        return torch.func.functional_call(norm, dict(weight=scale), y)
+
+    assert torch.autograd.gradcheck(both, (x, weight, scale))
+    assert torch.autograd.gradgradcheck(both, (x, weight, scale))
+    assert torch.autograd.gradgradcheck(lambda x, w: divide_by_deviation(x, w, 1e-3)[0], (x, scale))
+    assert torch.autograd.gradgradcheck(lambda x, w: divide_by_deviation(x, w, 1e-3)[0], (x, scale.detach()))
+    for power in (1.0, 0.5):
+        assert torch.autograd.gradgradcheck(lambda w, p=power: unit_weight(w, p), (weight,))
+
+
+def test_a_response_is_not_kept_for_the_norm_behind_it() -> None:
+    conv, norm = BcosConv2d(3, 4, 1), UncentredBatchNorm2d(4)
+    y = conv(torch.randn(2, 3, 5, 5))
+    z = norm(y)
+    seen = weakref.ref(y)
+    del y
+    assert seen() is None
+    z.sum().backward()
+
+
+def test_a_changed_response_is_kept() -> None:
+    linear = torch.randn(2, 3, 4, 4, dtype=Double, requires_grad=True)
+    y = scale_by_cosine(linear, torch.rand(2, 1, 4, 4, dtype=Double) + 1, 2, 1.0)
+    assert origin(y) is not None and origin(y.detach()) is None
+    y.mul_(2)
+    assert origin(y) is None
+    (grad,) = torch.autograd.grad(divide_by_deviation(y, torch.ones(3, dtype=Double), 0.0)[0].square().sum(), linear)
+    assert grad.isfinite().all()
+
+
+def test_checkpointing_computes_the_same() -> None:
+    block = nn.Sequential(BcosConv2d(3, 4, 3, padding=1), UncentredBatchNorm2d(4), BcosConv2d(4, 4, 1)).double()
+    x = torch.randn(2, 3, 5, 5, dtype=Double)
+    plain = gradients(block, x)
+    for reentrant in (False, True):
+        found = gradients(lambda x, r=reentrant: torch.utils.checkpoint.checkpoint(block, x, use_reentrant=r), x)
+        for one, other in zip(found, plain, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_stays_close(dtype: torch.dtype) -> None:
+    block = nn.Sequential(BcosConv2d(8, 16, 3, padding=1), UncentredBatchNorm2d(16), BcosConv2d(16, 8, 1))
+    x = torch.randn(4, 8, 9, 9)
+    expected = gradients(block, x)
+    with torch.autocast("cpu", dtype):
+        found = gradients(block, x)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=0.1, atol=0.03 * other.abs().max().item())
+
+
+def test_a_linear_layer_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = BcosLinear(6, 5, dtype=Double), torch.randn(3, 7, 6, dtype=Double)
+    expected = gradients(layer, x)
+    monkeypatch.setattr(memory, "LARGE", 1)
+    for one, other in zip(gradients(layer, x), expected, strict=True):
+        torch.testing.assert_close(one, other)

@@ -1,0 +1,128 @@
+"""The cosine factor: what makes a B-cos response of a linear one.
+
+Paper: B-cos Networks: Alignment is All We Need for Interpretability (CVPR 2022), https://arxiv.org/abs/2205.10268.
+A unit computes y(x) = γ · |cos(x, w)|^(B-1) · ŵᵀx (eq. 3 there, γ in its section 3.2.2).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.overrides import handle_torch_function, has_torch_function
+
+from .memory import pieces
+
+__all__ = ["Origin", "cosine_factor", "origin", "scale_by_cosine", "signed_square", "square_gradient"]
+
+
+def scale_by_cosine(linear: Tensor, norm: Tensor, b: float, gamma: float, inplace: bool = False) -> Tensor:
+    """Turn the linear response ŵᵀx into the B-cos response γ · |ŵᵀx / ‖x‖|^(B-1) · ŵᵀx.
+
+    Args:
+        linear: ŵᵀx, any shape.
+        norm: ‖x‖, broadcastable to `linear`.
+        b: The exponent B, not 1.
+        gamma: The fixed output scale γ.
+        inplace: Write into `linear` where no gradient is needed.
+
+    Returns:
+        The shape and dtype of `linear`.
+    """
+    if not torch.jit.is_scripting():
+        if has_torch_function((linear, norm)):
+            return handle_torch_function(scale_by_cosine, (linear, norm), linear, norm, b, gamma, inplace)
+        needs_grad = torch.is_grad_enabled() and (linear.requires_grad or norm.requires_grad)
+        if b == 2 and inplace and not needs_grad:
+            return _square_in_place(linear, gamma / norm)
+        if b == 2:
+            return _traced(linear, gamma / norm)
+    return (linear * cosine_factor(linear, norm, b, gamma)).to(linear.dtype)
+
+
+def cosine_factor(linear: Tensor, norm: Tensor, b: float, gamma: float, eps: float = 1e-6) -> Tensor:
+    """γ · |cos|^(B-1), what `scale_by_cosine` multiplies by; |cos| = |ŵᵀx| / ‖x‖, plus eps unless B is 2."""
+    cosine = linear.abs() / norm
+    if b != 2:
+        cosine = (cosine + eps).pow(b - 1)
+    return gamma * cosine
+
+
+def signed_square(linear: Tensor, inverse_norm: Tensor) -> Tensor:
+    """|a| · a / n, the B = 2 response, from a and 1 / n."""
+    # |a| / n comes first: it is a cosine, whereas |a| · a overflows float16
+    if torch.is_grad_enabled() or not _is_plain(linear, inverse_norm):
+        return (linear.abs().to(inverse_norm.dtype) * inverse_norm * linear).to(linear.dtype)
+    y = torch.empty_like(linear)
+    for part, inverse, out in pieces(linear, inverse_norm, y):
+        torch.abs(part, out=out).mul_(inverse).mul_(part)
+    return y
+
+
+def _square_in_place(linear: Tensor, inverse_norm: Tensor) -> Tensor:
+    if not _is_plain(linear, inverse_norm):
+        return linear.mul_(linear.abs().to(inverse_norm.dtype).mul_(inverse_norm))
+    for part, inverse in pieces(linear, inverse_norm):
+        part.mul_(part.abs().mul_(inverse))
+    return linear
+
+
+def _is_plain(linear: Tensor, inverse_norm: Tensor) -> bool:
+    """Whether buffers may be written to by parts: eager mode, one dtype, a norm for each image."""
+    is_alike = linear.dtype == inverse_norm.dtype and linear.ndim > 0 and len(linear) == len(inverse_norm) > 0
+    return is_alike and not torch.compiler.is_compiling()
+
+
+class _Saved(FunctionCtx):
+    """What forward leaves to backward."""
+
+    saved_tensors: tuple[Tensor, ...]
+
+
+class _SignedSquare(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _Saved, linear: Tensor, inverse_norm: Tensor) -> Tensor:
+        ctx.save_for_backward(linear, inverse_norm)
+        return signed_square(linear, inverse_norm)
+
+    @staticmethod
+    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        linear, inverse_norm = ctx.saved_tensors
+        if torch.is_grad_enabled() or not _is_plain(linear, inverse_norm):
+            weighted = linear.abs().to(inverse_norm.dtype) * grad
+            by_norm = (weighted * linear).sum_to_size(inverse_norm.shape)
+            return (weighted * (2 * inverse_norm)).to(linear.dtype), by_norm
+        by_linear, by_norm = torch.empty_like(linear), torch.empty_like(inverse_norm)
+        for a, q, g, out, out_norm in pieces(linear, inverse_norm, grad, by_linear, by_norm):
+            square_gradient(a, q, g, out, out_norm)
+        return by_linear, by_norm
+
+
+def square_gradient(linear: Tensor, inverse_norm: Tensor, grad: Tensor, out: Tensor, out_norm: Tensor) -> None:
+    """Write the gradients of `signed_square` to `out` and `out_norm`."""
+    is_alike = linear.dtype == inverse_norm.dtype
+    weighted = (torch.abs(linear, out=out) if is_alike else linear.abs().to(inverse_norm.dtype)).mul_(grad)
+    out_norm.copy_((weighted * linear).sum_to_size(inverse_norm.shape))
+    weighted.mul_(2 * inverse_norm)
+    if not is_alike:
+        out.copy_(weighted)
+
+
+class Origin(NamedTuple):
+    """What a B = 2 response was computed from, and is computed from again where it need not be kept."""
+
+    linear: Tensor
+    inverse_norm: Tensor
+
+
+def _traced(linear: Tensor, inverse_norm: Tensor) -> Tensor:
+    y: Tensor = _SignedSquare.apply(linear, inverse_norm)
+    if not torch.compiler.is_compiling():
+        y._bcos_origin = Origin(linear, inverse_norm), y._version  # type: ignore[attr-defined]
+    return y
+
+
+def origin(y: Tensor) -> Origin | None:
+    """What a response in training was computed from, or None for any other tensor and one that has been changed."""
+    found, version = getattr(y, "_bcos_origin", (None, 0))
+    return found if found is not None and version == y._version else None
