@@ -1,11 +1,16 @@
+import copy
+import gc
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from literal import bcos_conv2d, bcos_linear, uncentred_batch_norm
 from timm.layers import Conv2dSame
+from torch import Tensor
 
 from timm_bcos import BcosConv2d, BcosLinear, InputError, UncentredBatchNorm2d, encode_image
-from timm_bcos.nn import functional, memory
+from timm_bcos.nn import functional, memory, weights
 from timm_bcos.nn.cosine import scale_by_cosine
 from timm_bcos.nn.heads import BcosConvClassifier
 from timm_bcos.nn.maxout import max_out
@@ -282,3 +287,65 @@ def test_window_sums_of_many_channels(kernel: int, stride: int, padding: int) ->
     with torch.autocast("cpu", torch.bfloat16):
         found = functional.patch_norm(x, *window)
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+# Weights that inference remembers.
+
+
+def changes(layer: BcosConv2d) -> dict[str, Callable[[], object]]:
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    for parameter in layer.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    other = {name: torch.randn_like(value) for name, value in layer.state_dict().items()}
+    return {
+        "in place": lambda: torch.no_grad()(layer.weight.mul_)(-1.5),
+        "an optimizer": optimizer.step,
+        "a state dict": lambda: layer.load_state_dict(other),
+        "a new parameter": lambda: setattr(layer, "weight", torch.nn.Parameter(torch.randn_like(layer.weight))),
+        "a moving average": lambda: torch.no_grad()(layer.state_dict()["weight"].lerp_)(other["weight"], 0.5),
+        "data, then eval": lambda: (layer.weight.data.neg_(), layer.eval()),
+        "another dtype": lambda: layer.to(torch.float32).to(Double).weight.data.neg_() is None or layer.eval(),
+    }
+
+
+@pytest.mark.parametrize("change", list(changes(BcosConv2d(1, 1, 1))))
+def test_weights_are_remembered_until_they_change(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Tensor] = []
+
+    def counted(weight: Tensor, *args: object) -> Tensor:
+        calls.append(weight)
+        return original(weight, *args)
+
+    original = weights.effective_weight
+    monkeypatch.setattr(weights, "effective_weight", counted)
+    layer, x = BcosConv2d(3, 4, 3, dtype=Double).eval(), torch.randn(2, 3, 5, 5, dtype=Double)
+    with torch.no_grad():
+        for _ in range(3):
+            before = layer(x)
+    assert len(calls) == 1
+    changes(layer)[change]()
+    with torch.no_grad():
+        after = layer(x)
+    assert len(calls) == 2 and not torch.allclose(after, before)
+    torch.testing.assert_close(after, layer(x).detach())
+
+
+def test_remembered_weights_go_with_their_layer() -> None:
+    layer = BcosConv2d(3, 4, 3).eval()
+    with torch.no_grad():
+        layer(torch.randn(1, 3, 5, 5))
+        copied = copy.deepcopy(layer)
+        copied.weight.neg_()
+        torch.testing.assert_close(copied(x := torch.randn(1, 3, 5, 5)), -layer(x))
+    size = len(weights._REMEMBERED)
+    del layer, copied
+    gc.collect()
+    assert len(weights._REMEMBERED) == size - 2
+
+
+def test_inference_mode_and_gradients_remember_nothing() -> None:
+    layer, x = BcosConv2d(3, 4, 3).eval(), torch.randn(1, 3, 5, 5)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), layer(x))
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None

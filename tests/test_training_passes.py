@@ -11,7 +11,7 @@ from timm_bcos import BcosConv2d, BcosLinear, UncentredBatchNorm2d
 from timm_bcos.nn import memory
 from timm_bcos.nn.cosine import origin, scale_by_cosine
 from timm_bcos.nn.deviation import divide_by_deviation
-from timm_bcos.nn.functional import unit_weight
+from timm_bcos.nn.weights import unit_weight
 
 Double = torch.float64
 LAYOUTS = [torch.contiguous_format, torch.channels_last]

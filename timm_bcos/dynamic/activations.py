@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..nn import cosine, functional, maxout
+from ..nn import cosine, functional, maxout, weights
 from .table import Function, Mode, Operand, detached, handles, named, on_linear_path
 
 __all__ = ["activate"]
@@ -93,11 +93,11 @@ def _scale_by_cosine(
     return linear * cosine.cosine_factor(detached(linear), detached(norm), b, gamma).to(linear.dtype)
 
 
-@handles(functional.unit_weight, functional.row_norm)
+@handles(weights.unit_weight, weights.row_norm)
 def _of_weights(mode: Mode, func: Function, /, weight: Tensor, *args: float) -> Tensor:
     """Weights that depend on the image: their norms are statistics."""
-    norm = functional.row_norm(weight.detach())
-    if func is functional.row_norm:
+    norm = weights.row_norm(weight.detach())
+    if func is weights.row_norm:
         return norm
     power = args[0] if args else 1.0
     scale = (norm + (norm == 0).to(norm.dtype)).pow(-power)

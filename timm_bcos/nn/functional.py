@@ -1,4 +1,4 @@
-"""The parts of the B-cos transform as functions: input encoding, unit weights, norms of patches, logits.
+"""The parts of the B-cos transform as functions: input encoding, norms of patches, logits.
 
 Paper: B-cos Networks: Alignment is All We Need for Interpretability (CVPR 2022), https://arxiv.org/abs/2205.10268.
 A unit computes y(x) = γ · |cos(x, w)|^(B-1) · ŵᵀx (eq. 3 there, γ in its section 3.2.2).
@@ -18,16 +18,13 @@ from ..errors import InputError
 from .memory import pieces
 
 __all__ = [
-    "effective_weight",
     "encode_image",
     "feature_norm",
     "passed_sigmoid",
     "patch_norm",
-    "row_norm",
     "same_padding",
     "scale_and_offset",
     "to_logits",
-    "unit_weight",
 ]
 
 
@@ -64,61 +61,6 @@ def scale_and_offset(image: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     return image * scale + offset
 
 
-def _inverse_norm(weight: Tensor, power: float) -> Tensor:
-    """(O, 1, ...) 1 / norm of each row to a power; 1 for a row of zeros, which stays one."""
-    norm = row_norm(weight)
-    return (norm + (norm == 0).to(norm.dtype)).pow(-power).reshape([-1] + [1] * (weight.ndim - 1))
-
-
-class _Saved(FunctionCtx):
-    """What forward leaves to backward."""
-
-    saved_tensors: tuple[Tensor, ...]
-    power: float
-
-
-class _UnitWeight(torch.autograd.Function):
-    """w · n^-p, whose gradient takes two passes: n^-p · (g - p · ŵ · ŵᵀg)."""
-
-    @staticmethod
-    def forward(ctx: _Saved, weight: Tensor, power: float) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.power = power
-        return weight * _inverse_norm(weight, power)
-
-    @staticmethod
-    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (weight,) = ctx.saved_tensors
-        inverse = _inverse_norm(weight, 1.0)
-        dims = list(range(1, weight.ndim))
-        slope = -ctx.power * inverse.square() * (grad * weight).sum(dims, keepdim=True)
-        return torch.addcmul(grad, weight, slope) * inverse.pow(ctx.power), None
-
-
-def unit_weight(weight: Tensor, power: float = 1.0) -> Tensor:
-    """Divide each output row of a weight by its Euclidean norm to the given power; 1 gives ŵ.
-
-    Args:
-        weight: (O, ...), one row per output unit.
-        power: 1 for unit norm; 1/2 leaves rows of norm √‖w‖, whose B = 2 unit has the amplitude of w itself.
-    """
-    if not torch.jit.is_scripting() and has_torch_function_unary(weight):
-        return handle_torch_function(unit_weight, (weight,), weight, power)
-    if torch.jit.is_scripting():
-        return weight * _inverse_norm(weight, power)
-    return _UnitWeight.apply(weight, power)
-
-
-def effective_weight(weight: Tensor, b: float, normalize_weight: bool) -> Tensor:
-    """What a layer multiplies x by.
-
-    Rows of unit norm; free rows keep √‖w‖ at B = 2, because the response squares it, and ‖w‖ at B = 1.
-    """
-    if normalize_weight or b not in (1.0, 2.0):
-        return unit_weight(weight)
-    return weight if b == 1.0 else unit_weight(weight, 0.5)
-
-
 def same_padding(x: Tensor, kernel: list[int], stride: list[int], dilation: list[int]) -> Tensor:
     """Zero-pad as TensorFlow's 'SAME' convolution does, by amounts that depend on the size of x (N, C, H, W)."""
     if not torch.jit.is_scripting() and has_torch_function_unary(x):
@@ -131,11 +73,6 @@ def passed_sigmoid(x: Tensor) -> Tensor:
     if not torch.jit.is_scripting() and has_torch_function_unary(x):
         return handle_torch_function(passed_sigmoid, (x,), x)
     return torch.sigmoid(x)
-
-
-def row_norm(weight: Tensor) -> Tensor:
-    """‖w‖ of each output row, (O, ...) to (O,)."""
-    return torch.linalg.vector_norm(weight.flatten(1), dim=1)
 
 
 def _sum_of_squares(x: Tensor, groups: int, weights: Tensor | None = None) -> Tensor:
@@ -152,6 +89,12 @@ def _sum_of_groups(squares: Tensor, groups: int, weights: Tensor | None) -> Tens
     if weights is not None:
         squares = squares.mul_(weights.reshape(-1, 1, 1))
     return squares.unflatten(-3, (groups, -1)).sum(-3)
+
+
+class _Saved(FunctionCtx):
+    """What forward leaves to backward."""
+
+    saved_tensors: tuple[Tensor, ...]
 
 
 class _SumOfSquares(torch.autograd.Function):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelStateError
-from .functional import effective_weight, row_norm
 from .modules import clone
 from .norms import UncentredBatchNorm2d
+from .weights import effective_weight, row_norm
 
 __all__ = ["FoldedNorm", "fuse_layer", "norm_scale"]
 

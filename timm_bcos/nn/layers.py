@@ -13,15 +13,10 @@ from typing_extensions import Self
 
 from ..errors import ModelStateError
 from .cosine import scale_by_cosine
-from .functional import (
-    effective_weight,
-    feature_norm,
-    patch_norm,
-    row_norm,
-    same_padding,
-)
+from .functional import feature_norm, patch_norm, same_padding
 from .fused import fuse_layer
 from .maxout import max_out
+from .weights import forget_weight, remembered_weight, row_norm
 
 __all__ = [
     "BcosConv2d",
@@ -138,8 +133,12 @@ class BcosConv2d(nn.Conv2d):
     def respond(self, x: Tensor) -> Tensor:
         """The B-cos response; a method of its own because TorchScript has no `super()`."""
         x = self.pad(x)
-        weight = self.weight if self.is_fused else effective_weight(self.weight, self.b, self.normalize_weight)
+        weight = self.weight if self.is_fused else remembered_weight(self.weight, self.b, self.normalize_weight)
         linear = F.conv2d(x, weight, None, self.stride, self._zero_padding, self.dilation, self.groups)
+        return self.respond_to(linear, x)
+
+    def respond_to(self, linear: Tensor, x: Tensor) -> Tensor:
+        """What follows the convolution of the padded x."""
         if self.max_out > 1:
             linear = max_out(linear, self.max_out, 1)
         y = self._scale(linear, x)
@@ -169,6 +168,7 @@ class BcosConv2d(nn.Conv2d):
     def train(self, mode: bool = True) -> Self:
         if mode:
             refuse_fused(self)
+        forget_weight(self.weight)
         return super().train(mode)
 
     def extra_repr(self) -> str:
@@ -220,7 +220,7 @@ class BcosLinear(nn.Linear):
 
     def respond(self, x: Tensor) -> Tensor:
         """The B-cos response; a method of its own because TorchScript has no `super()`."""
-        weight = self.weight if self.is_fused else effective_weight(self.weight, self.b, self.normalize_weight)
+        weight = self.weight if self.is_fused else remembered_weight(self.weight, self.b, self.normalize_weight)
         linear = F.linear(x, weight)
         if self.max_out > 1:
             linear = max_out(linear, self.max_out, -1)
@@ -243,6 +243,7 @@ class BcosLinear(nn.Linear):
     def train(self, mode: bool = True) -> Self:
         if mode:
             refuse_fused(self)
+        forget_weight(self.weight)
         return super().train(mode)
 
     def extra_repr(self) -> str:
