@@ -10,9 +10,10 @@ from timm.layers import Conv2dSame
 from torch import Tensor
 
 from timm_bcos import BcosConv2d, BcosLinear, InputError, UncentredBatchNorm2d, encode_image
-from timm_bcos.nn import functional, memory, weights
+from timm_bcos.nn import memory, weights
 from timm_bcos.nn.cosine import scale_by_cosine
 from timm_bcos.nn.heads import BcosConvClassifier
+from timm_bcos.nn.input_norms import window_norm, with_squares
 from timm_bcos.nn.maxout import max_out
 from timm_bcos.nn.stems import BcosStem
 
@@ -281,11 +282,12 @@ def test_only_a_response_of_its_own_is_written_over() -> None:
 def test_window_sums_of_many_channels(kernel: int, stride: int, padding: int) -> None:
     """Which float32 convolves and float64 pools; under autocast nothing is rounded to 16 bits."""
     x = torch.rand(2, 6, 20, 20)
-    window = [kernel] * 2, [stride] * 2, [padding] * 2, [1, 1], 6
-    expected = functional.patch_norm(x.double(), *window)
-    torch.testing.assert_close(functional.patch_norm(x, *window).double(), expected, rtol=1e-6, atol=1e-6)
+    window = [kernel] * 2, [stride] * 2, [padding] * 2, [1, 1]
+    expected = window_norm(with_squares(x.double(), 6)[1], *window)
+    found = window_norm(with_squares(x, 6)[1], *window)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
-        found = functional.patch_norm(x, *window)
+        found = window_norm(with_squares(x, 6)[1], *window)
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..nn import functional
+from ..nn.input_norms import with_feature_norm, with_squares
 from .table import Function, Mode, detached, handles, named
 
 __all__: list[str] = []
@@ -23,9 +23,14 @@ IN_PLACE = """
 """
 
 
-@handles(functional.patch_norm, functional.feature_norm, *named(GATES))
+@handles(*named(GATES))
 def _gate(mode: Mode, func: Function, /, *args: object, **kwargs: object) -> object:
     return func(*map(detached, args), **{name: detached(value) for name, value in kwargs.items()})
+
+
+@handles(with_squares, with_feature_norm)
+def _norm_beside(mode: Mode, func: Function, /, x: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    return x, func(x.detach(), *args)[1]
 
 
 @handles(*named(IN_PLACE))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .memory import pieces
+from .memory import is_program, pieces
 
 __all__ = ["Origin", "cosine_factor", "origin", "scale_by_cosine", "signed_square", "square_gradient"]
 
@@ -69,8 +69,9 @@ def _square_in_place(linear: Tensor, inverse_norm: Tensor) -> Tensor:
 
 def _is_plain(linear: Tensor, inverse_norm: Tensor) -> bool:
     """Whether buffers may be written to by parts: eager mode, one dtype, a norm for each image."""
-    is_alike = linear.dtype == inverse_norm.dtype and linear.ndim > 0 and len(linear) == len(inverse_norm) > 0
-    return is_alike and not torch.compiler.is_compiling()
+    if is_program(linear):
+        return False
+    return linear.dtype == inverse_norm.dtype and linear.ndim > 0 and len(linear) == len(inverse_norm) > 0
 
 
 class _Saved(FunctionCtx):
@@ -117,7 +118,7 @@ class Origin(NamedTuple):
 
 def _traced(linear: Tensor, inverse_norm: Tensor) -> Tensor:
     y: Tensor = _SignedSquare.apply(linear, inverse_norm)
-    if not torch.compiler.is_compiling():
+    if not is_program(y):
         y._bcos_origin = Origin(linear, inverse_norm), y._version  # type: ignore[attr-defined]
     return y
 

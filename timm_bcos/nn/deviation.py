@@ -8,7 +8,7 @@ from torch.autograd.function import FunctionCtx
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .cosine import origin, signed_square, square_gradient
-from .memory import pieces
+from .memory import is_program, pieces
 
 __all__ = ["divide_by_deviation"]
 
@@ -26,7 +26,7 @@ def divide_by_deviation(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
     """
     if has_torch_function((x, weight)):
         return handle_torch_function(divide_by_deviation, (x, weight), x, weight, eps)
-    made_of = None if torch.compiler.is_compiling() else origin(x)
+    made_of = None if is_program(x) else origin(x)
     if made_of is None:
         return _DivideByDeviation.apply(x, weight, eps)
     return _DivideResponse.apply(x.detach(), weight, eps, *made_of)

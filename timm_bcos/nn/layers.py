@@ -13,8 +13,9 @@ from typing_extensions import Self
 
 from ..errors import ModelStateError
 from .cosine import scale_by_cosine
-from .functional import feature_norm, patch_norm, same_padding
+from .functional import same_padding
 from .fused import fuse_layer
+from .input_norms import window_norm, with_feature_norm, with_squares
 from .maxout import max_out
 from .weights import forget_weight, remembered_weight, row_norm
 
@@ -133,15 +134,23 @@ class BcosConv2d(nn.Conv2d):
     def respond(self, x: Tensor) -> Tensor:
         """The B-cos response; a method of its own because TorchScript has no `super()`."""
         x = self.pad(x)
-        weight = self.weight if self.is_fused else remembered_weight(self.weight, self.b, self.normalize_weight)
-        linear = F.conv2d(x, weight, None, self.stride, self._zero_padding, self.dilation, self.groups)
-        return self.respond_to(linear, x)
+        squares: Tensor | None = None
+        if self.b != 1.0:
+            x, squares = with_squares(x, self.groups, self.channel_squares)
+        linear = F.conv2d(x, self.rows(), None, self.stride, self._zero_padding, self.dilation, self.groups)
+        return self.scale(linear, squares)
 
-    def respond_to(self, linear: Tensor, x: Tensor) -> Tensor:
-        """What follows the convolution of the padded x."""
+    def rows(self) -> Tensor:
+        """What x is multiplied by."""
+        if self.is_fused:
+            return self.weight
+        return remembered_weight(self.weight, self.b, self.normalize_weight)
+
+    def scale(self, linear: Tensor, squares: Tensor | None) -> Tensor:
+        """From the convolution's result, and the squares of what it has seen, to the response."""
         if self.max_out > 1:
             linear = max_out(linear, self.max_out, 1)
-        y = self._scale(linear, x)
+        y = self._scale_by_cosine(linear, squares)
         amplitude = self.amplitude
         if amplitude is not None:
             y = y * amplitude
@@ -150,12 +159,11 @@ class BcosConv2d(nn.Conv2d):
         bias = self.bias
         return y if bias is None else y + bias.reshape(-1, 1, 1)
 
-    def _scale(self, linear: Tensor, x: Tensor) -> Tensor:
-        if self.b == 1.0:
+    def _scale_by_cosine(self, linear: Tensor, squares: Tensor | None) -> Tensor:
+        if squares is None:  # B is 1
             return linear if self.gamma == 1.0 else linear * self.gamma
         window = list(self.kernel_size), list(self.stride), self._zero_padding, list(self.dilation)
-        squares = self.channel_squares
-        norm = patch_norm(x, window[0], window[1], window[2], window[3], self.groups, self.eps, squares)
+        norm = window_norm(squares, window[0], window[1], window[2], window[3], self.eps)
         if self.groups == 1:
             return scale_by_cosine(linear, norm, self.b, self.gamma, inplace=True)
         by_group = linear.unflatten(1, [self.groups, self.out_channels // self.groups])
@@ -220,12 +228,15 @@ class BcosLinear(nn.Linear):
 
     def respond(self, x: Tensor) -> Tensor:
         """The B-cos response; a method of its own because TorchScript has no `super()`."""
+        norm: Tensor | None = None
+        if self.b != 1.0:
+            x, norm = with_feature_norm(x)
         weight = self.weight if self.is_fused else remembered_weight(self.weight, self.b, self.normalize_weight)
         linear = F.linear(x, weight)
         if self.max_out > 1:
             linear = max_out(linear, self.max_out, -1)
-        if self.b != 1.0:
-            y = scale_by_cosine(linear, feature_norm(x), self.b, self.gamma, inplace=True)
+        if norm is not None:
+            y = scale_by_cosine(linear, norm, self.b, self.gamma, inplace=True)
         else:
             y = linear if self.gamma == 1.0 else linear * self.gamma
         amplitude = self.amplitude

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["pieces"]
+__all__ = ["is_program", "pieces"]
 
 LARGE = 1 << 21  # elements, from which on images are taken one by one
 
@@ -21,11 +21,12 @@ def pieces(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
         x: Feature maps; their size decides.
         others: Split in the same way.
     """
-    size = 1 if _takes_images_singly(x) else len(x)
+    if is_program(x):  # which is for batches of any size
+        return iter([(x, *others)])
+    size = 1 if x.device.type == "cpu" and x.numel() > LARGE else len(x)
     return zip(*(tensor.split(size) for tensor in (x, *others)), strict=True)
 
 
-def _takes_images_singly(x: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x.numel(), int):
-        return False  # a program is for batches of any size
-    return x.device.type == "cpu" and x.numel() > LARGE
+def is_program(x: Tensor) -> bool:
+    """Whether what is done with x is being written down, by torch.compile, torch.export or a tracer, not only done."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or not isinstance(x.numel(), int)

@@ -1,0 +1,161 @@
+"""The norms of what B-cos units see: patches of feature maps, and feature vectors.
+
+Gradients reach x on two ways, through the linear response and through its norm. The functions here hand x on beside its
+norm, so that the backward pass joins both in one step.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from .memory import pieces
+
+__all__ = ["window_norm", "with_feature_norm", "with_squares"]
+
+
+def with_squares(x: Tensor, groups: int, channel_squares: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Σ x² over each group of channels, beside x itself.
+
+    Args:
+        x: (N, C, H, W).
+        groups: Channel groups G.
+        channel_squares: (C,), s² for the squares of s · x instead; inference alone.
+
+    Returns:
+        x, for the convolution; and (N, G, H, W), in float32 for half-precision input.
+    """
+    if torch.jit.is_scripting():
+        squares = x * x
+        if channel_squares is not None:
+            squares = squares * channel_squares.reshape(-1, 1, 1)
+        return x, squares.unflatten(1, [groups, x.shape[1] // groups]).sum(2)
+    if has_torch_function_unary(x):
+        return handle_torch_function(with_squares, (x,), x, groups, channel_squares)
+    if channel_squares is None and torch.is_grad_enabled() and x.requires_grad:
+        return _WithSquares.apply(x, groups)
+    return x, _sum_of_squares(x, groups, channel_squares)
+
+
+def window_norm(
+    squares: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], eps: float = 1e-6
+) -> Tensor:
+    """Norm of every patch that a convolution sees: sqrt(Σ x² + eps) over the window and the channel group.
+
+    It costs a box filter on a single channel per group.
+
+    Args:
+        squares: (N, G, H, W) from `with_squares`.
+        kernel: Window (height, width).
+        stride: Of the window, per dimension.
+        padding: Zeros on each side, per dimension.
+        dilation: Spacing of the window, per dimension.
+        eps: Added inside the root.
+
+    Returns:
+        (N, G, H', W').
+    """
+    if not torch.jit.is_scripting() and has_torch_function_unary(squares):
+        return handle_torch_function(window_norm, (squares,), squares, kernel, stride, padding, dilation, eps)
+    return (_window_sum(squares, kernel, stride, padding, dilation) + eps).sqrt()
+
+
+def with_feature_norm(x: Tensor, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
+    """Norm of feature vectors, ‖x‖ + eps, beside x itself.
+
+    Args:
+        x: (..., C).
+        eps: Keeps the norm of 0 off 0.
+
+    Returns:
+        x, for the linear layer; and (..., 1), in float32 for half-precision input.
+    """
+    if not torch.jit.is_scripting():
+        if has_torch_function_unary(x):
+            return handle_torch_function(with_feature_norm, (x,), x, eps)
+        if torch.is_grad_enabled() and x.requires_grad:
+            x, norm = _WithNorm.apply(x)
+            return x, norm + eps
+        if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
+            return x, _vector_norm(x.float()) + eps
+    return x, _vector_norm(x) + eps
+
+
+class _Saved(FunctionCtx):
+    """What forward leaves to backward."""
+
+    saved_tensors: tuple[Tensor, ...]
+
+
+class _WithSquares(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _Saved, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x)
+        return x, _sum_of_squares(x, groups)
+
+    @staticmethod
+    def backward(ctx: _Saved, grad: Tensor, grad_squares: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        twice = (2 * grad_squares).to(x.dtype)
+        if twice.shape[1] in (1, x.shape[1]):
+            return torch.addcmul(grad, x, twice), None
+        by_group = (twice.shape[1], -1)
+        grad, x = grad.unflatten(1, by_group), x.unflatten(1, by_group)
+        return torch.addcmul(grad, x, twice.unsqueeze(2)).flatten(1, 2), None
+
+
+class _WithNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _Saved, x: Tensor) -> tuple[Tensor, Tensor]:
+        norm = _vector_norm(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
+        ctx.save_for_backward(x, norm)
+        return x, norm
+
+    @staticmethod
+    def backward(ctx: _Saved, grad: Tensor, grad_norm: Tensor) -> Tensor:  # type: ignore[override]
+        x, norm = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative will be taken
+            norm = _vector_norm(x)
+        slope = grad_norm / norm.clamp_min(torch.finfo(norm.dtype).tiny)  # where the norm is 0, so is x
+        return torch.addcmul(grad, x, slope.to(x.dtype))
+
+
+def _vector_norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+
+def _sum_of_squares(x: Tensor, groups: int, weights: Tensor | None = None) -> Tensor:
+    """Σ weight · x² over each group's channels, (N, C, H, W) to (N, G, H, W)."""
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # squares overflow float16 at 65504
+    if weights is None and groups == 1 and wide.is_contiguous(memory_format=torch.channels_last):
+        return torch.linalg.vector_norm(wide, dim=1, keepdim=True).square_()  # in one pass, in this layout alone
+    parts = [_sum_of_groups(part * part, groups, weights) for (part,) in pieces(wide)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _sum_of_groups(squares: Tensor, groups: int, weights: Tensor | None) -> Tensor:
+    """(..., C, H, W), which is used up, to (..., G, H, W)."""
+    if weights is not None:
+        squares = squares.mul_(weights.reshape(-1, 1, 1))
+    return squares.unflatten(-3, (groups, -1)).sum(-3)
+
+
+def _convolves_faster(x: Tensor) -> bool:
+    """A CPU pools many channels over ten times as slowly as it convolves them; autocast would round the sums."""
+    is_exact = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return x.device.type == "cpu" and x.shape[1] > 1 and is_exact
+
+
+def _window_sum(x: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
+    """Sum of each channel over the windows of a convolution, zero padding included."""
+    if kernel == [1, 1] and padding == [0, 0]:
+        return x[:, :, :: stride[0], :: stride[1]]
+    pools = dilation == [1, 1] and padding[0] <= kernel[0] // 2 and padding[1] <= kernel[1] // 2
+    if not torch.jit.is_scripting():
+        pools = pools and not _convolves_faster(x)
+    if pools:
+        # not `divisor_override=1`: ONNX has none, and its export drops it silently
+        return F.avg_pool2d(x, kernel, stride, padding) * (kernel[0] * kernel[1])
+    ones = torch.ones([x.shape[1], 1, kernel[0], kernel[1]], dtype=x.dtype, device=x.device)
+    return F.conv2d(x, ones, None, stride, padding, dilation, x.shape[1])
