@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_bcos import BcosConv2d, BcosLinear, UncentredBatchNorm2d
-from timm_bcos.nn import memory
+from timm_bcos.nn import memory, weights
 from timm_bcos.nn.cosine import origin, scale_by_cosine
 from timm_bcos.nn.deviation import divide_by_deviation
 from timm_bcos.nn.weights import unit_weight
@@ -131,3 +131,32 @@ def test_a_linear_layer_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "LARGE", 1)
     for one, other in zip(gradients(layer, x), expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("layer", [BcosConv2d(6, 5, 3), BcosLinear(6, 5), BcosConv2d(6, 5, 3, max_out=2)], ids=str)
+def test_unit_weights_are_not_kept(layer: nn.Module) -> None:
+    """Of a layer's weights the graph keeps the parameter alone."""
+    made: list[weakref.ref[Tensor]] = []
+    x = torch.randn(2, 6, 7, 6, requires_grad=True)
+
+    def watched(weight: Tensor, *args: object) -> Tensor:
+        made.append(weakref.ref(unit := original(weight, *args)))
+        return unit
+
+    original = weights.effective_weight
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "effective_weight", watched)
+        y = layer(x)
+        assert len(made) == 1 and made[0]() is None
+    y.sum().backward()
+    assert len(made) == 1 or made[-1]() is None
+
+
+def test_weights_that_change_before_the_backward_pass() -> None:
+    """As with torch's own layers, whose graphs keep the weight itself, that is an error."""
+    layer = BcosConv2d(3, 4, 1)
+    y = layer(torch.randn(1, 3, 4, 4))
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

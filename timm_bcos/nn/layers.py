@@ -17,7 +17,7 @@ from .functional import same_padding
 from .fused import fuse_layer
 from .input_norms import window_norm, with_feature_norm, with_squares
 from .maxout import max_out
-from .weights import forget_weight, remembered_weight, row_norm
+from .weights import forget_weight, kept_as_parameters, remembered_weight, row_norm
 
 __all__ = [
     "BcosConv2d",
@@ -137,14 +137,20 @@ class BcosConv2d(nn.Conv2d):
         squares: Tensor | None = None
         if self.b != 1.0:
             x, squares = with_squares(x, self.groups, self.channel_squares)
-        linear = F.conv2d(x, self.rows(), None, self.stride, self._zero_padding, self.dilation, self.groups)
-        return self.scale(linear, squares)
+        return self.scale(self.convolve(x), squares)
 
-    def rows(self) -> Tensor:
-        """What x is multiplied by."""
+    def convolve(self, x: Tensor) -> Tensor:
+        """ŵᵀx of the padded x."""
         if self.is_fused:
-            return self.weight
-        return remembered_weight(self.weight, self.b, self.normalize_weight)
+            return self._conv2d(x, self.weight)
+        weight = remembered_weight(self.weight, self.b, self.normalize_weight)
+        if torch.jit.is_scripting():
+            return self._conv2d(x, weight)
+        with kept_as_parameters(self.weight, weight, self.b, self.normalize_weight):
+            return self._conv2d(x, weight)
+
+    def _conv2d(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, None, self.stride, self._zero_padding, self.dilation, self.groups)
 
     def scale(self, linear: Tensor, squares: Tensor | None) -> Tensor:
         """From the convolution's result, and the squares of what it has seen, to the response."""
@@ -231,8 +237,7 @@ class BcosLinear(nn.Linear):
         norm: Tensor | None = None
         if self.b != 1.0:
             x, norm = with_feature_norm(x)
-        weight = self.weight if self.is_fused else remembered_weight(self.weight, self.b, self.normalize_weight)
-        linear = F.linear(x, weight)
+        linear = self.multiply(x)
         if self.max_out > 1:
             linear = max_out(linear, self.max_out, -1)
         if norm is not None:
@@ -246,6 +251,16 @@ class BcosLinear(nn.Linear):
             y = y * row_norm(self.weight)
         bias = self.bias
         return y if bias is None else y + bias
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """ŵᵀx."""
+        if self.is_fused:
+            return F.linear(x, self.weight)
+        weight = remembered_weight(self.weight, self.b, self.normalize_weight)
+        if torch.jit.is_scripting():
+            return F.linear(x, weight)
+        with kept_as_parameters(self.weight, weight, self.b, self.normalize_weight):
+            return F.linear(x, weight)
 
     def fuse(self) -> Self:
         """For timm's `reparameterize_model`: the layer for inference, its weight computed once."""

@@ -3,13 +3,18 @@
 Section 3.2.2 of https://arxiv.org/abs/2205.10268 (ŵ), section 3 of https://arxiv.org/abs/2411.00715 (free rows).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["effective_weight", "forget_weight", "remembered_weight", "row_norm", "unit_weight"]
+from .memory import is_program
+
+__all__ = ["effective_weight", "forget_weight", "kept_as_parameters", "remembered_weight", "row_norm", "unit_weight"]
 
 
 def effective_weight(weight: Tensor, b: float, normalize_weight: bool) -> Tensor:
@@ -93,6 +98,34 @@ def _remembered(weight: Tensor, b: float, normalize_weight: bool) -> Tensor:
         found = key, effective_weight(weight, b, normalize_weight)
         _REMEMBERED[weight] = found
     return found[1]
+
+
+@contextmanager
+def kept_as_parameters(weight: Tensor, used: Tensor, b: float, normalize_weight: bool) -> Iterator[None]:
+    """What is computed inside keeps no copy of a weight for its backward pass, which computes it again.
+
+    Args:
+        weight: The parameter.
+        used: What `effective_weight` made of it.
+        b: As there.
+        normalize_weight: As there.
+    """
+    if used is weight or not used.requires_grad or is_program(used) or has_torch_function_unary(used):
+        yield
+        return
+    key = used.data_ptr()
+
+    def pack(saved: Tensor) -> Tensor | tuple[torch.Size, tuple[int, ...]]:
+        is_used = saved.data_ptr() == key and saved.numel() == weight.numel()
+        return (saved.size(), saved.stride()) if is_used else saved
+
+    def unpack(packed: Tensor | tuple[torch.Size, tuple[int, ...]]) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        return effective_weight(weight.detach(), b, normalize_weight).as_strided(*packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 def forget_weight(weight: Tensor) -> None:
