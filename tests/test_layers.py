@@ -351,3 +351,25 @@ def test_inference_mode_and_gradients_remember_nothing() -> None:
         torch.testing.assert_close(layer(x), layer(x))
     layer(x).sum().backward()
     assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    "stem", [dict(), dict(mean=(0.4,) * 3, std=(0.2,) * 3), dict(max_out=2), dict(b=1), dict(b=1.5)]
+)
+def test_stems_take_half_of_the_encoding(stem: dict) -> None:
+    """The second half follows from the first; an encoded image is taken as it is."""
+    layer = BcosStem(3, 4, 3, stride=2, padding=1, dtype=Double, **stem)
+    x = torch.rand(2, 3, 7, 6, dtype=Double)
+    found = layer(x), *torch.autograd.grad(layer(x).square().sum(), layer.weight)
+    whole = encode_image(x, 3)
+    expected = layer(whole), *torch.autograd.grad(layer(whole).square().sum(), layer.weight)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(layer(x[:1]), found[0][:1])
+    assert torch.equal(layer.eval()(x), layer(whole))
+    layer.train()
+    image = x.clone().requires_grad_()
+    (by_image,) = torch.autograd.grad(layer(image).square().sum(), image)
+    encoded = whole.clone().requires_grad_()
+    (by_encoding,) = torch.autograd.grad(layer(encoded).square().sum(), encoded)
+    torch.testing.assert_close(by_image, by_encoding[:, :3] - by_encoding[:, 3:])
