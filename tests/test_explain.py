@@ -15,6 +15,7 @@ from timm_bcos import (
     explain,
     explain_targets,
 )
+from timm_bcos.explaining import linearised
 
 
 @pytest.fixture
@@ -315,3 +316,60 @@ def test_constants_are_told_apart_in_any_layout(images: int) -> None:
     torch.testing.assert_close(found.bias, torch.cat([single.bias for single in singles]))
     torch.testing.assert_close(found.weights, torch.cat([single.weights for single in singles]))
     assert (found.bias[0] - found.bias[1]).abs() > 1e-6
+
+
+class OneByOne(torch.autograd.Function):
+    """The identity, whose gradient can be taken for one output at a time alone."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad * float(grad.sum().isfinite())
+
+
+class Stubborn(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(OneByOne.apply(x))
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 64])
+def test_several_classes_in_one_backward_pass(
+    transformer: nn.Module, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linearised, "AT_ONCE", at_once)
+    x, table = real_image(160, 2, torch.float64), torch.tensor([[0, 5, 7, 1], [2, 5, 0, 3]])
+    for column, several in zip(table.T, explain_targets(transformer, x, table), strict=True):
+        single = explain(transformer, x, column)
+        for name in ("weights", "bias", "constant_bias", "logits", "target"):
+            torch.testing.assert_close(getattr(several, name), getattr(single, name))
+
+
+def test_gradients_that_are_taken_one_by_one(model: nn.Module, x: Tensor) -> None:
+    with pytest.warns(timm_bcos.InexactWarning):
+        found = explain_targets(Stubborn(model).eval(), x, [[1, 2]] * 3)
+    for explanation, unit in zip(found, (1, 2), strict=True):
+        torch.testing.assert_close(explanation.weights, explain(model, x, unit).weights)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 10])
+def test_large_batches_in_chunks(model: nn.Module, x: Tensor, chunk: int) -> None:
+    for layer in (None, "features.4"):
+        whole, parts = explain(model, x, [1, 2, 3], layer=layer), explain(model, x, [1, 2, 3], layer=layer, chunk=chunk)
+        for name in ("weights", "bias", "logits", "target", "inputs"):
+            torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
+        assert parts.defects == whole.defects and len(parts) == 3
+    for part, whole in zip(explain_targets(model, x, chunk=chunk), explain_targets(model, x), strict=True):
+        torch.testing.assert_close(part.weights, whole.weights)
+
+
+@pytest.mark.parametrize("chunk", [0, -1, True, 2.5])
+def test_chunks_without_images(model: nn.Module, x: Tensor, chunk: object) -> None:
+    with pytest.raises(InputError, match=f"chunk={chunk!r}: give the number of images per pass, at least 1"):
+        explain(model, x, 1, chunk=chunk)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..dynamic.account import AmbiguousBatch
 from ..dynamic.mode import paused
-from ..errors import InexactWarning, TargetError
+from ..errors import InexactWarning, InputError, TargetError
 from .explanation import Explanation
 from .inputs import check_images, check_model
 from .linearised import Linearised
@@ -23,7 +23,13 @@ Position = int | tuple[int, int] | None
 
 
 def explain(
-    model: nn.Module, x: Tensor, target: Targets = None, *, layer: str | None = None, position: Position = None
+    model: nn.Module,
+    x: Tensor,
+    target: Targets = None,
+    *,
+    layer: str | None = None,
+    position: Position = None,
+    chunk: int | None = None,
 ) -> Explanation:
     """Explain one output per image, with one forward and one backward pass for the whole batch.
 
@@ -36,6 +42,7 @@ def explain(
             None takes the one that is most active.
         layer: Path of an inner module, as in `model.named_modules()`, to explain one of its neurons.
         position: The neuron's (row, column), or index for token sequences; None takes where the unit is most active.
+        chunk: Images per pass, which bounds the memory that a large batch takes; None takes all at once.
 
     Returns:
         The explanation. Its `defects` are empty if it is exact.
@@ -58,19 +65,25 @@ def explain(
     def ask(part: Linearised, images: slice) -> list[Explanation]:
         return [part.explain(None if units is None else units[images], position)]
 
-    return _explain_all(model, x, layer, ask)[0]
+    return _explain_all(model, x, layer, ask, chunk)[0]
 
 
 def explain_targets(
-    model: nn.Module, x: Tensor, targets: Sequence[Sequence[int]] | Tensor | None = None, *, top: int = 3
+    model: nn.Module,
+    x: Tensor,
+    targets: Sequence[Sequence[int]] | Tensor | None = None,
+    *,
+    top: int = 3,
+    chunk: int | None = None,
 ) -> list[Explanation]:
-    """Explain several classes of each image with one forward pass, and a backward pass per column of `targets`.
+    """Explain several classes of each image with one forward pass, and a backward pass for all of them together.
 
     Args:
         model: As in `explain`.
         x: As in `explain`.
         targets: (N, T) classes; None takes the `top` most probable ones of each image, best first.
         top: T where `targets` is None.
+        chunk: As in `explain`.
 
     Returns:
         T explanations, one per column of `targets`.
@@ -80,27 +93,37 @@ def explain_targets(
 
     def ask(part: Linearised, images: slice) -> list[Explanation]:
         columns = part.best_classes(top) if table is None else table[images]
-        return [part.explain(column, None) for column in columns.T]
+        return part.explain_classes(columns)
 
-    return _explain_all(model, x, None, ask)
+    return _explain_all(model, x, None, ask, chunk)
 
 
 Ask = Callable[[Linearised, slice], list[Explanation]]
 
 
-def _explain_all(model: nn.Module, x: Tensor, layer: str | None, ask: Ask) -> list[Explanation]:
-    """The whole batch at once, or image by image where a tensor's layout does not tell what is of which image."""
+def _explain_all(model: nn.Module, x: Tensor, layer: str | None, ask: Ask, chunk: int | None) -> list[Explanation]:
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+        raise InputError(f"chunk={chunk!r}: give the number of images per pass, at least 1, or None for all")
+    size = chunk or len(x)
     with paused():
-        try:
-            found = ask(Linearised(model, x, layer), slice(None))
-            is_mixed = any(map(_is_mixed, found))
-        except AmbiguousBatch:
-            is_mixed = True
-        if is_mixed and len(x) > 1:
-            singles = [ask(Linearised(model, x[i : i + 1], layer), slice(i, i + 1)) for i in range(len(x))]
-            found = [Explanation.stack(column) for column in zip(*singles, strict=True)]
+        parts = [_explain_chunk(model, x, layer, ask, slice(i, i + size)) for i in range(0, len(x), size)]
+    found = parts[0] if len(parts) == 1 else [Explanation.stack(column) for column in zip(*parts, strict=True)]
     for defect in dict.fromkeys(defect for explanation in found for defect in explanation.defects):
         warnings.warn(f"the explanation is not exact: {defect}", InexactWarning, stacklevel=4)
+    return found
+
+
+def _explain_chunk(model: nn.Module, x: Tensor, layer: str | None, ask: Ask, images: slice) -> list[Explanation]:
+    """All at once, or image by image where a tensor's layout does not tell what is of which image."""
+    try:
+        found = ask(Linearised(model, x[images], layer), images)
+        is_mixed = any(map(_is_mixed, found))
+    except AmbiguousBatch:
+        is_mixed = True
+    places = range(*images.indices(len(x)))
+    if is_mixed and len(places) > 1:
+        singles = [ask(Linearised(model, x[i : i + 1], layer), slice(i, i + 1)) for i in places]
+        found = [Explanation.stack(column) for column in zip(*singles, strict=True)]
     return found
 
 

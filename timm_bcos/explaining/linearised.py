@@ -1,6 +1,7 @@
 """A network at its images: one forward pass in explanation mode, from which any number of outputs are explained."""
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from .explanation import Explanation
 from .inputs import check_model
 
 __all__ = ["Linearised", "linear_part"]
+
+AT_ONCE = 64  # gradients of one image each that a backward pass computes together
 
 
 @dataclass
@@ -96,6 +99,22 @@ class Linearised:
         with torch.enable_grad():
             neurons = self._neurons(units, position)
             part = linear_part(neurons.values.sum(), self.leaf, self.account)
+        return self._explanation(neurons, part)
+
+    def explain_classes(self, table: Tensor) -> list[Explanation]:
+        """Explain T classes of each image, as many in one backward pass as memory allows.
+
+        Args:
+            table: (N, T) classes.
+        """
+        with torch.enable_grad():
+            neurons = [self._neurons(column, None) for column in table.T]
+            values = torch.stack([column.values.sum() for column in neurons])
+            at_once = max(1, AT_ONCE // len(self.leaf))
+            parts = [part for some in values.split(at_once) for part in linear_parts(some, self.leaf, self.account)]
+        return [self._explanation(column, part) for column, part in zip(neurons, parts, strict=True)]
+
+    def _explanation(self, neurons: _Neurons, part: "LinearPart") -> Explanation:
         return Explanation(
             logits=neurons.activations,
             target=neurons.unit,
@@ -163,11 +182,36 @@ def linear_part(value: Tensor, leaf: Tensor, account: Account) -> LinearPart:
         leaf: The encoded images.
         account: Of the forward pass.
     """
-    suspects = list(account.suspects)
-    factors = [leaf, account.constants, *(factor for factor, _ in suspects)]
+    factors = _factors(leaf, account)
     grads = torch.autograd.grad(value, factors, retain_graph=True, allow_unused=True)
+    return _part_of(grads, factors, account)
+
+
+def linear_parts(values: Tensor, leaf: Tensor, account: Account) -> list[LinearPart]:
+    """The same of several outputs (T,), in one backward pass where the network's functions allow it."""
+    if len(values) > 1:
+        factors, each = _factors(leaf, account), torch.eye(len(values)).to(values)
+        try:
+            grads = torch.autograd.grad(
+                values, factors, each, retain_graph=True, allow_unused=True, is_grads_batched=True
+            )
+        except RuntimeError:  # a function whose gradient cannot be taken for several outputs at once
+            pass
+        else:
+            rows = ([None if g is None else g[i] for g in grads] for i in range(len(values)))
+            return [_part_of(row, factors, account) for row in rows]
+    return [linear_part(value, leaf, account) for value in values]
+
+
+def _factors(leaf: Tensor, account: Account) -> list[Tensor]:
+    return [leaf, account.constants, *(factor for factor, _ in account.suspects)]
+
+
+def _part_of(grads: Sequence[Tensor | None], factors: Sequence[Tensor], account: Account) -> LinearPart:
     weights, constants = (torch.zeros_like(f) if g is None else g for f, g in zip(factors[:2], grads[:2], strict=True))
-    reached = [(defect, grad) for (_, defect), grad in zip(suspects, grads[2:], strict=True) if grad is not None]
+    reached = [
+        (defect, grad) for (_, defect), grad in zip(account.suspects, grads[2:], strict=True) if grad is not None
+    ]
     added = [grad for defect, grad in reached if defect.kind == "added"]
     gate_bias = torch.stack(added).sum(0) if added else torch.zeros_like(constants)
     defects = tuple(dict.fromkeys([defect for defect, _ in reached] + account.certain))
