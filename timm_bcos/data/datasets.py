@@ -1,18 +1,20 @@
 """Labelled data sets, as `timm.data.create_dataset` makes them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, cast
 
 import timm
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..ahead import read_ahead
 from ..errors import InputError
 from .transforms import photo_transform
 
-__all__ = ["LabelledImages", "image_loader", "load_dataset"]
+__all__ = ["LabelledImages", "image_batches", "image_loader", "load_dataset"]
 
 # what folders of splits are called; timm takes each for the others of its line, and none for all images
 SPLITS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"), ("test", "testing"))
@@ -44,6 +46,27 @@ def image_loader(model: nn.Module, dataset: LabelledImages) -> Callable[[int], t
         return transform(image.convert(mode)), int(label)
 
     return load
+
+
+def image_batches(
+    model: nn.Module, dataset: LabelledImages, indices: Sequence[int], batch_size: int
+) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
+    """Batches of a data set, loaded while the one before is in use.
+
+    Args:
+        model: As in `image_loader`.
+        dataset: As there.
+        indices: Of the images.
+        batch_size: Images at a time.
+
+    Yields:
+        Indices, images (N, C, H, W) in [0, 1] on the model's device, and classes (N,) on the CPU.
+    """
+    load, device = image_loader(model, dataset), next(model.parameters()).device
+    parts = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    for some, loaded in zip(parts, read_ahead([load(i) for i in part] for part in parts), strict=True):
+        images, labels = zip(*loaded, strict=True)
+        yield some, torch.stack(images).to(device), torch.tensor(labels)
 
 
 def load_dataset(

@@ -14,6 +14,7 @@ from PIL import Image, ImageSequence
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..ahead import read_ahead
 from ..errors import InputError
 from ..files import AUTHOR, atomic_path, first_line
 from .explanation import Explanation
@@ -59,13 +60,17 @@ def explain_video(
     classes: Counter[int] = Counter()
     with atomic_path(out) as temporary, _writer(temporary, rate) as writer:
         progress = tqdm(total=count, unit="frame", desc=source.name, disable=None)
-        for batch in _batches(frames, batch_size):
-            x = torch.stack([transform(Image.fromarray(frame).convert("RGB")) for frame in batch]).to(device)
+        batches = (
+            torch.stack([transform(Image.fromarray(frame).convert("RGB")) for frame in batch])
+            for batch in _batches(frames, batch_size)
+        )
+        for images in read_ahead(batches):
+            x = images.to(device)
             explanation = explain(model, x, target)
             classes.update(explanation.target.tolist())
             for picture in _side_by_side(x, explanation):
                 writer.write(picture)
-            progress.update(len(batch))
+            progress.update(len(x))
         progress.close()
         if not classes:
             raise InputError(f"{source} has no frames")

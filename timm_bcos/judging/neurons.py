@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..attribution.registry import Subject, check_counts
-from ..data.datasets import LabelledImages, image_loader
+from ..data.datasets import LabelledImages, image_batches, image_loader
 from ..errors import InputError, TargetError
 from ..explaining.explanation import Explanation
 from ..explaining.forward import explain
@@ -87,17 +87,15 @@ def find_strongest(
         MethodError: For counts below 1.
     """
     check_counts(k=k, batch_size=batch_size)
-    subject, load = Subject(model), image_loader(model, dataset)
+    subject = Subject(model)
     _find_layer(subject, layer)
     if len(dataset) == 0:
         raise InputError("the data set has no images")
-    device = next(model.parameters()).device
     best: tuple[Tensor, ...] = ()
-    for start in tqdm(range(0, len(dataset), batch_size), layer, disable=not progress):
-        indices = list(range(start, min(start + batch_size, len(dataset))))
-        images, labels = zip(*map(load, indices), strict=True)
-        peaks = peak_activations(subject, layer, torch.stack(images).to(device))
-        new = (peaks, torch.tensor(indices).expand_as(peaks), torch.tensor(labels).expand_as(peaks))
+    batches = image_batches(model, dataset, range(len(dataset)), batch_size)
+    for indices, images, labels in tqdm(batches, layer, -(-len(dataset) // batch_size), disable=not progress):
+        peaks = peak_activations(subject, layer, images)
+        new = (peaks, torch.tensor(indices).expand_as(peaks), labels.expand_as(peaks))
         both = new if not best else tuple(torch.cat(pair, 1) for pair in zip(best, new, strict=True))
         kept = both[0].topk(min(k, both[0].shape[1]), dim=1).indices
         best = tuple(values.gather(1, kept) for values in both)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..attribution.registry import Subject, attribute, check_counts
-from ..data.datasets import LabelledImages, image_loader
+from ..data.datasets import LabelledImages, image_batches, image_loader
 from ..errors import InputError
 
-__all__ = ["Confidence", "Grid", "cell_shares", "confidences", "localisation", "sample_grids"]
+__all__ = ["Confidence", "Grid", "cell_shares", "confidences", "grid_shares", "localisation", "sample_grids"]
 
 
 @dataclass(frozen=True)
@@ -70,18 +70,16 @@ def confidences(
         InputError: For a data set without labels, or with other classes than the model's.
     """
     check_counts(batch_size=batch_size)
-    subject, load = Subject(model), image_loader(model, dataset)
-    device = next(model.parameters()).device
-    for first in tqdm(range(start, len(dataset), batch_size), "confidences", disable=not progress):
-        indices = range(first, min(first + batch_size, len(dataset)))
-        images, labels = zip(*map(load, indices), strict=True)
-        probability = subject.probability(torch.stack(images).to(device)).cpu()
+    subject, indices = Subject(model), range(start, len(dataset))
+    batches = image_batches(model, dataset, indices, batch_size)
+    for some, images, labels in tqdm(batches, "confidences", -(-len(indices) // batch_size), disable=not progress):
+        probability = subject.probability(images).cpu()
         count = probability.shape[1]
-        wrong = [label for label in labels if not 0 <= label < count]
-        if wrong:
-            raise InputError(f"the data set has class {wrong[0]}, the model {count} classes from 0")
+        wrong = labels[(labels < 0) | (labels >= count)]
+        if len(wrong):
+            raise InputError(f"the data set has class {int(wrong[0])}, the model {count} classes from 0")
         predicted = probability.argmax(1).tolist()
-        for i, label, guess, p in zip(indices, labels, predicted, probability, strict=True):
+        for i, label, guess, p in zip(some, labels.tolist(), predicted, probability, strict=True):
             yield Confidence(i, label, guess, p[label].item())
 
 
@@ -181,7 +179,19 @@ def localisation(
     Returns:
         (windows, n²), in [0, 1].
     """
-    image = compose(model, dataset, grid)
+    return grid_shares(model, compose(model, dataset, grid), grid, method, smooth=smooth, **options)
+
+
+def grid_shares(
+    model: nn.Module,
+    image: Tensor,
+    grid: Grid,
+    method: str = "bcos",
+    *,
+    smooth: Sequence[int] = (1, 15),
+    **options: Any,
+) -> Tensor:
+    """The same for a picture (1, C, H, W) that `compose` has made; arguments and result are those of `localisation`."""
     classes = torch.tensor(grid.classes, device=image.device)
     maps = attribute(model, image.expand(len(classes), -1, -1, -1), classes, method, **options)
     return torch.stack([cell_shares(maps, grid.n, window).flatten(1).diagonal() for window in smooth])

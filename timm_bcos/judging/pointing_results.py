@@ -14,11 +14,12 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
+from ..ahead import read_ahead
 from ..data.datasets import LabelledImages
 from ..errors import InputError, MethodError
 from ..explaining.figures import save_figure
 from ..files import atomic_path
-from .pointing_game import Confidence, Grid, confidences, localisation
+from .pointing_game import Confidence, Grid, compose, confidences, grid_shares
 from .results import append_rows, drop_torn_line, read_rows
 
 __all__ = ["play", "play_all", "read_confidences", "read_values", "summarise", "write_summary"]
@@ -111,11 +112,18 @@ def play(
         MethodError: If the method does not suit the model.
     """
     done = read_values(folder)
-    for number, grid in enumerate(tqdm(grids, f"{method} {grids[0].n}×{grids[0].n}", disable=None)):
-        missing = [window for window in smooth if (grid.n, window, method, number) not in done]
-        if not missing:
-            continue
-        shares = localisation(model, dataset, grid, method, smooth=missing, batch_size=batch_size).tolist()
+    todo = [
+        (number, grid, missing)
+        for number, grid in enumerate(grids)
+        if (missing := [window for window in smooth if (grid.n, window, method, number) not in done])
+    ]
+    pictures = read_ahead(compose(model, dataset, grid) for _, grid, _ in todo)
+    progress = tqdm(
+        zip(todo, pictures, strict=True), f"{method} {grids[0].n}×{grids[0].n}", len(grids), disable=None,
+        initial=len(grids) - len(todo),
+    )  # fmt: skip
+    for (number, grid, missing), picture in progress:
+        shares = grid_shares(model, picture, grid, method, smooth=missing, batch_size=batch_size).tolist()
         for window, values in zip(missing, shares, strict=True):
             cells = zip(range(len(values)), grid.classes, grid.indices, values, strict=True)
             rows = ((grid.n, window, method, number, cell, c, i, f"{v:.6f}") for cell, c, i, v in cells)

@@ -1,0 +1,59 @@
+"""What is read ahead comes in order, not too early, and ends with its reader."""
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from timm_bcos.ahead import read_ahead
+
+
+def test_items_in_their_order_from_another_thread() -> None:
+    seen = [
+        (i, thread != threading.get_ident()) for i, thread in read_ahead((i, threading.get_ident()) for i in range(9))
+    ]
+    assert seen == [(i, True) for i in range(9)]
+    assert list(read_ahead([])) == []
+
+
+def test_no_more_than_what_waits() -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for i in range(100):
+            made.append(i)
+            yield i
+
+    reader = read_ahead(items(), waiting=3)
+    assert next(reader) == 0
+    time.sleep(0.2)
+    assert len(made) == 4  # the one that was given, and three that wait
+    reader.close()
+    time.sleep(0.1)
+    assert len(made) <= 5
+
+
+def test_errors_come_in_their_turn() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise OSError("torn file")
+
+    reader = read_ahead(items())
+    assert next(reader) == 1
+    with pytest.raises(OSError, match="torn file"):
+        next(reader)
+
+
+def test_what_it_reads_from_is_closed() -> None:
+    ended = threading.Event()
+
+    def items() -> Iterator[int]:
+        try:
+            yield from range(100)
+        finally:
+            ended.set()
+
+    for _ in read_ahead(items()):
+        break
+    assert ended.wait(5)
