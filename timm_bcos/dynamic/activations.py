@@ -90,7 +90,7 @@ def _max_out(mode: Mode, func: Function, /, x: Tensor, units: int, dim: int) -> 
 def _scale_by_cosine(
     mode: Mode, func: Function, /, linear: Tensor, norm: Tensor, b: float, gamma: float, inplace: bool = False
 ) -> Tensor:
-    return linear * cosine.cosine_factor(detached(linear), detached(norm), b, gamma).to(linear.dtype)
+    return linear * cosine.constant_factor(linear, norm, b, gamma)
 
 
 @handles(weights.unit_weight, weights.row_norm)

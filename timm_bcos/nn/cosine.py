@@ -13,7 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .memory import is_program, pieces
 
-__all__ = ["Origin", "cosine_factor", "origin", "scale_by_cosine", "signed_square", "square_gradient"]
+__all__ = ["Origin", "constant_factor", "origin", "scale_by_cosine", "signed_square", "square_gradient"]
 
 
 def scale_by_cosine(linear: Tensor, norm: Tensor, b: float, gamma: float, inplace: bool = False) -> Tensor:
@@ -42,10 +42,21 @@ def scale_by_cosine(linear: Tensor, norm: Tensor, b: float, gamma: float, inplac
 
 def cosine_factor(linear: Tensor, norm: Tensor, b: float, gamma: float, eps: float = 1e-6) -> Tensor:
     """γ · |cos|^(B-1), what `scale_by_cosine` multiplies by; |cos| = |ŵᵀx| / ‖x‖, plus eps unless B is 2."""
-    cosine = linear.abs() / norm
-    if b != 2:
-        cosine = (cosine + eps).pow(b - 1)
-    return gamma * cosine
+    if b == 2:
+        return linear.abs() * (gamma / norm)
+    return gamma * (linear.abs() / norm + eps).pow(b - 1)
+
+
+def constant_factor(linear: Tensor, norm: Tensor, b: float, gamma: float) -> Tensor:
+    """`cosine_factor` as a constant, in the dtype of `linear`."""
+    linear, norm = linear.detach(), norm.detach()
+    inverse = gamma / norm
+    if b != 2 or not _is_plain(linear, inverse):
+        return cosine_factor(linear, norm, b, gamma).to(linear.dtype)
+    factor = torch.empty_like(linear)
+    for part, scale, out in pieces(linear, inverse, factor):
+        torch.abs(part, out=out).mul_(scale)
+    return factor
 
 
 def signed_square(linear: Tensor, inverse_norm: Tensor) -> Tensor:
