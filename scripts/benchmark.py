@@ -1,237 +1,153 @@
-"""Time one training step, one inference and one explanation, side by side in one run.
+"""Time training steps, inference and explanations, side by side in one run.
 
-For each architecture: timm's plain network, the PyPI package `bcos`, ours without MaxOut as that package builds it, and
-the paper's with MaxOut 2. Rounds alternate between the networks, so that a slow moment of the machine hits all; each
-figure is the median over the rounds, as a ratio to the plain network's. Peak memory is measured in a process of its own
-per case.
+For each architecture: timm's plain network, the PyPI package `bcos`, ours without MaxOut as that package builds it, its
+fused copy, and the paper's network with MaxOut 2. Rounds alternate between the networks, so that a slow moment of the
+machine hits all. A figure is the ratio of medians to the plain network's, beside the quartiles of the ratio per round.
+Peak memory is measured in a process of its own per case.
 """
 
 import argparse
-import multiprocessing
+import json
+import platform
 import statistics
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import timm
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from benchmark_cases import JOBS, NETWORKS, Case, Settings, contestants, peak_memory, prepare, seconds
+from benchmark_methods import time_methods
+from benchmark_scaling import measure_scaling, plot_scaling
 from tqdm import tqdm
 
-import timm_bcos
-from timm_bcos.attribution.registry import METHODS
-from timm_bcos.models.cnn import Cnn9
+from timm_bcos.files import atomic_path
 
-V2 = timm_bcos.BcosConfig.v2()
+Times = dict[str, list[float]]  # contestant to seconds of each round
 
 
-def official(name: str) -> nn.Module:
-    import bcos.models.densenet
-    import bcos.models.resnet
+def race(name: str, job: str, cases: dict[str, Case], rounds: int) -> Times:
+    """Seconds of each contestant in each round, but for a first one that warms up."""
+    times: Times = {kind: [] for kind in cases}
+    for i in tqdm(range(rounds + 1), desc=f"{name}, {job}", leave=False, disable=None):
+        for kind, case in cases.items():
+            elapsed = seconds(JOBS[job][0], case)
+            if i:
+                times[kind].append(elapsed)
+    return times
 
-    module = bcos.models.resnet if "resnet" in name else bcos.models.densenet
-    return getattr(module, name)(in_chans=6)
+
+def ratios(times: Times, kind: str, reference: str = "plain") -> tuple[float, float, float]:
+    """Ratio of medians, and quartiles of the ratios of the rounds."""
+    each = [own / plain for own, plain in zip(times[kind], times[reference], strict=True)]
+    low, _, high = statistics.quantiles(each, method="inclusive") if len(each) > 1 else each * 3
+    return statistics.median(times[kind]) / statistics.median(times[reference]), low, high
 
 
-class Cnn9Official(nn.Sequential):
-    """The nine layers, of the package's convolutions with MaxOut 2."""
+def lines(job: str, times: Times, memory: dict[str, float]) -> Iterator[str]:
+    """The table of a job, a line per contestant."""
+    for kind, values in times.items():
+        ratio, low, high = ratios(times, kind)
+        peak = f"  peak {memory[kind]:6.0f} MiB ({memory[kind] / memory['plain']:.2f}×)" if kind in memory else ""
+        time = f"{1e3 * statistics.median(values):8.1f} ms  {ratio:5.2f}× ({low:.2f} to {high:.2f})"
+        yield f"  {job:<14} {kind:<17} {time}{peak}"
 
-    def __init__(self) -> None:
-        from bcos.modules import BcosConv2d
 
-        from timm_bcos.models.cnn import CHANNELS, STRIDES
-
-        inputs = (6, *CHANNELS[:-1])
-        convs = [
-            BcosConv2d(i, o, 3, s, padding=1, max_out=2) for i, o, s in zip(inputs, CHANNELS, STRIDES, strict=True)
+def compete(name: str, args: argparse.Namespace, settings: Settings) -> list[dict[str, object]]:
+    """Time one network's contestants at each job."""
+    print(f"\n{name}, {describe(settings)}")
+    kinds = [kind for kind in contestants(name) if not args.contestants or kind in args.contestants]
+    found: list[dict[str, object]] = []
+    for job in args.jobs:
+        if settings.compiled and JOBS[job][0].__name__.startswith("explain"):
+            continue
+        cases = {kind: prepare(name, kind, settings) for kind in kinds if kind in JOBS[job][1]}
+        times = race(name, job, cases, args.rounds)
+        memory = {kind: peak_memory(name, kind, job, settings) for kind in cases} if args.memory else {}
+        print("\n".join(lines(job, times, memory)), flush=True)
+        found += [
+            dict(
+                network=name, job=job, contestant=kind, settings=asdict(settings), seconds=values, mib=memory.get(kind)
+            )
+            for kind, values in times.items()
         ]
-        head = BcosConv2d(CHANNELS[-1], 10, 1, max_out=2)
-        super().__init__(*convs, head, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return found
 
 
-class Cnn9Plain(Cnn9):
-    """The nine layers with batch norm and ReLU, what one would train without B-cos."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Sequential(
-            *[nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(inplace=True)) for conv in self.features]
-        )
+def describe(settings: Settings) -> str:
+    """What is not the default of torch."""
+    words = [f"batch {settings.batch}", f"{settings.size}²", settings.device]
+    words += [settings.dtype] if settings.dtype != "float32" else []
+    words += ["channels_last"] if settings.channels_last else []
+    return ", ".join(words + (["compiled"] if settings.compiled else []))
 
 
-CASES: dict[str, tuple[tuple[int, int], dict[str, Callable[[], nn.Module]]]] = {
-    **{
-        name: (
-            (8, 224),
-            {
-                "plain": partial(timm.create_model, name),
-                "bcos package": partial(official, name),
-                "ours": lambda name=name: timm_bcos.bcosify(timm.create_model(name), V2),
-                "ours, paper": partial(timm.create_model, f"bcos_{name}"),
-            },
-        )
-        for name in ("resnet50", "densenet121")
-    },
-    "cnn9": (
-        (64, 32),
-        {
-            "plain": Cnn9Plain,
-            "bcos package": Cnn9Official,
-            "ours": partial(timm.create_model, "bcos_cnn9", max_out=1),
-            "ours, paper": partial(timm.create_model, "bcos_cnn9"),
-        },
-    ),
-}
-
-
-def train(network: nn.Module, x: Tensor, y: Tensor) -> None:
-    network.train()
-    network.zero_grad(set_to_none=True)
-    F.binary_cross_entropy_with_logits(network(x), y).backward()
-
-
-@torch.no_grad()
-def infer(network: nn.Module, x: Tensor, y: Tensor) -> None:
-    network.eval()
-    network(x)
-
-
-def explain(network: nn.Module, x: Tensor, y: Tensor) -> None:
-    network.eval()
-    if isinstance(network, timm_bcos.conversion.converted.BcosModel):
-        timm_bcos.explain(network, x)
-        return
-    with detached(network):
-        leaf = x.clone().requires_grad_()
-        torch.autograd.grad(network(leaf).amax(1).sum(), leaf)
-
-
-@contextmanager
-def detached(network: nn.Module) -> Iterator[None]:
-    """The package's explanation mode, module by module; the plain network has none and gives its gradient."""
-    modules = [m for m in network.modules() if hasattr(m, "set_explanation_mode")]
-    for module in modules:
-        module.set_explanation_mode(True)
-    yield
-    for module in modules:
-        module.set_explanation_mode(False)
-
-
-JOBS = {"training step": train, "inference": infer, "explanation": explain}
-
-
-def prepare(name: str, kind: str, channels_last: bool) -> tuple[nn.Module, Tensor, Tensor]:
-    """The network, images and targets of a case; only the package takes encoded images alone."""
-    (batch, size), builders = CASES[name]
-    torch.manual_seed(0)
-    network = builders[kind]()
-    x = torch.rand(batch, 3, size, size)
-    if kind == "bcos package":
-        x = timm_bcos.encode_image(x, 3)
-    if channels_last:
-        network, x = network.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
-    with torch.no_grad():
-        outputs = network(x).shape[1]
-    return network, x, torch.full((batch, outputs), 1 / outputs)
-
-
-def seconds(job: Callable[..., None], case: tuple[nn.Module, Tensor, Tensor]) -> float:
-    start = time.perf_counter()
-    job(*case)
-    return time.perf_counter() - start
-
-
-def high_water_mark() -> float:
-    """MiB of resident memory at its highest (Linux)."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
-
-
-def peak_memory(name: str, kind: str, job: str, channels_last: bool) -> float:
-    """MiB that a job adds to a process that has built the network."""
-    case = prepare(name, kind, channels_last)
-    Path("/proc/self/clear_refs").write_text("5")  # resets the mark
-    before = high_water_mark()
-    JOBS[job](*case)
-    return high_water_mark() - before
-
-
-def memory(*args: object) -> float:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(peak_memory, args)
-
-
-def time_methods(name: str, batches: list[int], rounds: int) -> None:
-    """Images per second of each attribution method, and its time relative to the network's own explanation.
-
-    Methods that take over ten times as long look at many changed copies of an image, and are timed for one batch size.
-    """
-    kwargs = {} if name.startswith("bcos") else dict(arch=name)
-    network = timm.create_model("bcosify" if kwargs else name, **kwargs).eval()
-    images = torch.rand(max(batches), *network.pretrained_cfg["input_size"])
-    own: dict[int, float] = {}
-    threads = torch.get_num_threads()
-    print(
-        f"\n{name}, {images.shape[-1]}², {threads} threads: images per second, and time relative to the own explanation"
-    )
-    for method in ("bcos", *(m for m in METHODS if m != "bcos")):
-        print(f"  {method:<18}", end="", flush=True)
-        for size in batches:
-            try:
-                times = [_time_method(network, images[:size], method) for _ in range(rounds + 1)][1:]
-            except timm_bcos.MethodError as error:
-                print(f" {error}", end="")
-                break
-            median = statistics.median(times)
-            relative = median / own.setdefault(size, median)
-            print(f" batch {size}: {size / median:7.2f}/s {relative:7.2f}×  ", end="", flush=True)
-            if relative > 10:
-                break
-        print()
-
-
-def _time_method(network: nn.Module, x: Tensor, method: str) -> float:
-    start = time.perf_counter()
-    timm_bcos.attribute(network, x, 0, method)
-    return time.perf_counter() - start
+def machine(device: str) -> dict[str, object]:
+    """What the figures depend on."""
+    card = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    return dict(torch=torch.__version__, timm=timm.__version__, device=card, threads=torch.get_num_threads())
 
 
 def main(args: argparse.Namespace) -> None:
+    """Do what the command line says."""
     warnings.simplefilter("ignore")
     if args.methods:
         return time_methods(args.methods, args.batches, args.rounds)
-    print(
-        f"torch {torch.__version__}, timm {timm.__version__}, {torch.get_num_threads()} threads, {args.rounds} rounds"
-    )
+    if args.scaling:
+        measure_scaling(args.csv, args.rounds)
+        return plot_scaling(args.csv, args.figure)
+    about = machine(args.device)
+    print(", ".join(f"{key} {value}" for key, value in about.items()) + f", {args.rounds} rounds")
+    found: list[dict[str, object]] = []
+    asked = Settings(args.batch, args.size, args.device, args.dtype, args.channels_last, args.compile)
     for name in args.networks:
-        batch, builders = CASES[name]
-        cases = {kind: prepare(name, kind, args.channels_last) for kind in builders}
-        print(f"\n{name}, batch {batch[0]}, {batch[1]}²{', channels_last' if args.channels_last else ''}")
-        for title, job in JOBS.items():
-            times: dict[str, list[float]] = {kind: [] for kind in cases}
-            for i in tqdm(range(args.rounds + 1), desc=title, leave=False):
-                for kind, case in cases.items():
-                    elapsed = seconds(job, case)
-                    if i:  # the first round warms up
-                        times[kind].append(elapsed)
-            plain = statistics.median(times["plain"])
-            for kind, values in times.items():
-                ratio = statistics.median(values) / plain
-                peak = f"  peak {memory(name, kind, title, args.channels_last):6.0f} MiB" if args.memory else ""
-                print(f"  {title:<14} {kind:<13} {1e3 * statistics.median(values):8.1f} ms  {ratio:5.2f}× plain{peak}")
+        found += compete(name, args, replace(asked, batch=64, size=32) if name == "cnn9" else asked)
+        write_json(args.json, dict(about, rounds=args.rounds, results=found))
     return None
 
 
-if __name__ == "__main__":
+def write_json(path: Path | None, content: dict[str, object]) -> None:
+    """Whole or not at all."""
+    if path is not None:
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1))
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("networks", nargs="*", default=list(CASES), help=f"of {', '.join(CASES)}")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--memory", action="store_true", help="also measure peak memory")
-    parser.add_argument("--methods", metavar="MODEL", help="instead: time the attribution methods on this network")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], help="for --methods")
-    main(parser.parse_args())
+    add = parser.add_argument
+    add("networks", nargs="*", default=list(NETWORKS), help=f"of timm, or cnn9; default: {', '.join(NETWORKS)}")
+    add("--rounds", type=int, default=7)
+    add("--batch", type=int, default=8)
+    add("--size", type=int, default=224)
+    jobs = list(JOBS)
+    add("--jobs", nargs="+", choices=jobs, default=jobs[:3], metavar="JOB", help=f"of {', '.join(map(repr, jobs))}")
+    add("--contestants", nargs="+", metavar="NAME", help="these alone, and the plain network")
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of autocast")
+    add("--channels-last", action="store_true")
+    add("--compile", action="store_true", help="with torch.compile instead, but for explanations")
+    add("--memory", action="store_true", help="also measure peak memory")
+    add("--json", type=Path, metavar="FILE", help="keep every time measured")
+    add("--scaling", action="store_true", help="instead: how cost grows with size, batch, depth and classes")
+    add("--csv", type=Path, default=Path("docs/results/scaling.csv"), help="of --scaling, which resumes from it")
+    add("--figure", type=Path, default=Path("docs/images/scaling.webp"), help="of --scaling")
+    add("--methods", metavar="MODEL", help="instead: time the attribution methods on this network")
+    add("--batches", nargs="+", type=int, default=[1, 8, 32], help="for --methods")
+    args = parser.parse_args(arguments)
+    wrong = [name for name in args.networks if name != "cnn9" and not timm.is_model(name)]
+    if wrong:
+        parser.error(f"timm has no network {wrong[0]!r}")
+    if args.contestants and "plain" not in args.contestants:
+        args.contestants.insert(0, "plain")
+    if min(args.rounds, args.batch, args.size) < 1:
+        parser.error("--rounds, --batch and --size must be at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this machine has no GPU that torch can use")
+    return args
+
+
+if __name__ == "__main__":
+    main(parse())

@@ -1,4 +1,4 @@
-"""Render the stored results (docs/results/*.csv) as the tables of docs/results.md.
+"""Render the stored results (docs/results/*.csv) as the tables of docs/results.md and docs/speed.md.
 
 python scripts/results_tables.py --write
 """
@@ -7,10 +7,11 @@ import argparse
 import csv
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from markdown_blocks import DOCS, markdown_table, replace_block
 
-PAGE = DOCS / "results.md"
+RESULTS, SPEED = DOCS / "results.md", DOCS / "speed.md"
 Row = dict[str, str]
 
 
@@ -27,6 +28,7 @@ class Table:
         best: The column of the file whose largest value in each column of the table is set in bold, among the rows
             with the largest `among`.
         among: See `best`.
+        page: Where the table stands.
     """
 
     file: str
@@ -36,6 +38,7 @@ class Table:
     only: Row = field(default_factory=dict)
     best: str = ""
     among: str = ""
+    page: Path = RESULTS
 
 
 SMOOTH = {"1": "raw", "3": "smoothed 3×3", "15": "smoothed 15×15"}
@@ -86,17 +89,31 @@ TABLES: dict[str, Table] = {
             "log": "{links}",
         },
     ),
-    "speed": Table(
-        "speed",
-        {"network": "{network}, batch {batch}, {side}²", "": "{what}"},
-        "{implementation}",
-        "{relative_time}",
-    ),
+    **{
+        f"speed, {what}": Table(
+            "speed",
+            {"network": "{network}", "": "{mode}"},
+            "{implementation}",
+            "{relative_time} ({q25} to {q75})",
+            only=dict(what=what),
+            page=SPEED,
+        )
+        for what in ("training step", "inference", "explanation")
+    },
     "memory": Table(
-        "memory", {"network": "{network}", "implementation": "{implementation}", "adds (MiB)": "{added_mib}"}
+        "speed",
+        {"network": "{network}"},
+        "{implementation}",
+        "{added_mib} ({relative_memory}×)",
+        only=dict(what="training step", mode="eager"),
+        page=SPEED,
     ),
     "method speed": Table(
-        "method_speed", dict(method="{method}"), "batch of {batch}", "{images_per_second} ({relative_time}×)"
+        "method_speed",
+        dict(method="{method}"),
+        "batch of {batch}",
+        "{images_per_second} ({relative_time}×)",
+        page=SPEED,
     ),
 }
 
@@ -144,11 +161,11 @@ def largest(table: Table, rows: list[Row]) -> Row | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help=f"replace the tables in {PAGE.name}")
+    parser.add_argument("--write", action="store_true", help="replace the tables in the pages")
     is_written = parser.parse_args().write
     for name, table in TABLES.items():
         if is_written:
-            replace_block(PAGE, name, render(table))
+            replace_block(table.page, name, render(table))
         else:
             print(f"{name}\n\n{render(table)}")
 

@@ -1,0 +1,62 @@
+"""Keep what `scripts/benchmark.py --json` measured as docs/results/speed.csv, from which the speed page is made.
+
+python scripts/benchmark_table.py times.json compiled.json
+python scripts/results_tables.py --write
+"""
+
+import argparse
+import csv
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmark import ratios
+from markdown_blocks import DOCS
+
+from timm_bcos.files import atomic_path
+
+FIELDS = (
+    "network", "batch", "side", "mode", "what", "implementation", "milliseconds", "relative_time", "q25", "q75",
+    "added_mib", "relative_memory",
+)  # fmt: skip
+
+
+def rows(found: dict[str, Any]) -> Iterator[tuple[object, ...]]:
+    """A row per network, job, mode and contestant."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for result in found["results"]:
+        groups.setdefault((result["network"], mode(result["settings"]), result["job"]), []).append(result)
+    for (network, how, job), results in groups.items():
+        times = {result["contestant"]: result["seconds"] for result in results}
+        plain = next(result for result in results if result["contestant"] == "plain")
+        for result in results:
+            kind, settings = result["contestant"], result["settings"]
+            ratio, low, high = (f"{value:.2f}" for value in ratios(times, kind))
+            memory = (
+                ("", "") if result["mib"] is None else (f"{result['mib']:.0f}", f"{result['mib'] / plain['mib']:.2f}")
+            )
+            milliseconds = f"{1e3 * statistics.median(times[kind]):.0f}"
+            yield network, settings["batch"], settings["size"], how, job, kind, milliseconds, ratio, low, high, *memory
+
+
+def mode(settings: dict[str, Any]) -> str:
+    """What is not the default: compiled, a precision, a layout, a device."""
+    words = ["compiled" if settings["compiled"] else "eager"]
+    words += [settings["dtype"]] if settings["dtype"] != "float32" else []
+    words += ["channels_last"] if settings["channels_last"] else []
+    return ", ".join(words + ([settings["device"]] if settings["device"] != "cpu" else []))
+
+
+def main() -> None:
+    """Read all files, and write one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, help="written by scripts/benchmark.py --json")
+    lines = [row for path in parser.parse_args().files for row in rows(json.loads(path.read_text()))]
+    with atomic_path(DOCS / "results" / "speed.csv") as path, path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([FIELDS, *lines])
+
+
+if __name__ == "__main__":
+    main()
