@@ -10,7 +10,7 @@ from timm.layers import Conv2dSame
 from torch import Tensor
 
 from timm_bcos import BcosConv2d, BcosLinear, InputError, UncentredBatchNorm2d, encode_image
-from timm_bcos.nn import memory, weights
+from timm_bcos.nn import input_norms, memory, weights
 from timm_bcos.nn.cosine import scale_by_cosine
 from timm_bcos.nn.heads import BcosConvClassifier
 from timm_bcos.nn.input_norms import window_norm, with_squares
@@ -373,3 +373,22 @@ def test_stems_take_half_of_the_encoding(stem: dict) -> None:
     encoded = whole.clone().requires_grad_()
     (by_encoding,) = torch.autograd.grad(layer(encoded).square().sum(), encoded)
     torch.testing.assert_close(by_image, by_encoding[:, :3] - by_encoding[:, 3:])
+
+
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_layers_on_one_input_share_its_norm(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "_sum_of_squares" if kind == "conv" else "_vector_norm"
+    original, seen = getattr(input_norms, name), []
+    monkeypatch.setattr(input_norms, name, lambda x, *args: seen.append(x) or original(x, *args))
+    layers = [BcosConv2d(6, 4, 1), BcosConv2d(6, 5, 3)] if kind == "conv" else [BcosLinear(6, 4), BcosLinear(6, 5)]
+    x = torch.randn(2, 6, 6, 6)
+    with torch.no_grad():
+        first = [layer(x) for layer in layers]
+        assert len(seen) == 1
+        x.mul_(torch.rand_like(x))  # changed in place: another input
+        second = [layer(x) for layer in layers]
+        assert len(seen) == 2
+        BcosConv2d(6, 4, 1, groups=2)(x)  # other sums
+    for layer, before, after in zip(layers, first, second, strict=True):
+        assert not torch.allclose(before, after)
+        torch.testing.assert_close(after, layer(x.clone()).detach())

@@ -1,5 +1,6 @@
 """What training computes in fewer passes, or again instead of keeping it, beside the formulas in float64."""
 
+import gc
 import weakref
 from collections.abc import Callable
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_bcos import BcosConv2d, BcosLinear, UncentredBatchNorm2d
-from timm_bcos.nn import memory, weights
+from timm_bcos.nn import cosine, input_norms, memory, weights
 from timm_bcos.nn.cosine import origin, scale_by_cosine
 from timm_bcos.nn.deviation import divide_by_deviation
 from timm_bcos.nn.weights import unit_weight
@@ -160,3 +161,19 @@ def test_weights_that_change_before_the_backward_pass() -> None:
         layer.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_what_is_known_of_a_tensor_goes_with_it() -> None:
+    """It is no part of the tensor, which may be saved, and ends with it."""
+    conv, norm = BcosConv2d(3, 4, 1), UncentredBatchNorm2d(4)
+    before = len(cosine._ORIGINS), len(input_norms._NORMS)
+    x = torch.randn(2, 3, 5, 5)
+    y = conv(x)
+    assert len(cosine._ORIGINS) == before[0] + 1 and not y.__dict__
+    norm(y).sum().backward()
+    with torch.no_grad():
+        conv(x)
+    assert len(input_norms._NORMS) == before[1] + 1 and not x.__dict__
+    del x, y
+    gc.collect()
+    assert (len(cosine._ORIGINS), len(input_norms._NORMS)) == before

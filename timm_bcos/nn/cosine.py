@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .memory import is_program, pieces
 
@@ -130,11 +131,14 @@ class Origin(NamedTuple):
 def _traced(linear: Tensor, inverse_norm: Tensor) -> Tensor:
     y: Tensor = _SignedSquare.apply(linear, inverse_norm)
     if not is_program(y):
-        y._bcos_origin = Origin(linear, inverse_norm), y._version  # type: ignore[attr-defined]
+        _ORIGINS[y] = y._version, Origin(linear, inverse_norm)
     return y
+
+
+_ORIGINS = WeakIdKeyDictionary()  # a response that is alive, to its version and its origin
 
 
 def origin(y: Tensor) -> Origin | None:
     """What a response in training was computed from, or None for any other tensor and one that has been changed."""
-    found, version = getattr(y, "_bcos_origin", (None, 0))
-    return found if found is not None and version == y._version else None
+    version, found = _ORIGINS.get(y, (None, None))
+    return found if version == y._version else None

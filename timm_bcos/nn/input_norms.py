@@ -4,13 +4,16 @@ Gradients reach x on two ways, through the linear response and through its norm.
 norm, so that the backward pass joins both in one step.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.utils.weak import WeakIdKeyDictionary
 
-from .memory import pieces
+from .memory import is_program, pieces
 
 __all__ = ["window_norm", "with_feature_norm", "with_squares"]
 
@@ -35,7 +38,9 @@ def with_squares(x: Tensor, groups: int, channel_squares: Tensor | None = None) 
         return handle_torch_function(with_squares, (x,), x, groups, channel_squares)
     if channel_squares is None and torch.is_grad_enabled() and x.requires_grad:
         return _WithSquares.apply(x, groups)
-    return x, _sum_of_squares(x, groups, channel_squares)
+    if channel_squares is not None:
+        return x, _sum_of_squares(x, groups, channel_squares)
+    return x, _shared(x, groups, lambda: _sum_of_squares(x, groups))
 
 
 def window_norm(
@@ -77,9 +82,27 @@ def with_feature_norm(x: Tensor, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
         if torch.is_grad_enabled() and x.requires_grad:
             x, norm = _WithNorm.apply(x)
             return x, norm + eps
-        if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
-            return x, _vector_norm(x.float()) + eps
+        return x, _shared(x, eps, lambda: _vector_norm(_wide(x)) + eps)
     return x, _vector_norm(x) + eps
+
+
+_NORMS = WeakIdKeyDictionary()  # an input that is alive, to its version and what was computed of it
+
+
+def _shared(x: Tensor, key: float, compute: Callable[[], Tensor]) -> Tensor:
+    """What is computed of x in inference, once for all layers that read x (branches, a block and its shortcut)."""
+    if is_program(x) or x.is_inference():
+        return compute()
+    state = x._version, key
+    found: tuple[tuple[int, float], Tensor] | None = _NORMS.get(x)
+    if found is None or found[0] != state:
+        found = _NORMS[x] = state, compute()
+    return found[1]
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 for half precision, whose squares overflow float16 at 65504."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class _Saved(FunctionCtx):
@@ -108,7 +131,7 @@ class _WithSquares(torch.autograd.Function):
 class _WithNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _Saved, x: Tensor) -> tuple[Tensor, Tensor]:
-        norm = _vector_norm(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x)
+        norm = _vector_norm(_wide(x))
         ctx.save_for_backward(x, norm)
         return x, norm
 
@@ -127,7 +150,7 @@ def _vector_norm(x: Tensor) -> Tensor:
 
 def _sum_of_squares(x: Tensor, groups: int, weights: Tensor | None = None) -> Tensor:
     """Σ weight · x² over each group's channels, (N, C, H, W) to (N, G, H, W)."""
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # squares overflow float16 at 65504
+    wide = _wide(x)
     if weights is None and groups == 1 and wide.is_contiguous(memory_format=torch.channels_last):
         return torch.linalg.vector_norm(wide, dim=1, keepdim=True).square_()  # in one pass, in this layout alone
     parts = [_sum_of_groups(part * part, groups, weights) for (part,) in pieces(wide)]
