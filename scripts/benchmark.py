@@ -20,6 +20,7 @@ import torch
 from benchmark_cases import JOBS, NETWORKS, Case, Settings, contestants, peak_memory, prepare, seconds
 from benchmark_methods import time_methods
 from benchmark_scaling import measure_scaling, plot_scaling
+from torch.profiler import ProfilerActivity
 from tqdm import tqdm
 
 from timm_bcos.files import atomic_path
@@ -66,6 +67,8 @@ def compete(name: str, args: argparse.Namespace, settings: Settings) -> list[dic
         times = race(name, job, cases, args.rounds)
         memory = {kind: peak_memory(name, kind, job, settings) for kind in cases} if args.memory else {}
         print("\n".join(lines(job, times, memory)), flush=True)
+        if args.profile:
+            print("\n".join(f"  {job:<14} {kind:<17} {profile(job, case)}" for kind, case in cases.items()))
         found += [
             dict(
                 network=name, job=job, contestant=kind, settings=asdict(settings), seconds=values, mib=memory.get(kind)
@@ -73,6 +76,19 @@ def compete(name: str, args: argparse.Namespace, settings: Settings) -> list[dic
             for kind, values in times.items()
         ]
     return found
+
+
+def profile(job: str, case: Case, runs: int = 3, top: int = 12) -> str:
+    """Milliseconds of one run that the costliest operators take by themselves."""
+    activities = [ProfilerActivity.CUDA if case.settings.device == "cuda" else ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(runs):
+            JOBS[job][0](case)
+    kind = "self_device_time_total" if case.settings.device == "cuda" else "self_cpu_time_total"
+    found = [(getattr(row, kind) / 1e3 / runs, row.key) for row in profiler.key_averages()]
+    whole = sum(time for time, _ in found)
+    costliest = sorted(found, reverse=True)[:top]
+    return ", ".join(f"{name.removeprefix('aten::')} {time:.0f}" for time, name in costliest) + f"; all {whole:.0f}"
 
 
 def describe(settings: Settings) -> str:
@@ -130,6 +146,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--channels-last", action="store_true")
     add("--compile", action="store_true", help="with torch.compile instead, but for explanations")
     add("--memory", action="store_true", help="also measure peak memory")
+    add("--profile", action="store_true", help="also print the costliest operators")
     add("--json", type=Path, metavar="FILE", help="keep every time measured")
     add("--scaling", action="store_true", help="instead: how cost grows with size, batch, depth and classes")
     add("--csv", type=Path, default=Path("docs/results/scaling.csv"), help="of --scaling, which resumes from it")
