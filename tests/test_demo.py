@@ -303,6 +303,7 @@ def run_command(*arguments: str, before: str = "") -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-c", before + COMMAND, "demo", *arguments],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore it, and hand that on
     )  # fmt: skip
 
 

@@ -29,17 +29,21 @@ def with_squares(x: Tensor, groups: int, channel_squares: Tensor | None = None) 
     Returns:
         x, for the convolution; and (N, G, H, W), in float32 for half-precision input.
     """
-    if torch.jit.is_scripting():
-        squares = x * x
-        if channel_squares is not None:
-            squares = squares * channel_squares.reshape(-1, 1, 1)
-        return x, squares.unflatten(1, [groups, x.shape[1] // groups]).sum(2)
+    if not torch.jit.is_scripting():
+        return _with_squares(x, groups, channel_squares)
+    squares = x * x
+    if channel_squares is not None:
+        squares = squares * channel_squares.reshape(-1, 1, 1)
+    return x, squares.unflatten(1, [groups, x.shape[1] // groups]).sum(2)
+
+
+def _with_squares(x: Tensor, groups: int, channel_squares: Tensor | None) -> tuple[Tensor, Tensor]:
     if has_torch_function_unary(x):
         return handle_torch_function(with_squares, (x,), x, groups, channel_squares)
-    if channel_squares is None and torch.is_grad_enabled() and x.requires_grad:
-        return _WithSquares.apply(x, groups)
     if channel_squares is not None:
         return x, _sum_of_squares(x, groups, channel_squares)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _WithSquares.apply(x, groups)
     return x, _shared(x, groups, lambda: _sum_of_squares(x, groups))
 
 
@@ -77,13 +81,17 @@ def with_feature_norm(x: Tensor, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
         x, for the linear layer; and (..., 1), in float32 for half-precision input.
     """
     if not torch.jit.is_scripting():
-        if has_torch_function_unary(x):
-            return handle_torch_function(with_feature_norm, (x,), x, eps)
-        if torch.is_grad_enabled() and x.requires_grad:
-            x, norm = _WithNorm.apply(x)
-            return x, norm + eps
-        return x, _shared(x, eps, lambda: _vector_norm(_wide(x)) + eps)
+        return _with_feature_norm(x, eps)
     return x, _vector_norm(x) + eps
+
+
+def _with_feature_norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if has_torch_function_unary(x):
+        return handle_torch_function(with_feature_norm, (x,), x, eps)
+    if torch.is_grad_enabled() and x.requires_grad:
+        x, norm = _WithNorm.apply(x)
+        return x, norm + eps
+    return x, _shared(x, eps, lambda: _vector_norm(_wide(x)) + eps)
 
 
 _NORMS = WeakIdKeyDictionary()  # an input that is alive, to its version and what was computed of it

@@ -110,7 +110,7 @@ def kept_as_parameters(weight: Tensor, used: Tensor, b: float, normalize_weight:
         b: As there.
         normalize_weight: As there.
     """
-    if used is weight or not used.requires_grad or is_program(used) or has_torch_function_unary(used):
+    if has_torch_function_unary(used) or used is weight or not used.requires_grad or is_program(used):
         yield
         return
     key = used.data_ptr()
