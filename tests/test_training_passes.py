@@ -177,3 +177,18 @@ def test_what_is_known_of_a_tensor_goes_with_it() -> None:
     del x, y
     gc.collect()
     assert (len(cosine._ORIGINS), len(input_norms._NORMS)) == before
+
+
+def test_gradients_by_a_response_itself() -> None:
+    conv, norm = BcosConv2d(3, 4, 1, dtype=Double), UncentredBatchNorm2d(4, dtype=Double)
+    x, seen = torch.randn(2, 3, 5, 5, dtype=Double), []
+    for want in (lambda y: y.retain_grad(), lambda y: y.register_hook(seen.append)):
+        y = conv(x)
+        want(y)
+        norm(y).square().sum().backward()
+        leaf = y.detach().requires_grad_()
+        (expected,) = torch.autograd.grad(literal_norm(leaf, norm.weight, norm.eps).square().sum(), leaf)
+        torch.testing.assert_close(y.grad if y.retains_grad else seen[0], expected)
+    conv.register_full_backward_hook(lambda module, grad_in, grad_out: seen.append(grad_out[0]))
+    norm(conv(x)).square().sum().backward()
+    torch.testing.assert_close(seen[1], expected)

@@ -139,6 +139,10 @@ _ORIGINS = WeakIdKeyDictionary()  # a response that is alive, to its version and
 
 
 def origin(y: Tensor) -> Origin | None:
-    """What a response in training was computed from, or None for any other tensor and one that has been changed."""
+    """What a response in training was computed from.
+
+    None for any other tensor, for one that has been changed, and for one whose own gradient somebody wants.
+    """
     version, found = _ORIGINS.get(y, (None, None))
-    return found if version == y._version else None
+    is_wanted = y.retains_grad or bool(y._backward_hooks)
+    return found if version == y._version and not is_wanted else None
