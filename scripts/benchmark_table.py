@@ -1,5 +1,7 @@
 """Keep what `scripts/benchmark.py --json` measured as docs/results/speed.csv, from which the speed page is made.
 
+Rows that were measured again replace the old ones; all others stay.
+
 python scripts/benchmark_table.py times.json compiled.json
 python scripts/results_tables.py --write
 """
@@ -21,6 +23,7 @@ FIELDS = (
     "network", "batch", "side", "mode", "what", "implementation", "milliseconds", "relative_time", "q25", "q75",
     "added_mib", "relative_memory",
 )  # fmt: skip
+KEY = 5  # fields that say what was measured: all contestants of it, in one run
 
 
 def rows(found: dict[str, Any]) -> Iterator[tuple[object, ...]]:
@@ -49,13 +52,23 @@ def mode(settings: dict[str, Any]) -> str:
     return ", ".join(words + ([settings["device"]] if settings["device"] != "cpu" else []))
 
 
+def merged(old: list[list[str]], new: list[list[str]]) -> list[list[str]]:
+    """The rows with those replaced that were measured again: all contestants of a network, size, mode and job."""
+    measured = {tuple(row[:KEY]) for row in new}
+    return [row for row in old if tuple(row[:KEY]) not in measured] + new
+
+
 def main() -> None:
     """Read all files, and write one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, help="written by scripts/benchmark.py --json")
-    lines = [row for path in parser.parse_args().files for row in rows(json.loads(path.read_text()))]
-    with atomic_path(DOCS / "results" / "speed.csv") as path, path.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([FIELDS, *lines])
+    files = parser.parse_args().files
+    new = [[str(value) for value in row] for path in files for row in rows(json.loads(path.read_text()))]
+    table = DOCS / "results" / "speed.csv"
+    with table.open(newline="") as file:
+        _, *old = csv.reader(file)
+    with atomic_path(table) as path, path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([FIELDS, *merged(old, new)])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -67,6 +68,13 @@ def test_a_convolution_and_its_norm(layout: torch.memory_format, large: int, mon
         torch.testing.assert_close(one, other)
 
 
+def test_second_derivatives_of_depthwise_convolutions() -> None:
+    conv = BcosConv2d(2, 2, 3, stride=2, padding=1, groups=2, dtype=Double)
+    x = torch.randn(2, 2, 4, 5, dtype=Double, requires_grad=True)
+    assert torch.autograd.gradcheck(conv, x)
+    assert torch.autograd.gradgradcheck(conv, x)
+
+
 def test_second_derivatives() -> None:
     conv, norm = BcosConv2d(2, 2, 3, padding=1, dtype=Double), UncentredBatchNorm2d(2, dtype=Double)
     x = torch.randn(2, 2, 3, 3, dtype=Double, requires_grad=True)
@@ -97,12 +105,96 @@ def test_a_response_is_not_kept_for_the_norm_behind_it() -> None:
 
 def test_a_changed_response_is_kept() -> None:
     linear = torch.randn(2, 3, 4, 4, dtype=Double, requires_grad=True)
-    y = scale_by_cosine(linear, torch.rand(2, 1, 4, 4, dtype=Double) + 1, 2, 1.0)
+    norm = torch.rand(2, 1, 4, 4, dtype=Double) + 1
+    assert origin(scale_by_cosine(linear, norm, 2, 1.0)) is None
+    y = scale_by_cosine(linear, norm, 2, 1.0, training=True)
     assert origin(y) is not None and origin(y.detach()) is None
     y.mul_(2)
     assert origin(y) is None
     (grad,) = torch.autograd.grad(divide_by_deviation(y, torch.ones(3, dtype=Double), 0.0)[0].square().sum(), linear)
     assert grad.isfinite().all()
+
+
+def literal_linear(x: Tensor, weight: Tensor) -> Tensor:
+    linear = x @ (weight / weight.norm(dim=1, keepdim=True)).T
+    return 1.5 * linear.abs() / (x.norm(dim=-1, keepdim=True) + 1e-12) * linear
+
+
+@pytest.mark.parametrize("large", [1, 1 << 21], ids=["one by one", "whole"])
+def test_a_layer_behind_a_layer(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second keeps the response of the first, which need not keep its linear one; a response of 0 included."""
+    monkeypatch.setattr(memory, "LARGE", large)
+    linear = nn.Sequential(BcosLinear(5, 6, dtype=Double, gamma=1.5), BcosLinear(6, 4, dtype=Double, gamma=1.5))
+    x, weights = torch.randn(3, 7, 5, dtype=Double), [torch.randn(*s, dtype=Double) for s in ((6, 5), (4, 6))]
+    x[1, 2] = 0
+    expected = gradients(lambda x, v, w: literal_linear(literal_linear(x, v), w), x, *weights)
+    for one, other in zip(gradients(_called(linear), x, *weights), expected, strict=True):
+        torch.testing.assert_close(one, other.nan_to_num(0))
+    convs = nn.Sequential(BcosConv2d(3, 4, 3, padding=1, dtype=Double), BcosConv2d(4, 2, 3, padding=1, dtype=Double))
+    x, weights = torch.randn(2, 3, 6, 5, dtype=Double), [torch.randn(*s, 3, 3, dtype=Double) for s in ((4, 3), (2, 4))]
+    expected = gradients(lambda x, v, w: literal_conv(literal_conv(x, v), w), x, *weights)
+    for one, other in zip(gradients(_called(convs), x, *weights), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def _called(layers: nn.Sequential) -> Callable[..., Tensor]:
+    def call(x: Tensor, *weights: Tensor) -> Tensor:
+        return torch.func.functional_call(layers, {f"{i}.weight": weight for i, weight in enumerate(weights)}, x)
+
+    return call
+
+
+def test_second_derivatives_of_a_layer_behind_a_layer() -> None:
+    for make, size, shape in ((BcosLinear, (), (2, 3)), (partial(BcosConv2d, kernel_size=1), (1, 1), (1, 3, 2, 2))):
+        layers = nn.Sequential(make(3, 2, dtype=Double), make(2, 2, dtype=Double))
+        inputs = [torch.randn(s, dtype=Double, requires_grad=True) for s in (shape, (2, 3, *size), (2, 2, *size))]
+        assert torch.autograd.gradcheck(_called(layers), inputs)
+        assert torch.autograd.gradgradcheck(_called(layers), inputs)
+    zero = torch.zeros(2, 3, dtype=Double, requires_grad=True)
+    layers = nn.Sequential(BcosLinear(3, 2, dtype=Double), BcosLinear(2, 2, dtype=Double))
+    (grad,) = torch.autograd.grad(layers(zero).sum(), zero, create_graph=True)
+    assert torch.autograd.grad(grad.sum(), zero)[0].isfinite().all()
+
+
+def test_a_layer_behind_a_layer_keeps_one_response() -> None:
+    """In training, that is: in evaluation the gradient by the response itself is to be had."""
+    layers = nn.Sequential(BcosLinear(4, 8), BcosLinear(8, 4))
+    y = layers[0](torch.randn(3, 4))
+    found = origin(y)
+    assert found is not None
+    linear = weakref.ref(found.linear)
+    z = layers[1](y)
+    del found, y
+    gc.collect()
+    assert linear() is None
+    z.sum().backward()
+    y = layers.eval()[0](torch.randn(3, 4))
+    assert torch.autograd.grad(layers[1](y).sum(), y)[0].shape == y.shape
+
+
+@pytest.mark.parametrize("size", [(), (3, 3)], ids=["vectors", "maps"])
+def test_layers_on_one_input_share_its_norm(size: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """q, k and v, or a block and its shortcut; behind a layer, too; and not where the input has been changed."""
+    make = partial(BcosConv2d, kernel_size=1) if size else BcosLinear
+    first, second, third = (make(4, 4, dtype=Double) for _ in range(3))
+    x = torch.randn(2, 4, *size, dtype=Double)
+
+    def branches(x: Tensor) -> Tensor:
+        x = 2 * x
+        y = first(x)
+        return second(y) * third(y) * second(x)
+
+    counted: list[Tensor] = []
+    name = "_sum_of_squares" if size else "_vector_norm"
+    compute = getattr(input_norms, name)
+    monkeypatch.setattr(input_norms, name, lambda x, *args: counted.append(x) or compute(x, *args))
+    found = gradients(branches, x)
+    assert len(counted) == 2
+    monkeypatch.setattr(input_norms, "_shared", lambda x, key, compute: compute())
+    expected = gradients(branches, x)
+    assert len(counted) == 6
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_checkpointing_computes_the_same() -> None:
@@ -166,6 +258,7 @@ def test_weights_that_change_before_the_backward_pass() -> None:
 def test_what_is_known_of_a_tensor_goes_with_it() -> None:
     """It is no part of the tensor, which may be saved, and ends with it."""
     conv, norm = BcosConv2d(3, 4, 1), UncentredBatchNorm2d(4)
+    gc.collect()
     before = len(cosine._ORIGINS), len(input_norms._NORMS)
     x = torch.randn(2, 3, 5, 5)
     y = conv(x)

@@ -88,7 +88,7 @@ def _max_out(mode: Mode, func: Function, /, x: Tensor, units: int, dim: int) -> 
 
 @handles(cosine.scale_by_cosine)
 def _scale_by_cosine(
-    mode: Mode, func: Function, /, linear: Tensor, norm: Tensor, b: float, gamma: float, inplace: bool = False
+    mode: Mode, func: Function, /, linear: Tensor, norm: Tensor, b: float, gamma: float, *args: bool, **kwargs: bool
 ) -> Tensor:
     return linear * cosine.constant_factor(linear, norm, b, gamma)
 

@@ -14,10 +14,20 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .memory import is_program, pieces
 
-__all__ = ["Origin", "constant_factor", "origin", "scale_by_cosine", "signed_square", "square_gradient"]
+__all__ = [
+    "Origin",
+    "constant_factor",
+    "gradients_past",
+    "origin",
+    "scale_by_cosine",
+    "signed_square",
+    "square_gradient",
+]
 
 
-def scale_by_cosine(linear: Tensor, norm: Tensor, b: float, gamma: float, inplace: bool = False) -> Tensor:
+def scale_by_cosine(
+    linear: Tensor, norm: Tensor, b: float, gamma: float, inplace: bool = False, training: bool = False
+) -> Tensor:
     """Turn the linear response ŵᵀx into the B-cos response γ · |ŵᵀx / ‖x‖|^(B-1) · ŵᵀx.
 
     Args:
@@ -26,18 +36,19 @@ def scale_by_cosine(linear: Tensor, norm: Tensor, b: float, gamma: float, inplac
         b: The exponent B, not 1.
         gamma: The fixed output scale γ.
         inplace: Write into `linear` where no gradient is needed.
+        training: Whether the layer behind may keep the response in place of `linear` (`origin`).
 
     Returns:
         The shape and dtype of `linear`.
     """
     if not torch.jit.is_scripting():
         if has_torch_function((linear, norm)):
-            return handle_torch_function(scale_by_cosine, (linear, norm), linear, norm, b, gamma, inplace)
+            return handle_torch_function(scale_by_cosine, (linear, norm), linear, norm, b, gamma, inplace, training)
         needs_grad = torch.is_grad_enabled() and (linear.requires_grad or norm.requires_grad)
         if b == 2 and inplace and not needs_grad:
             return _square_in_place(linear, gamma / norm)
         if b == 2:
-            return _traced(linear, gamma / norm)
+            return _traced(linear, norm, gamma, training)
     return (linear * cosine_factor(linear, norm, b, gamma)).to(linear.dtype)
 
 
@@ -90,48 +101,54 @@ class _Saved(FunctionCtx):
     """What forward leaves to backward."""
 
     saved_tensors: tuple[Tensor, ...]
+    gamma: float
 
 
 class _SignedSquare(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Saved, linear: Tensor, inverse_norm: Tensor) -> Tensor:
-        ctx.save_for_backward(linear, inverse_norm)
-        return signed_square(linear, inverse_norm)
+    def forward(ctx: _Saved, linear: Tensor, norm: Tensor, gamma: float) -> Tensor:
+        ctx.save_for_backward(linear, norm)
+        ctx.gamma = gamma
+        return signed_square(linear, gamma / norm)
 
     @staticmethod
-    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        linear, inverse_norm = ctx.saved_tensors
+    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        linear, norm = ctx.saved_tensors
+        inverse_norm = ctx.gamma / norm
         if torch.is_grad_enabled() or not _is_plain(linear, inverse_norm):
             weighted = linear.abs().to(inverse_norm.dtype) * grad
-            by_norm = (weighted * linear).sum_to_size(inverse_norm.shape)
-            return (weighted * (2 * inverse_norm)).to(linear.dtype), by_norm
-        by_linear, by_norm = torch.empty_like(linear), torch.empty_like(inverse_norm)
-        for a, q, g, out, out_norm in pieces(linear, inverse_norm, grad, by_linear, by_norm):
-            square_gradient(a, q, g, out, out_norm)
-        return by_linear, by_norm
+            by_norm = -(weighted * linear).sum_to_size(norm.shape) * inverse_norm / norm
+            return (weighted * (2 * inverse_norm)).to(linear.dtype), by_norm, None
+        by_linear, by_norm = torch.empty_like(linear), torch.empty_like(norm)
+        for part in pieces(linear, norm, inverse_norm, grad, by_linear, by_norm):
+            square_gradient(*part)
+        return by_linear, by_norm, None
 
 
-def square_gradient(linear: Tensor, inverse_norm: Tensor, grad: Tensor, out: Tensor, out_norm: Tensor) -> None:
-    """Write the gradients of `signed_square` to `out` and `out_norm`."""
+def square_gradient(
+    linear: Tensor, norm: Tensor, inverse_norm: Tensor, grad: Tensor, out: Tensor, out_norm: Tensor
+) -> None:
+    """Write the gradients of γ · |a| · a / n to `out` and `out_norm`; `inverse_norm` is γ / n."""
     is_alike = linear.dtype == inverse_norm.dtype
     weighted = (torch.abs(linear, out=out) if is_alike else linear.abs().to(inverse_norm.dtype)).mul_(grad)
-    out_norm.copy_((weighted * linear).sum_to_size(inverse_norm.shape))
+    out_norm.copy_((weighted * linear).sum_to_size(norm.shape)).mul_(inverse_norm).div_(norm).neg_()
     weighted.mul_(2 * inverse_norm)
     if not is_alike:
         out.copy_(weighted)
 
 
 class Origin(NamedTuple):
-    """What a B = 2 response was computed from, and is computed from again where it need not be kept."""
+    """What a B = 2 response y = γ · |a| · a / n was computed from."""
 
     linear: Tensor
-    inverse_norm: Tensor
+    norm: Tensor
+    gamma: float
 
 
-def _traced(linear: Tensor, inverse_norm: Tensor) -> Tensor:
-    y: Tensor = _SignedSquare.apply(linear, inverse_norm)
-    if not is_program(y):
-        _ORIGINS[y] = y._version, Origin(linear, inverse_norm)
+def _traced(linear: Tensor, norm: Tensor, gamma: float, training: bool) -> Tensor:
+    y: Tensor = _SignedSquare.apply(linear, norm, gamma)
+    if training and not is_program(y):
+        _ORIGINS[y] = y._version, Origin(linear, norm, gamma)
     return y
 
 
@@ -146,3 +163,31 @@ def origin(y: Tensor) -> Origin | None:
     version, found = _ORIGINS.get(y, (None, None))
     is_wanted = y.retains_grad or bool(y._backward_hooks)
     return found if version == y._version and not is_wanted else None
+
+
+def gradients_past(y: Tensor, norm: Tensor, gamma: float, grad: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of a B = 2 response from the response alone, since |a| = sqrt(|y| · n / γ).
+
+    Args:
+        y: γ · |a| · a / n with γ > 0.
+        norm: n.
+        gamma: γ.
+        grad: By y, but for what `slope` adds: the gradient is grad + slope · y.
+        slope: The shape of `norm`.
+
+    Returns:
+        The gradients by a and by n.
+    """
+    scale = 4 * gamma / norm
+    if torch.is_grad_enabled() or not _is_plain(y, scale):
+        whole = torch.addcmul(grad, y, slope.to(y.dtype))
+        squares = y.abs() * scale
+        is_zero = squares == 0  # where the root has no derivative, though |a| has 0
+        by_linear = (squares + is_zero.to(squares.dtype)).sqrt().masked_fill(is_zero, 0.0) * whole
+        return by_linear.to(y.dtype), -(y.to(norm.dtype) * whole).sum_to_size(norm.shape) / norm
+    by_linear, by_norm = torch.empty_like(y), torch.empty_like(norm)
+    for part, n, q, g, s, out, out_norm in pieces(y, norm, scale, grad, slope, by_linear, by_norm):
+        whole = torch.addcmul(g, part, s)
+        out_norm.copy_((part * whole).sum_to_size(n.shape)).div_(n).neg_()
+        torch.abs(part, out=out).mul_(q).sqrt_().mul_(whole)
+    return by_linear, by_norm

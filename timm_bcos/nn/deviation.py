@@ -37,6 +37,7 @@ class _Saved(FunctionCtx):
 
     saved_tensors: tuple[Tensor, ...]
     eps: float
+    gamma: float
 
 
 def _forward(ctx: _Saved, x: Tensor, weight: Tensor, eps: float, *kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +59,7 @@ class _DivideByDeviation(torch.autograd.Function):
         weight, mean, inverse, x = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative will be taken
             return *_literal_gradients(grad, x, weight, ctx.eps, [x, weight]), None
-        slopes = _Slopes(pieces(x, grad), weight, mean, inverse)
+        slopes = _Slopes((part * g for part, g in pieces(x, grad)), weight, mean, inverse)
         grad_x = torch.empty_like(x)
         for part, g, out in pieces(x, grad, grad_x):
             slopes.apply(part, g, out)
@@ -70,25 +71,27 @@ class _DivideResponse(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: _Saved, x: Tensor, weight: Tensor, eps: float, linear: Tensor, inverse_norm: Tensor
+        ctx: _Saved, x: Tensor, weight: Tensor, eps: float, linear: Tensor, norm: Tensor, gamma: float
     ) -> tuple[Tensor, Tensor]:
-        return _forward(ctx, x, weight, eps, linear, inverse_norm)
+        ctx.gamma = gamma
+        return _forward(ctx, x, weight, eps, linear, norm)
 
     @staticmethod
     def backward(ctx: _Saved, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        weight, mean, inverse, linear, inverse_norm = ctx.saved_tensors
+        weight, mean, inverse, linear, norm = ctx.saved_tensors
+        inverse_norm = ctx.gamma / norm
         if torch.is_grad_enabled():
-            x, inputs = signed_square(linear, inverse_norm), [linear, inverse_norm, weight]
+            x, inputs = signed_square(linear, inverse_norm), [linear, norm, weight]
             by_linear, by_norm, by_weight = _literal_gradients(grad, x, weight, ctx.eps, inputs)
-            return None, by_weight, None, by_linear, by_norm
-        responses = ((signed_square(a, q), g) for a, q, g in pieces(linear, inverse_norm, grad))
-        slopes = _Slopes(responses, weight, mean, inverse)
-        by_linear, by_norm = torch.empty_like(linear), torch.empty_like(inverse_norm)
-        for a, q, g, out, out_norm in pieces(linear, inverse_norm, grad, by_linear, by_norm):
+            return None, by_weight, None, by_linear, by_norm, None
+        products = (signed_square(a, q).mul_(g) for a, q, g in pieces(linear, inverse_norm, grad))
+        slopes = _Slopes(products, weight, mean, inverse)
+        by_linear, by_norm = torch.empty_like(linear), torch.empty_like(norm)
+        for a, n, q, g, out, out_norm in pieces(linear, norm, inverse_norm, grad, by_linear, by_norm):
             x = signed_square(a, q)
             slopes.apply(x, g, x)
-            square_gradient(a, q, x, out, out_norm)
-        return None, slopes.by_weight, None, by_linear, by_norm
+            square_gradient(a, n, q, x, out, out_norm)
+        return None, slopes.by_weight, None, by_linear, by_norm, None
 
 
 class _Slopes:
@@ -97,11 +100,12 @@ class _Slopes:
     From d var / d x = 2 (x - mean) / n and d (1 / sqrt(var + eps)) / d var = -1/2 (var + eps)^(-3/2).
     """
 
-    def __init__(self, parts: Iterable[tuple[Tensor, ...]], weight: Tensor, mean: Tensor, inverse: Tensor) -> None:
+    def __init__(self, products: Iterable[Tensor], weight: Tensor, mean: Tensor, inverse: Tensor) -> None:
+        """Of all parts of grad · x."""
         dot, count = torch.zeros_like(inverse), 0
-        for x, grad in parts:
-            dot += (grad * x).sum((0, 2, 3), dtype=inverse.dtype)
-            count += x.numel() // x.shape[1]
+        for product in products:
+            dot += product.sum((2, 3), dtype=inverse.dtype).sum(0)
+            count += product.numel() // product.shape[1]
         slope = -dot * weight * inverse**3 / count
         self.by_weight = (dot * inverse).to(weight.dtype)
         self._factors = [_per_channel(values) for values in (weight * inverse, slope, -slope * mean)]
@@ -113,21 +117,19 @@ class _Slopes:
 
 
 def _mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(C,) each, exact where the mean is large: of each part, and then of the parts' means (all are equally large).
+    """(C,) each, exact where the mean is large: of each image, and then of the images' means.
 
     `torch.var` takes several times as long on a CPU, and so do the kernels of `torch.native_batch_norm`.
     """
     means, variances = [], []
     for (part,) in pieces(x):
         wide = part.float() if x.dtype in (torch.float16, torch.bfloat16) else part
-        mean = wide.mean((0, 2, 3), keepdim=True)
-        means.append(mean.flatten())
+        mean = wide.mean((2, 3), keepdim=True)
         deviation = wide - mean
-        variances.append(deviation.mul_(deviation).mean((0, 2, 3)))
-    if len(means) == 1:
-        return means[0], variances[0]
-    mean = torch.stack(means)
-    return mean.mean(0), torch.stack(variances).mean(0).add_(mean.var(0, correction=0))
+        means.append(mean.flatten(1))
+        variances.append(deviation.mul_(deviation).mean((2, 3)))
+    mean = torch.cat(means)
+    return mean.mean(0), torch.cat(variances).mean(0).add_(mean.var(0, correction=0))
 
 
 def _literal_gradients(

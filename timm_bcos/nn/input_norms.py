@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.nn.grad import conv2d_input
 from torch.overrides import handle_torch_function, has_torch_function_unary
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .cosine import Origin, gradients_past, origin
 from .memory import is_program, pieces
 
 __all__ = ["window_norm", "with_feature_norm", "with_squares"]
@@ -43,7 +45,10 @@ def _with_squares(x: Tensor, groups: int, channel_squares: Tensor | None) -> tup
     if channel_squares is not None:
         return x, _sum_of_squares(x, groups, channel_squares)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _WithSquares.apply(x, groups)
+        made_of, squares = _origin(x) if groups == 1 else None, _squares_once(x, groups)
+        if made_of is None:
+            return _WithSquares.apply(x, squares)
+        return _PastWithSquares.apply(x.detach(), squares, *made_of)
     return x, _shared(x, groups, lambda: _sum_of_squares(x, groups))
 
 
@@ -65,8 +70,19 @@ def window_norm(
     Returns:
         (N, G, H', W').
     """
-    if not torch.jit.is_scripting() and has_torch_function_unary(squares):
+    if not torch.jit.is_scripting():
+        return _window_norm(squares, kernel, stride, padding, dilation, eps)
+    return (_window_sum(squares, kernel, stride, padding, dilation) + eps).sqrt()
+
+
+def _window_norm(
+    squares: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], eps: float
+) -> Tensor:
+    if has_torch_function_unary(squares):
         return handle_torch_function(window_norm, (squares,), squares, kernel, stride, padding, dilation, eps)
+    if torch.is_grad_enabled() and squares.requires_grad and squares.shape[1] > 1:
+        norm: Tensor = _WindowNorm.apply(squares, kernel, stride, padding, dilation, eps)
+        return norm
     return (_window_sum(squares, kernel, stride, padding, dilation) + eps).sqrt()
 
 
@@ -89,16 +105,24 @@ def _with_feature_norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if has_torch_function_unary(x):
         return handle_torch_function(with_feature_norm, (x,), x, eps)
     if torch.is_grad_enabled() and x.requires_grad:
-        x, norm = _WithNorm.apply(x)
+        made_of = _origin(x)
+        norm = _norm_once(x)
+        x, norm = _WithNorm.apply(x, norm) if made_of is None else _PastWithNorm.apply(x.detach(), norm, *made_of)
         return x, norm + eps
     return x, _shared(x, eps, lambda: _vector_norm(_wide(x)) + eps)
+
+
+def _origin(x: Tensor) -> Origin | None:
+    """What x was computed from, where that can be told from x itself: float16 has no room for squares."""
+    made_of = None if is_program(x) or x.dtype == torch.float16 else origin(x)
+    return made_of if made_of and made_of.gamma > 0 else None
 
 
 _NORMS = WeakIdKeyDictionary()  # an input that is alive, to its version and what was computed of it
 
 
 def _shared(x: Tensor, key: float, compute: Callable[[], Tensor]) -> Tensor:
-    """What is computed of x in inference, once for all layers that read x (branches, a block and its shortcut)."""
+    """What is computed of x off the graph, once for all layers that read x (branches, a block and its shortcut)."""
     if is_program(x) or x.is_inference():
         return compute()
     state = x._version, key
@@ -106,6 +130,20 @@ def _shared(x: Tensor, key: float, compute: Callable[[], Tensor]) -> Tensor:
     if found is None or found[0] != state:
         found = _NORMS[x] = state, compute()
     return found[1]
+
+
+@torch.no_grad()
+def _squares_once(x: Tensor, groups: int) -> Tensor:
+    """For x on the graph, whose leaves are written to by `x.data`; of many groups they are too large to be kept."""
+    if x.is_leaf or groups > 1:
+        return _sum_of_squares(x, groups)
+    return _shared(x, groups, lambda: _sum_of_squares(x, groups))
+
+
+@torch.no_grad()
+def _norm_once(x: Tensor) -> Tensor:
+    """Likewise, without eps."""
+    return _vector_norm(_wide(x)) if x.is_leaf else _shared(x, 0.0, lambda: _vector_norm(_wide(x)))
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -117,13 +155,16 @@ class _Saved(FunctionCtx):
     """What forward leaves to backward."""
 
     saved_tensors: tuple[Tensor, ...]
+    gamma: float
+    size: torch.Size
+    window: tuple[list[int], list[int], list[int], list[int]]
 
 
 class _WithSquares(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Saved, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: _Saved, x: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x)
-        return x, _sum_of_squares(x, groups)
+        return x, squares.view_as(squares)
 
     @staticmethod
     def backward(ctx: _Saved, grad: Tensor, grad_squares: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -138,18 +179,79 @@ class _WithSquares(torch.autograd.Function):
 
 class _WithNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Saved, x: Tensor) -> tuple[Tensor, Tensor]:
-        norm = _vector_norm(_wide(x))
+    def forward(ctx: _Saved, x: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, norm)
-        return x, norm
+        return x, norm.view_as(norm)
 
     @staticmethod
-    def backward(ctx: _Saved, grad: Tensor, grad_norm: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: _Saved, grad: Tensor, grad_norm: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         x, norm = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative will be taken
-            norm = _vector_norm(x)
-        slope = grad_norm / norm.clamp_min(torch.finfo(norm.dtype).tiny)  # where the norm is 0, so is x
-        return torch.addcmul(grad, x, slope.to(x.dtype))
+        return torch.addcmul(grad, x, _norm_slope(x, norm, grad_norm).to(x.dtype)), None
+
+
+class _WindowNorm(torch.autograd.Function):
+    """Keeps the norm alone, which with a norm per channel is as large as the feature map."""
+
+    @staticmethod
+    def forward(
+        ctx: _Saved, squares: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int],
+        eps: float,
+    ) -> Tensor:  # fmt: skip
+        norm = (_window_sum(squares, kernel, stride, padding, dilation) + eps).sqrt_()
+        ctx.save_for_backward(norm)
+        ctx.size, ctx.window = squares.shape, (kernel, stride, padding, dilation)
+        return norm
+
+    @staticmethod
+    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (norm,) = ctx.saved_tensors
+        kernel, stride, padding, dilation = ctx.window
+        ones = norm.new_ones([norm.shape[1], 1, *kernel])
+        half = grad / (2 * norm)
+        return conv2d_input(list(ctx.size), ones, half, stride, padding, dilation, len(ones)), *[None] * 5
+
+
+class _PastWithSquares(torch.autograd.Function):
+    """`_WithSquares` of a B = 2 response, whose gradients go to what it was computed from, which is not kept."""
+
+    @staticmethod
+    def forward(
+        ctx: _Saved, y: Tensor, squares: Tensor, linear: Tensor, norm: Tensor, gamma: float
+    ) -> tuple[Tensor, Tensor]:
+        y = y.view_as(y)
+        ctx.save_for_backward(y, norm)
+        ctx.gamma = gamma
+        return y, squares.view_as(squares)
+
+    @staticmethod
+    def backward(ctx: _Saved, grad: Tensor, grad_squares: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        y, norm = ctx.saved_tensors
+        return None, None, *gradients_past(y, norm, ctx.gamma, grad, 2 * grad_squares), None
+
+
+class _PastWithNorm(torch.autograd.Function):
+    """`_WithNorm`, likewise."""
+
+    @staticmethod
+    def forward(
+        ctx: _Saved, y: Tensor, own_norm: Tensor, linear: Tensor, norm: Tensor, gamma: float
+    ) -> tuple[Tensor, Tensor]:
+        y = y.view_as(y)
+        ctx.save_for_backward(y, norm, own_norm)
+        ctx.gamma = gamma
+        return y, own_norm.view_as(own_norm)
+
+    @staticmethod
+    def backward(ctx: _Saved, grad: Tensor, grad_norm: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        y, norm, own_norm = ctx.saved_tensors
+        return None, None, *gradients_past(y, norm, ctx.gamma, grad, _norm_slope(y, own_norm, grad_norm)), None
+
+
+def _norm_slope(x: Tensor, norm: Tensor, grad_norm: Tensor) -> Tensor:
+    """What x is multiplied by in the gradient of its norm."""
+    if torch.is_grad_enabled():  # a second derivative will be taken
+        norm = _vector_norm(x)
+    return grad_norm / norm.clamp_min(torch.finfo(norm.dtype).tiny)  # where the norm is 0, so is x
 
 
 def _vector_norm(x: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ class BcosConv2d(nn.Conv2d):
         window = list(self.kernel_size), list(self.stride), self._zero_padding, list(self.dilation)
         norm = window_norm(squares, window[0], window[1], window[2], window[3], self.eps)
         if self.groups == 1:
-            return scale_by_cosine(linear, norm, self.b, self.gamma, inplace=True)
+            return scale_by_cosine(linear, norm, self.b, self.gamma, True, self.training)
         by_group = linear.unflatten(1, [self.groups, self.out_channels // self.groups])
         return scale_by_cosine(by_group, norm.unsqueeze(2), self.b, self.gamma, inplace=True).flatten(1, 2)
 
@@ -241,7 +241,7 @@ class BcosLinear(nn.Linear):
         if self.max_out > 1:
             linear = max_out(linear, self.max_out, -1)
         if norm is not None:
-            y = scale_by_cosine(linear, norm, self.b, self.gamma, inplace=True)
+            y = scale_by_cosine(linear, norm, self.b, self.gamma, True, self.training)
         else:
             y = linear if self.gamma == 1.0 else linear * self.gamma
         amplitude = self.amplitude

@@ -1,7 +1,7 @@
-"""How large feature maps are worked through: as a whole, or one image after the other.
+"""How large feature maps are worked through: as a whole, or in parts of an image per thread.
 
-On a CPU, memory that comes fresh from the system costs more than a step per image, whose temporaries stay in the
-processor's cache.
+On a CPU, memory that comes fresh from the system costs more than a step per part, whose temporaries stay in the cache
+of the core that made them.
 """
 
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from torch import Tensor
 
 __all__ = ["is_program", "pieces"]
 
-LARGE = 1 << 21  # elements, from which on images are taken one by one
+LARGE = 1 << 21  # elements, above which a batch is taken in parts
 
 
 def pieces(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Batches of images in parts that the cache can hold: (N, ...) as it is, or N times (1, ...).
+    """Batches of images in parts that the cache can hold: (N, ...) as it is, or an image per thread at a time.
 
     Args:
         x: Feature maps; their size decides.
@@ -23,7 +23,7 @@ def pieces(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """
     if is_program(x):  # which is for batches of any size
         return iter([(x, *others)])
-    size = 1 if x.device.type == "cpu" and x.numel() > LARGE else len(x)
+    size = torch.get_num_threads() if x.device.type == "cpu" and x.numel() > LARGE else len(x)
     return zip(*(tensor.split(size) for tensor in (x, *others)), strict=True)
 
 
