@@ -255,8 +255,8 @@ def test_wrong_models(x: Tensor) -> None:
     with pytest.raises(ModelStateError, match="head_drop is in training mode"):
         explain(model, x)
     features = timm.create_model("bcos_cnn9", features_only=True).eval()
-    with pytest.raises(TargetError, match="the model returns list"):
-        explain(features, x)
+    with pytest.raises(TargetError, match="output=9: the model returns 0, 1, 2"):
+        explain(features, x, output=9)
 
 
 class Fractions(nn.Module):

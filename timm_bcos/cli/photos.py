@@ -1,6 +1,6 @@
 """Photos and films explained one after the other: what `timm-bcos explain` does with each."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..data.photos import open_photo
 from ..errors import InputError
+from ..explaining.contrasting import contrast
 from ..explaining.explanation import Explanation
 from ..explaining.films import explain_video
 from ..explaining.forward import explain_targets
@@ -33,6 +34,7 @@ class PhotoExplainer:
         top: How many of those.
         outputs: Where the pictures go.
         html: Write a page per photo, not pictures.
+        versus: Classes that each target is explained against: the mean of their logits. None for none.
 
     Raises:
         InputError: If photos do not have the image channels that the network wants.
@@ -44,6 +46,7 @@ class PhotoExplainer:
     top: int
     outputs: Outputs
     html: bool = False
+    versus: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         channels = getattr(self.network, "in_chans", 3)
@@ -68,13 +71,41 @@ class PhotoExplainer:
 
     def _explain_photo(self, path: Path) -> str:
         x: Tensor = self.transform(open_photo(path, self.mode))[None].to(self.device)
-        targets = [list(self.targets)] if self.targets else None
-        explanation = Explanation.stack(explain_targets(self.network, x, targets, top=self.top))
-        (self._save_page if self.html else self._save_pictures)(path, explanation)
+        if self.html:
+            return self._explain_on_page(path, x)
+        explanation = self._difference(x) if self.versus else self._of_classes(x, self.targets)
+        self._save_pictures(path, explanation)
+        return self._report(path, explanation)
+
+    def _of_classes(self, x: Tensor, targets: Sequence[int]) -> Explanation:
+        table = [list(targets)] if targets else None
+        return Explanation.stack(explain_targets(self.network, x, table, top=self.top))
+
+    def _difference(self, x: Tensor) -> Explanation:
+        """Of each target and the mean of the others."""
+        against = self.versus[0] if len(self.versus) == 1 else set(self.versus)
+        return Explanation.stack([contrast(self.network, x, target, against) for target in self._asked(x)])
+
+    def _asked(self, x: Tensor) -> list[int]:
+        """The targets, or else the most probable class that is not on the other side."""
+        if self.targets:
+            return list(self.targets)
+        count = min(len(self.versus) + 1, self.network.num_classes)
+        best = [int(one.target) for one in explain_targets(self.network, x, top=count)]
+        return [unit for unit in best if unit not in self.versus][:1]
+
+    def _explain_on_page(self, path: Path, x: Tensor) -> str:
+        """The page subtracts by itself."""
+        asked = [*self._asked(x), *self.versus] if self.versus else self.targets
+        explanation = self._of_classes(x, asked)
+        page = self.outputs.claim(path.stem, ".html")
+        save_viewer(explanation, page, self.names, path.name, self.versus[0] if self.versus else None)
         return self._report(path, explanation)
 
     def _explain_film(self, path: Path) -> str:
         """A film of the explanations beside the film, for each target."""
+        if self.versus:
+            raise InputError("--versus explains photos; leave it out for films")
         lines = [str(path)]
         targets: Sequence[int | None] = self.targets or [None]
         for target in targets:
@@ -85,13 +116,19 @@ class PhotoExplainer:
         return "\n".join(lines)
 
     def _report(self, path: Path, explanation: Explanation) -> str:
+        if explanation.versus is not None or explanation.direction is not None:
+            return "\n".join([str(path), *self._differences(explanation)])
         probability = explanation.probability.gather(1, explanation.target[:, None])[:, 0]
         rows = zip(explanation.target.tolist(), probability, explanation.completeness_error, strict=True)
         lines = [f"  {self.names[c]:<32.32} probability {p:6.4f}   completeness error {e:.1e}" for c, p, e in rows]
         return "\n".join([str(path), *lines])
 
-    def _save_page(self, path: Path, explanation: Explanation) -> None:
-        save_viewer(explanation, self.outputs.claim(path.stem, ".html"), self.names, path.name)
+    def _differences(self, explanation: Explanation) -> Iterator[str]:
+        against = " + ".join(self.names[c] for c in self.versus)
+        values = (explanation.target.tolist(), explanation.logit, explanation.completeness_error)
+        for target, logit, error in zip(*values, strict=True):
+            pair = f"{self.names[target]}, not {against}"
+            yield f"  {pair:<48.48} difference of logits {logit:+7.3f}   completeness error {error:.1e}"
 
     def _save_pictures(self, path: Path, explanation: Explanation) -> None:
         explanation.save(self.outputs.claim(path.stem, ".png"), self.names)

@@ -1,9 +1,12 @@
 """The role of each module in a network: which reads the image, which gives the logits, which stay linear."""
 
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
 from timm.layers import SelectAdaptivePool2d
+from timm.models import FeatureDictNet, FeatureListNet
+from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from ..errors import InputError, UnsupportedModuleError
@@ -15,7 +18,8 @@ from .statistics import Stats, image_statistics, reads_image_itself
 
 __all__ = ["Places"]
 
-AUXILIARY = ("AuxLogits", "aux1", "aux2")  # what timm and torchvision call their auxiliary heads
+AUXILIARY = ("AuxLogits", "aux1", "aux2", "aux_classifier")  # what timm and torchvision call their auxiliary heads
+WITHOUT_CLASSIFIER = (FeatureDictNet, FeatureListNet, FeatureGetterNet)  # timm's backbones
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose2d)
 
 
@@ -66,7 +70,8 @@ class Places:
             )
             raise UnsupportedModuleError([problem])
         is_pooled_later = any(isinstance(m, nn.AdaptiveAvgPool2d) for m in children[own + 1 :])
-        if is_pooled_later and isinstance(children[own], nn.Conv2d):
+        gives_map = is_pooled_later or not hasattr(self.model, "get_classifier")
+        if gives_map and isinstance(children[own], nn.Conv2d):
             return "map"
         pools = [i for i, m in enumerate(children[:own]) if isinstance(m, SelectAdaptivePool2d)]
         if not pools or self.config.classify_positions == "never":
@@ -85,20 +90,23 @@ class Places:
 
 def _classifier_ids(model: Any) -> set[int]:
     """timm models tell; elsewhere it is the last layer. Auxiliary heads count too."""
+    if isinstance(model, WITHOUT_CLASSIFIER):
+        return set()
+    auxiliary = [child for name, child in model.named_children() if name in AUXILIARY]
     if hasattr(model, "get_classifier"):
         found = model.get_classifier()
         heads = list(found) if isinstance(found, tuple | list) else [found]
     else:
-        heads = _last_layers(model)
-    auxiliary = [m for name, child in model.named_children() if name in AUXILIARY for m in _last_layers(child)]
-    return {id(m) for m in [*heads, *auxiliary] if m is not None}
+        theirs = {id(m) for child in auxiliary for m in child.modules()}
+        heads = [*_last_layers(m for m in model.modules() if id(m) not in theirs)]
+    heads += [layer for child in auxiliary for layer in _last_layers(child.modules())]
+    return {id(m) for m in heads if m is not None}
 
 
-def _last_layers(model: nn.Module) -> list[nn.Module]:
-    """The last linear layer, or, in a network without any, the last convolution."""
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    return [*(linear or convolutions)][-1:]
+def _last_layers(modules: Iterable[nn.Module]) -> Sequence[nn.Module]:
+    """The last linear layer, or, where there is none, the last convolution."""
+    layers = [m for m in modules if isinstance(m, nn.Linear | nn.Conv2d)]
+    return ([m for m in layers if isinstance(m, nn.Linear)] or layers)[-1:]
 
 
 def _stem_names(model: nn.Module, channels: int) -> tuple[str, ...]:

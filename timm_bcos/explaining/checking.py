@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from ..dynamic.account import Account, Defect
 from ..dynamic.mode import DynamicLinearMode, active
 from ..errors import InexactWarning, InputError
+from ..nn.channels import channel_axis
 from ..nn.functional import encode_image
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
-from ..nn.modules import first_output, frozen_copy, hooked
+from ..nn.modules import first_output, frozen_copy, hooked, pick_output
 from .forward import explain
 from .inputs import check_model
 from .linearised import linear_part
@@ -59,7 +61,9 @@ class Check:
         )
 
 
-def check(model: nn.Module, x: Tensor | None = None, *, tolerance: float | None = None) -> Check:
+def check(
+    model: nn.Module, x: Tensor | None = None, *, tolerance: float | None = None, output: str | int | None = None
+) -> Check:
     """Measure whether a network's explanations sum up to its logits, and look for what they cannot hold.
 
     Measured in float64, on a private copy, wherever the device has it: the faint signal of an untrained network may
@@ -70,6 +74,7 @@ def check(model: nn.Module, x: Tensor | None = None, *, tolerance: float | None 
             in training mode): a network whose signal vanishes proves nothing.
         x: Images (N, C, H, W) in [0, 1]; None makes a random one of the model's input size.
         tolerance: None is 1e-10 for a network in float64, 1e-4 for one in float32 and 1e-2 for others.
+        output: Which of several outputs, as in `explain`. Of a map, the position with the strongest class is measured.
 
     Returns:
         The verdict; where it is not exact, with the first module, in the order of execution, that breaks it.
@@ -89,7 +94,7 @@ def check(model: nn.Module, x: Tensor | None = None, *, tolerance: float | None 
     network = frozen_copy(getattr(model, "_orig_mod", model))
     wide = stem.weight.dtype if stem.weight.device.type == "mps" else torch.float64
     network, x = network.to(wide), x.detach().to(wide)
-    verdict = _measure(network, x, stem.image_channels, tolerance)
+    verdict = _measure(network, x, stem.image_channels, tolerance, output)
     if verdict.exact:
         return verdict
     first = next((defect.module for defect in verdict.defects), None)
@@ -97,26 +102,33 @@ def check(model: nn.Module, x: Tensor | None = None, *, tolerance: float | None 
     return replace(verdict, breaks_at=broken)
 
 
-def _measure(model: nn.Module, x: Tensor, channels: int, tolerance: float) -> Check:
+def _measure(model: nn.Module, x: Tensor, channels: int, tolerance: float, output: str | int | None) -> Check:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InexactWarning)  # the verdict says it
-        explanation = explain(model, x)
-    plain, again = _logits(model, x), _logits(model, x)
+        explanation = explain(model, x, output=output)
+    logits = partial(_logits, model, output=output, position=explanation.position)
+    plain, again = logits(x), logits(x)
     signal, encoded = explanation.logit - explanation.logit_bias, encode_image(x, channels)
     return Check(
         completeness_error=explanation.completeness_error.max().item(),
         logit_shift=_distance(explanation.logits, plain),
         image_share=(explanation.contributions.sum((1, 2, 3)) / signal).min().item(),
         tolerance=tolerance,
-        rounding=_distance(_logits(model, _with_other_last_digits(encoded)), _logits(model, encoded)),
+        rounding=_distance(logits(_with_other_last_digits(encoded)), logits(encoded)),
         randomness=_distance(again, plain),
         defects=explanation.defects,
     )
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, x: Tensor) -> Tensor:
-    return first_output(model(x))  # type: ignore[no-any-return]
+def _logits(model: nn.Module, x: Tensor, output: str | int | None, position: Tensor | None) -> Tensor:
+    """(N, K) outputs, of maps at the positions (N, 2)."""
+    found: Tensor = pick_output(model(x), output, "the model")
+    if position is None:
+        return found
+    maps = found.movedim(channel_axis(model, found, model), 1)
+    maps = maps[:, :, None] if maps.ndim == 3 else maps
+    return maps[torch.arange(len(maps), device=maps.device), :, position[:, 0], position[:, 1]]
 
 
 def _distance(logits: Tensor, reference: Tensor) -> float:
@@ -148,7 +160,7 @@ def settle(model: nn.Module, x: Tensor) -> nn.Module:
             module.momentum = momentum
         heads = [m for m in model.eval().modules() if isinstance(m, BcosConvClassifier | BcosLinearClassifier)]
         if heads:
-            strength = (_logits(model, x) - heads[-1].logit_bias).abs().max().item()
+            strength = (first_output(model(x)) - heads[-1].logit_bias).abs().max().item()
             for head in heads:
                 head.temperature *= strength or 1.0
     return model

@@ -25,7 +25,7 @@ class Explanation:
 
     Attributes:
         logits: (N, K) outputs; for an inner neuron its layer's activations at the neuron's position.
-        target: (N,) the class or unit explained.
+        target: (N,) the class or unit explained; of a direction, the one that it weighs most.
         weights: (N, 2C, H, W) row `target` of W(x), a picture in the input's encoding.
         inputs: (N, 2C, H, W) the encoded images.
         bias: (N,) what is added on the way contributes: constants (logit bias, layer biases, position embeddings,
@@ -37,8 +37,11 @@ class Explanation:
         logit_bias: The classifier's fixed logit bias, which `bias` contains; 0 for inner neurons.
         layer: The explained neuron's layer, None for a logit.
         probability_kind: 'sigmoid' or 'softmax', as the network's config says.
-        position: (N, 2) its row and column (row 0 for token sequences), None for a logit.
+        position: (N, 2) its row and column (row 0 for token sequences); None for a logit, and for a region.
         versus: (N,) the class that `contrast` subtracts; weights and biases are then differences. None for one class.
+        direction: (N, K) coefficients of the outputs whose sum is explained; None for a class, or two.
+        region: (N, rows, columns) weights of the positions of the output's map, which sum to 1; `logits` are then
+            means over the region. None without one.
     """
 
     logits: Tensor
@@ -53,10 +56,14 @@ class Explanation:
     position: Tensor | None = None
     probability_kind: str = "sigmoid"
     versus: Tensor | None = None
+    direction: Tensor | None = None
+    region: Tensor | None = None
 
     @property
     def logit(self) -> Tensor:
-        """(N,) the explained outputs; with `versus`, the differences of two."""
+        """(N,) the explained outputs; with `versus`, the differences of two, with `direction`, the weighted sums."""
+        if self.direction is not None:
+            return (self.logits * self.direction).sum(1)
         logit = self.logits.gather(1, self.target[:, None])[:, 0]
         return logit if self.versus is None else logit - self.logits.gather(1, self.versus[:, None])[:, 0]
 
@@ -90,7 +97,8 @@ class Explanation:
         that explanation mode does not know."""
         total = self.contributions.double().sum((1, 2, 3)) + self.bias.double()
         error = (total - self.logit.double()).abs()
-        scale = (self.logit.double() - self.logit_bias).abs()
+        share = self.logit_bias if self.direction is None else self.logit_bias * self.direction.double().sum(1)
+        scale = (self.logit.double() - share).abs()
         return torch.where(error == 0, error, error / scale)
 
     def __len__(self) -> int:
@@ -113,9 +121,7 @@ class Explanation:
         """
         if not explanations:
             raise InputError("no explanations to stack")
-        kinds = {
-            (e.layer, e.probability_kind, e.logit_bias, e.logits.shape[1:], e.versus is not None) for e in explanations
-        }
+        kinds = {(e.layer, e.probability_kind, e.logit_bias, e.logits.shape[1:], *e._extras()) for e in explanations}
         if len(kinds) > 1:
             raise InputError(
                 f"cannot stack explanations of different outputs: {', '.join(map(str, sorted(kinds, key=str)))}"
@@ -125,6 +131,10 @@ class Explanation:
         }
         defects = tuple(dict.fromkeys(defect for e in explanations for defect in e.defects))
         return replace(explanations[0], **stacked, defects=defects)
+
+    def _extras(self) -> list[str]:
+        """What it has that others lack."""
+        return [name for name in ("versus", "direction", "position", "region") if getattr(self, name) is not None]
 
     def _tensors(self) -> dict[str, Tensor]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -139,28 +149,56 @@ class Explanation:
         """A matplotlib figure: a row per image with the image, its explanation, the contribution map, both overlaid and
         the most probable classes (or the most active units).
 
+        A difference has a second picture, of what speaks for the other side. In the contribution map, what speaks for
+        the target is red, and what speaks against it (for the other side) is blue.
+
         Args:
             class_names: Name of each class.
             top: How many classes to show.
         """
         image = self.image.detach().cpu().clamp(0, 1)
-        colours, maps = on_white(self.to_rgba()), self.contribution_map.detach().cpu()
-        pictures = (image.movedim(1, -1), colours, map_to_rgba(maps), overlay(image, maps))
+        maps = self.contribution_map.detach().cpu()
+        own = [self] if not self._is_difference() else [self, self.opposite()]
+        colours = [on_white(one.to_rgba()) for one in own]
+        pictures = (image.movedim(1, -1), *colours, map_to_rgba(maps), overlay(image, maps))
         rows = []
         for i in range(len(self)):
-            titles = ("image", self._title(i, class_names), "contributions", "overlay")
+            titles = ("image", *(one._title(i, class_names) for one in own), "contributions", "overlay")
             shown = [(title, picture[i]) for title, picture in zip(titles, pictures, strict=True)]
             rows.append(Row(shown, self._bars(i, class_names, top)))
         return draw_rows(rows)
 
-    def _title(self, index: int, class_names: Sequence[str] | None) -> str:
-        unit = int(self.target[index])
+    def _is_difference(self) -> bool:
+        return self.versus is not None or (self.direction is not None and bool((self.direction < 0).any()))
+
+    def opposite(self) -> "Explanation":
+        """The explanation of the negative: of "why b, not a", where this one is of "why a, not b".
+
+        Raises:
+            InputError: For the explanation of a class, which has no opposite.
+        """
+        negated = {name: -getattr(self, name) for name in ("weights", "bias", "constant_bias")}
         if self.versus is not None:
-            against = unit_name("class", int(self.versus[index]), class_names)
-            return f"for {unit_name('class', unit, class_names)}, not {against}"
-        if self.layer is None or self.position is None:
-            return f"for {unit_name('class', unit, class_names)}"
-        return f"{self.layer}, unit {unit} at {tuple(self.position[index].tolist())}"
+            return replace(self, **negated, target=self.versus, versus=self.target)
+        if self.direction is not None and self._is_difference():
+            return replace(self, **negated, direction=-self.direction, target=self.direction.argmin(1))
+        raise InputError("the explanation of a single output has no opposite: see timm_bcos.contrast")
+
+    def _title(self, index: int, class_names: Sequence[str] | None) -> str:
+        place = ""
+        if self.position is not None:
+            place = f" at {tuple(self.position[index].tolist())}"
+        elif self.region is not None:
+            place = " in the region"
+        if self.layer is None:
+            return self._subject(index, "class", class_names) + place
+        return f"{self.layer}, {self._subject(index, 'unit', None).removeprefix('for ')}{place}"
+
+    def _subject(self, index: int, kind: str, names: Sequence[str] | None) -> str:
+        if self.direction is not None:
+            return _of_direction(self.direction[index], kind, names)
+        own = f"for {unit_name(kind, int(self.target[index]), names)}"
+        return own if self.versus is None else f"{own}, not {unit_name(kind, int(self.versus[index]), names)}"
 
     def _bars(self, index: int, class_names: Sequence[str] | None, top: int) -> Bars:
         is_logit = self.layer is None
@@ -176,6 +214,16 @@ class Explanation:
     def save(self, path: str | PathLike[str], class_names: Sequence[str] | None = None) -> None:
         """Write `plot` to a picture file, whole or not at all; the suffix says the format."""
         save_figure(self.plot(class_names), path)
+
+
+def _of_direction(direction: Tensor, kind: str, names: Sequence[str] | None, shown: int = 2) -> str:
+    """The outputs that a direction weighs most, for and against."""
+    sides = []
+    for values in (direction, -direction):
+        count = int((values > 0).sum())
+        units = values.topk(min(count, shown)).indices.tolist()
+        sides.append(" + ".join([unit_name(kind, unit, names) for unit in units] + ["…"] * (count > shown)))
+    return ", ".join(f"{word} {side}" for word, side in zip(("for", "not"), sides, strict=True) if side)
 
 
 def unit_name(kind: str, index: int, names: Sequence[str] | None = None) -> str:

@@ -5,8 +5,9 @@ Papers: https://arxiv.org/abs/2205.10268 (section 3.2), https://arxiv.org/abs/23
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from ..dynamic.account import AmbiguousBatch
@@ -15,11 +16,10 @@ from ..errors import InexactWarning, InputError, TargetError
 from .explanation import Explanation
 from .inputs import check_images, check_model
 from .linearised import Linearised
+from .places import Position, Region, check_region
+from .targets import Asked, Targets, check_table, check_target, of_images
 
-__all__ = ["Targets", "check_targets", "explain", "explain_targets"]
-
-Targets = int | Sequence[int] | Tensor | None
-Position = int | tuple[int, int] | None
+__all__ = ["check_place", "explain", "explain_readout", "explain_targets"]
 
 
 def explain(
@@ -28,7 +28,9 @@ def explain(
     target: Targets = None,
     *,
     layer: str | None = None,
+    output: str | int | None = None,
     position: Position = None,
+    region: Region = None,
     chunk: int | None = None,
 ) -> Explanation:
     """Explain one output per image, with one forward and one backward pass for the whole batch.
@@ -38,10 +40,16 @@ def explain(
     Args:
         model: A B-cos network in evaluation mode.
         x: Images (N, C, H, W) in [0, 1], without mean/std normalisation, or already encoded (N, 2C, H, W). Unchanged.
-        target: The class: None for the prediction, an int for all images, or N ints. With `layer`, the unit (channel);
-            None takes the one that is most active.
+        target: The class: None for the prediction, an int for all images, or N ints. A set of ints: the mean of their
+            logits. A floating-point tensor (K,) or (N, K): a direction, whose product with the K outputs is explained.
+            With `layer`, units (channels) instead of classes; None takes the one that is most active.
         layer: Path of an inner module, as in `model.named_modules()`, to explain one of its neurons.
-        position: The neuron's (row, column), or index for token sequences; None takes where the unit is most active.
+        output: Which of several outputs, by key or index, if the network (or the layer) returns more than one; None
+            takes the first.
+        position: Of a layer's or an output's map, the (row, column), or the index for token sequences; None takes
+            where the target is most active.
+        region: The mean over a part of the map instead: a mask (H, W) or (N, H, W) of weights, at the size of the
+            image or of the map; or a box (left, top, right, bottom) in pixels of the image, or N boxes.
         chunk: Images per pass, which bounds the memory that a large batch takes; None takes all at once.
 
     Returns:
@@ -49,7 +57,7 @@ def explain(
 
     Raises:
         InputError: For tensors that are no images as above.
-        TargetError: For a class, layer, unit or position that does not exist.
+        TargetError: For a class, layer, output, unit, position or region that does not exist.
         ModelStateError: For a model in training mode, or one that is no B-cos network.
 
     Warns:
@@ -60,12 +68,47 @@ def explain(
         >>> explanation.completeness_error, explanation.contribution_map
     """
     check_images(x, check_model(model))
-    units = check_targets(target, len(x))
+    asked, place = check_target(target, len(x)), check_place(position, region, x)
+    return explain_readout(model, x, asked, None, place, layer=layer, output=output, chunk=chunk)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the outputs: a position, or masks (N, H, W) as `check_region` returns them."""
+
+    position: Position = None
+    masks: Tensor | None = None
+
+
+def check_place(position: Position, region: Region, x: Tensor) -> Place:
+    """Of what a user has given; one of both at most.
+
+    Raises:
+        TargetError: For a region that is none, or both.
+    """
+    if position is not None and region is not None:
+        raise TargetError("give a position or a region, not both")
+    return Place(position, check_region(region, len(x), (x.shape[2], x.shape[3])))
+
+
+def explain_readout(
+    model: nn.Module,
+    x: Tensor,
+    target: Asked,
+    versus: Asked,
+    place: Place,
+    *,
+    layer: str | None,
+    output: str | int | None,
+    chunk: int | None,
+) -> Explanation:
+    """`explain` and `contrast`, once their arguments are checked."""
 
     def ask(part: Linearised, images: slice) -> list[Explanation]:
-        return [part.explain(None if units is None else units[images], position)]
+        masks = None if place.masks is None else place.masks[images]
+        return [part.explain(of_images(target, images), of_images(versus, images), place.position, masks)]
 
-    return _explain_all(model, x, layer, ask, chunk)[0]
+    return _explain_all(model, x, partial(Linearised, layer=layer, output=output), ask, chunk, callers=3)[0]
 
 
 def explain_targets(
@@ -89,40 +132,42 @@ def explain_targets(
         T explanations, one per column of `targets`.
     """
     check_images(x, check_model(model))
-    table = None if targets is None else _check_table(targets, len(x))
+    table = None if targets is None else check_table(targets, len(x))
 
     def ask(part: Linearised, images: slice) -> list[Explanation]:
         columns = part.best_classes(top) if table is None else table[images]
         return part.explain_classes(columns)
 
-    return _explain_all(model, x, None, ask, chunk)
+    return _explain_all(model, x, partial(Linearised, layer=None), ask, chunk, callers=2)
 
 
+Run = Callable[[nn.Module, Tensor], Linearised]
 Ask = Callable[[Linearised, slice], list[Explanation]]
 
 
-def _explain_all(model: nn.Module, x: Tensor, layer: str | None, ask: Ask, chunk: int | None) -> list[Explanation]:
+def _explain_all(model: nn.Module, x: Tensor, run: Run, ask: Ask, chunk: int | None, callers: int) -> list[Explanation]:
+    """Chunk by chunk; warnings name the line that called the function `callers` above."""
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise InputError(f"chunk={chunk!r}: give the number of images per pass, at least 1, or None for all")
     size = chunk or len(x)
     with paused():
-        parts = [_explain_chunk(model, x, layer, ask, slice(i, i + size)) for i in range(0, len(x), size)]
+        parts = [_explain_chunk(model, x, run, ask, slice(i, i + size)) for i in range(0, len(x), size)]
     found = parts[0] if len(parts) == 1 else [Explanation.stack(column) for column in zip(*parts, strict=True)]
     for defect in dict.fromkeys(defect for explanation in found for defect in explanation.defects):
-        warnings.warn(f"the explanation is not exact: {defect}", InexactWarning, stacklevel=4)
+        warnings.warn(f"the explanation is not exact: {defect}", InexactWarning, stacklevel=callers + 1)
     return found
 
 
-def _explain_chunk(model: nn.Module, x: Tensor, layer: str | None, ask: Ask, images: slice) -> list[Explanation]:
+def _explain_chunk(model: nn.Module, x: Tensor, run: Run, ask: Ask, images: slice) -> list[Explanation]:
     """All at once, or image by image where a tensor's layout does not tell what is of which image."""
     try:
-        found = ask(Linearised(model, x[images], layer), images)
+        found = ask(run(model, x[images]), images)
         is_mixed = any(map(_is_mixed, found))
     except AmbiguousBatch:
         is_mixed = True
     places = range(*images.indices(len(x)))
     if is_mixed and len(places) > 1:
-        singles = [ask(Linearised(model, x[i : i + 1], layer), slice(i, i + 1)) for i in places]
+        singles = [ask(run(model, x[i : i + 1]), slice(i, i + 1)) for i in places]
         found = [Explanation.stack(column) for column in zip(*singles, strict=True)]
     return found
 
@@ -132,31 +177,3 @@ def _is_mixed(explanation: Explanation) -> bool:
     total = explanation.contributions.double().sum((1, 2, 3)) + explanation.bias.double()
     error = total - explanation.logit.double()
     return bool(explanation.completeness_error.max() > 1e-4 and error.sum().abs() < 1e-2 * error.abs().sum())
-
-
-def check_targets(target: object, images: int, name: str = "target") -> Tensor | None:
-    """(N,) classes or units; None for the strongest. Errors call the argument `name`."""
-    if target is None:
-        return None
-    units = _integers(target)
-    if units is None or units.ndim > 1 or (units.ndim == 1 and len(units) != images):
-        raise TargetError(f"{name}={target!r}: give an int, or one int for each of the {images} images")
-    return units.expand(images)
-
-
-def _check_table(targets: object, images: int) -> Tensor:
-    table = _integers(targets)
-    if table is None or table.ndim != 2 or len(table) != images:
-        shape = f"of shape {tuple(table.shape)}" if table is not None else repr(targets)
-        raise TargetError(f"targets {shape}: give {images} rows (one per image) of classes")
-    return table
-
-
-def _integers(values: object) -> Tensor | None:
-    """As a tensor of int64; None for what are no whole numbers."""
-    try:
-        tensor = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    is_whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
-    return tensor.detach().long() if is_whole else None

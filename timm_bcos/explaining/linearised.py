@@ -14,21 +14,16 @@ from ..errors import TargetError
 from ..nn.channels import channel_axis
 from ..nn.functional import encode_image
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
-from ..nn.modules import first_output, isolate
+from ..nn.modules import isolate, pick_output
 from .explanation import Explanation
 from .inputs import check_model
+from .places import Grid
+from .readout import Outputs, Readout
+from .targets import Asked
 
 __all__ = ["Linearised", "linear_part"]
 
 AT_ONCE = 64  # gradients of one image each that a backward pass computes together
-
-
-@dataclass
-class _Neurons:
-    values: Tensor  # (N,) on the graph
-    activations: Tensor  # (N, K) at the neurons' positions
-    unit: Tensor  # (N,)
-    position: Tensor | None  # (N, 2)
 
 
 class Linearised:
@@ -37,14 +32,15 @@ class Linearised:
     Args:
         model: A B-cos network in evaluation mode, as `check_model` wants it. Not changed.
         x: Images, as `check_images` wants them.
-        layer: Of the neurons to explain; None explains logits.
+        layer: Of the neurons to explain; None explains the network's outputs.
+        output: Which of several outputs, by name or number; None takes the first.
 
     Raises:
         TargetError: For a layer that does not exist, does not run once, or whose output has no units.
         AmbiguousBatch: If constants cannot be told apart by image.
     """
 
-    def __init__(self, model: nn.Module, x: Tensor, layer: str | None) -> None:
+    def __init__(self, model: nn.Module, x: Tensor, layer: str | None, output: str | int | None = None) -> None:
         self.model, self.layer = getattr(model, "_orig_mod", model), layer  # of `torch.compile`
         stem = check_model(model)
         with torch.no_grad():
@@ -57,18 +53,17 @@ class Linearised:
         with torch.enable_grad(), active(self.mode):
             whole = network(self.leaf.clone())  # in which it may write
             outputs = [whole] if layer is None else outputs
-        self.output = self._checked(outputs)
+        self.outputs = self._by_position(self._checked(outputs, output))
 
-    def _checked(self, outputs: list[object]) -> Tensor:
+    def _checked(self, outputs: list[object], name: str | int | None) -> Tensor:
         what = "the model" if self.layer is None else f"layer {self.layer!r}"
         if len(outputs) != 1:
             times = f"runs {len(outputs)} times in a forward pass: pick the module around it" if outputs else (
                 "did not run for this input"
             )  # fmt: skip
             raise TargetError(f"{what} {times}")
-        output = first_output(outputs[0])  # others are auxiliary heads
-        dims = (2,) if self.layer is None else (2, 3, 4)
-        if not isinstance(output, Tensor) or output.ndim not in dims or len(output) != len(self.leaf):
+        output = pick_output(outputs[0], name, what)
+        if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4) or len(output) != len(self.leaf):
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise TargetError(f"{what} returns {shape}; one row of units per image is needed")
         if not output.requires_grad:
@@ -78,28 +73,44 @@ class Linearised:
             )
         return self.mode.seen(output)
 
+    def _by_position(self, x: Tensor) -> Outputs:
+        size = (self.leaf.shape[2], self.leaf.shape[3])
+        what = "classes" if self.layer is None else f"units in layer {self.layer!r}"
+        is_placed = self.layer is not None or x.ndim > 2
+        if x.ndim == 2:
+            return Outputs(x[:, :, None], Grid(1, 1), what, size, is_placed)
+        module = self.model if self.layer is None else self.model.get_submodule(self.layer)
+        x = x.movedim(channel_axis(module, x, self.model), 1)
+        if x.ndim == 4:
+            grid = Grid(x.shape[2], x.shape[3])
+        else:
+            grid = Grid.of_tokens(x.shape[2], getattr(self.model, "num_prefix_tokens", 0), size)
+        return Outputs(x.flatten(2), grid, what, size, is_placed)
+
     def best_classes(self, top: int) -> Tensor:
         """(N, top) the classes with the highest logits, best first.
 
         Raises:
             TargetError: For more than there are.
         """
-        classes = self.output.shape[1]
-        if not 1 <= top <= classes:
-            raise TargetError(f"top={top}: the model has {classes} classes")
-        return self.output.detach().topk(top, dim=1).indices
+        logits = self.outputs.maps.detach().amax(2)
+        if not 1 <= top <= logits.shape[1]:
+            raise TargetError(f"top={top}: the model has {logits.shape[1]} classes")
+        return logits.topk(top, dim=1).indices
 
-    def explain(self, units: Tensor | None, position: int | tuple[int, int] | None) -> Explanation:
+    def explain(self, target: Asked, versus: Asked, position: object, masks: Tensor | None) -> Explanation:
         """One backward pass: images do not see each other, so the gradient of the sum holds each one's row of W.
 
         Args:
-            units: (N,) classes or units; None for the strongest.
-            position: Of the neurons; None for where they are most active.
+            target: As `check_target` returns it.
+            versus: What is subtracted, likewise.
+            position: Where; None for where it is strongest.
+            masks: Over what, as `check_region` returns it.
         """
         with torch.enable_grad():
-            neurons = self._neurons(units, position)
-            part = linear_part(neurons.values.sum(), self.leaf, self.account)
-        return self._explanation(neurons, part)
+            readout = self.outputs.read(target, versus, position, masks)
+            part = linear_part(readout.values.sum(), self.leaf, self.account)
+        return self._explanation(readout, part)
 
     def explain_classes(self, table: Tensor) -> list[Explanation]:
         """Explain T classes of each image, as many in one backward pass as memory allows.
@@ -108,53 +119,30 @@ class Linearised:
             table: (N, T) classes.
         """
         with torch.enable_grad():
-            neurons = [self._neurons(column, None) for column in table.T]
-            values = torch.stack([column.values.sum() for column in neurons])
+            readouts = [self.outputs.read(column, None, None, None) for column in table.T]
+            values = torch.stack([readout.values.sum() for readout in readouts])
             at_once = max(1, AT_ONCE // len(self.leaf))
             parts = [part for some in values.split(at_once) for part in linear_parts(some, self.leaf, self.account)]
-        return [self._explanation(column, part) for column, part in zip(neurons, parts, strict=True)]
+        return [self._explanation(readout, part) for readout, part in zip(readouts, parts, strict=True)]
 
-    def _explanation(self, neurons: _Neurons, part: "LinearPart") -> Explanation:
+    def _explanation(self, readout: Readout, part: "LinearPart") -> Explanation:
+        has_bias = self.layer is None and readout.versus is None
         return Explanation(
-            logits=neurons.activations,
-            target=neurons.unit,
+            logits=readout.activations,
+            target=readout.unit,
             weights=part.weights,
             inputs=self.inputs,
             bias=part.constant_bias + part.gate_bias,
             constant_bias=part.constant_bias,
             defects=part.defects,
-            logit_bias=_logit_bias(self.model) if self.layer is None else 0.0,
+            logit_bias=_logit_bias(self.model) if has_bias else 0.0,
             layer=self.layer,
-            position=neurons.position,
+            position=readout.position,
             probability_kind=_probability_kind(self.model),
+            versus=readout.versus,
+            direction=readout.direction,
+            region=readout.region,
         )
-
-    def _neurons(self, units: Tensor | None, position: int | tuple[int, int] | None) -> _Neurons:
-        """Look the neurons up: a unit and a position per image."""
-        maps, grid = self._by_position(self.output)
-        peaks = maps.detach()
-        place = None if position is None else _position_index(position, grid)
-        scores = peaks.amax(2) if place is None else peaks[:, :, place]
-        unit = scores.argmax(1) if units is None else self._check_units(units.to(maps.device), maps.shape[1])
-        rows = torch.arange(len(maps), device=maps.device)
-        at = peaks[rows, unit].argmax(1) if place is None else torch.full_like(rows, place)
-        where = torch.stack([at // grid[1], at % grid[1]], 1) if self.layer is not None else None
-        return _Neurons(maps[rows, unit, at], peaks[rows, :, at], unit, where)
-
-    def _by_position(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """(N, K, P) and the grid of the P positions."""
-        if x.ndim == 2:
-            return x[:, :, None], (1, 1)
-        axis = 1 if self.layer is None else channel_axis(self.model.get_submodule(self.layer), x, self.model)
-        x = x.movedim(axis, 1)
-        return x.flatten(2), (1, x.shape[2]) if x.ndim == 3 else (x.shape[2], x.shape[3])
-
-    def _check_units(self, units: Tensor, count: int) -> Tensor:
-        what = "classes" if self.layer is None else f"units in layer {self.layer!r}"
-        wrong = units[(units < 0) | (units >= count)]
-        if len(wrong):
-            raise TargetError(f"target={int(wrong[0])}: the model has {count} {what}, counted from 0")
-        return units
 
 
 @dataclass
@@ -252,17 +240,6 @@ def _check_layer(model: nn.Module, layer: str) -> None:
         near = difflib.get_close_matches(layer, names, n=3)
         hint = f"close names: {', '.join(near)}" if near else "see model.named_modules() for their names"
         raise TargetError(f"no layer {layer!r}; {hint}")
-
-
-def _position_index(position: int | tuple[int, int], grid: tuple[int, int]) -> int:
-    is_index = isinstance(position, int) and not isinstance(position, bool) and grid[0] == 1
-    place: object = (0, position) if is_index else position
-    if not isinstance(place, tuple | list) or len(place) != 2:
-        raise TargetError(f"position={position!r}: give (row, column); for token sequences an index will do")
-    row, column = map(int, place)
-    if not (0 <= row < grid[0] and 0 <= column < grid[1]):
-        raise TargetError(f"position={position!r}: the layer's map has {grid[0]} rows and {grid[1]} columns")
-    return row * grid[1] + column
 
 
 def _logit_bias(model: Any) -> float:

@@ -7,7 +7,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-__all__ = ["clone", "first_output", "frozen_copy", "hooked", "isolate"]
+from ..errors import TargetError
+
+__all__ = ["clone", "first_output", "frozen_copy", "hooked", "isolate", "pick_output"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Hook = Callable[[nn.Module, tuple[Any, ...], Any], None]
@@ -79,8 +81,36 @@ def _tensors_in(value: object) -> Iterator[Tensor]:
 
 
 def first_output(output: object) -> Any:
-    """What a network returns, without what only training needs: the first of a tuple."""
-    return output[0] if isinstance(output, tuple) and output else output
+    """What a network returns, without what only training needs: the first of a tuple, list or dict."""
+    parts = _parts(output)
+    return next(iter(parts.values())) if parts else output
+
+
+def pick_output(output: object, name: str | int | None, what: str) -> Any:
+    """One of several outputs.
+
+    Args:
+        output: A tensor, or a tuple, list or dict of tensors.
+        name: Key or index; None for the first.
+        what: Returned it, in words.
+
+    Raises:
+        TargetError: If there is none of that name.
+    """
+    parts = _parts(output)
+    if name is None or (not parts and name == 0):
+        return first_output(output)
+    if not parts:
+        raise TargetError(f"output={name!r}: {what} returns a single tensor")
+    if name not in parts:
+        raise TargetError(f"output={name!r}: {what} returns {', '.join(map(repr, parts))}")
+    return parts[name]
+
+
+def _parts(output: object) -> dict[str | int, object]:
+    if isinstance(output, dict):
+        return dict(output)
+    return dict(enumerate(output)) if isinstance(output, tuple | list) else {}
 
 
 @contextmanager

@@ -287,6 +287,7 @@ async function start() {
   addOptions();
   classes.forEach(addBar);
   showFacts();
+  state.against = page.against;
   by("pictures").addEventListener("keydown", onKey);
   show();
   tellHeight();

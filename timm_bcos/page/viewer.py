@@ -33,7 +33,9 @@ HEAD = 4096  # characters, in which the signature stands
 SIGNATURE = f'<meta name="generator" content="{AUTHOR}">'
 
 
-def viewer_html(explanation: Explanation, class_names: Sequence[str] | None = None, title: str = "") -> str:
+def viewer_html(
+    explanation: Explanation, class_names: Sequence[str] | None = None, title: str = "", versus: int | None = None
+) -> str:
     """A self-contained interactive page about one image.
 
     Args:
@@ -41,6 +43,7 @@ def viewer_html(explanation: Explanation, class_names: Sequence[str] | None = No
             `Explanation.stack(explain_targets(model, image, top=5))`.
         class_names: Name of each class of the network.
         title: Heading, for instance the photo's and the network's name.
+        versus: The class, of those explained, that is subtracted when the page opens; None for none.
 
     Returns:
         An HTML document. In an iframe allow scripts and downloads; it posts messages `{height}` in pixels to what
@@ -58,7 +61,7 @@ def viewer_html(explanation: Explanation, class_names: Sequence[str] | None = No
         "script": script,
         "style_hash": _hash(style),
         "script_hash": _hash(script),
-        "data": _inert_json(_data(explanation, class_names, title)),
+        "data": _inert_json(_data(explanation, class_names, title, versus)),
     }
     # one pass over the template: what is put in is never read as a template itself
     return re.sub(r"{{(\w+)}}", lambda slot: values[slot[1]], _part("viewer.html"))
@@ -69,6 +72,7 @@ def save_viewer(
     path: str | os.PathLike[str],
     class_names: Sequence[str] | None = None,
     title: str = "",
+    versus: int | None = None,
 ) -> None:
     """Write `viewer_html` to a file, whole or not at all.
 
@@ -77,8 +81,9 @@ def save_viewer(
         path: Of the file, by custom ending in .html.
         class_names: As in `viewer_html`.
         title: As in `viewer_html`.
+        versus: As in `viewer_html`.
     """
-    document = viewer_html(explanation, class_names, title)
+    document = viewer_html(explanation, class_names, title, versus)
     with atomic_path(path) as temporary:
         temporary.write_text(document, encoding="utf-8")
 
@@ -95,6 +100,8 @@ def is_own_page(path: Path) -> bool:
 def _check(explanation: Explanation) -> None:
     if explanation.layer is not None:
         raise InputError(f"the page shows classes, these are neurons of layer {explanation.layer!r}: use plot or save")
+    if explanation.direction is not None or explanation.region is not None or explanation.position is not None:
+        raise InputError("the page shows whole classes, not directions or parts of an output's map: use plot or save")
     if explanation.versus is not None:
         raise InputError("the page subtracts classes by itself: give it the explanation of each class")
     if not len(explanation):
@@ -106,10 +113,14 @@ def _check(explanation: Explanation) -> None:
         raise InputError("the explanation holds numbers that are not finite: check the network and the image")
 
 
-def _data(explanation: Explanation, class_names: Sequence[str] | None, title: str) -> dict[str, Any]:
+def _data(
+    explanation: Explanation, class_names: Sequence[str] | None, title: str, versus: int | None
+) -> dict[str, Any]:
     """What the page knows; one entry of `classes` for each class explained."""
     height, width = explanation.inputs.shape[-2:]
     classes = list(dict.fromkeys(explanation.target.tolist()))
+    if versus is not None and versus not in classes[1:]:
+        raise InputError(f"versus={versus}: the page explains the classes {classes}, of which the first is asked for")
     places = [explanation.target.tolist().index(c) for c in classes]
     known = [_class(explanation[place], class_names) for place in places]
     image = explanation.image[0].expand(3, -1, -1).movedim(0, -1)
@@ -123,6 +134,7 @@ def _data(explanation: Explanation, class_names: Sequence[str] | None, title: st
         "logitBias": explanation.logit_bias,
         "defects": list(map(str, explanation.defects)),
         "classes": known,
+        "against": None if versus is None else classes.index(versus),
     }
 
 

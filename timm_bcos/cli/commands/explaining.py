@@ -23,6 +23,10 @@ def explain(
     classes: Classes = None,
     device: Device = "cpu",
     target: Annotated[list[str] | None, typer.Option(help="Class name or index; repeat for several.")] = None,
+    versus: Annotated[
+        list[str] | None,
+        typer.Option(help="Explain the target against this class; repeat for the mean of several. Default: no class."),
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Without a target: how many of the most probable classes.")] = 3,
     out: Annotated[Path, typer.Option(help="Directory for the pictures.")] = Path("explanations"),
     html: Annotated[
@@ -41,12 +45,24 @@ def explain(
         network = NetworkChoice(model, checkpoint).load(device)
         names = class_names(network, classes)
         targets = list(dict.fromkeys(find_class(t, names, network.num_classes) for t in target or ()))
-        explainer = PhotoExplainer(network, names, targets, top, outputs, html)
+        against = list(dict.fromkeys(find_class(t, names, network.num_classes) for t in versus or ()))
+        _refuse_overlap(targets, against, names)
+        explainer = PhotoExplainer(network, names, targets, top, outputs, html, against)
         paths = _without_own(given)
         failures = _explain_all(explainer, paths)
     if failures:
         typer.echo(f"{len(failures)} of {len(paths)} photos failed: {', '.join(map(str, failures))}", err=True)
         raise typer.Exit(1)
+
+
+def _refuse_overlap(targets: Sequence[int], against: Sequence[int], names: Sequence[str]) -> None:
+    from ...errors import TargetError
+
+    both = [names[unit] for unit in targets if unit in against]
+    if both:
+        raise TargetError(f"{both[0]!r} is given as --target and as --versus: give two different classes")
+    if len(against) >= len(names):
+        raise TargetError("--versus names all classes: leave at least one out")
 
 
 def _without_own(paths: Sequence[Path]) -> list[Path]:

@@ -1,0 +1,138 @@
+"""Where in an output: at a position of its map, or over a region of the image."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import TargetError
+
+__all__ = ["Grid", "Position", "Region", "check_region", "position_index", "region_weights"]
+
+Position = int | tuple[int, int] | None
+Region = Tensor | Sequence[float] | Sequence[Sequence[float]] | None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The positions of an output.
+
+    Attributes:
+        rows: 1 for vectors and token sequences.
+        columns: Of token sequences, the tokens.
+        prefix: Tokens before the patches (class and register tokens), which are nowhere in the image.
+        patches: (rows, columns) of the patches in a token sequence; None for a map, or where they form no grid.
+    """
+
+    rows: int
+    columns: int
+    prefix: int = 0
+    patches: tuple[int, int] | None = None
+
+    @classmethod
+    def of_tokens(cls, count: int, prefix: int, size: tuple[int, int]) -> "Grid":
+        """Of a token sequence, whose patches cover an image of a size (height, width)."""
+        patches = count - prefix
+        rows = round((patches * size[0] / size[1]) ** 0.5) if patches > 0 else 0
+        fits = rows > 0 and patches % rows == 0
+        return cls(1, count, prefix, (rows, patches // rows) if fits else None)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of what lies in the image; (1, 1) where nothing does."""
+        if self.rows > 1 or self.patches is None:
+            return self.rows, self.columns if self.rows > 1 else 1
+        return self.patches
+
+    @property
+    def hidden(self) -> int:
+        """Positions before those of `shape`."""
+        return 0 if self.rows > 1 else self.prefix
+
+
+def position_index(position: object, grid: Grid) -> int:
+    """The number of a position, row by row.
+
+    Raises:
+        TargetError: For a position that does not exist, or is none.
+    """
+    is_index = isinstance(position, int) and not isinstance(position, bool) and grid.rows == 1
+    place: object = (0, position) if is_index else position
+    if not isinstance(place, tuple | list) or len(place) != 2:
+        raise TargetError(f"position={position!r}: give (row, column); for token sequences an index will do")
+    row, column = map(int, place)
+    if not (0 <= row < grid.rows and 0 <= column < grid.columns):
+        raise TargetError(f"position={position!r}: the map has {grid.rows} rows and {grid.columns} columns")
+    return row * grid.columns + column
+
+
+def check_region(region: object, images: int, size: tuple[int, int]) -> Tensor | None:
+    """(N, H, W) masks of what a user has given: a mask, or a box in pixels of the image.
+
+    Args:
+        region: (H, W) or (N, H, W), at the image's or the output's size; or (left, top, right, bottom), or N of them.
+        images: N.
+        size: Height and width of the images.
+
+    Raises:
+        TargetError: For anything else, and for regions that are empty.
+    """
+    if region is None:
+        return None
+    masks = _masks(region, images) if isinstance(region, Tensor) and region.ndim > 1 else _boxes(region, images, size)
+    empty = (masks == 0).flatten(1).all(1).nonzero()
+    if len(empty):
+        raise TargetError(f"the region of image {int(empty[0])} is empty: nothing in it could be explained")
+    return masks
+
+
+def _masks(region: Tensor, images: int) -> Tensor:
+    if region.ndim not in (2, 3) or (region.ndim == 3 and len(region) != images):
+        raise TargetError(f"a region of shape {tuple(region.shape)}: give a mask (H, W), or ({images}, H, W)")
+    masks = region.detach().float()
+    if not bool(masks.isfinite().all()) or bool((masks < 0).any()):
+        raise TargetError("a region holds numbers that are negative or not finite: give weights of at least 0")
+    return masks.expand(images, -1, -1)
+
+
+def _boxes(region: object, images: int, size: tuple[int, int]) -> Tensor:
+    try:
+        boxes = torch.as_tensor(region).double()
+    except (TypeError, ValueError, RuntimeError):
+        boxes = torch.zeros(())
+    if boxes.shape not in ((4,), (images, 4)):
+        raise TargetError(
+            f"region={region!r}: give a mask (H, W), or a box (left, top, right, bottom) in pixels of the image, or "
+            f"one for each of the {images} images"
+        )
+    left, top, right, bottom = (edge[:, None, None] for edge in boxes.expand(images, 4).unbind(1))
+    rows, columns = torch.arange(size[0])[None, :, None], torch.arange(size[1])[None, None]
+    inside = (rows >= top.floor()) & (rows < bottom.ceil()) & (columns >= left.floor()) & (columns < right.ceil())
+    return inside.float()
+
+
+def region_weights(masks: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
+    """(N, P) weights of an output's positions, which sum to 1: the mean over a region.
+
+    Args:
+        masks: (N, H, W), at the image's size or the output's.
+        grid: The P positions.
+        size: Of the images.
+
+    Raises:
+        TargetError: For masks of another size, or an output without a map.
+    """
+    shape = grid.shape
+    if shape == (1, 1):
+        raise TargetError("region: the output has no map of positions to take it from; leave it out")
+    given = (masks.shape[1], masks.shape[2])
+    if given not in (size, shape):
+        raise TargetError(
+            f"a region of {given[0]} × {given[1]}: the image has {size[0]} × {size[1]} pixels, the output {shape[0]} × "
+            f"{shape[1]} positions; give a mask of one of these sizes"
+        )
+    weights = masks if given == shape else F.adaptive_avg_pool2d(masks, shape)
+    weights = F.pad(weights.flatten(1), (grid.hidden, 0))
+    return weights / weights.sum(1, keepdim=True)
