@@ -25,6 +25,7 @@ from .explaining.forward import explain, explain_targets
 from .hub.card import Card, Evaluation
 from .hub.repository import publish, save_repository
 from .hub.space import publish_space, save_space
+from .models.zero_shot import ZeroShotClassifier, embed_texts
 from .nn.functional import encode_image
 from .nn.layers import BcosConv2d, BcosLinear
 from .nn.norms import UncentredBatchNorm2d
@@ -53,12 +54,14 @@ __all__ = [
     "TargetError",
     "UncentredBatchNorm2d",
     "UnsupportedModuleError",
+    "ZeroShotClassifier",
     "attribute",
     "bcosify",
     "check",
     "constant",
     "contrast",
     "declare",
+    "embed_texts",
     "encode_image",
     "explain",
     "explain_targets",

@@ -7,7 +7,7 @@ from functools import cache, partial, wraps
 from inspect import signature
 from typing import Any, SupportsIndex
 
-from timm.models import VisionTransformer
+from timm.models import Eva
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -20,7 +20,7 @@ from ..nn.modules import clone
 from .config import BcosConfig
 from .hooks import move_hooks
 from .plan import FOLDING, Plan, plan_conversion
-from .positions import Positions, on_grid_of
+from .positions import POSITIONED, Positions, on_grid_of
 from .rules import RULES, Rule
 
 __all__ = ["BcosModel", "bcosify"]
@@ -129,7 +129,7 @@ def _overrides(plain: Any) -> dict[str, Method]:
         forward_head=forward_head,
         set_input_size=set_input_size,
     )
-    if issubclass(plain, VisionTransformer):
+    if issubclass(plain, POSITIONED):
         methods |= _position_overrides(plain)
     return {name: wraps(getattr(plain, name))(method) for name, method in methods.items() if hasattr(plain, name)}
 
@@ -137,12 +137,13 @@ def _overrides(plain: Any) -> dict[str, Method]:
 def _position_overrides(plain: Any) -> dict[str, Method]:
     """With positions='attention' the blocks get tokens without constants, and know the grid if it varies."""
 
-    def _pos_embed(self: Any, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def _pos_embed(self: Any, x: Tensor, *args: object, **kwargs: object) -> object:
         if self.bcos_config.positions == "keep":
             return plain._pos_embed(self, x, *args, **kwargs)
         if "_is_one_pass" in self.__dict__:
             self.blocks = on_grid_of(self.blocks, x)
-        return self.pos_drop(self.positions.contents(x))
+        contents = self.pos_drop(self.positions.contents(x))
+        return (contents, plain._pos_embed(self, x)[1]) if issubclass(plain, Eva) else contents  # rotary positions
 
     def in_one_pass(method: Method) -> Method:
         def call(self: Any, *args: object, **kwargs: object) -> object:

@@ -8,20 +8,25 @@ and collects what it attends to.
 No forward pass leaves anything behind for the attention layers to find. Each computes the constants anew, from the
 network's parameters and the grid of tokens, so that forward passes of several threads, and those that gradient
 checkpointing repeats, do not see each other.
+
+Rotary positions (EVA-02, DINOv3) turn queries and keys and are added to nothing, so they stay as they are.
 """
 
 from collections.abc import Iterator
 from contextvars import ContextVar
+from types import NoneType
 
 import torch
-from timm.models import VisionTransformer
+from timm.models import Eva, VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import ModelStateError, UnsupportedModuleError
 from ..nn.layers import BcosLinear
-from ..nn.modules import clone
+from ..nn.modules import clone, first_output
 
-__all__ = ["PositionedQkv", "Positions", "attention_paths", "on_grid_of"]
+__all__ = ["POSITIONED", "PositionedQkv", "Positions", "attention_paths", "on_grid_of"]
+
+POSITIONED = (VisionTransformer, Eva)  # networks that add constants to their tokens in `_pos_embed`
 
 Grid = tuple[int, int]
 _GRID: ContextVar[Grid] = ContextVar("grid of the tokens that the running block has")
@@ -31,14 +36,15 @@ class Positions:
     """A vision transformer's additive constants, from its parameters; shared by its attention layers.
 
     Attributes:
-        embedding: The network with the same parameters, always, but of its layers with the patch embedding alone,
-            whose grid it asks for. Dropout is not among them: it acts on the tokens' contents, outside.
+        embedding: The network with the same parameters, always, but with no layers besides the patch embedding, whose
+            grid it asks for, and rotary positions. Dropout acts on the tokens' contents, outside.
     """
 
-    def __init__(self, model: VisionTransformer) -> None:
+    def __init__(self, model: VisionTransformer | Eva) -> None:
         self.embedding = clone(model)
         self.embedding.__dict__["_parameters"] = model._parameters
-        self.embedding.__dict__["_modules"] = dict(patch_embed=model.patch_embed)
+        asked = ("patch_embed", "rope")  # for the grid, and for rotary positions
+        self.embedding.__dict__["_modules"] = {name: m for name, m in model._modules.items() if name in asked}
         self.embedding.__dict__["pos_drop"] = _whole
 
     def tokens(self, like: Tensor) -> Tensor:
@@ -57,7 +63,7 @@ class Positions:
         return self._embed(patches) - self._embed(patches.new_zeros((1,) + patches.shape[1:]))
 
     def _embed(self, patches: Tensor) -> Tensor:
-        tokens: Tensor = self.embedding._pos_embed(patches)
+        tokens: Tensor = first_output(self.embedding._pos_embed(patches))  # rotary positions come second
         return tokens
 
 
@@ -118,7 +124,7 @@ def attention_paths(model: nn.Module) -> list[str]:
     Raises:
         UnsupportedModuleError: For any other network.
     """
-    if isinstance(model, VisionTransformer) and isinstance(model.patch_drop, nn.Identity):
+    if isinstance(model, POSITIONED) and isinstance(model.patch_drop, nn.Identity | NoneType):
         paths = list(_projections(model))
         if paths:
             return paths
@@ -131,5 +137,5 @@ def attention_paths(model: nn.Module) -> list[str]:
 
 def _projections(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "qkv", None), nn.Linear):
+        if isinstance(getattr(module, "qkv", None), nn.Linear) and getattr(module, "q_bias", None) is None:
             yield f"{name}.qkv"

@@ -37,8 +37,8 @@ __all__ = ["ADVICE", "PROBABILITIES", "RULES", "Place", "Rule", "is_container", 
 # Parameters that a container may own directly: explanation mode covers how they are used.
 OWNED = {
     "scales": (
-        "gamma", "gamma[0-9]", "gamma_*", "ls[0-9]", "layer_scale*", "alpha", "scale", "logit_scale", "temperature",
-        "lambda_*", "skipinit_gain", "gating_param",
+        "gamma", "gamma[0-9]", "gamma_*", "ls[0-9]", "layer_scale*", "alpha", "scale", "scale_weight", "logit_scale",
+        "temperature", "lambda_*", "skipinit_gain", "gating_param",
     ),
     "tokens": ("*_token", "*_token[0-9]", "*_token_[0-9]", "latent"),
     "positions": ("pos_emb*", "position_embedding*", "*_pos"),
