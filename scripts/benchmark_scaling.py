@@ -87,6 +87,7 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
 def plot_scaling(path: Path, figure_path: Path) -> None:
     """Log-log lines: a row per job and quantity, a column per variable, the exponents in the legend."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     rows = read_rows(path)
     panels = [(job, field) for job in TIMED for field in ("milliseconds", "mib")]
@@ -101,6 +102,11 @@ def plot_scaling(path: Path, figure_path: Path) -> None:
                 if len(x) > 1:
                     ax.loglog(x, y, marker="o", label=f"{kind}: exponent {slope(x, y):.2f}")
             ax.set(title=job, xlabel=LABELS[sweep], ylabel="ms" if field == "milliseconds" else "peak MiB")
-            ax.grid(alpha=0.3, which="both")
-            ax.legend(fontsize="small")
+            ax.set_xticks(x, [f"{value:g}" for value in x])
+            ax.minorticks_off()
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            ax.set_ylim(top=1.8 * ax.get_ylim()[1])  # room for the legend
+            ax.grid(alpha=0.3)
+            ax.legend(fontsize="small", loc="upper left")
     save_figure(figure, figure_path)

@@ -98,7 +98,7 @@ TABLES: dict[str, Table] = {
             only=dict(what=what),
             page=SPEED,
         )
-        for what in ("training step", "inference", "explanation")
+        for what in ("training step", "inference", "explanation", "16 classes")
     },
     "memory": Table(
         "speed",

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..dynamic.account import Defect
 from ..errors import InputError
 from .figures import Bars, Row, draw_rows, save_figure
-from .pictures import map_to_rgba, on_white, overlay, weights_to_rgba
+from .pictures import faded, map_to_rgba, on_white, overlay, weights_to_rgba
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -149,8 +149,8 @@ class Explanation:
         """A matplotlib figure: a row per image with the image, its explanation, the contribution map, both overlaid and
         the most probable classes (or the most active units).
 
-        A difference has a second picture, of what speaks for the other side. In the contribution map, what speaks for
-        the target is red, and what speaks against it (for the other side) is blue.
+        Outside a region the image is pale. A difference has a second picture, of what speaks for the other side. In the
+        contribution map, what speaks for the target is red, and what speaks against it (for the other side) is blue.
 
         Args:
             class_names: Name of each class.
@@ -160,12 +160,13 @@ class Explanation:
         maps = self.contribution_map.detach().cpu()
         own = [self] if not self._is_difference() else [self, self.opposite()]
         colours = [on_white(one.to_rgba()) for one in own]
-        pictures = (image.movedim(1, -1), *colours, map_to_rgba(maps), overlay(image, maps))
+        shown = image if self.region is None else faded(image, self.region.cpu() > 0)
+        pictures = (shown.movedim(1, -1), *colours, map_to_rgba(maps), overlay(image, maps))
         rows = []
         for i in range(len(self)):
             titles = ("image", *(one._title(i, class_names) for one in own), "contributions", "overlay")
-            shown = [(title, picture[i]) for title, picture in zip(titles, pictures, strict=True)]
-            rows.append(Row(shown, self._bars(i, class_names, top)))
+            row = [(title, picture[i]) for title, picture in zip(titles, pictures, strict=True)]
+            rows.append(Row(row, self._bars(i, class_names, top)))
         return draw_rows(rows)
 
     def _is_difference(self) -> bool:
@@ -208,7 +209,7 @@ class Explanation:
         names = [unit_name("class", unit, class_names) if is_logit else unit_name("unit", unit) for unit in units]
         target = int(self.target[index])
         title = f"probability ({self.probability_kind})" if is_logit else "activation"
-        marked = units.index(target) if target in units else None
+        marked = units.index(target) if target in units and self.direction is None else None
         return Bars(title, names, best.values.tolist(), marked, 1.0 if is_logit else None)
 
     def save(self, path: str | PathLike[str], class_names: Sequence[str] | None = None) -> None:

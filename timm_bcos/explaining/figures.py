@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -58,7 +59,7 @@ def draw_rows(rows: Sequence[Row]) -> "Figure":
     for row, axes in zip(rows, grid, strict=True):
         for ax, (title, picture) in zip(axes, row.pictures, strict=False):
             ax.imshow(picture.detach().cpu().float().numpy(), cmap="gray", vmin=0, vmax=1)
-            ax.set_title(_drawable(title), fontsize=10, parse_math=False)  # names are no formulas
+            ax.set_title(fill(_drawable(title), 40), fontsize=10, parse_math=False)  # names are no formulas
             ax.axis("off")
         _draw_bars(axes[-1], row.bars)
     return figure

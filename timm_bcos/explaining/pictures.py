@@ -82,6 +82,12 @@ def overlay(image: Tensor, contribution_map: Tensor, opacity: float = 0.9) -> Te
     return grey * (1 - strength) + colours * strength
 
 
+def faded(image: Tensor, region: Tensor, opacity: float = 0.35) -> Tensor:
+    """Images (N, C, H, W) in [0, 1] that are pale outside a region (N, rows, columns) of booleans."""
+    inside = F.interpolate(region[:, None].to(image.dtype), image.shape[-2:], mode="nearest")
+    return 1 - (1 - image) * (opacity + (1 - opacity) * inside)
+
+
 def save_image(picture: Tensor, path: str | os.PathLike[str]) -> None:
     """Write one picture (H, W, 3 or 4) in [0, 1], whole or not at all; a PNG names this package as its maker."""
     from PIL import Image
