@@ -1,4 +1,5 @@
 import io
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,27 @@ def test_named_targets(weights: Path, photo: Path, tmp_path: Path) -> None:
     code, text = run(*arguments, "--target", "forg")
     assert code == 2
     assert "no class is called 'forg': frog" in text
+
+
+def test_one_class_against_others(weights: Path, photo: Path, tmp_path: Path) -> None:
+    """A class, the mean of two, and without a target the predicted class; a page that opens with the difference."""
+    arguments = (photo, "--model", "bcos_cnn9", "--checkpoint", weights, "--out", tmp_path / "out")
+    code, text = run(*arguments, "--target", 3, "--target", 4, "--versus", 5)
+    assert code == 0, text
+    for unit in (3, 4):
+        assert re.search(rf"class {unit}, not class 5 +difference of logits +[+-][\d.]+ +completeness error", text)
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == ["coffee.png", "coffee_class-3.png", "coffee_class-4.png"]
+    code, text = run(*arguments, "--versus", 5, "--versus", 6)
+    assert code == 0 and len(re.findall(r"class \d, not class 5 \+ class 6 +difference", text)) == 1, text
+    code, text = run(*arguments, "--target", 3, "--versus", 5, "--html")
+    assert code == 0 and text.count("probability") == 2, text
+    page = (tmp_path / "out" / "coffee.html").read_text()
+    assert re.findall(r'"index": (\d+)', page) == ["3", "5"] and '"against": 1' in page
+    code, text = run(*arguments, "--target", 5, "--versus", 5)
+    assert (code, text) == (2, "'class 5' is given as --target and as --versus: give two different classes")
+    code, text = run(*arguments, *(part for unit in range(10) for part in ("--versus", unit)))
+    assert (code, text) == (2, "--versus names all classes: leave at least one out")
 
 
 def test_directory_with_a_broken_photo(weights: Path, tmp_path: Path) -> None:

@@ -108,6 +108,17 @@ def test_a_class_asked_twice_is_shown_once() -> None:
     assert [c["index"] for c in data["classes"]] == one.target.tolist()
 
 
+def test_a_difference_to_open_with() -> None:
+    one = small(classes=3)
+    first, second, third = one.target.tolist()
+    assert data_of(viewer_html(one))["against"] is None
+    assert data_of(viewer_html(one, versus=third))["against"] == 2
+    for wrong in (first, 10):
+        text = f"versus={wrong}: the page explains the classes [{first}, {second}"
+        with pytest.raises(InputError, match=re.escape(text)):
+            viewer_html(one, versus=wrong)
+
+
 def test_what_the_page_cannot_show() -> None:
     x = real_image(32, 2)
     model = enliven(timm.create_model("bcos_cnn9"), x)
@@ -118,6 +129,7 @@ def test_what_the_page_cannot_show() -> None:
         "the page shows one image": explain(model, x),
         "neurons of layer": explain(model, x[:1], layer=layer),
         "subtracts classes by itself": contrast(model, x[:1], 0, 1),
+        "not directions or parts of an output's map": explain(model, x[:1], {0, 1}),
         "numbers that are not finite": infinite,
     }
     for text, explanation in wrong.items():
@@ -316,6 +328,9 @@ def test_why_one_and_not_another(
         assert parts == pytest.approx(account["logit"][i], abs=3e-4)
     viewer.page.select_option("#against", "")
     assert viewer.page.locator("figure").count() == 4
+    save_viewer(explanation, hat.with_name("difference.html"), NAMES, versus=b)
+    viewer.open(hat.with_name("difference.html"))
+    assert viewer.page.locator("figcaption .title").all_inner_texts()[3] == "Difference"
 
 
 @needs_browser
