@@ -14,7 +14,7 @@ from ..errors import TargetError
 from ..nn.channels import channel_axis
 from ..nn.functional import encode_image
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
-from ..nn.modules import isolate, pick_output
+from ..nn.modules import first_output, isolate, pick_output
 from .explanation import Explanation
 from .inputs import check_model
 from .places import Grid
@@ -52,8 +52,15 @@ class Linearised:
         self.mode = DynamicLinearMode(self.leaf, self.account)
         with torch.enable_grad(), active(self.mode):
             whole = network(self.leaf.clone())  # in which it may write
-            outputs = [whole] if layer is None else outputs
-        self.outputs = self._by_position(self._checked(outputs, output))
+        self._whole = whole
+        self.tensor = self._checked([whole] if layer is None else outputs, output)
+        self.outputs = self._outputs_of(self.tensor, layer)
+
+    @property
+    def final(self) -> Outputs:
+        """What the network returns, whatever the layer is."""
+        output = first_output(self._whole)
+        return self._outputs_of(output, None)
 
     def _checked(self, outputs: list[object], name: str | int | None) -> Tensor:
         what = "the model" if self.layer is None else f"layer {self.layer!r}"
@@ -73,19 +80,27 @@ class Linearised:
             )
         return self.mode.seen(output)
 
-    def _by_position(self, x: Tensor) -> Outputs:
+    def _outputs_of(self, x: Tensor, layer: str | None) -> Outputs:
         size = (self.leaf.shape[2], self.leaf.shape[3])
-        what = "classes" if self.layer is None else f"units in layer {self.layer!r}"
-        is_placed = self.layer is not None or x.ndim > 2
+        what = "classes" if layer is None else f"units in layer {layer!r}"
+        maps = self._channels_first(x, layer)
         if x.ndim == 2:
-            return Outputs(x[:, :, None], Grid(1, 1), what, size, is_placed)
-        module = self.model if self.layer is None else self.model.get_submodule(self.layer)
-        x = x.movedim(channel_axis(module, x, self.model), 1)
-        if x.ndim == 4:
-            grid = Grid(x.shape[2], x.shape[3])
+            grid = Grid(1, 1)
+        elif x.ndim == 4:
+            grid = Grid(maps.shape[2], maps.shape[3])
         else:
-            grid = Grid.of_tokens(x.shape[2], getattr(self.model, "num_prefix_tokens", 0), size)
-        return Outputs(x.flatten(2), grid, what, size, is_placed)
+            grid = Grid.of_tokens(maps.shape[2], getattr(self.model, "num_prefix_tokens", 0), size)
+        return Outputs(maps.flatten(2), grid, what, size, layer is not None or x.ndim > 2)
+
+    def by_position(self, x: Tensor) -> Tensor:
+        """(N, C, P), of a tensor in the format of the layer's output."""
+        return self._channels_first(x, self.layer).flatten(2)
+
+    def _channels_first(self, x: Tensor, layer: str | None) -> Tensor:
+        if x.ndim == 2:
+            return x[:, :, None]
+        module = self.model if layer is None else self.model.get_submodule(layer)
+        return x.movedim(channel_axis(module, x, self.model), 1)
 
     def best_classes(self, top: int) -> Tensor:
         """(N, top) the classes with the highest logits, best first.
@@ -110,7 +125,7 @@ class Linearised:
         with torch.enable_grad():
             readout = self.outputs.read(target, versus, position, masks)
             part = linear_part(readout.values.sum(), self.leaf, self.account)
-        return self._explanation(readout, part)
+        return self.explanation(readout, part, self.layer)
 
     def explain_classes(self, table: Tensor) -> list[Explanation]:
         """Explain T classes of each image, as many in one backward pass as memory allows.
@@ -123,10 +138,18 @@ class Linearised:
             values = torch.stack([readout.values.sum() for readout in readouts])
             at_once = max(1, AT_ONCE // len(self.leaf))
             parts = [part for some in values.split(at_once) for part in linear_parts(some, self.leaf, self.account)]
-        return [self._explanation(readout, part) for readout, part in zip(readouts, parts, strict=True)]
+        found = zip(readouts, parts, strict=True)
+        return [self.explanation(readout, part, self.layer) for readout, part in found]
 
-    def _explanation(self, readout: Readout, part: "LinearPart") -> Explanation:
-        has_bias = self.layer is None and readout.versus is None
+    def explanation(self, readout: Readout, part: "LinearPart", layer: str | None) -> Explanation:
+        """Of what has been taken apart.
+
+        Args:
+            readout: The numbers.
+            part: Their weights and constants.
+            layer: Whose numbers they are; None for the network's outputs.
+        """
+        has_bias = layer is None and readout.versus is None
         return Explanation(
             logits=readout.activations,
             target=readout.unit,
@@ -136,7 +159,7 @@ class Linearised:
             constant_bias=part.constant_bias,
             defects=part.defects,
             logit_bias=_logit_bias(self.model) if has_bias else 0.0,
-            layer=self.layer,
+            layer=layer,
             position=readout.position,
             probability_kind=_probability_kind(self.model),
             versus=readout.versus,

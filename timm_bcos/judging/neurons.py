@@ -31,6 +31,7 @@ __all__ = [
     "Strongest",
     "find_strongest",
     "label_entropy",
+    "layer_maps",
     "peak_activations",
     "plot_label_counts",
     "plot_wall",
@@ -117,6 +118,21 @@ def peak_activations(subject: Subject, layer: str, x: Tensor) -> Tensor:
     Raises:
         TargetError: For a layer that does not exist, or whose output has no spatial positions.
     """
+    return layer_maps(subject, layer, x).amax(2).T.cpu()
+
+
+@torch.no_grad()
+def layer_maps(subject: Subject, layer: str, x: Tensor) -> Tensor:
+    """(N, C, P) what a layer's C units answer at its P positions.
+
+    Args:
+        subject: The network.
+        layer: Path of one of its modules.
+        x: Images (N, C, H, W) in [0, 1].
+
+    Raises:
+        TargetError: As in `peak_activations`.
+    """
     module, outputs = _find_layer(subject, layer), []
     with hooked([module], lambda module, args, output: outputs.append(first_output(output))):
         subject(subject.prepare(x))
@@ -124,7 +140,8 @@ def peak_activations(subject: Subject, layer: str, x: Tensor) -> Tensor:
         shape = tuple(outputs[0].shape) if outputs and isinstance(outputs[0], Tensor) else "nothing of the kind"
         raise TargetError(f"layer {layer!r} has no spatial positions: it returns {shape}, not (N, C, H, W)")
     axis = channel_axis(module, outputs[0], subject.model)
-    return outputs[0].movedim(axis, 1).flatten(2).amax(2).T.cpu()
+    maps: Tensor = outputs[0].movedim(axis, 1).flatten(2)
+    return maps
 
 
 def _find_layer(subject: Subject, layer: str) -> nn.Module:

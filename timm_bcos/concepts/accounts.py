@@ -1,0 +1,129 @@
+"""The account of a logit: a sum of concepts, of which each is a sum of pixels. Both steps are exact.
+
+With A the features of a layer, a B-cos network is linear in A and A in x, for each image: logit = ⟨G(x), A(x)⟩ + other,
+A(x) = W(x) · x + constants. Written in concepts, A = Σ_k d_k · u_k + rest, so that concept k adds
+⟨G, d_k · u_k⟩ = ⟨R_k, A⟩ with R_k = gate_k · (dᵀ_k G) · e_k, whose row of pixels is R_k · W(x). FaCT (NeurIPS 2025)
+does so for a sparse autoencoder in B-cos networks; here it is for any concepts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..dynamic.mode import paused
+from ..errors import InputError, TargetError
+from ..explaining.explanation import Explanation
+from ..explaining.inputs import check_images, check_model
+from ..explaining.linearised import Linearised, linear_part, linear_parts
+from ..explaining.readout import Readout
+from ..explaining.targets import Targets, check_target
+from .dictionary import Concepts
+
+__all__ = ["Account", "explain_concepts"]
+
+
+@dataclass(frozen=True, eq=False)
+class Account:
+    """What a logit of each image is made of: logit = Σ shares + rest + other.
+
+    Attributes:
+        explanation: Of the logit, by pixels.
+        concepts: The dictionary.
+        shares: (N, K) what each concept adds to the logit.
+        rest: (N,) what the features add that no concept holds.
+        other: (N,) what reaches the logit around the layer, and the constants behind it.
+        strengths: (N, K, P) how strongly each concept is there at the layer's P positions.
+        strongest: (N, T) concepts whose pixels are explained, by the size of their share, largest first.
+        pixels: T explanations: of the share of each image's strongest concept, of the second, and so on.
+    """
+
+    explanation: Explanation
+    concepts: Concepts
+    shares: Tensor
+    rest: Tensor
+    other: Tensor
+    strengths: Tensor
+    strongest: Tensor
+    pixels: list[Explanation]
+
+    @property
+    def completeness_error(self) -> Tensor:
+        """(N,) |Σ shares + rest + other - logit| / |logit - logit bias|: rounding only."""
+        total = self.shares.double().sum(1) + self.rest.double() + self.other.double()
+        logit = self.explanation.logit.double()
+        error = (total - logit).abs()
+        return torch.where(error == 0, error, error / (logit - self.explanation.logit_bias).abs())
+
+
+def explain_concepts(
+    model: nn.Module, x: Tensor, concepts: Concepts, target: Targets = None, *, top: int = 3
+) -> Account:
+    """Explain one logit per image by a layer's concepts, and the strongest of these by pixels.
+
+    Args:
+        model: A B-cos network in evaluation mode.
+        x: Images, as in `explain`.
+        concepts: Of one of its layers.
+        target: The class, as in `explain`.
+        top: T, how many concepts to explain by pixels; 0 for none, which saves the way back to the pixels.
+
+    Raises:
+        InputError: For concepts of another number of channels, a negative `top`, and as in `explain`.
+        TargetError: As in `explain`; also for a layer that no logit depends on.
+        ModelStateError: As in `explain`.
+    """
+    check_images(x, check_model(model))
+    asked = check_target(target, len(x))
+    if isinstance(top, bool) or not isinstance(top, int) or top < 0:
+        raise InputError(f"top={top!r}: give the number of concepts to explain by pixels, at least 0")
+    with paused(), torch.enable_grad():
+        return _account(Linearised(model, x, concepts.layer), concepts, asked, min(top, len(concepts)))
+
+
+def _account(run: Linearised, concepts: Concepts, asked: object, top: int) -> Account:
+    features = run.outputs.maps  # (N, C, P)
+    if features.shape[1] != concepts.decoder.shape[1]:
+        raise InputError(
+            f"concepts of {concepts.decoder.shape[1]} channels: layer {concepts.layer!r} has {features.shape[1]}"
+        )
+    concepts = concepts.to(features)
+    readout = run.final.read(asked, None, None, None)  # type: ignore[arg-type]
+    slopes = _slopes(readout, run)
+    gates = concepts.gates(features.detach())
+    strengths = concepts.encode(features.detach())
+    weights = torch.einsum("kc,ncp->nkp", concepts.decoder, slopes)  # dᵀ_k G
+    shares = (weights * strengths).sum(2)
+    rest = (slopes * (features.detach() - concepts.decode(strengths))).sum((1, 2))
+    strongest = shares.abs().topk(top, dim=1).indices
+    pixels = _pixels(run, features, concepts, weights * gates, shares, strongest)
+    whole = linear_part(readout.values.sum(), run.leaf, run.account)
+    through = linear_part((slopes * features).sum(), run.leaf, run.account)
+    around = ((whole.weights - through.weights) * run.inputs).sum((1, 2, 3))
+    other = around + (whole.constant_bias + whole.gate_bias) - (through.constant_bias + through.gate_bias)
+    return Account(run.explanation(readout, whole, None), concepts, shares, rest, other, strengths, strongest, pixels)
+
+
+def _slopes(readout: Readout, run: Linearised) -> Tensor:
+    """(N, C, P) G: the gradient of the logit by the features."""
+    (slopes,) = torch.autograd.grad(readout.values.sum(), run.tensor, retain_graph=True, allow_unused=True)
+    if slopes is None:
+        raise TargetError(f"no output depends on layer {run.layer!r}: pick another")
+    return run.by_position(slopes).detach()
+
+
+def _pixels(
+    run: Linearised, features: Tensor, concepts: Concepts, weights: Tensor, shares: Tensor, strongest: Tensor
+) -> list[Explanation]:
+    """Explanations of ⟨R_k, A⟩, with all concepts' shares as its units."""
+    rows = torch.arange(len(features), device=features.device)
+    values = []
+    for column in strongest.T:
+        scores = torch.einsum("nc,ncp->np", concepts.encoder[column], features)
+        values.append((weights[rows, column] * scores).sum())
+    if not values:
+        return []
+    parts = linear_parts(torch.stack(values), run.leaf, run.account)
+    readouts = [Readout(shares[rows, column], shares, column) for column in strongest.T]
+    name = f"concepts of {concepts.layer}"
+    return [run.explanation(readout, part, name) for readout, part in zip(readouts, parts, strict=True)]

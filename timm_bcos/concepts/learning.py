@@ -1,0 +1,142 @@
+"""Finding a layer's concepts in a data set: by NMF, by clusters, or by a sparse autoencoder."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..attribution.registry import Subject, check_counts
+from ..data.datasets import LabelledImages, image_batches
+from ..errors import InputError
+from ..judging.neurons import layer_maps
+from .dictionary import Concepts
+
+__all__ = ["METHODS", "collect_features", "learn_concepts"]
+
+
+def learn_concepts(
+    model: nn.Module,
+    dataset: LabelledImages,
+    layer: str,
+    count: int = 16,
+    method: str = "nmf",
+    *,
+    vectors: int = 20_000,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+) -> Concepts:
+    """Find concepts among the feature vectors of a layer.
+
+    Args:
+        model: A B-cos network in evaluation mode.
+        dataset: As `timm.data.create_dataset` makes it.
+        layer: Path of a layer whose output is a map, or tokens.
+        count: K; for 'channels' all are taken.
+        method: 'nmf' (non-negative factors of the features' positive and negative parts), 'kmeans' (cosine clusters),
+            'sae' (a sparse autoencoder without biases: of each vector, the K / 8 strongest concepts), or 'channels'.
+        vectors: How many feature vectors to learn from, drawn at random.
+        batch_size: Images at a time.
+        seed: Of all that is random.
+        progress: Show a bar.
+
+    Raises:
+        InputError: For an unknown method, more concepts than vectors, or without scikit-learn (extra `concepts`).
+        TargetError: For a layer that does not exist, or has no positions.
+    """
+    check_counts(count=count, vectors=vectors, batch_size=batch_size)
+    if method not in METHODS:
+        raise InputError(f"method={method!r}: one of {', '.join(METHODS)}")
+    features = collect_features(model, dataset, layer, vectors, batch_size=batch_size, seed=seed, progress=progress)
+    if method != "channels" and count > len(features):
+        raise InputError(f"{count} concepts from {len(features)} feature vectors: give more images, or fewer concepts")
+    return METHODS[method](layer, features, count, seed)
+
+
+def collect_features(
+    model: nn.Module,
+    dataset: LabelledImages,
+    layer: str,
+    vectors: int,
+    *,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+) -> Tensor:
+    """(M, C) feature vectors at random positions of random images, at most `vectors`."""
+    if len(dataset) == 0:
+        raise InputError("the data set has no images")
+    generator, subject = torch.Generator().manual_seed(seed), Subject(model)
+    order = torch.randperm(len(dataset), generator=generator).tolist()
+    each = max(1, -(-vectors // len(order)))
+    found: list[Tensor] = []
+    for _, images, _ in tqdm(
+        image_batches(model, dataset, order, batch_size), layer, -(-len(order) // batch_size), disable=not progress
+    ):
+        maps = layer_maps(subject, layer, images)
+        for one in maps:
+            picked = torch.randperm(one.shape[1], generator=generator)[:each]
+            found.append(one[:, picked.to(one.device)].T.cpu())
+        if sum(map(len, found)) >= vectors:
+            break
+    return torch.cat(found)[:vectors]
+
+
+def _nmf(layer: str, features: Tensor, count: int, seed: int) -> Concepts:
+    """Of positive and negative parts side by side, since B-cos features have signs; a concept is their difference."""
+    from sklearn.decomposition import NMF
+
+    parts = torch.cat([features.clamp_min(0), (-features).clamp_min(0)], 1)
+    factors = NMF(count, init="nndsvda", random_state=seed, max_iter=400, tol=1e-3).fit(parts.double().numpy())
+    positive, negative = torch.from_numpy(factors.components_).to(features).chunk(2, dim=1)
+    directions = positive - negative
+    return Concepts.from_matrix(layer, F.normalize(directions[directions.norm(dim=1) > 0], dim=1), "nmf")
+
+
+def _kmeans(layer: str, features: Tensor, count: int, seed: int) -> Concepts:
+    from sklearn.cluster import MiniBatchKMeans
+
+    unit = F.normalize(features[features.norm(dim=1) > 0], dim=1)
+    clusters = MiniBatchKMeans(min(count, len(unit)), random_state=seed, n_init=3).fit(unit.double().numpy())
+    centres = F.normalize(torch.from_numpy(clusters.cluster_centers_).to(features), dim=1)
+    return Concepts(layer, centres, centres.clone(), "nearest", method="kmeans")
+
+
+def _sae(layer: str, features: Tensor, count: int, seed: int, steps: int = 1000, batch: int = 1024) -> Concepts:
+    """Reconstruct features from the strongest concepts of each; the decoder's rows have length 1."""
+    generator = torch.Generator().manual_seed(seed)
+    start = F.normalize(features[torch.randperm(len(features), generator=generator)[:count]].float(), dim=1)
+    decoder, encoder = (nn.Parameter(start.clone()) for _ in range(2))
+    active, optimizer = max(1, count // 8), torch.optim.Adam([decoder, encoder], 3e-3)
+    scale = features.float().norm(dim=1).mean()
+    for _ in tqdm(range(steps), "sparse autoencoder", leave=False, disable=None):
+        picked = torch.randint(len(features), (batch,), generator=generator)
+        x = (features[picked].float() / scale).T[None]
+        concepts = Concepts(layer, F.normalize(decoder, dim=1), encoder, "top", active)
+        loss = (concepts.decode(concepts.encode(x)) - x).square().sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    rows = F.normalize(decoder.detach(), dim=1).to(features)
+    return Concepts(layer, rows, encoder.detach().to(features), "top", active, "sae")
+
+
+def _channels(layer: str, features: Tensor, count: int, seed: int) -> Concepts:
+    return Concepts.of_channels(layer, features.shape[1])
+
+
+def _needing_sklearn(method: Callable[..., Concepts]) -> Callable[..., Concepts]:
+    def learn(*args: object) -> Concepts:
+        try:
+            return method(*args)
+        except ImportError as error:
+            raise InputError("NMF and clusters need scikit-learn: pip install 'timm_bcos[concepts]'") from error
+
+    return learn
+
+
+METHODS: dict[str, Callable[..., Concepts]] = dict(
+    nmf=_needing_sklearn(_nmf), kmeans=_needing_sklearn(_kmeans), sae=_sae, channels=_channels
+)
