@@ -77,7 +77,8 @@ def test_interrupted_while_it_starts(delay: float, tmp_path: Path) -> None:
     time.sleep(delay)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
-    assert (process.returncode, errors) == (130, "timm-bcos: stopped by SIGINT\n")
+    before_any_line = delay < 0.5 and (process.returncode, errors) == (-signal.SIGINT, "")  # while Python itself starts
+    assert before_any_line or (process.returncode, errors) == (130, "timm-bcos: stopped by SIGINT\n")
 
 
 def test_models(capsys: pytest.CaptureFixture[str]) -> None:

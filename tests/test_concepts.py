@@ -9,12 +9,15 @@ import timm
 import torch
 from conftest import PHOTOS, enliven, normalised, real_image
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from timm_bcos import BcosConfig, Explanation, InputError, TargetError, bcosify, explain, explanation_mode
+from timm_bcos.cli.app import app
 from timm_bcos.concepts.accounts import explain_concepts
 from timm_bcos.concepts.dictionary import Concepts
+from timm_bcos.concepts.figures import class_shares
 from timm_bcos.concepts.learning import learn_concepts
-from timm_bcos.data.datasets import load_dataset
+from timm_bcos.data.datasets import image_loader, load_dataset
 
 SIZE = 64
 LAYERS = {"test_resnet": "layer2", "test_vit": "blocks.1", "test_convnext": "stages.1"}
@@ -213,3 +216,39 @@ def test_without_scikit_learn(photos: Path, monkeypatch: pytest.MonkeyPatch) -> 
         learn_concepts(model, dataset, "blocks.4", 2, "magic", progress=False)
     with pytest.raises(InputError, match="60 concepts from 8 feature vectors"):
         learn_concepts(model, dataset, "blocks.4", 60, vectors=8, progress=False)
+
+
+def test_shares_of_classes(photos: Path) -> None:
+    """The mean over a class's images of each image's account, towards its own class."""
+    model = timm.create_model("bcos_efficientnet_lite0", pretrained=True).eval()
+    dataset = load_dataset(str(photos), 2)
+    concepts = Concepts.from_matrix("blocks.4", torch.randn(3, 112))
+    found = class_shares(model, dataset, concepts, 10, batch_size=3, progress=False)
+    assert found.shape == (10, 5) and found[2:].isnan().all()
+    for label in (0, 1):
+        logits = []
+        for i in range(len(dataset)):
+            image, own = image_loader(model, dataset)(i)
+            if own == label:
+                logits.append(model(image[None])[0, label].item())
+        assert len(logits) == 2
+        assert float(found[label].sum()) == pytest.approx(sum(logits) / 2, rel=1e-4)
+
+
+def test_from_the_command_line(photos: Path, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(["lower", "upper", *map(str, range(8))]))
+    class_map = tmp_path / "map.txt"
+    class_map.write_text(names.read_text())
+    arguments = [
+        "concepts", PHOTOS / "coffee.jpg", "--layer", "blocks.4", "--data-dir", photos, "--class-map", class_map,
+        "--classes", names, "--count", 3, "--images", 2, "--top", 2, "--out", tmp_path / "out",
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    assert len(re.findall(r"concept \d [+-][\d.]+", result.output)) == 2
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"coffee.png", "concepts.safetensors", "shares.csv", "wall.png"}
+    header, *rows = (tmp_path / "out" / "shares.csv").read_text().splitlines()
+    assert header.startswith("concept,lower,upper") and len(rows) == 5
+    assert len(Concepts.load(tmp_path / "out" / "concepts.safetensors")) == 3

@@ -217,7 +217,7 @@ def attribute(
     batches = list(zip(x.split(sizes), classes.split(sizes), strict=True))
     maps = []
     with torch.enable_grad():
-        for images, wanted in tqdm(batches, chosen.name, disable=not progress):
+        for images, wanted in tqdm(batches, chosen.name, disable=None if progress else True):
             subject.generator.manual_seed(seed)
             maps.append(chosen.function(subject, images, wanted, **options).detach())
     return torch.cat(maps)

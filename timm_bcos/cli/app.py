@@ -12,6 +12,7 @@ import typer
 
 from .. import __version__
 from .commands.checking import check
+from .commands.concepts import concepts
 from .commands.converting import convert
 from .commands.evaluating import metrics, pointing_game
 from .commands.explaining import explain
@@ -51,6 +52,7 @@ COMMANDS = (
     Command(convert, "convert --model resnet50 --b 2 --out converted"),
     Command(models, "models 'bcosv2_*' --pretrained"),
     Command(neurons, "neurons --layer blocks.4 --data-dir photos --split test --out neurons"),
+    Command(concepts, "concepts photo.jpg --layer blocks.4 --data-dir photos --split test --method nmf --count 6"),
     Command(publish, "publish ORG/NAME --checkpoint model_best.pth.tar --classes photos/train --photo cat.jpg --space"),
     Command(export, "export --model bcos_cifar_resnet20 --out cifar.pt2"),
     Command(demo, "demo --model bcosv2_resnet50 --port 8080"),

@@ -72,9 +72,7 @@ def collect_features(
     order = torch.randperm(len(dataset), generator=generator).tolist()
     each = max(1, -(-vectors // len(order)))
     found: list[Tensor] = []
-    for _, images, _ in tqdm(
-        image_batches(model, dataset, order, batch_size), layer, -(-len(order) // batch_size), disable=not progress
-    ):
+    for _, images, _ in image_batches(model, dataset, order, batch_size, layer if progress else None):
         maps = layer_maps(subject, layer, images)
         for one in maps:
             picked = torch.randperm(one.shape[1], generator=generator)[:each]

@@ -9,6 +9,7 @@ import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..ahead import read_ahead
 from ..errors import InputError
@@ -49,7 +50,7 @@ def image_loader(model: nn.Module, dataset: LabelledImages) -> Callable[[int], t
 
 
 def image_batches(
-    model: nn.Module, dataset: LabelledImages, indices: Sequence[int], batch_size: int
+    model: nn.Module, dataset: LabelledImages, indices: Sequence[int], batch_size: int, bar: str | None = None
 ) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
     """Batches of a data set, loaded while the one before is in use.
 
@@ -58,13 +59,15 @@ def image_batches(
         dataset: As there.
         indices: Of the images.
         batch_size: Images at a time.
+        bar: Name of the progress bar that a terminal shows; None for no bar.
 
     Yields:
         Indices, images (N, C, H, W) in [0, 1] on the model's device, and classes (N,) on the CPU.
     """
     load, device = image_loader(model, dataset), next(model.parameters()).device
     parts = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    for some, loaded in zip(parts, read_ahead([load(i) for i in part] for part in parts), strict=True):
+    batches = zip(parts, read_ahead([load(i) for i in part] for part in parts), strict=True)
+    for some, loaded in tqdm(batches, bar, len(parts), disable=True if bar is None else None):
         images, labels = zip(*loaded, strict=True)
         yield some, torch.stack(images).to(device), torch.tensor(labels)
 

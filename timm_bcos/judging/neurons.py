@@ -5,14 +5,13 @@ Figures A5, A6 and B4 of the supplement of arXiv 2205.10268.
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..attribution.registry import Subject, check_counts
 from ..data.datasets import LabelledImages, image_batches, image_loader
@@ -70,7 +69,14 @@ class Strongest:
 
 
 def find_strongest(
-    model: nn.Module, dataset: LabelledImages, layer: str, k: int = 500, *, batch_size: int = 64, progress: bool = True
+    model: nn.Module,
+    dataset: LabelledImages,
+    layer: str,
+    k: int = 500,
+    *,
+    encode: Callable[[Tensor], Tensor] | None = None,
+    batch_size: int = 64,
+    progress: bool = True,
 ) -> Strongest:
     """One pass over a data set; memory holds k images' numbers per unit, and one batch.
 
@@ -79,6 +85,7 @@ def find_strongest(
         dataset: As `timm.data.create_dataset` makes it.
         layer: Path of a layer whose output is a map or a sequence of tokens; its type says where its channels are.
         k: Images per unit.
+        encode: What makes other units of the layer's (N, C, P), such as `Concepts.encode`; None takes them as they are.
         batch_size: Images at a time.
         progress: Show a bar.
 
@@ -93,9 +100,10 @@ def find_strongest(
     if len(dataset) == 0:
         raise InputError("the data set has no images")
     best: tuple[Tensor, ...] = ()
-    batches = image_batches(model, dataset, range(len(dataset)), batch_size)
-    for indices, images, labels in tqdm(batches, layer, -(-len(dataset) // batch_size), disable=not progress):
-        peaks = peak_activations(subject, layer, images)
+    bar = layer if progress else None
+    for indices, images, labels in image_batches(model, dataset, range(len(dataset)), batch_size, bar):
+        maps = layer_maps(subject, layer, images)
+        peaks = (maps if encode is None else encode(maps)).amax(2).T.cpu()
         new = (peaks, torch.tensor(indices).expand_as(peaks), labels.expand_as(peaks))
         both = new if not best else tuple(torch.cat(pair, 1) for pair in zip(best, new, strict=True))
         kept = both[0].topk(min(k, both[0].shape[1]), dim=1).indices
@@ -174,7 +182,14 @@ def label_entropy(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def plot_wall(
-    model: nn.Module, dataset: LabelledImages, strongest: Strongest, units: Sequence[int], images: int = 6
+    model: nn.Module,
+    dataset: LabelledImages,
+    strongest: Strongest,
+    units: Sequence[int],
+    images: int = 6,
+    *,
+    directions: Tensor | None = None,
+    noun: str = "unit",
 ) -> "Figure":
     """A matplotlib figure with two rows per unit: crops around what it answers, and their explanations.
 
@@ -184,6 +199,8 @@ def plot_wall(
         strongest: From `find_strongest`.
         units: Which to show.
         images: Crops per unit.
+        directions: (units, C) of the layer's channels where units are other than these; None for the channels.
+        noun: What the units are called.
 
     Raises:
         TargetError: For a unit that the layer does not have.
@@ -196,12 +213,12 @@ def plot_wall(
     figure = Figure(figsize=(1.6 * images, 3.3 * len(units)), layout="constrained")
     axes = figure.subplots(2 * len(units), images, squeeze=False)
     for row, unit in enumerate(units):
-        explanation = _explain_unit(model, dataset, strongest, unit, images)
+        explanation = _explain_unit(model, dataset, strongest, unit, images, directions)
         pictures = (explanation.image.movedim(1, -1), on_white(explanation.to_rgba()))
         for below, batch in enumerate(pictures):
             for ax, picture, centre in zip(axes[2 * row + below], batch, _centres(explanation), strict=False):
                 ax.imshow(_crop(picture.cpu(), centre).numpy())
-        axes[2 * row, 0].set_title(f"unit {unit}", fontsize=9, loc="left")
+        axes[2 * row, 0].set_title(f"{noun} {unit}", fontsize=9, loc="left")
     for ax in axes.flat:
         ax.axis("off")
     return figure
@@ -215,12 +232,17 @@ def _check_units(strongest: Strongest, units: Sequence[int]) -> None:
 
 
 def _explain_unit(
-    model: nn.Module, dataset: LabelledImages, strongest: Strongest, unit: int, images: int
+    model: nn.Module,
+    dataset: LabelledImages,
+    strongest: Strongest,
+    unit: int,
+    images: int,
+    directions: Tensor | None,
 ) -> Explanation:
     load = image_loader(model, dataset)
     indices = strongest.indices[unit, :images].tolist()
     x = torch.stack([load(i)[0] for i in indices]).to(next(model.parameters()).device)
-    return explain(model, x, unit, layer=strongest.layer)
+    return explain(model, x, unit if directions is None else directions[unit], layer=strongest.layer)
 
 
 def _centres(explanation: Explanation) -> list[tuple[int, int]]:

@@ -13,7 +13,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..attribution.registry import Subject, attribute, check_counts
 from ..data.datasets import LabelledImages, image_batches, image_loader
@@ -71,8 +70,8 @@ def confidences(
     """
     check_counts(batch_size=batch_size)
     subject, indices = Subject(model), range(start, len(dataset))
-    batches = image_batches(model, dataset, indices, batch_size)
-    for some, images, labels in tqdm(batches, "confidences", -(-len(indices) // batch_size), disable=not progress):
+    bar = "confidences" if progress else None
+    for some, images, labels in image_batches(model, dataset, indices, batch_size, bar):
         probability = subject.probability(images).cpu()
         count = probability.shape[1]
         wrong = labels[(labels < 0) | (labels >= count)]

@@ -1,0 +1,84 @@
+"""`timm-bcos concepts`: what a layer's features are made of, and every logit with them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..failures import quiet_libraries
+from ..inputs import DataChoice, NetworkChoice
+from ..options import Checkpoint, Classes, ClassMap, DataDir, Dataset, Device, Model, Split
+
+if TYPE_CHECKING:
+    from ...concepts.dictionary import Concepts
+
+__all__ = ["concepts"]
+
+
+def concepts(
+    layer: Annotated[str, typer.Option(help="Path of a layer whose output is a map, or tokens, as blocks.4.")],
+    data_dir: DataDir,
+    photos: Annotated[list[Path] | None, typer.Argument(help="Photos to explain by the concepts.")] = None,
+    dataset: Dataset = "",
+    split: Split = "validation",
+    class_map: ClassMap = "",
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    classes: Classes = None,
+    device: Device = "cpu",
+    method: Annotated[str, typer.Option(help="How to find concepts: nmf, kmeans, sae or channels.")] = "nmf",
+    count: Annotated[int, typer.Option(min=1, help="Of the concepts.")] = 8,
+    target: Annotated[str | None, typer.Option(help="Class of the photos' logits; default: the predicted one.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Concepts of each photo to explain by pixels.")] = 3,
+    images: Annotated[int, typer.Option(min=1, help="Per concept, on the wall.")] = 6,
+    out: Annotated[Path, typer.Option(help="Directory for everything that is written.")] = Path("concepts"),
+) -> None:
+    """Find a layer's concepts, and explain logits as sums of concepts and concepts as sums of pixels.
+
+    Writes wall.png (crops of the images that show each concept most, and their explanations), shares.csv (what each
+    concept adds to the logit of each class), concepts.safetensors, and a picture per photo.
+    """
+    from ...concepts.figures import class_shares, save_shares
+    from ...concepts.learning import learn_concepts
+    from ...explaining.figures import save_figure
+    from ...judging.neurons import find_strongest, plot_wall
+    from ...models.classes import class_names, find_class
+
+    with quiet_libraries():
+        network = NetworkChoice(model, checkpoint).load(device)
+        labelled = DataChoice(data_dir, dataset, split, class_map).load(network.num_classes)
+        names = class_names(network, classes)
+        asked = None if target is None else find_class(target, names, network.num_classes)
+        found = learn_concepts(network, labelled, layer, count, method)
+    found.save(out / "concepts.safetensors")
+    strongest = find_strongest(network, labelled, layer, images, encode=found.encode)
+    shown = strongest.most_active(count, images)
+    wall = plot_wall(network, labelled, strongest, shown, images, directions=found.encoder, noun="concept")
+    save_figure(wall, out / "wall.png")
+    save_shares(class_shares(network, labelled, found, network.num_classes), names, out / "shares.csv")
+    for path in photos or ():
+        typer.echo(_explain(path, network, found, asked, names, top, out))
+    typer.echo(f"wrote {out}")
+
+
+def _explain(
+    path: Path, network: Any, found: "Concepts", target: int | None, names: list[str], top: int, out: Path
+) -> str:
+    import timm
+
+    from ...concepts.accounts import explain_concepts
+    from ...concepts.figures import plot_account
+    from ...data.photos import open_photo
+    from ...explaining.figures import save_figure
+
+    transform: Any = timm.data.create_transform(**timm.data.resolve_model_data_config(network))
+    x = transform(open_photo(path, "RGB"))[None].to(next(network.parameters()).device)
+    account = explain_concepts(network, x, found, target, top=top)
+    save_figure(plot_account(account, names), out / f"{path.stem}.png")
+    parts = zip(account.strongest[0].tolist(), account.pixels, strict=True)
+    shares = ", ".join(f"concept {concept} {float(one.logit):+.3f}" for concept, one in parts)
+    whole = account.explanation
+    return (
+        f"{path}: {names[int(whole.target)]}, logit {float(whole.logit):.3f}, of which {shares}   "
+        f"completeness error {float(account.completeness_error):.1e}"
+    )

@@ -1,0 +1,95 @@
+"""Pictures and tables of concepts: a photo's account, and each concept's share in each class."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..data.datasets import LabelledImages, image_batches
+from ..explaining.explanation import unit_name
+from ..explaining.figures import Bars, Row, draw_rows
+from ..explaining.pictures import on_white
+from ..files import atomic_path
+from .accounts import Account, explain_concepts
+from .dictionary import Concepts
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["class_shares", "plot_account", "save_shares"]
+
+
+def plot_account(account: Account, class_names: Sequence[str] | None = None) -> "Figure":
+    """A matplotlib figure with a row per image: the logit's picture, those of its strongest concepts, all shares.
+
+    Args:
+        account: From `explain_concepts`.
+        class_names: Name of each class.
+    """
+    whole = account.explanation
+    columns = [whole, *account.pixels]
+    pictures = [whole.image.movedim(1, -1), *(on_white(one.to_rgba()) for one in columns)]
+    rows = []
+    for i in range(len(whole)):
+        name = unit_name("class", int(whole.target[i]), class_names)
+        titles = [f"concept {int(one.target[i])}: {float(one.logit[i]):+.2f}" for one in account.pixels]
+        titles = ["image", f"{name}: logit {float(whole.logit[i]):.2f}", *titles]
+        shown = [(title, picture[i]) for title, picture in zip(titles, pictures, strict=True)]
+        rows.append(Row(shown, _bars(account, i)))
+    return draw_rows(rows)
+
+
+def _bars(account: Account, image: int, most: int = 8) -> Bars:
+    shares = account.shares[image]
+    order = shares.abs().topk(min(most, len(shares))).indices.tolist()
+    values = {f"concept {concept}": float(shares[concept]) for concept in order}
+    left = len(shares) - len(order)
+    if left:
+        values[f"{left} more concepts"] = float(shares.sum() - shares[order].sum())
+    values |= {"no concept": float(account.rest[image]), "bias, other paths": float(account.other[image])}
+    return Bars("what the logit is the sum of", list(values), list(values.values()))
+
+
+def class_shares(
+    model: nn.Module,
+    dataset: LabelledImages,
+    concepts: Concepts,
+    num_classes: int,
+    *,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> Tensor:
+    """What each concept adds to the logit of the class that an image shows: the mean over each class's images.
+
+    Args:
+        model: A B-cos network in evaluation mode.
+        dataset: As `timm.data.create_dataset` makes it.
+        concepts: Of one of its layers.
+        num_classes: Of the network.
+        batch_size: Images at a time.
+        progress: Show a bar.
+
+    Returns:
+        (num_classes, K + 2): the K concepts, what no concept holds, and all else; NaN for classes
+        without images.
+    """
+    total, count = torch.zeros(num_classes, len(concepts) + 2, dtype=torch.float64), torch.zeros(num_classes)
+    bar = "shares" if progress else None
+    for _, images, labels in image_batches(model, dataset, range(len(dataset)), batch_size, bar):
+        account = explain_concepts(model, images, concepts, labels, top=0)
+        rows = torch.cat([account.shares, account.rest[:, None], account.other[:, None]], 1)
+        total.index_add_(0, labels, rows.double().cpu())
+        count += labels.bincount(minlength=num_classes)
+    return total / count[:, None]
+
+
+def save_shares(shares: Tensor, class_names: Sequence[str], path: Path) -> None:
+    """Write `class_shares` as CSV, a row per concept and a column per class."""
+    names = [*range(shares.shape[1] - 2), "no concept", "bias, other paths"]
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["concept", *class_names])
+        writer.writerows([name, *(f"{value:.4f}" for value in row)] for name, row in zip(names, shares.T, strict=True))
