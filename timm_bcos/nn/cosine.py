@@ -63,38 +63,46 @@ def constant_factor(linear: Tensor, norm: Tensor, b: float, gamma: float) -> Ten
     """`cosine_factor` as a constant, in the dtype of `linear`."""
     linear, norm = linear.detach(), norm.detach()
     inverse = gamma / norm
-    if b != 2 or not _is_plain(linear, inverse):
+    if b != 2 or not _has_parts(linear, inverse):
         return cosine_factor(linear, norm, b, gamma).to(linear.dtype)
     factor = torch.empty_like(linear)
     for part, scale, out in pieces(linear, inverse, factor):
-        torch.abs(part, out=out).mul_(scale)
+        _write(out, _abs(part, scale, out).mul_(scale))
     return factor
 
 
 def signed_square(linear: Tensor, inverse_norm: Tensor) -> Tensor:
     """|a| · a / n, the B = 2 response, from a and 1 / n."""
     # |a| / n comes first: it is a cosine, whereas |a| · a overflows float16
-    if torch.is_grad_enabled() or not _is_plain(linear, inverse_norm):
+    if torch.is_grad_enabled() or not _has_parts(linear, inverse_norm):
         return (linear.abs().to(inverse_norm.dtype) * inverse_norm * linear).to(linear.dtype)
     y = torch.empty_like(linear)
     for part, inverse, out in pieces(linear, inverse_norm, y):
-        torch.abs(part, out=out).mul_(inverse).mul_(part)
+        _write(out, _abs(part, inverse, out).mul_(inverse).mul_(part))
     return y
 
 
 def _square_in_place(linear: Tensor, inverse_norm: Tensor) -> Tensor:
-    if not _is_plain(linear, inverse_norm):
+    if not _has_parts(linear, inverse_norm):
         return linear.mul_(linear.abs().to(inverse_norm.dtype).mul_(inverse_norm))
     for part, inverse in pieces(linear, inverse_norm):
-        part.mul_(part.abs().mul_(inverse))
+        part.mul_(part.abs().to(inverse.dtype).mul_(inverse))
     return linear
 
 
-def _is_plain(linear: Tensor, inverse_norm: Tensor) -> bool:
-    """Whether buffers may be written to by parts: eager mode, one dtype, a norm for each image."""
-    if is_program(linear):
-        return False
-    return linear.dtype == inverse_norm.dtype and linear.ndim > 0 and len(linear) == len(inverse_norm) > 0
+def _has_parts(linear: Tensor, inverse_norm: Tensor) -> bool:
+    """Whether buffers may be written to by parts: eager mode, a norm for each image."""
+    return not is_program(linear) and linear.ndim > 0 and len(linear) == len(inverse_norm) > 0
+
+
+def _abs(part: Tensor, like: Tensor, out: Tensor) -> Tensor:
+    """|part| in `out`, or, for half-precision parts of wider norms, in a buffer of the norm's dtype."""
+    return torch.abs(part, out=out) if part.dtype == like.dtype else part.to(like.dtype).abs_()
+
+
+def _write(out: Tensor, result: Tensor) -> None:
+    if result is not out:
+        out.copy_(result)
 
 
 class _Saved(FunctionCtx):
@@ -115,7 +123,7 @@ class _SignedSquare(torch.autograd.Function):
     def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         linear, norm = ctx.saved_tensors
         inverse_norm = ctx.gamma / norm
-        if torch.is_grad_enabled() or not _is_plain(linear, inverse_norm):
+        if torch.is_grad_enabled() or not _has_parts(linear, inverse_norm):
             weighted = linear.abs().to(inverse_norm.dtype) * grad
             by_norm = -(weighted * linear).sum_to_size(norm.shape) * inverse_norm / norm
             return (weighted * (2 * inverse_norm)).to(linear.dtype), by_norm, None
@@ -129,12 +137,9 @@ def square_gradient(
     linear: Tensor, norm: Tensor, inverse_norm: Tensor, grad: Tensor, out: Tensor, out_norm: Tensor
 ) -> None:
     """Write the gradients of γ · |a| · a / n to `out` and `out_norm`; `inverse_norm` is γ / n."""
-    is_alike = linear.dtype == inverse_norm.dtype
-    weighted = (torch.abs(linear, out=out) if is_alike else linear.abs().to(inverse_norm.dtype)).mul_(grad)
+    weighted = _abs(linear, inverse_norm, out).mul_(grad)
     out_norm.copy_((weighted * linear).sum_to_size(norm.shape)).mul_(inverse_norm).div_(norm).neg_()
-    weighted.mul_(2 * inverse_norm)
-    if not is_alike:
-        out.copy_(weighted)
+    _write(out, weighted.mul_(2 * inverse_norm))
 
 
 class Origin(NamedTuple):
@@ -179,7 +184,7 @@ def gradients_past(y: Tensor, norm: Tensor, gamma: float, grad: Tensor, slope: T
         The gradients by a and by n.
     """
     scale = 4 * gamma / norm
-    if torch.is_grad_enabled() or not _is_plain(y, scale):
+    if torch.is_grad_enabled() or not _has_parts(y, scale):
         whole = torch.addcmul(grad, y, slope.to(y.dtype))
         squares = y.abs() * scale
         is_zero = squares == 0  # where the root has no derivative, though |a| has 0
@@ -187,7 +192,7 @@ def gradients_past(y: Tensor, norm: Tensor, gamma: float, grad: Tensor, slope: T
         return by_linear.to(y.dtype), -(y.to(norm.dtype) * whole).sum_to_size(norm.shape) / norm
     by_linear, by_norm = torch.empty_like(y), torch.empty_like(norm)
     for part, n, q, g, s, out, out_norm in pieces(y, norm, scale, grad, slope, by_linear, by_norm):
-        whole = torch.addcmul(g, part, s)
+        whole = torch.addcmul(g, part, s.to(part.dtype))
         out_norm.copy_((part * whole).sum_to_size(n.shape)).div_(n).neg_()
-        torch.abs(part, out=out).mul_(q).sqrt_().mul_(whole)
+        _write(out, _abs(part, q, out).mul_(q).sqrt_().mul_(whole))
     return by_linear, by_norm

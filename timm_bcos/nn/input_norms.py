@@ -260,10 +260,11 @@ def _vector_norm(x: Tensor) -> Tensor:
 
 def _sum_of_squares(x: Tensor, groups: int, weights: Tensor | None = None) -> Tensor:
     """Σ weight · x² over each group's channels, (N, C, H, W) to (N, G, H, W)."""
-    wide = _wide(x)
-    if weights is None and groups == 1 and wide.is_contiguous(memory_format=torch.channels_last):
-        return torch.linalg.vector_norm(wide, dim=1, keepdim=True).square_()  # in one pass, in this layout alone
-    parts = [_sum_of_groups(part * part, groups, weights) for (part,) in pieces(wide)]
+    if weights is None and groups == 1 and x.is_contiguous(memory_format=torch.channels_last):
+        # in one pass, in this layout alone
+        return torch.linalg.vector_norm(_wide(x), dim=1, keepdim=True).square_()
+    wide = (_wide(part) for (part,) in pieces(x))
+    parts = [_sum_of_groups(part * part, groups, weights) for part in wide]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
