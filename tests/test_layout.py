@@ -15,7 +15,7 @@ MODULES = {path: path.relative_to(PACKAGE.parent).with_suffix("").as_posix() for
 # from the cellar to the roof: a room imports from those before it
 ROOMS = (
     "errors", "files", "ahead", "nn", "dynamic", "explaining", "conversion", "weights", "models", "data", "attribution",
-    "judging", "hub", "page", "cli",
+    "judging", "concepts", "hub", "page", "cli",
 )  # fmt: skip
 
 

@@ -1,3 +1,3 @@
 """Concepts: directions among a layer's channels, through which every logit is a sum of concepts, and each of pixels."""
 
-__all__: list[str] = []
+import timm  # noqa: F401  (first of all: then our networks register, which import this room)
