@@ -76,6 +76,8 @@ def test_one_class_against_others(weights: Path, photo: Path, tmp_path: Path) ->
     assert code == 0 and text.count("probability") == 2, text
     page = (tmp_path / "out" / "coffee.html").read_text()
     assert re.findall(r'"index": (\d+)', page) == ["3", "5"] and '"against": 1' in page
+    code, text = run(*arguments, "--target", 3, "--versus", 5, "--shifts", 2)
+    assert code == 0 and text.count("difference of logits") == 1, text
     code, text = run(*arguments, "--target", 5, "--versus", 5)
     assert (code, text) == (2, "'class 5' is given as --target and as --versus: give two different classes")
     code, text = run(*arguments, *(part for unit in range(10) for part in ("--versus", unit)))

@@ -25,6 +25,7 @@ from .explaining.forward import explain, explain_targets
 from .hub.card import Card, Evaluation
 from .hub.repository import publish, save_repository
 from .hub.space import publish_space, save_space
+from .models.shifted import ShiftAveraged
 from .models.zero_shot import ZeroShotClassifier, embed_texts
 from .nn.functional import encode_image
 from .nn.layers import BcosConv2d, BcosLinear
@@ -51,6 +52,7 @@ __all__ = [
     "NotFineTunedWarning",
     "Place",
     "PublishError",
+    "ShiftAveraged",
     "TargetError",
     "UncentredBatchNorm2d",
     "UnsupportedModuleError",

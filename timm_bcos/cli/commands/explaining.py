@@ -27,6 +27,9 @@ def explain(
         list[str] | None,
         typer.Option(help="Explain the target against this class; repeat for the mean of several. Default: no class."),
     ] = None,
+    shifts: Annotated[
+        int, typer.Option(min=1, help="Explain the mean over shifts by up to this many pixels: smoother, slower.")
+    ] = 1,
     top: Annotated[int, typer.Option(min=1, help="Without a target: how many of the most probable classes.")] = 3,
     out: Annotated[Path, typer.Option(help="Directory for the pictures.")] = Path("explanations"),
     html: Annotated[
@@ -36,6 +39,7 @@ def explain(
     """Explain what a network sees in photos: prints the classes and writes a figure and pictures per photo."""
     from ...data.photos import find_photos
     from ...models.classes import class_names, find_class
+    from ...models.shifted import ShiftAveraged
     from ..outputs import Outputs
     from ..photos import PhotoExplainer
 
@@ -45,6 +49,7 @@ def explain(
         network = NetworkChoice(model, checkpoint).load(device)
         names = class_names(network, classes)
         targets = list(dict.fromkeys(find_class(t, names, network.num_classes) for t in target or ()))
+        network = ShiftAveraged(network, shifts).eval() if shifts > 1 else network
         against = list(dict.fromkeys(find_class(t, names, network.num_classes) for t in versus or ()))
         _refuse_overlap(targets, against, names)
         explainer = PhotoExplainer(network, names, targets, top, outputs, html, against)
