@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -46,7 +46,7 @@ def explain(
     with quiet_libraries():
         given = list(find_photos(photos))
         outputs = Outputs(out, given)
-        network = NetworkChoice(model, checkpoint).load(device)
+        network: Any = NetworkChoice(model, checkpoint).load(device)
         names = class_names(network, classes)
         targets = list(dict.fromkeys(find_class(t, names, network.num_classes) for t in target or ()))
         network = ShiftAveraged(network, shifts).eval() if shifts > 1 else network
