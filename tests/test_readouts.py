@@ -188,6 +188,33 @@ def test_feature_maps_by_number(x: Tensor) -> None:
     assert found.completeness_error.max() <= 1e-10
 
 
+class Captioned(nn.Module):
+    """Scores that a second input adds to and scales, by name."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, prior: Tensor, *, scale: float = 1.0) -> Tensor:
+        return scale * self.network(x) * prior.sigmoid().mean(1, keepdim=True) + prior
+
+
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_other_inputs_by_name(model: nn.Module, x: Tensor, chunk: int | None) -> None:
+    """Held constant: what they add is no part of the image's contributions, and each image has its own."""
+    captioned = Captioned(model).eval()
+    prior = torch.randn(2, 1000, dtype=torch.float64)
+    extra = dict(prior=prior, scale=2.0)
+    found, own = explain(captioned, x, 3, extra=extra, chunk=chunk), explain(model, x, 3)
+    torch.testing.assert_close(found.logits, captioned(x, **extra))
+    factor = 2 * prior.sigmoid().mean(1)
+    torch.testing.assert_close(found.weights, factor[:, None, None, None] * own.weights)
+    torch.testing.assert_close(found.bias, factor * own.bias + prior[:, 3])
+    assert found.completeness_error.max() <= 1e-10 and not found.defects
+    pair = contrast(captioned, x, 3, 5, extra=extra, chunk=chunk)
+    torch.testing.assert_close(pair.weights, found.weights - explain(captioned, x, 5, extra=extra).weights)
+
+
 NAN = torch.full((1000,), float("nan"))
 
 

@@ -17,7 +17,7 @@ from ..explaining.explanation import Explanation
 from ..explaining.inputs import check_images, check_model
 from ..explaining.linearised import Linearised, linear_part, linear_parts
 from ..explaining.readout import Readout
-from ..explaining.targets import Targets, check_target
+from ..explaining.targets import Asked, Targets, check_target
 from .dictionary import Concepts
 
 __all__ = ["Account", "explain_concepts"]
@@ -81,14 +81,14 @@ def explain_concepts(
         return _account(Linearised(model, x, concepts.layer), concepts, asked, min(top, len(concepts)))
 
 
-def _account(run: Linearised, concepts: Concepts, asked: object, top: int) -> Account:
+def _account(run: Linearised, concepts: Concepts, asked: Asked, top: int) -> Account:
     features = run.outputs.maps  # (N, C, P)
     if features.shape[1] != concepts.decoder.shape[1]:
         raise InputError(
             f"concepts of {concepts.decoder.shape[1]} channels: layer {concepts.layer!r} has {features.shape[1]}"
         )
     concepts = concepts.to(features)
-    readout = run.final.read(asked, None, None, None)  # type: ignore[arg-type]
+    readout = run.final.read(asked, None, None, None)
     slopes = _slopes(readout, run)
     gates = concepts.gates(features.detach())
     strengths = concepts.encode(features.detach())

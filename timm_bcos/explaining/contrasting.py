@@ -1,5 +1,7 @@
 """Why one class and not another: the difference of rows of W(x), as exact as each of them."""
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from ..errors import TargetError
@@ -22,6 +24,7 @@ def contrast(
     output: str | int | None = None,
     position: Position = None,
     region: Region = None,
+    extra: Mapping[str, object] | None = None,
     chunk: int | None = None,
 ) -> Explanation:
     """Explain the difference of two outputs of each image: "why a, not b".
@@ -39,6 +42,7 @@ def contrast(
         output: As in `explain`.
         position: As in `explain`; None takes where the difference is largest.
         region: As in `explain`.
+        extra: As in `explain`.
         chunk: As in `explain`.
 
     Returns:
@@ -60,7 +64,7 @@ def contrast(
     first, second = (_check_side(name, value, len(x)) for name, value in (("a", a), ("b", b)))
     _refuse_same(first, second)
     place = check_place(position, region, x)
-    return explain_readout(model, x, first, second, place, layer=layer, output=output, chunk=chunk)
+    return explain_readout(model, x, first, second, place, layer=layer, output=output, extra=extra, chunk=chunk)
 
 
 def _check_side(name: str, value: Targets, images: int) -> Asked:

@@ -4,9 +4,8 @@ Papers: https://arxiv.org/abs/2205.10268 (section 3.2), https://arxiv.org/abs/23
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from torch import Tensor, nn
 
@@ -31,6 +30,7 @@ def explain(
     output: str | int | None = None,
     position: Position = None,
     region: Region = None,
+    extra: Mapping[str, object] | None = None,
     chunk: int | None = None,
 ) -> Explanation:
     """Explain one output per image, with one forward and one backward pass for the whole batch.
@@ -50,6 +50,8 @@ def explain(
             where the target is most active.
         region: The mean over a part of the map instead: a mask (H, W) or (N, H, W) of weights, at the size of the
             image or of the map; or a box (left, top, right, bottom) in pixels of the image, or N boxes.
+        extra: Other arguments that the network's forward takes, by name. Tensors with N rows are taken image by image.
+            What they add is a constant of the explanation; the image alone is explained.
         chunk: Images per pass, which bounds the memory that a large batch takes; None takes all at once.
 
     Returns:
@@ -69,7 +71,7 @@ def explain(
     """
     check_images(x, check_model(model))
     asked, place = check_target(target, len(x)), check_place(position, region, x)
-    return explain_readout(model, x, asked, None, place, layer=layer, output=output, chunk=chunk)
+    return explain_readout(model, x, asked, None, place, layer=layer, output=output, extra=extra, chunk=chunk)
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def explain_readout(
     *,
     layer: str | None,
     output: str | int | None,
+    extra: Mapping[str, object] | None,
     chunk: int | None,
 ) -> Explanation:
     """`explain` and `contrast`, once their arguments are checked."""
@@ -108,7 +111,18 @@ def explain_readout(
         masks = None if place.masks is None else place.masks[images]
         return [part.explain(of_images(target, images), of_images(versus, images), place.position, masks)]
 
-    return _explain_all(model, x, partial(Linearised, layer=layer, output=output), ask, chunk, callers=3)[0]
+    def run(images: slice) -> Linearised:
+        return Linearised(model, x[images], layer, output, _of_images(extra, images, len(x)))
+
+    return _explain_all(len(x), run, ask, chunk, callers=3)[0]
+
+
+def _of_images(extra: Mapping[str, object] | None, images: slice, count: int) -> dict[str, object]:
+    """Of tensors with a row per image, the rows of some."""
+    return {
+        name: value[images] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
+        for name, value in (extra or {}).items()
+    }
 
 
 def explain_targets(
@@ -138,36 +152,36 @@ def explain_targets(
         columns = part.best_classes(top) if table is None else table[images]
         return part.explain_classes(columns)
 
-    return _explain_all(model, x, partial(Linearised, layer=None), ask, chunk, callers=2)
+    return _explain_all(len(x), lambda images: Linearised(model, x[images], None), ask, chunk, callers=2)
 
 
-Run = Callable[[nn.Module, Tensor], Linearised]
+Run = Callable[[slice], Linearised]
 Ask = Callable[[Linearised, slice], list[Explanation]]
 
 
-def _explain_all(model: nn.Module, x: Tensor, run: Run, ask: Ask, chunk: int | None, callers: int) -> list[Explanation]:
+def _explain_all(count: int, run: Run, ask: Ask, chunk: int | None, callers: int) -> list[Explanation]:
     """Chunk by chunk; warnings name the line that called the function `callers` above."""
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise InputError(f"chunk={chunk!r}: give the number of images per pass, at least 1, or None for all")
-    size = chunk or len(x)
+    size = chunk or count
     with paused():
-        parts = [_explain_chunk(model, x, run, ask, slice(i, i + size)) for i in range(0, len(x), size)]
+        parts = [_explain_chunk(run, ask, range(i, min(i + size, count))) for i in range(0, count, size)]
     found = parts[0] if len(parts) == 1 else [Explanation.stack(column) for column in zip(*parts, strict=True)]
     for defect in dict.fromkeys(defect for explanation in found for defect in explanation.defects):
         warnings.warn(f"the explanation is not exact: {defect}", InexactWarning, stacklevel=callers + 1)
     return found
 
 
-def _explain_chunk(model: nn.Module, x: Tensor, run: Run, ask: Ask, images: slice) -> list[Explanation]:
+def _explain_chunk(run: Run, ask: Ask, places: range) -> list[Explanation]:
     """All at once, or image by image where a tensor's layout does not tell what is of which image."""
+    images = slice(places.start, places.stop)
     try:
-        found = ask(run(model, x[images]), images)
+        found = ask(run(images), images)
         is_mixed = any(map(_is_mixed, found))
     except AmbiguousBatch:
         is_mixed = True
-    places = range(*images.indices(len(x)))
     if is_mixed and len(places) > 1:
-        singles = [ask(run(model, x[i : i + 1]), slice(i, i + 1)) for i in places]
+        singles = [ask(run(one), one) for one in (slice(i, i + 1) for i in places)]
         found = [Explanation.stack(column) for column in zip(*singles, strict=True)]
     return found
 

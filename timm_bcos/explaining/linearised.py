@@ -1,7 +1,7 @@
 """A network at its images: one forward pass in explanation mode, from which any number of outputs are explained."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,13 +34,21 @@ class Linearised:
         x: Images, as `check_images` wants them.
         layer: Of the neurons to explain; None explains the network's outputs.
         output: Which of several outputs, by name or number; None takes the first.
+        extra: Other arguments of the network, by name.
 
     Raises:
         TargetError: For a layer that does not exist, does not run once, or whose output has no units.
         AmbiguousBatch: If constants cannot be told apart by image.
     """
 
-    def __init__(self, model: nn.Module, x: Tensor, layer: str | None, output: str | int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        layer: str | None,
+        output: str | int | None = None,
+        extra: Mapping[str, object] | None = None,
+    ) -> None:
         self.model, self.layer = getattr(model, "_orig_mod", model), layer  # of `torch.compile`
         stem = check_model(model)
         with torch.no_grad():
@@ -51,7 +59,7 @@ class Linearised:
         self.account = Account(network, len(x), self.leaf)
         self.mode = DynamicLinearMode(self.leaf, self.account)
         with torch.enable_grad(), active(self.mode):
-            whole = network(self.leaf.clone())  # in which it may write
+            whole = network(self.leaf.clone(), **(extra or {}))  # a clone, in which it may write
         self._whole = whole
         self.tensor = self._checked([whole] if layer is None else outputs, output)
         self.outputs = self._outputs_of(self.tensor, layer)
