@@ -9,6 +9,7 @@ import pytest
 from conftest import load_script
 
 benchmark = load_script("benchmark")
+table = load_script("benchmark_table")
 cases, scaling = (sys.modules[f"benchmark_{part}"] for part in ("cases", "scaling"))
 
 
@@ -19,6 +20,13 @@ def test_ratios_are_of_the_same_round() -> None:
     assert benchmark.ratios({"plain": [2.0], "ours": [3.0]}, "ours") == (1.5, 1.5, 1.5)
     ratio, low, high = benchmark.ratios({"plain": [1.0, 1.0, 1.0], "ours": [1.0, 2.0, 4.0]}, "ours")
     assert (ratio, low, high) == (2.0, 1.5, 3.0)
+
+
+def test_rows_measured_again_replace_the_old_ones() -> None:
+    old = [["net", "8", "224", "eager", "inference", kind, "10"] for kind in ("plain", "ours, gone")]
+    other = ["net", "8", "224", "compiled", "inference", "plain", "7"]
+    new = ["net", "8", "224", "eager", "inference", "plain", "9"]
+    assert table.merged([*old, other], [new]) == [other, new]
 
 
 def test_the_exponent_of_growth() -> None:

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from conftest import PHOTOS, enliven, normalised, real_image
+from PIL import Image
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -252,3 +253,22 @@ def test_from_the_command_line(photos: Path, tmp_path: Path) -> None:
     header, *rows = (tmp_path / "out" / "shares.csv").read_text().splitlines()
     assert header.startswith("concept,lower,upper") and len(rows) == 5
     assert len(Concepts.load(tmp_path / "out" / "concepts.safetensors")) == 3
+
+
+def test_no_picture_of_the_users_is_overwritten(photos: Path, tmp_path: Path) -> None:
+    """A photo in the directory of the output that has the name of what is written."""
+    out = tmp_path / "out"
+    out.mkdir()
+    mine = out / "wall.png"
+    Image.open(PHOTOS / "coffee.jpg").save(mine)
+    before = mine.read_bytes()
+    class_map = tmp_path / "map.txt"
+    class_map.write_text("\n".join(["lower", "upper", *map(str, range(8))]))
+    arguments = [
+        "concepts", mine, "--layer", "blocks.4", "--data-dir", photos, "--class-map", class_map, "--method", "kmeans",
+        "--count", 2, "--images", 1, "--top", 1, "--out", out,
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0, result.output
+    assert mine.read_bytes() == before
+    assert {path.name for path in out.glob("*.png")} == {"wall.png", "wall_2.png", "wall_3.png"}

@@ -9,6 +9,7 @@ from conftest import enliven, normalised, real_image
 from torch import Tensor, nn
 
 from timm_bcos import BcosConfig, Explanation, InputError, TargetError, bcosify, contrast, explain
+from timm_bcos.explaining.places import Grid
 
 SIZE = 96
 
@@ -159,6 +160,15 @@ def test_regions_of_tokens(x: Tensor) -> None:
     torch.testing.assert_close(found.weights, single.weights)
     assert found.region is not None and found.region.shape == (2, patches, patches)
     assert found.completeness_error.max() <= 1e-10
+
+
+@pytest.mark.parametrize(
+    ("count", "prefix", "size", "shape"),
+    [(197, 1, (224, 224), (14, 14)), (6, 0, (64, 96), (2, 3)), (12, 0, (64, 64), (1, 1)), (197, 0, (224, 224), (1, 1))],
+)
+def test_tokens_that_form_a_grid(count: int, prefix: int, size: tuple[int, int], shape: tuple[int, int]) -> None:
+    """Only where rows and columns are in the image's proportion: a detector's boxes may have any number."""
+    assert Grid.of_tokens(count, prefix, size).shape == shape
 
 
 def test_outputs_by_name_with_regions(dense: nn.Module, x: Tensor) -> None:

@@ -207,9 +207,10 @@ def test_checkpointing_computes_the_same() -> None:
             torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("between", [[UncentredBatchNorm2d(16)], []], ids=["norm between", "layer behind layer"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_stays_close(dtype: torch.dtype) -> None:
-    block = nn.Sequential(BcosConv2d(8, 16, 3, padding=1), UncentredBatchNorm2d(16), BcosConv2d(16, 8, 1))
+def test_autocast_stays_close(dtype: torch.dtype, between: list[nn.Module]) -> None:
+    block = nn.Sequential(BcosConv2d(8, 16, 3, padding=1), *between, BcosConv2d(16, 8, 1))
     x = torch.randn(4, 8, 9, 9)
     expected = gradients(block, x)
     with torch.autocast("cpu", dtype):

@@ -69,8 +69,13 @@ class PhotoExplainer:
         """
         return self._explain_film(path) if is_film(path) else self._explain_photo(path)
 
+    def read(self, path: Path) -> Tensor:
+        """(1, C, H, W) a photo as the network wants it, on its device."""
+        x: Tensor = self.transform(open_photo(path, self.mode))
+        return x[None].to(self.device)
+
     def _explain_photo(self, path: Path) -> str:
-        x: Tensor = self.transform(open_photo(path, self.mode))[None].to(self.device)
+        x = self.read(path)
         if self.html:
             return self._explain_on_page(path, x)
         explanation = self._difference(x) if self.versus else self._of_classes(x, self.targets)

@@ -15,7 +15,7 @@ from ..dynamic.mode import paused
 from ..errors import InputError, TargetError
 from ..explaining.explanation import Explanation
 from ..explaining.inputs import check_images, check_model
-from ..explaining.linearised import Linearised, linear_part, linear_parts
+from ..explaining.linearised import Linearised, linear_parts
 from ..explaining.readout import Readout
 from ..explaining.targets import Asked, Targets, check_target
 from .dictionary import Concepts
@@ -66,7 +66,7 @@ def explain_concepts(
         x: Images, as in `explain`.
         concepts: Of one of its layers.
         target: The class, as in `explain`.
-        top: T, how many concepts to explain by pixels; 0 for none, which saves the way back to the pixels.
+        top: T, how many concepts to explain by pixels; 0 for none.
 
     Raises:
         InputError: For concepts of another number of channels, a negative `top`, and as in `explain`.
@@ -91,16 +91,23 @@ def _account(run: Linearised, concepts: Concepts, asked: Asked, top: int) -> Acc
     readout = run.final.read(asked, None, None, None)
     slopes = _slopes(readout, run)
     gates = concepts.gates(features.detach())
-    strengths = concepts.encode(features.detach())
+    strengths = gates * concepts.scores(features.detach())
     weights = torch.einsum("kc,ncp->nkp", concepts.decoder, slopes)  # dᵀ_k G
     shares = (weights * strengths).sum(2)
     rest = (slopes * (features.detach() - concepts.decode(strengths))).sum((1, 2))
     strongest = shares.abs().topk(top, dim=1).indices
-    pixels = _pixels(run, features, concepts, weights * gates, shares, strongest)
-    whole = linear_part(readout.values.sum(), run.leaf, run.account)
-    through = linear_part((slopes * features).sum(), run.leaf, run.account)
-    around = ((whole.weights - through.weights) * run.inputs).sum((1, 2, 3))
-    other = around + (whole.constant_bias + whole.gate_bias) - (through.constant_bias + through.gate_bias)
+    shown = _values(features, concepts, weights * gates, strongest)
+    through = (slopes * features).sum()
+    whole, by_features, *parts = linear_parts(
+        torch.stack([readout.values.sum(), through, *shown]), run.leaf, run.account
+    )
+    around = ((whole.weights - by_features.weights) * run.inputs).sum((1, 2, 3))
+    other = around + (whole.constant_bias + whole.gate_bias) - (by_features.constant_bias + by_features.gate_bias)
+    name, rows = f"concepts of {concepts.layer}", torch.arange(len(shares), device=shares.device)
+    pixels = [
+        run.explanation(Readout(shares[rows, column], shares, column), part, name)
+        for column, part in zip(strongest.T, parts, strict=True)
+    ]
     return Account(run.explanation(readout, whole, None), concepts, shares, rest, other, strengths, strongest, pixels)
 
 
@@ -112,18 +119,8 @@ def _slopes(readout: Readout, run: Linearised) -> Tensor:
     return run.by_position(slopes).detach()
 
 
-def _pixels(
-    run: Linearised, features: Tensor, concepts: Concepts, weights: Tensor, shares: Tensor, strongest: Tensor
-) -> list[Explanation]:
-    """Explanations of ⟨R_k, A⟩, with all concepts' shares as its units."""
+def _values(features: Tensor, concepts: Concepts, weights: Tensor, strongest: Tensor) -> list[Tensor]:
+    """⟨R_k, A⟩ of each image's strongest concept, of the second, and so on: sums over the images, on the graph."""
     rows = torch.arange(len(features), device=features.device)
-    values = []
-    for column in strongest.T:
-        scores = torch.einsum("nc,ncp->np", concepts.encoder[column], features)
-        values.append((weights[rows, column] * scores).sum())
-    if not values:
-        return []
-    parts = linear_parts(torch.stack(values), run.leaf, run.account)
-    readouts = [Readout(shares[rows, column], shares, column) for column in strongest.T]
-    name = f"concepts of {concepts.layer}"
-    return [run.explanation(readout, part, name) for readout, part in zip(readouts, parts, strict=True)]
+    scores = (torch.einsum("nc,ncp->np", concepts.encoder[column], features) for column in strongest.T)
+    return [(weights[rows, column] * found).sum() for column, found in zip(strongest.T, scores, strict=True)]

@@ -76,21 +76,25 @@ class Concepts:
         """On the device and in the dtype of a tensor."""
         return replace(self, decoder=self.decoder.to(like), encoder=self.encoder.to(like))
 
+    def scores(self, features: Tensor) -> Tensor:
+        """(N, K, P) E · a, before the gate, for features (N, C, P)."""
+        return torch.einsum("kc,ncp->nkp", self.encoder, features)
+
     def gates(self, features: Tensor) -> Tensor:
         """(N, K, P) which concepts are there: 0 or 1, for features (N, C, P)."""
-        scores = torch.einsum("kc,ncp->nkp", self.encoder, features)
-        if self.gate == "none":
-            return torch.ones_like(scores)
         if self.gate == "nearest":
             unit = torch.nn.functional.normalize(self.decoder, dim=1)
             cosines = torch.einsum("kc,ncp->nkp", unit, features)
-            return torch.zeros_like(scores).scatter_(1, cosines.argmax(1, keepdim=True), 1.0)
+            return torch.zeros_like(cosines).scatter_(1, cosines.argmax(1, keepdim=True), 1.0)
+        scores = self.scores(features)
+        if self.gate == "none":
+            return torch.ones_like(scores)
         best = scores.topk(self.active, dim=1).indices
         return torch.zeros_like(scores).scatter_(1, best, 1.0) * (scores > 0)
 
     def encode(self, features: Tensor) -> Tensor:
         """(N, K, P) how strongly each concept is there, for features (N, C, P)."""
-        return self.gates(features) * torch.einsum("kc,ncp->nkp", self.encoder, features)
+        return self.gates(features) * self.scores(features)
 
     def decode(self, strengths: Tensor) -> Tensor:
         """(N, C, P) the part of the features that concepts (N, K, P) make up."""

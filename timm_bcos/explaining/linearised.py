@@ -21,7 +21,7 @@ from .places import Grid
 from .readout import Outputs, Readout
 from .targets import Asked
 
-__all__ = ["Linearised", "linear_part"]
+__all__ = ["Linearised", "linear_part", "linear_parts"]
 
 AT_ONCE = 64  # gradients of one image each that a backward pass computes together
 
@@ -144,8 +144,7 @@ class Linearised:
         with torch.enable_grad():
             readouts = [self.outputs.read(column, None, None, None) for column in table.T]
             values = torch.stack([readout.values.sum() for readout in readouts])
-            at_once = max(1, AT_ONCE // len(self.leaf))
-            parts = [part for some in values.split(at_once) for part in linear_parts(some, self.leaf, self.account)]
+            parts = linear_parts(values, self.leaf, self.account)
         found = zip(readouts, parts, strict=True)
         return [self.explanation(readout, part, self.layer) for readout, part in found]
 
@@ -207,7 +206,12 @@ def linear_part(value: Tensor, leaf: Tensor, account: Account) -> LinearPart:
 
 
 def linear_parts(values: Tensor, leaf: Tensor, account: Account) -> list[LinearPart]:
-    """The same of several outputs (T,), in one backward pass where the network's functions allow it."""
+    """The same of several outputs (T,), as many in one backward pass as memory and the network's functions allow."""
+    at_once = max(1, AT_ONCE // len(leaf))
+    return [part for some in values.split(at_once) for part in _together(some, leaf, account)]
+
+
+def _together(values: Tensor, leaf: Tensor, account: Account) -> list[LinearPart]:
     if len(values) > 1:
         factors, each = _factors(leaf, account), torch.eye(len(values)).to(values)
         try:

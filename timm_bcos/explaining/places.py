@@ -36,7 +36,7 @@ class Grid:
         """Of a token sequence, whose patches cover an image of a size (height, width)."""
         patches = count - prefix
         rows = round((patches * size[0] / size[1]) ** 0.5) if patches > 0 else 0
-        fits = rows > 0 and patches % rows == 0
+        fits = rows > 0 and patches % rows == 0 and rows * size[1] == patches // rows * size[0]
         return cls(1, count, prefix, (rows, patches // rows) if fits else None)
 
     @property
@@ -99,7 +99,7 @@ def _masks(region: Tensor, images: int) -> Tensor:
 
 def _boxes(region: object, images: int, size: tuple[int, int]) -> Tensor:
     try:
-        boxes = torch.as_tensor(region).double()
+        boxes = torch.as_tensor(region).double().cpu()
     except (TypeError, ValueError, RuntimeError):
         boxes = torch.zeros(())
     if boxes.shape not in ((4,), (images, 4)):

@@ -98,7 +98,8 @@ def embed_texts(
 
     Args:
         texts: K class names.
-        model: OpenCLIP's name of the model that the image tower is from, or such a model itself.
+        model: OpenCLIP's name of the model that the image tower is from; or such a model itself, whose tokens are then
+            taken to be those of OpenAI's models.
         pretrained: OpenCLIP's name of its weights; None for random ones.
         templates: Sentences around each name, whose embeddings are averaged (section 3.1.4 of CLIP's paper).
 

@@ -1,7 +1,7 @@
 """`timm-bcos concepts`: what a layer's features are made of, and every logit with them."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,7 @@ from ..options import Checkpoint, Classes, ClassMap, DataDir, Dataset, Device, M
 
 if TYPE_CHECKING:
     from ...concepts.dictionary import Concepts
+    from ..photos import PhotoExplainer
 
 __all__ = ["concepts"]
 
@@ -40,45 +41,44 @@ def concepts(
     """
     from ...concepts.figures import class_shares, save_shares
     from ...concepts.learning import learn_concepts
+    from ...data.photos import find_photos
     from ...explaining.figures import save_figure
     from ...judging.neurons import find_strongest, plot_wall
     from ...models.classes import class_names, find_class
+    from ..outputs import Outputs
+    from ..photos import PhotoExplainer
 
     with quiet_libraries():
+        given = list(find_photos(photos)) if photos else []
+        outputs = Outputs(out, given)
         network = NetworkChoice(model, checkpoint).load(device)
         labelled = DataChoice(data_dir, dataset, split, class_map).load(network.num_classes)
         names = class_names(network, classes)
         asked = None if target is None else find_class(target, names, network.num_classes)
         found = learn_concepts(network, labelled, layer, count, method)
+    reader = PhotoExplainer(network, names, (), top, outputs)
     found.save(out / "concepts.safetensors")
     strongest = find_strongest(network, labelled, layer, images, encode=found.encode)
     shown = strongest.most_active(count, images)
     wall = plot_wall(network, labelled, strongest, shown, images, directions=found.encoder, noun="concept")
-    save_figure(wall, out / "wall.png")
+    save_figure(wall, outputs.claim("wall", ".png"))
     save_shares(class_shares(network, labelled, found, network.num_classes), names, out / "shares.csv")
-    for path in photos or ():
-        typer.echo(_explain(path, network, found, asked, names, top, out))
+    for path in given:
+        typer.echo(_explain(path, reader, found, asked, top))
     typer.echo(f"wrote {out}")
 
 
-def _explain(
-    path: Path, network: Any, found: "Concepts", target: int | None, names: list[str], top: int, out: Path
-) -> str:
-    import timm
-
+def _explain(path: Path, reader: "PhotoExplainer", found: "Concepts", target: int | None, top: int) -> str:
     from ...concepts.accounts import explain_concepts
     from ...concepts.figures import plot_account
-    from ...data.photos import open_photo
     from ...explaining.figures import save_figure
 
-    transform: Any = timm.data.create_transform(**timm.data.resolve_model_data_config(network))
-    x = transform(open_photo(path, "RGB"))[None].to(next(network.parameters()).device)
-    account = explain_concepts(network, x, found, target, top=top)
-    save_figure(plot_account(account, names), out / f"{path.stem}.png")
+    account = explain_concepts(reader.network, reader.read(path), found, target, top=top)
+    save_figure(plot_account(account, reader.names), reader.outputs.claim(path.stem, ".png"))
     parts = zip(account.strongest[0].tolist(), account.pixels, strict=True)
     shares = ", ".join(f"concept {concept} {float(one.logit):+.3f}" for concept, one in parts)
     whole = account.explanation
     return (
-        f"{path}: {names[int(whole.target)]}, logit {float(whole.logit):.3f}, of which {shares}   "
+        f"{path}: {reader.names[int(whole.target)]}, logit {float(whole.logit):.3f}, of which {shares}   "
         f"completeness error {float(account.completeness_error):.1e}"
     )
