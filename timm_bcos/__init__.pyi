@@ -30,6 +30,9 @@ from .models.zero_shot import ZeroShotClassifier, embed_texts
 from .nn.functional import encode_image
 from .nn.layers import BcosConv2d, BcosLinear
 from .nn.norms import UncentredBatchNorm2d
+from .training.losses import cosine_loss, energy_loss
+from .training.tasks import ExplanationDistillationTask, GuidedClassificationTask
+from .training.weights import DynamicWeights, dynamic_weights
 
 __version__: str
 
@@ -43,8 +46,11 @@ __all__ = [
     "Check",
     "CheckpointError",
     "Defect",
+    "DynamicWeights",
     "Evaluation",
     "Explanation",
+    "ExplanationDistillationTask",
+    "GuidedClassificationTask",
     "InexactWarning",
     "InputError",
     "MethodError",
@@ -62,9 +68,12 @@ __all__ = [
     "check",
     "constant",
     "contrast",
+    "cosine_loss",
     "declare",
+    "dynamic_weights",
     "embed_texts",
     "encode_image",
+    "energy_loss",
     "explain",
     "explain_targets",
     "explanation_mode",

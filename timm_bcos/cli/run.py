@@ -3,23 +3,28 @@
 import os
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm.task
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import InputError
+from ..training.tasks import ExplanationDistillationTask
 
 __all__ = ["run_script"]
 
 
-def run_script(script: Path, arguments: list[str]) -> None:
+def run_script(script: Path, arguments: list[str], explanation_weight: float | None = None) -> None:
     """Run a Python script as `python script arguments...` would, in this process.
 
     Args:
         script: For instance timm's `train.py`.
         arguments: Its arguments.
+        explanation_weight: Of `ExplanationDistillationTask`, which takes the place of timm's distillation of logits;
+            None leaves that as it is.
 
     Raises:
         InputError: If there is no such script.
@@ -30,6 +35,9 @@ def run_script(script: Path, arguments: list[str]) -> None:
     sys.path.insert(0, str(script.resolve().parent))
     if "WORLD_SIZE" in os.environ:  # set by torchrun
         torch.nn.parallel.DistributedDataParallel = _DistributedDataParallel  # type: ignore[assignment,misc]
+    if explanation_weight is not None:
+        task = partial(ExplanationDistillationTask, explanation_weight=explanation_weight)
+        timm.task.LogitDistillationTask = task  # type: ignore[misc,assignment]
     runpy.run_path(str(script), run_name="__main__")
 
 

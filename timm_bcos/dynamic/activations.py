@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn import cosine, functional, maxout, weights
-from .table import Function, Mode, Operand, detached, handles, named, on_linear_path
+from .table import Function, Mode, Operand, detached, handles, kept, named, on_linear_path
 
 __all__ = ["activate"]
 
@@ -28,14 +28,15 @@ def activate(mode: Mode, func: Function, /, input: Tensor, *args: Any, **kwargs:
     args, kwargs = tuple(map(detached, args)), {name: detached(value) for name, value in kwargs.items()}
     is_in_place = kwargs.pop("inplace", False) or func.__name__.endswith("_")
     func = OUT_OF_PLACE.get(func, func)
-    point = input.detach()
+    source = kept(input) if is_in_place else input
+    point = detached(source)
     point = torch.where(point == 0, torch.finfo(point.dtype).eps, point)  # any slope serves at 0; take the tangent's
     value = func(point.clone(), *args, **kwargs)
     if _is_zero_at_zero(func, args, kwargs):
-        result = input * (value / point)
+        result = source * (value / point)
     else:
         at_zero = func(torch.zeros_like(point), *args, **kwargs)
-        result = mode.add(input * ((value - at_zero) / point) + at_zero, at_zero, func)
+        result = mode.add(source * ((value - at_zero) / point) + at_zero, at_zero, func)
     return input.copy_(result) if is_in_place else result
 
 
@@ -72,13 +73,13 @@ def _power(mode: Mode, func: Function, /, input: Tensor, exponent: Operand = 2) 
     """xᵖ = x · xᵖ⁻¹ for a fixed p of at least 1; all other powers are statistics."""
     if not on_linear_path(input) or isinstance(exponent, Tensor) or exponent < 1:
         return torch.pow(detached(input), detached(exponent))
-    return input * input.detach().pow(exponent - 1)
+    return input * detached(input).pow(exponent - 1)
 
 
 @handles(*named("glu"))
 def _glu(mode: Mode, func: Function, /, input: Tensor, dim: int = -1) -> Tensor:
     half, gate = input.chunk(2, dim)
-    return half * gate.detach().sigmoid()
+    return half * detached(gate).sigmoid()
 
 
 @handles(maxout.max_out)
@@ -90,13 +91,13 @@ def _max_out(mode: Mode, func: Function, /, x: Tensor, units: int, dim: int) -> 
 def _scale_by_cosine(
     mode: Mode, func: Function, /, linear: Tensor, norm: Tensor, b: float, gamma: float, *args: bool, **kwargs: bool
 ) -> Tensor:
-    return linear * cosine.constant_factor(linear, norm, b, gamma)
+    return linear * cosine.constant_factor(detached(linear), detached(norm), b, gamma)
 
 
 @handles(weights.unit_weight, weights.row_norm)
 def _of_weights(mode: Mode, func: Function, /, weight: Tensor, *args: float) -> Tensor:
     """Weights that depend on the image: their norms are statistics."""
-    norm = weights.row_norm(weight.detach())
+    norm = weights.row_norm(detached(weight))
     if func is weights.row_norm:
         return norm
     power = args[0] if args else 1.0

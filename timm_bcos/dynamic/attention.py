@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .layers import linear
-from .table import Function, Mode, handles, named
+from .table import Function, Mode, detached, handles, named
 
 __all__ = ["attention_weights"]
 
@@ -21,9 +21,8 @@ def _attention(
     if enable_gqa:  # heads of queries share keys and values
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    with torch.no_grad():
-        weights = attention_weights(query, key, attn_mask, is_causal, scale)
-        weights = F.dropout(weights, dropout_p) if dropout_p else weights
+    weights = attention_weights(detached(query), detached(key), detached(attn_mask), is_causal, scale)
+    weights = F.dropout(weights, dropout_p) if dropout_p else weights
     return weights @ value
 
 
@@ -64,10 +63,9 @@ def _multi_head_attention(
     biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
     projected = [linear(mode, F.linear, x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
     q, k, v = (x.unflatten(2, (num_heads, -1)).permute(1, 2, 0, 3) for x in projected)  # (N, heads, L, D)
-    with torch.no_grad():
-        mask = _merged_mask(attn_mask, key_padding_mask, q, num_heads)
-        gate = attention_weights(q, k, mask, is_causal and mask is None, None)
-        gate = F.dropout(gate, dropout_p, training)
+    mask = _merged_mask(detached(attn_mask), detached(key_padding_mask), detached(q), num_heads)
+    gate = attention_weights(detached(q), detached(k), mask, is_causal and mask is None, None)
+    gate = F.dropout(gate, dropout_p, training)
     y = (gate @ v).permute(2, 0, 1, 3).flatten(2)
     averaged = gate.mean(1) if average_attn_weights else gate
     return linear(mode, F.linear, y, out_proj_weight, out_proj_bias), averaged if need_weights else None

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..nn.input_norms import with_feature_norm, with_squares
-from .table import Function, Mode, detached, handles, named
+from .table import Function, Mode, detached, handles, leave_path, named, on_linear_path
 
 __all__: list[str] = []
 
@@ -30,14 +30,13 @@ def _gate(mode: Mode, func: Function, /, *args: object, **kwargs: object) -> obj
 
 @handles(with_squares, with_feature_norm)
 def _norm_beside(mode: Mode, func: Function, /, x: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-    return x, func(x.detach(), *args)[1]
+    return x, func(detached(x), *args)[1]
 
 
 @handles(*named(IN_PLACE))
 def _gate_in_place(mode: Mode, func: Function, /, input: Tensor, *args: object, **kwargs: object) -> Tensor:
-    value = func(input.detach().clone(), *args, **kwargs)
-    input.detach_()  # it leaves the path
-    input.data = value  # other memory, since the layer before may need its output
+    value = func(detached(input).clone(), *args, **kwargs)
+    leave_path(input, value)
     return input
 
 
@@ -45,7 +44,7 @@ def _gate_in_place(mode: Mode, func: Function, /, input: Tensor, *args: object, 
 def _normalize(
     mode: Mode, func: Function, /, input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None
 ) -> Tensor:
-    return input / input.detach().norm(p, dim, keepdim=True).clamp_min(eps)
+    return input / detached(input).norm(p, dim, keepdim=True).clamp_min(eps)
 
 
 @handles(torch.nn.functional.cosine_similarity)
@@ -54,9 +53,9 @@ def _cosine_similarity(
 ) -> Tensor:
     """A product of two normalised vectors; see `products`."""
     from_first, from_second = (
-        (a / a.detach().norm(2, dim, keepdim=True).clamp_min(eps) * (b / b.norm(2, dim, keepdim=True).clamp_min(eps)))
-        for a, b in ((x1, x2.detach()), (x2, x1.detach()))
+        (a / detached(a).norm(2, dim, keepdim=True).clamp_min(eps) * (b / b.norm(2, dim, keepdim=True).clamp_min(eps)))
+        for a, b in ((x1, detached(x2)), (x2, detached(x1)))
     )
-    both = x1.requires_grad and x2.requires_grad
-    total = (from_first + from_second) / 2 if both else from_first if x1.requires_grad else from_second
+    first, second = on_linear_path(x1), on_linear_path(x2)
+    total = (from_first + from_second) / 2 if first and second else from_first if first else from_second
     return total.sum(dim)

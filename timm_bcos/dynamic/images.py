@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..errors import ModelStateError
 from ..nn import functional
-from .table import Function, Mode, handles
+from .table import Function, Mode, detached, handles
 
 __all__: list[str] = []
 
@@ -21,7 +21,7 @@ def _encode_image(mode: Mode, func: Function, /, image: Tensor, in_chans: int) -
     encoded: Tensor = func(image, in_chans)
     leaf = mode.leaf
     if leaf is not None and not (encoded.shape == leaf.shape and torch.equal(encoded, leaf)):
-        first, second = encoded.detach().chunk(2, dim=1)
+        first, second = detached(encoded).chunk(2, dim=1)
         if bool((first + second - 1).abs().max() > max(1e-3, 4 * torch.finfo(encoded.dtype).eps)):
             raise ModelStateError(
                 "the network changes images before its stem reads them, as by normalising or padding them: take that "

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .activations import activate
 from .layers import linear
-from .table import Function, Mode, handles, on_linear_path
+from .table import Function, Mode, detached, handles, on_linear_path
 
 __all__: list[str] = []
 
@@ -62,7 +62,7 @@ def _run(
 
 def _cell(mode: Mode, gates: Tensor, c: Tensor, projection: Tensor | None) -> tuple[Tensor, Tensor]:
     update, forget, candidate, output = gates.chunk(4, dim=1)
-    kept = forget.detach().sigmoid() * c
-    c = mode.add(kept + update.detach().sigmoid() * activate(mode, torch.tanh, candidate), kept, torch.lstm, c)
-    h = output.detach().sigmoid() * activate(mode, torch.tanh, c)
+    kept = detached(forget).sigmoid() * c
+    c = mode.add(kept + detached(update).sigmoid() * activate(mode, torch.tanh, candidate), kept, torch.lstm, c)
+    h = detached(output).sigmoid() * activate(mode, torch.tanh, c)
     return (h if projection is None else h @ projection.T), c

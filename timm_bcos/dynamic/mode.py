@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import ModelStateError
 from .account import Account, function_name
-from .table import ESCAPING, METADATA, SHAPED, TABLE, Function, Operand, declare, detached, on_linear_path
+from .table import ESCAPING, METADATA, SHAPED, STREAMS, TABLE, Function, Operand, declare, detached, on_linear_path
 
 __all__ = ["DynamicLinearMode", "constant", "declare", "explanation_mode", "on_linear_path"]
 
@@ -83,7 +83,7 @@ class DynamicLinearMode(TorchFunctionMode):
     def _frozen(self, value: object) -> object:
         """Parameters are constants, whose gradients nobody wants."""
         if isinstance(value, Tensor):
-            if not value.requires_grad or value is self.leaf:
+            if not value.requires_grad or value is self.leaf or STREAMS.get() is not None:
                 return value
             if value.grad_fn is None and (self.leaf is not None or isinstance(value, nn.Parameter)):
                 return value.detach()
@@ -104,7 +104,7 @@ class DynamicLinearMode(TorchFunctionMode):
         return self._replaced[id(x)][1]
 
     def _kind(self, x: Tensor) -> Kind:
-        if x.requires_grad:
+        if on_linear_path(x):
             return Kind.PATH
         return self._known[id(x)].kind if id(x) in self._known else Kind.CONSTANT
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..nn.deviation import divide_by_deviation
 from .products import share
-from .table import Function, Mode, handles, named, on_linear_path
+from .table import Function, Mode, detached, handles, named, on_linear_path
 
 __all__: list[str] = []
 
@@ -32,6 +32,9 @@ def _batch_norm(
         return func(input, running_mean, running_var, weight, bias, training, momentum, eps)
     shape = (1, -1) + (1,) * (input.ndim - 2)
     if training or running_mean is None or running_var is None:
+        if training and running_mean is not None:
+            with torch.no_grad():
+                func(detached(input), running_mean, running_var, None, None, True, momentum, eps)  # which follow
         dims = [0, *range(2, input.ndim)]
         return _affine(mode, func, _normed(input, dims, eps), weight, bias, shape)
     sources = [s for s in (running_mean, running_var, weight, bias) if s is not None]
@@ -44,7 +47,7 @@ def _batch_norm(
 
 def _normed(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
     dims = tuple(dims)
-    variance = x.detach().var(dims, correction=0, keepdim=True)
+    variance = detached(x).var(dims, correction=0, keepdim=True)
     return (x - x.mean(dims, keepdim=True)) * (variance + eps).rsqrt()
 
 
@@ -96,7 +99,7 @@ def _rms_norm(
 ) -> Tensor:  # fmt: skip
     dims = tuple(range(-len(normalized_shape), 0))
     eps = torch.finfo(input.dtype).eps if eps is None else eps
-    return _affine(mode, func, input * (input.detach().square().mean(dims, keepdim=True) + eps).rsqrt(), weight, None)
+    return _affine(mode, func, input * (detached(input).square().mean(dims, keepdim=True) + eps).rsqrt(), weight, None)
 
 
 @handles(*named("local_response_norm"))
@@ -104,11 +107,12 @@ def _local_response_norm(
     mode: Mode, func: Function, /, input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
 ) -> Tensor:
     """y = x / divisor(x)^β."""
-    ones = torch.where(input == 0, torch.finfo(input.dtype).eps, input).detach()
+    point = detached(input)
+    ones = torch.where(point == 0, torch.finfo(input.dtype).eps, point)
     return input * (func(ones, size, alpha, beta, k) / ones)
 
 
 @handles(divide_by_deviation)
 def _divide_by_deviation(mode: Mode, func: Function, /, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    var = x.detach().var((0, *range(2, x.ndim)), correction=0)
+    var = detached(x).var((0, *range(2, x.ndim)), correction=0)
     return x * (weight * (var + eps).rsqrt()).reshape(1, -1, 1, 1).to(x.dtype), var

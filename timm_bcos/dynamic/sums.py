@@ -64,7 +64,7 @@ def choose(mode: Mode, func: Function, /, condition: Tensor, *branches: Any, **o
     """Which of the two it is, is a constant of the linear map."""
     values = [*branches, *options.values()]
     if not values:
-        return func(condition.detach())
+        return func(detached(condition))
     if func is Tensor.where:  # x.where(condition, other)
         condition, values[0] = values[0], condition
     first, second = values

@@ -5,6 +5,7 @@ exact. `declare` adds functions of your own.
 """
 
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from types import GetSetDescriptorType
 from typing import Any, Protocol, TypeGuard, TypeVar, overload
 
@@ -18,6 +19,7 @@ __all__ = [
     "ESCAPING",
     "METADATA",
     "SHAPED",
+    "STREAMS",
     "TABLE",
     "Function",
     "Mode",
@@ -25,6 +27,8 @@ __all__ = [
     "declare",
     "detached",
     "handles",
+    "kept",
+    "leave_path",
     "named",
     "on_linear_path",
 ]
@@ -51,6 +55,16 @@ class Mode(Protocol):
         """Whether x depends on the image without being on its path."""
 
 
+class Streams(Protocol):
+    """What handlers ask where explanations are trained (`timm_bcos.dynamic.streams`)."""
+
+    def is_path(self, x: Tensor) -> bool: ...
+    def counterpart(self, x: Tensor) -> Tensor: ...
+    def leave(self, x: Tensor, value: Tensor) -> None: ...
+
+
+STREAMS: ContextVar[Streams | None] = ContextVar("streams of this thread", default=None)
+
 NAMESPACES = (torch, torch.Tensor, F, torch.special, torch.linalg, torch.fft)
 
 
@@ -69,7 +83,8 @@ def named(text: str) -> list[Function]:
 
 def on_linear_path(x: object) -> TypeGuard[Tensor]:
     """Whether x is (a dynamic linear map of) the image, rather than a constant of the network."""
-    return isinstance(x, Tensor) and x.requires_grad
+    streams = STREAMS.get()
+    return isinstance(x, Tensor) and (x.requires_grad if streams is None else streams.is_path(x))
 
 
 @overload
@@ -77,12 +92,28 @@ def detached(value: Tensor) -> Tensor: ...
 @overload
 def detached(value: T) -> T: ...
 def detached(value: object) -> object:
-    """A value without its gradient; numbers and the like as they are."""
+    """A value as a constant of the linear map; numbers and the like as they are."""
     if isinstance(value, Tensor):
-        return value.detach()
+        streams = STREAMS.get()
+        return value.detach() if streams is None else streams.counterpart(value)
     if type(value) is list or type(value) is tuple:
         return type(value)(map(detached, value))
     return value
+
+
+def kept(x: Tensor) -> Tensor:
+    """What a tensor of the path is before it is written to; a copy where gradients by the parameters need it."""
+    return x if STREAMS.get() is None else x.clone()
+
+
+def leave_path(x: Tensor, value: Tensor) -> None:
+    """Give a tensor of the path the value of a gate, in place."""
+    streams = STREAMS.get()
+    if streams is not None:
+        streams.leave(x, value)
+        return
+    x.detach_()
+    x.data = value  # other memory, since the layer before may need its output
 
 
 TABLE: dict[Function, Handler] = {}

@@ -7,7 +7,7 @@ from ..errors import InputError, ModelStateError
 from ..nn.functional import encode_image
 from ..nn.stems import BcosStem, ImageReader
 
-__all__ = ["check_images", "check_model", "refuse_stripes"]
+__all__ = ["check_images", "check_model", "image_reader", "refuse_stripes"]
 
 LONGEST = 100  # sides in proportion; the shorter side is resized to what the network wants, the longer one with it
 
@@ -19,6 +19,15 @@ def check_model(model: nn.Module) -> BcosStem | ImageReader:
         InputError: For what is no network.
         ModelStateError: For another network, or one in training mode.
     """
+    stem = image_reader(model)
+    training = [name or "the model" for name, m in model.named_modules() if m.training]
+    if training:
+        raise ModelStateError(f"{training[0]} is in training mode: call model.eval() first")
+    return stem
+
+
+def image_reader(model: nn.Module) -> BcosStem | ImageReader:
+    """The same in training mode, too."""
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a network first, then images, got {type(model).__name__}")
     stems = [m for m in model.modules() if isinstance(m, BcosStem | ImageReader)]
@@ -27,9 +36,6 @@ def check_model(model: nn.Module) -> BcosStem | ImageReader:
             f"{type(model).__name__} is no B-cos network: create one with timm.create_model('bcos_...'), "
             f"or convert it with timm_bcos.bcosify(model)"
         )
-    training = [name or "the model" for name, m in model.named_modules() if m.training]
-    if training:
-        raise ModelStateError(f"{training[0]} is in training mode: call model.eval() first")
     return stems[0]
 
 

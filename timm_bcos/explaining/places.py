@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,8 @@ def check_region(region: object, images: int, size: tuple[int, int]) -> Tensor |
     """(N, H, W) masks of what a user has given: a mask, or a box in pixels of the image.
 
     Args:
-        region: (H, W) or (N, H, W), at the image's or the output's size; or (left, top, right, bottom), or N of them.
+        region: (H, W) or (N, H, W), at the image's or the output's size; or (left, top, right, bottom), or N of them. A
+            tensor (N, 4) holds boxes, unless it is boolean.
         images: N.
         size: Height and width of the images.
 
@@ -81,11 +83,17 @@ def check_region(region: object, images: int, size: tuple[int, int]) -> Tensor |
     """
     if region is None:
         return None
-    masks = _masks(region, images) if isinstance(region, Tensor) and region.ndim > 1 else _boxes(region, images, size)
+    masks = _masks(region, images) if _is_mask(region, images) else _boxes(region, images, size)
     empty = (masks == 0).flatten(1).all(1).nonzero()
     if len(empty):
         raise TargetError(f"the region of image {int(empty[0])} is empty: nothing in it could be explained")
     return masks
+
+
+def _is_mask(region: object, images: int) -> TypeGuard[Tensor]:
+    if not isinstance(region, Tensor) or region.ndim < 2:
+        return False
+    return region.shape != (images, 4) or region.dtype is torch.bool
 
 
 def _masks(region: Tensor, images: int) -> Tensor:

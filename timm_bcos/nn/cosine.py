@@ -60,10 +60,9 @@ def cosine_factor(linear: Tensor, norm: Tensor, b: float, gamma: float, eps: flo
 
 
 def constant_factor(linear: Tensor, norm: Tensor, b: float, gamma: float) -> Tensor:
-    """`cosine_factor` as a constant, in the dtype of `linear`."""
-    linear, norm = linear.detach(), norm.detach()
+    """`cosine_factor` of constants, in the dtype of `linear`."""
     inverse = gamma / norm
-    if b != 2 or not _has_parts(linear, inverse):
+    if b != 2 or linear.requires_grad or not _has_parts(linear, inverse):
         return cosine_factor(linear, norm, b, gamma).to(linear.dtype)
     factor = torch.empty_like(linear)
     for part, scale, out in pieces(linear, inverse, factor):

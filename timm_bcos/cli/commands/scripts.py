@@ -14,6 +14,10 @@ __all__ = ["autoload", "run"]
 def run(
     script: Annotated[Path, typer.Argument(help="A script of timm's: train.py, validate.py, inference.py, ...")],
     arguments: Annotated[list[str] | None, typer.Argument(help="The script's own arguments.")] = None,
+    explanation_weight: Annotated[
+        float | None,
+        typer.Option(min=0, help="With train.py --kd-model-name: weight of the loss on the teacher's explanations."),
+    ] = None,
 ) -> None:
     """Run a script of timm's, unchanged, with the B-cos networks registered.
 
@@ -22,7 +26,7 @@ def run(
     from ..run import run_script
 
     with as_python_does():
-        run_script(script, arguments or [])
+        run_script(script, arguments or [], explanation_weight)
 
 
 class Switch(str, Enum):

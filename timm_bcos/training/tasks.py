@@ -1,0 +1,141 @@
+"""Training tasks of timm's (`timm.task`) that look at explanations too."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.task import ClassificationTask, LogitDistillationTask
+from torch import Tensor, nn
+
+from ..errors import InputError, ModelStateError, TargetError
+from ..explaining.inputs import check_model
+from ..explaining.linearised import Linearised
+from ..explaining.places import Region, check_region
+from .losses import cosine_loss, energy_loss
+from .weights import dynamic_weights
+
+__all__ = ["ExplanationDistillationTask", "GuidedClassificationTask"]
+
+
+class _ExplainedTask:
+    """What both have in common: W(x) is trained in one process and eagerly, evaluation may be compiled."""
+
+    trainable_module: nn.Module
+
+    def compile(self, backend: str = "inductor", mode: str | None = None, **options: Any) -> nn.Module:
+        """Compile the network for evaluation; no program holds both streams of a training step."""
+        self.eval_model = torch.compile(self.trainable_module, backend=backend, mode=mode, **options)
+        return self.trainable_module
+
+    def prepare_distributed(self, *args: object, **options: object) -> "_ExplainedTask":
+        """Refuse several processes.
+
+        Raises:
+            ModelStateError: Always.
+        """
+        raise ModelStateError(f"{type(self).__name__} trains in one process: start it without torchrun")
+
+
+class ExplanationDistillationTask(_ExplainedTask, LogitDistillationTask):  # type: ignore[misc]
+    """Distillation in which the student learns the teacher's explanations too (e2KD, arXiv 2402.03119, eq. 2).
+
+    loss = task_loss_weight · criterion + distill_loss_weight · KL + explanation_weight · (1 − cosine of the rows of
+    W(x) of the class that the teacher predicts).
+
+    Args:
+        student_model: A B-cos network.
+        teacher_model: Another one, or its name in timm; both read the same images.
+        explanation_weight: λ of the paper.
+        options: Of `timm.task.LogitDistillationTask`.
+
+    Raises:
+        ModelStateError: For a teacher that is no B-cos network.
+    """
+
+    def __init__(
+        self, student_model: nn.Module, teacher_model: Any, *args: Any, explanation_weight: float = 1.0, **options: Any
+    ) -> None:
+        super().__init__(student_model, teacher_model, *args, **options)
+        _check_weight("explanation_weight", explanation_weight)
+        self.explanation_weight = explanation_weight
+        check_model(self.teacher.model)
+        self.teacher.requires_grad_(False)
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Losses of a batch.
+
+        Args:
+            input: (N, C, H, W).
+            target: As the criterion wants it.
+
+        Returns:
+            'loss', 'output' (N, K), 'task_loss', 'kd_loss' and 'explanation_loss'.
+        """
+        seen = self.teacher.normalize_input(input, *self._student_statistics())
+        answer = Linearised(self.teacher.model, seen, None).explain(None, None, None, None)
+        found = dynamic_weights(self.trainable_module, input, answer.target)
+        logits = found.logits / self.temperature, answer.logits / self.temperature
+        student, teacher = (x.log_softmax(-1) for x in logits)
+        losses = dict(
+            task_loss=self.criterion(found.logits, target),
+            kd_loss=F.kl_div(student, teacher, reduction="batchmean", log_target=True) * self.temperature**2,
+            explanation_loss=cosine_loss(found.weights, answer.weights),
+        )
+        weights = self.task_loss_weight, self.distill_loss_weight, self.explanation_weight
+        total = sum(w * loss for w, loss in zip(weights, losses.values(), strict=True))
+        return dict(loss=total, output=found.logits, **losses)
+
+    def _student_statistics(self) -> tuple[Tensor, Tensor]:
+        return self.get_buffer("student_mean"), self.get_buffer("student_std")
+
+
+class GuidedClassificationTask(_ExplainedTask, ClassificationTask):  # type: ignore[misc]
+    """Classification in which the explanation of a label is to lie on its object (arXiv 2303.11932).
+
+    loss = criterion + guidance_weight · (1 − share of the positive contributions inside the region).
+
+    Args:
+        model: A B-cos network.
+        guidance_weight: λ of the paper.
+        options: Of `timm.task.ClassificationTask`.
+    """
+
+    def __init__(self, model: nn.Module, *args: Any, guidance_weight: float = 1.0, **options: Any) -> None:
+        super().__init__(model, *args, **options)
+        _check_weight("guidance_weight", guidance_weight)
+        self.guidance_weight = guidance_weight
+
+    def forward(self, input: Tensor, target: Tensor, region: Region = None) -> dict[str, Tensor]:
+        """Losses of a batch.
+
+        Args:
+            input: (N, C, H, W).
+            target: (N,) labels, or (N, K) soft ones, of which the largest is guided.
+            region: Where the objects are, as `explain` takes regions of the image: masks (N, H, W), or N boxes (left,
+                top, right, bottom) in pixels. None guides nothing, as images without annotation do.
+
+        Returns:
+            'loss', 'output' (N, K), 'task_loss' and, with a region, 'guidance_loss'.
+
+        Raises:
+            TargetError: For a region that is empty, or not of the image's size.
+        """
+        if region is None:
+            return super().forward(input, target)  # type: ignore[no-any-return]
+        masks = check_region(region, len(input), (input.shape[2], input.shape[3]))
+        assert masks is not None
+        if masks.shape[1:] != input.shape[2:]:
+            raise TargetError(f"masks {tuple(masks.shape[1:])} for images {tuple(input.shape[2:])}: give the same size")
+        labels = target if target.ndim == 1 else target.argmax(1)
+        found = dynamic_weights(self.trainable_module, input, labels)
+        task_loss = self.criterion(found.logits, target)
+        guidance_loss = energy_loss(found.contribution_map, masks.to(found.weights).clamp_max(1))
+        return dict(
+            loss=task_loss + self.guidance_weight * guidance_loss, output=found.logits, task_loss=task_loss,
+            guidance_loss=guidance_loss,
+        )  # fmt: skip
+
+
+def _check_weight(name: str, value: float) -> None:
+    if not value >= 0:
+        raise InputError(f"{name}={value!r}: give a number of at least 0")
