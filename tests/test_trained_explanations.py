@@ -174,6 +174,27 @@ def test_training_mode_is_one_step(bias: bool, x: Tensor) -> None:
         torch.testing.assert_close(share.sum((1, 2, 3)), found.logits[:, 2], rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("act", [nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh])
+def test_activations_near_zero(act: type[nn.Module]) -> None:
+    """In float32, slopes f(p) / p of tiny numbers have finite gradients."""
+    layer, tiny = act(), torch.tensor([[0.0, 1e-38, -1e-30, 1e-20, -1e-10, 1e-5, 0.5]])
+    scale = torch.ones(1, 7, requires_grad=True)
+    leaf = tiny.clone().requires_grad_()
+    streams = Streams(leaf)
+    with streams.active(), active(DynamicLinearMode(leaf)):
+        outputs = layer(leaf * scale)
+    (slopes,) = torch.autograd.grad(outputs.sum(), leaf, create_graph=True)
+    found = torch.autograd.grad(slopes.sum() + streams.counterpart(outputs).sum(), scale)[0]
+
+    exact = tiny.double().where(tiny != 0, 1e-12).requires_grad_()
+    slope = layer(exact) / exact  # d (slope(s·x)·s) / d s = slope + x·slope', for s = 1
+    (derivative,) = torch.autograd.grad(slope.sum(), exact)
+    expected = slope + exact * derivative.where(exact.abs() > 1e-7, 0) + torch.autograd.functional.jacobian(
+        lambda x: layer(x).sum(), tiny.double()
+    ) * tiny.double()  # fmt: skip
+    torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=2e-3)
+
+
 def test_an_in_place_gate(x: Tensor) -> None:
     """It leaves the path, and has its gradient all the same."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..nn import cosine, functional, maxout, weights
 from .table import Function, Mode, Operand, detached, handles, kept, named, on_linear_path
 
-__all__ = ["activate"]
+__all__ = ["activate", "steady"]
 
 ZERO_AT_ZERO = """
     gelu silu silu_ mish mish_ hardswish hardswish_ elu elu_ celu celu_ selu selu_ relu6 softsign tanh tanh_ tanhshrink
@@ -30,7 +30,7 @@ def activate(mode: Mode, func: Function, /, input: Tensor, *args: Any, **kwargs:
     func = OUT_OF_PLACE.get(func, func)
     source = kept(input) if is_in_place else input
     point = detached(source)
-    point = torch.where(point == 0, torch.finfo(point.dtype).eps, point)  # any slope serves at 0; take the tangent's
+    point = steady(torch.where(point == 0, torch.finfo(point.dtype).eps, point))  # at 0 the tangent's slope
     value = func(point.clone(), *args, **kwargs)
     if _is_zero_at_zero(func, args, kwargs):
         result = source * (value / point)
@@ -38,6 +38,14 @@ def activate(mode: Mode, func: Function, /, input: Tensor, *args: Any, **kwargs:
         at_zero = func(torch.zeros_like(point), *args, **kwargs)
         result = mode.add(source * ((value - at_zero) / point) + at_zero, at_zero, func)
     return input.copy_(result) if is_in_place else result
+
+
+def steady(point: Tensor) -> Tensor:
+    """Where slopes f(p) / p are taken: near 0 their derivative, a difference of large numbers, counts as 0."""
+    if not point.requires_grad:
+        return point
+    is_near = point.detach().abs() < torch.finfo(point.dtype).eps ** 0.5
+    return torch.where(is_near, point.detach(), point)
 
 
 IN_PLACE = "silu mish hardswish elu celu selu tanh hardtanh clamp clip clamp_min clamp_max threshold"

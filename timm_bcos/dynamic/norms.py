@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn.deviation import divide_by_deviation
+from .activations import steady
 from .products import share
 from .table import Function, Mode, detached, handles, named, on_linear_path
 
@@ -108,7 +109,7 @@ def _local_response_norm(
 ) -> Tensor:
     """y = x / divisor(x)^β."""
     point = detached(input)
-    ones = torch.where(point == 0, torch.finfo(input.dtype).eps, point)
+    ones = steady(torch.where(point == 0, torch.finfo(input.dtype).eps, point))
     return input * (func(ones, size, alpha, beta, k) / ones)
 
 
