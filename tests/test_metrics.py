@@ -212,9 +212,10 @@ def test_repeatable_and_without_traces(metric: str) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     x, targets = real_image(32), torch.tensor([1])
     random, numpy_random = torch.random.get_rng_state(), np.random.get_state()[1].copy()
-    a, b, c = (evaluate(model, x, targets, metric, seed=seed) for seed in (0, 0, 1))
+    masks = torch.eye(32)[None]
+    a, b, c = (evaluate(model, x, targets, metric, masks=masks, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(a, b) and a.isfinite().all() and a.shape == (1,) and a.dtype == torch.float64
-    assert torch.equal(a, c) == (metric in ("deletion", "insertion"))
+    assert torch.equal(a, c) == (metric in ("deletion", "insertion", "single_deletion", "energy"))
     assert torch.equal(torch.random.get_rng_state(), random) and (np.random.get_state()[1] == numpy_random).all()
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -235,7 +236,7 @@ def test_maps_without_content(metric: str, given: Any) -> None:
         with pytest.raises(MethodError, match=f"{metric} of {method}: the maps are {text}"):
             evaluate(UpperHalf().eval(), x, torch.tensor([0, 1]), metric, method)
     half = given("half", lambda subject, x, targets: (x - 0.4).abs().mean(1) * (targets == 0)[:, None, None])
-    values = evaluate(UpperHalf().eval(), x, torch.tensor([0, 1]), metric, half)
+    values = evaluate(UpperHalf().eval(), x, torch.tensor([0, 1]), metric, half, masks=torch.ones(2, 16, 16))
     assert values[0].isfinite() and values[1].isnan()  # where there is nothing to judge
 
 

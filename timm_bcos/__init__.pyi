@@ -31,7 +31,7 @@ from .nn.functional import encode_image
 from .nn.layers import BcosConv2d, BcosLinear
 from .nn.norms import UncentredBatchNorm2d
 from .training.losses import cosine_loss, energy_loss
-from .training.tasks import ExplanationDistillationTask, GuidedClassificationTask
+from .training.tasks import DeletionClassificationTask, ExplanationDistillationTask, GuidedClassificationTask
 from .training.weights import DynamicWeights, dynamic_weights
 
 __version__: str
@@ -46,6 +46,7 @@ __all__ = [
     "Check",
     "CheckpointError",
     "Defect",
+    "DeletionClassificationTask",
     "DynamicWeights",
     "Evaluation",
     "Explanation",

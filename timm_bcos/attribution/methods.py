@@ -262,7 +262,7 @@ def _last_spatial_layer(subject: Subject, z: Tensor) -> nn.Module:
     heads = {id(m) for m in _classifiers(subject.model)}
 
     def record(module: nn.Module, args: object, output: object) -> None:
-        if isinstance(output, Tensor) and output.ndim == 4 and id(module) not in heads:
+        if isinstance(output, Tensor) and output.ndim == 4 and len(output) == 1 and id(module) not in heads:
             (height, width), (rows, columns) = z.shape[-2:], output.shape[-2:]
             if min(rows, columns) > 1 and abs(rows * width - columns * height) <= max(height, width):
                 found.append(module)

@@ -17,7 +17,7 @@ from .commands.converting import convert
 from .commands.evaluating import metrics, pointing_game
 from .commands.explaining import explain
 from .commands.exporting import export
-from .commands.galleries import of_classes, of_methods
+from .commands.galleries import of_bins, of_classes, of_methods
 from .commands.listing import models
 from .commands.neurons import neurons
 from .commands.publishing import publish
@@ -74,6 +74,7 @@ GROUPS = {
     ("gallery", "Explanations of many images on one picture."): (
         Command(of_classes, "gallery classes --data-dir photos --split test --show hat --out classes.png", "classes"),
         Command(of_methods, "gallery methods --data-dir photos --split test --method bcos --method ixg", "methods"),
+        Command(of_bins, "gallery bins --data-dir photos --split test --method bcos --method gradcam", "bins"),
     ),
 }
 

@@ -1,5 +1,6 @@
 """The options that several commands share: one way to say which network, which data, and where to compute."""
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ __all__ = [
     "DataDir",
     "Dataset",
     "Device",
+    "Disconnect",
     "Methods",
     "Model",
     "Plain",
@@ -55,3 +57,9 @@ Split = Annotated[str, typer.Option(help="Of the data set.", rich_help_panel=DAT
 ClassMap = Annotated[str, typer.Option(help="File of the class names, as in timm's scripts.", rich_help_panel=DATA)]
 
 Methods = Annotated[list[str] | None, typer.Option("--method", help="Attribution method; repeat for several.")]
+
+
+class Disconnect(str, Enum):
+    """How cells of a grid are kept apart."""
+
+    NONE, FULL, PART = "none", "full", "part"

@@ -12,12 +12,14 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import InputError
-from ..training.tasks import ExplanationDistillationTask
+from ..training.tasks import DeletionClassificationTask, ExplanationDistillationTask
 
 __all__ = ["run_script"]
 
 
-def run_script(script: Path, arguments: list[str], explanation_weight: float | None = None) -> None:
+def run_script(
+    script: Path, arguments: list[str], explanation_weight: float | None = None, delete_cells: bool = False
+) -> None:
     """Run a Python script as `python script arguments...` would, in this process.
 
     Args:
@@ -25,6 +27,7 @@ def run_script(script: Path, arguments: list[str], explanation_weight: float | N
         arguments: Its arguments.
         explanation_weight: Of `ExplanationDistillationTask`, which takes the place of timm's distillation of logits;
             None leaves that as it is.
+        delete_cells: Let `DeletionClassificationTask` take the place of timm's classification.
 
     Raises:
         InputError: If there is no such script.
@@ -38,6 +41,8 @@ def run_script(script: Path, arguments: list[str], explanation_weight: float | N
     if explanation_weight is not None:
         task = partial(ExplanationDistillationTask, explanation_weight=explanation_weight)
         timm.task.LogitDistillationTask = task  # type: ignore[misc,assignment]
+    if delete_cells:
+        timm.task.ClassificationTask = DeletionClassificationTask  # type: ignore[misc]
     runpy.run_path(str(script), run_name="__main__")
 
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..attribution.registry import check_counts
 from ..data.datasets import LabelledImages, image_loader
+from ..data.regions import region_loader, region_masks
 from ..errors import MethodError
 from ..files import atomic_path
 from .metrics import evaluate
@@ -40,6 +41,7 @@ def evaluate_all(
     folder: Path,
     *,
     images: int = 20,
+    regions: Path | None = None,
 ) -> list[str]:
     """Measure each method by each metric, as far as the folder does not hold it already.
 
@@ -50,6 +52,7 @@ def evaluate_all(
         methods: Of `timm_bcos.attribution.METHODS`.
         folder: Of the results.
         images: How many, evenly spread over the data set.
+        regions: Where the objects are, as `region_loader` takes it, for the metrics that need it.
 
     Returns:
         Why methods were left out.
@@ -57,13 +60,14 @@ def evaluate_all(
     check_counts(images=images)
     indices = np.linspace(0, len(dataset) - 1, min(images, len(dataset))).round().astype(int).tolist()
     x, targets = _load(model, dataset, indices)
+    masks = None if regions is None else region_masks(region_loader(model, dataset, regions), indices).to(x.device)
     drop_torn_line(folder / "metrics.csv")
     done, left_out = read_values(folder, len(indices)), {}
     for metric, method in tqdm([(m, a) for m in metrics for a in methods], "metrics", disable=None):
         if (metric, method) in done:
             continue
         try:
-            values = evaluate(model, x, targets, metric, method).tolist()
+            values = evaluate(model, x, targets, metric, method, masks=masks).tolist()
         except MethodError as error:
             left_out[method] = str(error)
             continue

@@ -7,11 +7,14 @@
 | faithfulness_correlation | correlation of attribution and fall of the probability, over sets of pixels | higher |
 | max_sensitivity | largest relative change of the map under small noise on the image | lower |
 | randomisation | rank correlation with the map of the network with random weights | nearer 0 |
+| single_deletion | rank correlation, over 4 × 4 cells, of attribution and fall of the logit without the cell | higher |
+| energy | share of the positive attribution inside the object's box or mask | higher |
 
 Sources: arXiv 1806.07421 (deletion, insertion), 2005.00631 (faithfulness correlation), 1901.09392 (sensitivity),
-1810.03292 (randomisation). Batch norms of the network with random weights have the statistics of the images at hand.
-Where a metric is not defined for an image (a map without differences ranks no pixels, a probability that never changes
-correlates with nothing) its value is NaN.
+1810.03292 (randomisation), 2407.11910 (IDSDS, the single deletion score of a network that has been fine-tuned to see
+images without a cell: `timm_bcos.training.tasks.DeletionClassificationTask`), 1910.01279 (energy). Batch norms of the
+network with random weights have the statistics of the images at hand. Where a metric is not defined for an image (a map
+without differences ranks no pixels, a probability that never changes correlates with nothing) its value is NaN.
 """
 
 import copy
@@ -24,13 +27,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..attribution.registry import Subject, Targets, attribute, checked_images
-from ..errors import MethodError
+from ..data.cells import cell_masks, without_cell
+from ..errors import InputError, MethodError
 
-__all__ = ["METRICS", "check_metrics", "evaluate"]
+__all__ = ["METRICS", "NEEDING_MASKS", "check_metrics", "energy_shares", "evaluate"]
 
 STEPS = 50  # of deletion and insertion
 SUBSETS, SUBSET_SHARE = 50, 16  # sets of pixels, and the part of the image that each is, for the faithfulness
 NOISES, NOISE = 5, 0.02  # noisy images, and the bound of their uniform noise, for the sensitivity
+CELLS = 4  # per side, of single deletions
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class _Call:
     options: dict[str, Any]
     generator: torch.Generator
     maps: Tensor  # (N, H, W), of float64
+    masks: Tensor | None = None  # (N, H, W), of the objects
 
     def explain(self, model: nn.Module, x: Tensor) -> Tensor:
         return attribute(model, x, self.targets, self.method, **self.options).double()
@@ -148,6 +154,39 @@ def _estimate_statistics(network: nn.Module, x: Tensor) -> None:
     subject(subject.prepare(x))
 
 
+def _single_deletion(call: _Call) -> Tensor:
+    def logit(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return call.subject(call.subject.prepare(x)).gather(1, call.targets[:, None])[:, 0].double()
+
+    whole, falls = logit(call.x), []
+    for cell in range(CELLS**2):
+        falls.append(whole - logit(without_cell(call.x, torch.full_like(call.targets, cell), CELLS)))
+    masks = cell_masks(call.x.shape[2], call.x.shape[3], CELLS).to(call.maps)
+    sums = torch.einsum("nhw,chw->nc", call.maps, masks)
+    return _correlation(_ranks(sums), _ranks(torch.stack(falls, 1)))
+
+
+def _energy(call: _Call) -> Tensor:
+    if call.masks is None:
+        raise MethodError("energy needs the objects' masks: give masks=, on the command line --regions")
+    return energy_shares(call.maps, call.masks.to(call.maps))
+
+
+def energy_shares(maps: Tensor, masks: Tensor) -> Tensor:
+    """Share of the positive attribution inside masks: the energy-based pointing game (arXiv 1910.01279, section 4.3).
+
+    Args:
+        maps: Signed (N, H, W).
+        masks: (N, H, W) in [0, 1], of objects or their boxes.
+
+    Returns:
+        (N,) in [0, 1]; NaN for a map without positive attribution.
+    """
+    positive = maps.clamp_min(0)
+    return (positive * masks).sum((1, 2)) / positive.sum((1, 2))
+
+
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
     """(N,) of the rows of (N, P), after Pearson."""
     a, b = (v - v.mean(1, keepdim=True) for v in (a, b))
@@ -169,7 +208,10 @@ METRICS: dict[str, Callable[[_Call], Tensor]] = {
     "faithfulness_correlation": _faithfulness_correlation,
     "max_sensitivity": _max_sensitivity,
     "randomisation": _randomisation,
+    "single_deletion": _single_deletion,
+    "energy": _energy,
 }
+NEEDING_MASKS = ("energy",)
 
 
 def check_metrics(names: Sequence[str]) -> None:
@@ -184,7 +226,15 @@ def check_metrics(names: Sequence[str]) -> None:
 
 
 def evaluate(
-    model: nn.Module, x: Tensor, targets: Targets, metric: str, method: str = "bcos", *, seed: int = 0, **options: Any
+    model: nn.Module,
+    x: Tensor,
+    targets: Targets,
+    metric: str,
+    method: str = "bcos",
+    *,
+    masks: Tensor | None = None,
+    seed: int = 0,
+    **options: Any,
 ) -> Tensor:
     """One metric of one attribution method, for each image.
 
@@ -194,6 +244,7 @@ def evaluate(
         targets: As in `attribute`.
         metric: Of `METRICS`.
         method: Of `timm_bcos.attribution.METHODS`.
+        masks: (N, H, W) 1 inside the object or its box, 0 outside, for the metrics in `NEEDING_MASKS`.
         seed: Of what the metric draws at random.
         options: Of `attribute`.
 
@@ -201,14 +252,26 @@ def evaluate(
         (N,) of float64.
 
     Raises:
-        MethodError: For an unknown metric or method, or for maps that are zero everywhere or not finite.
+        MethodError: For an unknown metric or method, for maps that are zero everywhere or not finite, and for a metric
+            that lacks its masks.
+        InputError: For masks of another shape than the images', or empty ones.
     """
     check_metrics([metric])
     x = checked_images(model, x)
+    _check_masks(masks, x)
     maps = attribute(model, x, targets, method, **options).double()
     if not bool(maps.isfinite().all()) or not bool(maps.any()):
         kind = "all equal to zero" if bool(maps.isfinite().all()) else "not finite"
         raise MethodError(f"{metric} of {method}: the maps are {kind}, which cannot be judged")
     subject, generator = Subject(model), torch.Generator().manual_seed(seed)
-    call = _Call(model, subject, x, subject.classes(x, targets), method, options, generator, maps)
+    call = _Call(model, subject, x, subject.classes(x, targets), method, options, generator, maps, masks)
     return METRICS[metric](call).cpu()
+
+
+def _check_masks(masks: Tensor | None, x: Tensor) -> None:
+    if masks is None:
+        return
+    if masks.shape != (len(x), *x.shape[2:]):
+        raise InputError(f"masks {tuple(masks.shape)} of images {tuple(x.shape)}: give (N, H, W) at the images' size")
+    if not bool(masks.flatten(1).any(1).all()):
+        raise InputError("each mask must hold a pixel that is inside")

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attribution.registry import Subject, attribute, check_counts
+from ..data.cells import cell_of_pixels
 from ..data.datasets import LabelledImages, image_batches, image_loader
 from ..errors import InputError
+from .disconnected import Disconnected
 
 __all__ = ["Confidence", "Grid", "cell_shares", "confidences", "grid_shares", "localisation", "sample_grids"]
 
@@ -145,15 +147,10 @@ def cell_shares(maps: Tensor, n: int, smooth: int = 1) -> Tensor:
     if smooth < 1 or smooth % 2 == 0:
         raise InputError(f"smooth={smooth}: give an odd window, 1 for no smoothing")
     positive = F.avg_pool2d(maps[:, None], smooth, 1, smooth // 2).clamp(min=0)
-    rows, columns = (_cell_of_pixels(side, n).to(positive) for side in maps.shape[1:])
+    rows, columns = (cell_of_pixels(side, n).to(positive) for side in maps.shape[1:])
     sums = torch.einsum("ih,bhw,jw->bij", rows, positive[:, 0], columns)
     total = sums.sum((1, 2), keepdim=True)
     return torch.where(total > 0, sums / total.clamp(min=torch.finfo(sums.dtype).tiny), torch.zeros_like(sums))
-
-
-def _cell_of_pixels(side: int, n: int) -> Tensor:
-    """(n, side), 1 where a pixel lies in a row or column of cells."""
-    return F.one_hot((2 * torch.arange(side) + 1) * n // (2 * side), n).T
 
 
 def localisation(
@@ -168,7 +165,7 @@ def localisation(
     """Play one grid: for each cell's class, the share of its positive attribution that lies in the cell.
 
     Args:
-        model: A B-cos network or a plain timm model, in eval mode.
+        model: A B-cos network or a plain timm model, in eval mode; or one that is `Disconnected`.
         dataset: What the grid's indices are of.
         grid: From `sample_grids`.
         method: Of `timm_bcos.attribution.METHODS`.
@@ -192,6 +189,8 @@ def grid_shares(
 ) -> Tensor:
     """The same for a picture (1, C, H, W) that `compose` has made; arguments and result are those of `localisation`."""
     classes = torch.tensor(grid.classes, device=image.device)
+    if isinstance(model, Disconnected):
+        classes = model.targets(classes)
     maps = attribute(model, image.expand(len(classes), -1, -1, -1), classes, method, **options)
     return torch.stack([cell_shares(maps, grid.n, window).flatten(1).diagonal() for window in smooth])
 

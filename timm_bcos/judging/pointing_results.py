@@ -19,6 +19,7 @@ from ..data.datasets import LabelledImages
 from ..errors import InputError, MethodError
 from ..explaining.figures import save_figure
 from ..files import atomic_path
+from .disconnected import Disconnected, Disconnection
 from .pointing_game import Confidence, Grid, compose, confidences, grid_shares
 from .results import append_rows, drop_torn_line, read_rows
 
@@ -57,6 +58,8 @@ def play_all(
     samples: Iterable[Sequence[Grid]],
     methods: Sequence[str],
     folder: Path,
+    *,
+    disconnect: Disconnection = "none",
     **options: Any,
 ) -> list[str]:
     """Play grids of each size by each method, with a summary after each size.
@@ -67,6 +70,7 @@ def play_all(
         samples: Grids of one size each.
         methods: Of `timm_bcos.attribution.METHODS`.
         folder: Of the results.
+        disconnect: 'full' or 'part': play with the model as `Disconnected` makes it.
         options: Of `play`.
 
     Returns:
@@ -78,9 +82,10 @@ def play_all(
     drop_torn_line(folder / "values.csv")
     left_out: dict[str, str] = {}
     for grids in samples:
+        player = model if disconnect == "none" else Disconnected(model, grids[0].n, disconnect)
         for method in methods:
             try:
-                play(model, dataset, grids, method, folder, **options)
+                play(player, dataset, grids, method, folder, **options)
             except MethodError as error:
                 left_out[method] = str(error)
         write_summary(folder, methods)

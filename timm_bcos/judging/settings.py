@@ -11,7 +11,7 @@ from ..files import atomic_path, first_line, sha256
 
 __all__ = ["fingerprint", "remember_settings"]
 
-CONTENTS = ("checkpoint", "data_dir", "class_map")  # what may change under the same name
+CONTENTS = ("checkpoint", "data_dir", "class_map", "regions")  # what may change under the same name
 
 
 def remember_settings(folder: Path, given: Mapping[str, object]) -> None:

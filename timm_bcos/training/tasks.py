@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.task import ClassificationTask, LogitDistillationTask
 from torch import Tensor, nn
 
+from ..data.cells import without_cell
 from ..errors import InputError, ModelStateError, TargetError
 from ..explaining.inputs import check_model
 from ..explaining.linearised import Linearised
@@ -14,7 +15,9 @@ from ..explaining.places import Region, check_region
 from .losses import cosine_loss, energy_loss
 from .weights import dynamic_weights
 
-__all__ = ["ExplanationDistillationTask", "GuidedClassificationTask"]
+__all__ = ["DeletionClassificationTask", "ExplanationDistillationTask", "GuidedClassificationTask"]
+
+CELLS = 4  # per side, of deletions
 
 
 class _ExplainedTask:
@@ -134,6 +137,20 @@ class GuidedClassificationTask(_ExplainedTask, ClassificationTask):  # type: ign
             loss=task_loss + self.guidance_weight * guidance_loss, output=found.logits, task_loss=task_loss,
             guidance_loss=guidance_loss,
         )  # fmt: skip
+
+
+class DeletionClassificationTask(ClassificationTask):
+    """Classification of images, half of which show their mean colour in one of 4 × 4 cells.
+
+    A network that has been fine-tuned by it knows such images, as the single deletion score wants it
+    (IDSDS, arXiv 2407.11910). Arguments are those of `timm.task.ClassificationTask`.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Losses of a batch, as the class above it."""
+        cells = torch.randint(CELLS**2, (len(input),), device=input.device)
+        is_whole = torch.rand(len(input), device=input.device) < 0.5
+        return super().forward(without_cell(input, cells.masked_fill(is_whole, -1), CELLS), target)  # type: ignore[no-any-return]
 
 
 def _check_weight(name: str, value: float) -> None:

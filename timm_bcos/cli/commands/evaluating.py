@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..inputs import DataChoice, NetworkChoice
-from ..options import Checkpoint, ClassMap, DataDir, Dataset, Device, Methods, Model, Plain, Split
+from ..options import Checkpoint, ClassMap, DataDir, Dataset, Device, Disconnect, Methods, Model, Plain, Split
 
 __all__ = ["metrics", "pointing_game"]
 
@@ -35,6 +35,10 @@ def pointing_game(
     smooth: Annotated[
         list[int] | None, typer.Option(min=1, help="Window of a mean filter; repeat for several. 1 and 15.")
     ] = None,
+    disconnect: Annotated[
+        Disconnect,
+        typer.Option(help="Logits for each cell: of a network of its own (full, DiFull) or of a head (part, DiPart)."),
+    ] = Disconnect.NONE,
     seed: Annotated[int, typer.Option(help="Of the choice of classes.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Classes of a grid at a time; fewer take less memory.")] = 9,
     out: Annotated[Path, typer.Option(help="Directory for the results; a run resumes there.")] = Path("pointing_game"),
@@ -53,13 +57,17 @@ def pointing_game(
     choice, data = NetworkChoice(model, checkpoint, plain), DataChoice(data_dir, dataset, split, class_map)
     network = choice.load(device)
     images = data.load(network.num_classes)
-    remember_settings(out, vars(choice) | vars(data) | dict(reuse=reuse, seed=seed, threshold=threshold))
+    settings = dict(reuse=reuse, seed=seed, threshold=threshold, disconnect=disconnect.value)
+    remember_settings(out, vars(choice) | vars(data) | settings)
     found = read_confidences(network, images, out)
     right = sum(item.predicted == item.label for item in found)
     typer.echo(f"{right} of {len(found)} images are classified correctly")
     sample = partial(sample_grids, found, count=grids, threshold=threshold, seed=seed, reuse=reuse)
     samples = [sample(cells) for cells in n or (2, 3)]  # all of them before the first is played
-    left_out = play_all(network, images, samples, methods, out, smooth=smooth or (1, 15), batch_size=batch_size)
+    left_out = play_all(
+        network, images, samples, methods, out, disconnect=disconnect.value, smooth=smooth or (1, 15),
+        batch_size=batch_size,
+    )  # fmt: skip
     _report(left_out, out / "summary.md")
 
 
@@ -76,26 +84,35 @@ def metrics(
     metric: Annotated[
         list[str] | None, typer.Option(help="Repeat for several. All: deletion, insertion, faithfulness, …")
     ] = None,
+    regions: Annotated[
+        Path | None,
+        typer.Option(help="Where the objects are, for energy: a folder of masks, or a CSV file of boxes."),
+    ] = None,
     images: Annotated[int, typer.Option(min=1, help="How many, evenly spread over the data set.")] = 20,
     out: Annotated[Path, typer.Option(help="Directory for the results; a run resumes there.")] = Path("metrics"),
 ) -> None:
-    """Measure deletion, insertion, faithfulness, sensitivity and randomisation of attribution methods.
+    """Measure deletion, insertion, faithfulness, sensitivity, randomisation and more of attribution methods.
 
     Writes metrics.csv and metrics.md. Without --method, all quick ones that suit the network.
     """
     from ...attribution.registry import check_methods
+    from ...errors import MethodError
     from ...judging.metric_results import evaluate_all
-    from ...judging.metrics import METRICS, check_metrics
+    from ...judging.metrics import METRICS, NEEDING_MASKS, check_metrics
     from ...judging.settings import remember_settings
 
-    methods, measured = list(method or QUICK), list(metric or METRICS)
+    suited = [name for name in METRICS if regions is not None or name not in NEEDING_MASKS]
+    methods, measured = list(method or QUICK), list(metric or suited)
     check_methods(methods)
     check_metrics(measured)
+    if lacking := [name for name in measured if name not in suited]:
+        raise MethodError(f"{lacking[0]} needs --regions: where the objects are")
     choice, data = NetworkChoice(model, checkpoint, plain), DataChoice(data_dir, dataset, split, class_map)
     network = choice.load(device)
     labelled = data.load(network.num_classes)
-    remember_settings(out, vars(choice) | vars(data) | dict(images=images))
-    _report(evaluate_all(network, labelled, measured, methods, out, images=images), out / "metrics.md")
+    remember_settings(out, vars(choice) | vars(data) | dict(images=images, regions=regions))
+    left_out = evaluate_all(network, labelled, measured, methods, out, images=images, regions=regions)
+    _report(left_out, out / "metrics.md")
 
 
 def _report(left_out: Sequence[str], table: Path) -> None:

@@ -18,6 +18,9 @@ def run(
         float | None,
         typer.Option(min=0, help="With train.py --kd-model-name: weight of the loss on the teacher's explanations."),
     ] = None,
+    delete_cells: Annotated[
+        bool, typer.Option("--delete-cells", help="With train.py: half of the photos lack one of 4 × 4 cells (IDSDS).")
+    ] = False,
 ) -> None:
     """Run a script of timm's, unchanged, with the B-cos networks registered.
 
@@ -26,7 +29,7 @@ def run(
     from ..run import run_script
 
     with as_python_does():
-        run_script(script, arguments or [], explanation_weight)
+        run_script(script, arguments or [], explanation_weight, delete_cells)
 
 
 class Switch(str, Enum):

@@ -1,0 +1,111 @@
+"""Where the objects of a data set are: a mask or boxes for each of its photos."""
+
+import csv
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .datasets import LabelledImages
+from .transforms import photo_transform
+
+__all__ = ["region_loader", "region_masks"]
+
+COLUMNS = ("image", "left", "top", "right", "bottom")
+Box = tuple[float, float, float, float]
+
+
+def region_loader(model: nn.Module, dataset: LabelledImages, regions: Path) -> Callable[[int], Tensor]:
+    """A function from an index of the data set to the mask (H, W) of its object, cut and scaled as the image is.
+
+    Args:
+        model: Whose cfg says how images are cut and scaled.
+        dataset: With timm's `filename(index)`.
+        regions: A folder of masks, pictures of the photos' names and sizes, white inside, or a CSV file with the
+            columns image, left, top, right, bottom: boxes in pixels of the photo, one or more for each.
+
+    Raises:
+        InputError: For a file that cannot be read, and, when it is asked for, for a photo without a region in it.
+    """
+    named: Any = dataset
+    if not hasattr(named, "filename"):
+        raise InputError("the data set does not tell the names of its images, by which regions are found")
+    mode, transform = photo_transform(model)
+    draw = _drawn_boxes(regions) if regions.is_file() else _stored_masks(regions)
+
+    def load(index: int) -> Tensor:
+        name = Path(named.filename(index, basename=False, absolute=False)).as_posix()
+        mask = transform(draw(name, dataset[index][0].size).convert(mode))[0].round()
+        if not bool(mask.any()):
+            raise InputError(f"the region of {name} in {regions} is empty once the photo is cut to the network's size")
+        return mask
+
+    return load
+
+
+def _stored_masks(folder: Path) -> Callable[[str, tuple[int, int]], Image.Image]:
+    if not folder.is_dir():
+        raise InputError(f"no regions at {folder}: give a folder of masks, or a CSV file of boxes")
+    masks = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*") if path.is_file()}
+
+    def draw(name: str, size: tuple[int, int]) -> Image.Image:
+        path = masks.get(Path(name).with_suffix("").as_posix())
+        if path is None:
+            raise InputError(f"{folder} has no mask of {name}")
+        try:
+            mask = Image.open(path).convert("L")
+        except (OSError, Image.DecompressionBombError) as error:
+            raise InputError(f"{path} is no picture") from error
+        if mask.size != size:
+            raise InputError(f"{path} has {mask.size[0]} × {mask.size[1]} pixels, its photo {size[0]} × {size[1]}")
+        return mask
+
+    return draw
+
+
+def _drawn_boxes(path: Path) -> Callable[[str, tuple[int, int]], Image.Image]:
+    boxes = _read_boxes(path)
+
+    def draw(name: str, size: tuple[int, int]) -> Image.Image:
+        if name not in boxes:
+            raise InputError(f"{path} has no box of {name}")
+        mask = Image.new("L", size)
+        for left, top, right, bottom in boxes[name]:
+            ImageDraw.Draw(mask).rectangle((left, top, right - 1, bottom - 1), fill=255)
+        return mask
+
+    return draw
+
+
+def _read_boxes(path: Path) -> dict[str, list[Box]]:
+    found: dict[str, list[Box]] = {}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} is no CSV file") from error
+    for number, row in enumerate(rows, start=2):
+        found.setdefault(str(row.get("image")), []).append(_box(row, f"{path}, line {number}"))
+    if not found:
+        raise InputError(f"{path} holds no boxes")
+    return found
+
+
+def _box(row: dict[str, str], place: str) -> Box:
+    try:
+        left, top, right, bottom = (float(row[column]) for column in COLUMNS[1:])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{place}: give the columns {', '.join(COLUMNS)}") from error
+    if not (-math.inf < left < right < math.inf and -math.inf < top < bottom < math.inf):
+        raise InputError(f"{place}: right and bottom must lie beyond left and top")
+    return left, top, right, bottom
+
+
+def region_masks(load: Callable[[int], Tensor], indices: Sequence[int]) -> Tensor:
+    """(N, H, W) of several images."""
+    return torch.stack([load(index) for index in indices])
