@@ -12,7 +12,16 @@ from PIL import Image
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from timm_bcos import BcosConfig, Explanation, InputError, TargetError, bcosify, explain, explanation_mode
+from timm_bcos import (
+    BcosConfig,
+    Explanation,
+    InexactWarning,
+    InputError,
+    TargetError,
+    bcosify,
+    explain,
+    explanation_mode,
+)
 from timm_bcos.cli.app import app
 from timm_bcos.concepts.accounts import explain_concepts
 from timm_bcos.concepts.dictionary import Concepts
@@ -272,3 +281,42 @@ def test_no_picture_of_the_users_is_overwritten(photos: Path, tmp_path: Path) ->
     assert result.exit_code == 0, result.output
     assert mine.read_bytes() == before
     assert {path.name for path in out.glob("*.png")} == {"wall.png", "wall_2.png", "wall_3.png"}
+
+
+class PositionsFirst(nn.Module):
+    """A constant is added to sequences (L, N, C), where nothing tells positions from images; `leak` adds a gate."""
+
+    def __init__(self, leak: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 32, stride=32)
+        self.mixed, self.fc = nn.Linear(6, 6), nn.Linear(6, 4)
+        self.leak = leak
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.mixed(self.conv(x).flatten(2).permute(2, 0, 1)).mean(0)
+        return self.fc(tokens) + (tokens.sigmoid().sum(1, keepdim=True) if self.leak else 0.0)
+
+
+def sequences(leak: bool) -> nn.Module:
+    config = BcosConfig(mean=(0.5,), std=(0.5,), bias=True, b=1.5)
+    return bcosify(PositionsFirst(leak).double(), config).eval()
+
+
+def test_images_are_taken_one_by_one_where_the_layout_does_not_tell_them() -> None:
+    model, x = sequences(False), torch.rand(4, 3, 64, 64, dtype=torch.float64)
+    account = explain_concepts(model, x, some("conv", 6, "top"), 2, top=2)
+    assert account.completeness_error.max() <= 1e-10 and len(account.pixels) == 2
+    singles = [explain_concepts(model, x[i : i + 1], account.concepts, 2, top=2) for i in range(4)]
+    for name in ("shares", "rest", "other", "strengths", "strongest"):
+        torch.testing.assert_close(getattr(account, name), torch.cat([getattr(one, name) for one in singles]))
+    for column, pixels in enumerate(account.pixels):
+        assert len(pixels) == 4 and pixels.completeness_error.max() <= 1e-10
+        torch.testing.assert_close(pixels.weights[3], singles[3].pixels[column].weights[0])
+    torch.testing.assert_close(account.explanation.bias, explain(model, x, 2).bias)
+
+
+def test_an_account_that_is_not_exact_warns() -> None:
+    x = torch.rand(1, 3, 64, 64, dtype=torch.float64)
+    with pytest.warns(InexactWarning, match="adds a value that depends on the image") as caught:
+        explain_concepts(sequences(True), x, some("conv", 6, "top"), 2)
+    assert caught[0].filename == __file__

@@ -8,7 +8,7 @@ import torch
 from conftest import enliven, normalised, real_image
 from torch import Tensor, nn
 
-from timm_bcos import BcosConfig, Explanation, InputError, TargetError, bcosify, contrast, explain
+from timm_bcos import BcosConfig, Explanation, InputError, TargetError, bcosify, check, contrast, explain
 from timm_bcos.explaining.places import Grid
 
 SIZE = 96
@@ -223,6 +223,17 @@ def test_other_inputs_by_name(model: nn.Module, x: Tensor, chunk: int | None) ->
     assert found.completeness_error.max() <= 1e-10 and not found.defects
     pair = contrast(captioned, x, 3, 5, extra=extra, chunk=chunk)
     torch.testing.assert_close(pair.weights, found.weights - explain(captioned, x, 5, extra=extra).weights)
+    verdict = check(captioned, x, extra=dict(prior=prior.float(), scale=2.0))
+    assert verdict.exact and verdict.image_share < 1
+
+
+def test_check_of_other_inputs_finds_the_break(model: nn.Module, x: Tensor) -> None:
+    class Leaking(Captioned):
+        def forward(self, x: Tensor, prior: Tensor, *, scale: float = 1.0) -> Tensor:
+            return self.network(x) + scale * self.network(x).sigmoid() * prior
+
+    verdict = check(Leaking(model).eval(), x, extra=dict(prior=torch.ones(2, 1)))
+    assert not verdict.exact and verdict.breaks_at == "(root)"
 
 
 NAN = torch.full((1000,), float("nan"))

@@ -6,18 +6,21 @@ A(x) = W(x) · x + constants. Written in concepts, A = Σ_k d_k · u_k + rest, s
 does so for a sparse autoencoder in B-cos networks; here it is for any concepts.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ..dynamic.account import AmbiguousBatch
 from ..dynamic.mode import paused
 from ..errors import InputError, TargetError
 from ..explaining.explanation import Explanation
+from ..explaining.forward import is_mixed, warn_if_inexact
 from ..explaining.inputs import check_images, check_model
 from ..explaining.linearised import Linearised, linear_parts
 from ..explaining.readout import Readout
-from ..explaining.targets import Asked, Targets, check_target
+from ..explaining.targets import Asked, Targets, check_target, of_images
 from .dictionary import Concepts
 
 __all__ = ["Account", "explain_concepts"]
@@ -55,6 +58,18 @@ class Account:
         error = (total - logit).abs()
         return torch.where(error == 0, error, error / (logit - self.explanation.logit_bias).abs())
 
+    @classmethod
+    def stack(cls, accounts: Sequence["Account"]) -> "Account":
+        """One account of the images of several, of the same concepts."""
+        joined = {
+            name: torch.cat([getattr(account, name) for account in accounts])
+            for name in ("shares", "rest", "other", "strengths", "strongest")
+        }
+        columns = zip(*(account.pixels for account in accounts), strict=True)
+        pixels = [Explanation.stack(column) for column in columns]
+        whole = Explanation.stack([account.explanation for account in accounts])
+        return cls(whole, accounts[0].concepts, **joined, pixels=pixels)
+
 
 def explain_concepts(
     model: nn.Module, x: Tensor, concepts: Concepts, target: Targets = None, *, top: int = 3
@@ -72,13 +87,35 @@ def explain_concepts(
         InputError: For concepts of another number of channels, a negative `top`, and as in `explain`.
         TargetError: As in `explain`; also for a layer that no logit depends on.
         ModelStateError: As in `explain`.
+
+    Warns:
+        InexactWarning: As in `explain`.
     """
     check_images(x, check_model(model))
     asked = check_target(target, len(x))
     if isinstance(top, bool) or not isinstance(top, int) or top < 0:
         raise InputError(f"top={top!r}: give the number of concepts to explain by pixels, at least 0")
+
+    def ask(images: slice) -> Account:
+        run = Linearised(model, x[images], concepts.layer)
+        return _account(run, concepts, of_images(asked, images), min(top, len(concepts)))
+
     with paused(), torch.enable_grad():
-        return _account(Linearised(model, x, concepts.layer), concepts, asked, min(top, len(concepts)))
+        account = _together_or_apart(ask, len(x))
+    warn_if_inexact([account.explanation, *account.pixels], 2)
+    return account
+
+
+def _together_or_apart(ask: Callable[[slice], Account], count: int) -> Account:
+    """All at once, or image by image where a tensor's layout does not tell what is of which image."""
+    try:
+        account = ask(slice(0, count))
+        needs_singles = is_mixed(account.explanation)
+    except AmbiguousBatch:
+        needs_singles = True
+    if needs_singles and count > 1:
+        account = Account.stack([ask(slice(i, i + 1)) for i in range(count)])
+    return account
 
 
 def _account(run: Linearised, concepts: Concepts, asked: Asked, top: int) -> Account:

@@ -1,7 +1,7 @@
 """Is a network's explanation exact? And if it is not, where does it break?"""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,7 +15,7 @@ from ..nn.channels import channel_axis
 from ..nn.functional import encode_image
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
 from ..nn.modules import first_output, frozen_copy, hooked, pick_output
-from .forward import explain
+from .forward import explain, extra_of_images
 from .inputs import check_model
 from .linearised import linear_part
 
@@ -62,7 +62,12 @@ class Check:
 
 
 def check(
-    model: nn.Module, x: Tensor | None = None, *, tolerance: float | None = None, output: str | int | None = None
+    model: nn.Module,
+    x: Tensor | None = None,
+    *,
+    tolerance: float | None = None,
+    output: str | int | None = None,
+    extra: Mapping[str, object] | None = None,
 ) -> Check:
     """Measure whether a network's explanations sum up to its logits, and look for what they cannot hold.
 
@@ -75,6 +80,7 @@ def check(
         x: Images (N, C, H, W) in [0, 1]; None makes a random one of the model's input size.
         tolerance: None is 1e-10 for a network in float64, 1e-4 for one in float32 and 1e-2 for others.
         output: Which of several outputs, as in `explain`. Of a map, the position with the strongest class is measured.
+        extra: Other arguments of the network, by name, as in `explain`.
 
     Returns:
         The verdict; where it is not exact, with the first module, in the order of execution, that breaks it.
@@ -94,19 +100,29 @@ def check(
     network = frozen_copy(getattr(model, "_orig_mod", model))
     wide = stem.weight.dtype if stem.weight.device.type == "mps" else torch.float64
     network, x = network.to(wide), x.detach().to(wide)
-    verdict = _measure(network, x, stem.image_channels, tolerance, output)
+    given = {name: _widened(value, wide) for name, value in (extra or {}).items()}
+    verdict = _measure(network, x, stem.image_channels, tolerance, output, given)
     if verdict.exact:
         return verdict
     first = next((defect.module for defect in verdict.defects), None)
-    broken = _first_break(network, x, stem.image_channels, tolerance) if first is None else first or "(root)"
+    broken = _first_break(network, x, stem.image_channels, tolerance, given) if first is None else first or "(root)"
     return replace(verdict, breaks_at=broken)
 
 
-def _measure(model: nn.Module, x: Tensor, channels: int, tolerance: float, output: str | int | None) -> Check:
+Extra = Mapping[str, object]
+
+
+def _widened(value: object, dtype: torch.dtype) -> object:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _measure(
+    model: nn.Module, x: Tensor, channels: int, tolerance: float, output: str | int | None, extra: Extra
+) -> Check:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InexactWarning)  # the verdict says it
-        explanation = explain(model, x, output=output)
-    logits = partial(_logits, model, output=output, position=explanation.position)
+        explanation = explain(model, x, output=output, extra=extra)
+    logits = partial(_logits, model, output=output, position=explanation.position, extra=extra)
     plain, again = logits(x), logits(x)
     signal, encoded = explanation.logit - explanation.logit_bias, encode_image(x, channels)
     return Check(
@@ -121,9 +137,9 @@ def _measure(model: nn.Module, x: Tensor, channels: int, tolerance: float, outpu
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, x: Tensor, output: str | int | None, position: Tensor | None) -> Tensor:
+def _logits(model: nn.Module, x: Tensor, output: str | int | None, position: Tensor | None, extra: Extra) -> Tensor:
     """(N, K) outputs, of maps at the positions (N, 2)."""
-    found: Tensor = pick_output(model(x), output, "the model")
+    found: Tensor = pick_output(model(x, **extra), output, "the model")
     if position is None:
         return found
     maps = found.movedim(channel_axis(model, found, model), 1)
@@ -172,7 +188,7 @@ def random_image(channels: int, size: Sequence[int]) -> Tensor:
     return torch.nn.functional.interpolate(coarse, tuple(size), mode="bilinear").clamp(0, 1)
 
 
-def _first_break(model: nn.Module, x: Tensor, channels: int, tolerance: float) -> str | None:
+def _first_break(model: nn.Module, x: Tensor, channels: int, tolerance: float, extra: Extra) -> str | None:
     """Every module's output must be W(x) · x + constants: test a random projection of each, in execution order."""
     outputs: list[tuple[str, Tensor]] = []
     names = {module: name for name, module in model.named_modules()}
@@ -185,7 +201,7 @@ def _first_break(model: nn.Module, x: Tensor, channels: int, tolerance: float) -
     leaf = encode_image(x.detach(), channels)[:1].clone().requires_grad_()
     account = Account(model, 1, leaf)
     with torch.enable_grad(), hooked(names, record), active(DynamicLinearMode(leaf, account)):
-        model(leaf)
+        model(leaf, **extra_of_images(extra, slice(0, 1), len(x)))
     for name, output in outputs:
         if not _adds_up(output, leaf, account, tolerance):
             return name or "(root)"

@@ -18,7 +18,9 @@ from .linearised import Linearised
 from .places import Position, Region, check_region
 from .targets import Asked, Targets, check_table, check_target, of_images
 
-__all__ = ["check_place", "explain", "explain_readout", "explain_targets"]
+__all__ = [
+    "check_place", "explain", "explain_readout", "explain_targets", "extra_of_images", "is_mixed", "warn_if_inexact",
+]  # fmt: skip
 
 
 def explain(
@@ -112,13 +114,13 @@ def explain_readout(
         return [part.explain(of_images(target, images), of_images(versus, images), place.position, masks)]
 
     def run(images: slice) -> Linearised:
-        return Linearised(model, x[images], layer, output, _of_images(extra, images, len(x)))
+        return Linearised(model, x[images], layer, output, extra_of_images(extra, images, len(x)))
 
     return _explain_all(len(x), run, ask, chunk, callers=3)[0]
 
 
-def _of_images(extra: Mapping[str, object] | None, images: slice, count: int) -> dict[str, object]:
-    """Of tensors with a row per image, the rows of some."""
+def extra_of_images(extra: Mapping[str, object] | None, images: slice, count: int) -> dict[str, object]:
+    """Other arguments of a network for some of the images: of tensors with a row per image, these rows."""
     return {
         name: value[images] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
         for name, value in (extra or {}).items()
@@ -167,9 +169,14 @@ def _explain_all(count: int, run: Run, ask: Ask, chunk: int | None, callers: int
     with paused():
         parts = [_explain_chunk(run, ask, range(i, min(i + size, count))) for i in range(0, count, size)]
     found = parts[0] if len(parts) == 1 else [Explanation.stack(column) for column in zip(*parts, strict=True)]
+    warn_if_inexact(found, callers + 1)
+    return found
+
+
+def warn_if_inexact(found: Sequence[Explanation], callers: int) -> None:
+    """Warn of each defect once; warnings name the line that called the function `callers` above this one."""
     for defect in dict.fromkeys(defect for explanation in found for defect in explanation.defects):
         warnings.warn(f"the explanation is not exact: {defect}", InexactWarning, stacklevel=callers + 1)
-    return found
 
 
 def _explain_chunk(run: Run, ask: Ask, places: range) -> list[Explanation]:
@@ -177,16 +184,16 @@ def _explain_chunk(run: Run, ask: Ask, places: range) -> list[Explanation]:
     images = slice(places.start, places.stop)
     try:
         found = ask(run(images), images)
-        is_mixed = any(map(_is_mixed, found))
+        needs_singles = any(map(is_mixed, found))
     except AmbiguousBatch:
-        is_mixed = True
-    if is_mixed and len(places) > 1:
+        needs_singles = True
+    if needs_singles and len(places) > 1:
         singles = [ask(run(one), one) for one in (slice(i, i + 1) for i in places)]
         found = [Explanation.stack(column) for column in zip(*singles, strict=True)]
     return found
 
 
-def _is_mixed(explanation: Explanation) -> bool:
+def is_mixed(explanation: Explanation) -> bool:
     """Whether constants add up for the batch, but were booked to the wrong images."""
     total = explanation.contributions.double().sum((1, 2, 3)) + explanation.bias.double()
     error = total - explanation.logit.double()
