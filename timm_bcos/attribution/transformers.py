@@ -1,4 +1,4 @@
-"""The attribution methods for vision transformers: what tokens attend to, and relevance that passes through attention."""
+"""The attribution methods for vision transformers: what tokens attend to, and relevance that attention passes on."""
 
 import math
 from collections import ChainMap
@@ -36,15 +36,17 @@ def chefer(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
     """Generic attention explainability (Chefer et al., arXiv 2103.15679, section 3.1) of a vision transformer.
 
     R = I, and R ← R + Ā · R in each layer, with Ā = mean over heads of (∇A ⊙ A)⁺: attention where more of it would
-    raise the logit. The map is never negative.
+    raise the logit. The map, of R - I, is never negative; the class token's row of I has nothing over the patches, and
+    in the mean of the patches' rows it would be a constant.
     """
     _check_transformer(subject, "chefer")
     logits, layers = _logits_and_attention(subject, _leaf(subject, x))
     gradients = torch.autograd.grad(_wanted(logits, targets), layers)
-    relevance = torch.eye(layers[0].shape[-1]).to(x).expand(len(x), -1, -1)
+    gathered = torch.zeros_like(layers[0][:, 0])  # R - I: beside I, small numbers would be lost
     for attention, gradient in zip(layers, gradients, strict=True):
-        relevance = relevance + (gradient * attention.detach()).clamp(min=0).mean(1) @ relevance
-    return _map_of_patches(subject.model, relevance, x)
+        raising = (gradient * attention.detach()).clamp(min=0).mean(1)
+        gathered = gathered + raising + raising @ gathered
+    return _map_of_patches(subject.model, gathered, x)
 
 
 @register("attnlrp")
@@ -54,8 +56,8 @@ def attention_relevance(
     """AttnLRP (Achtibat et al., arXiv 2402.05602, section 3) as input × a changed gradient of the logit.
 
     Linear layers follow the γ rule, which with γ = 0 is the ε rule; activations pass relevance on; of a norm the
-    statistics are constants; softmax takes R_i = x_i (R_i - s_i Σ_j R_j), and factors of a product halves. Sigmoid gates
-    are constants, as in explanation mode, whose table this is but for attention and γ.
+    statistics are constants; softmax takes R_i = x_i (R_i - s_i Σ_j R_j), and factors of a product halves. Sigmoid
+    gates are constants, as in explanation mode, whose table this is but for attention and γ.
 
     Args:
         subject: A plain network.
@@ -127,7 +129,7 @@ def _gamma_rule(gamma: float) -> Handler:
 
 
 def _by_sign(weight: Tensor, bias: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """For what raises outputs, then for what lowers them: weights of positive inputs, of negative ones, and the bias."""
+    """What raises outputs, then what lowers them: weights of positive inputs, of negative ones, and the bias."""
     above, below = weight.clamp(min=0), weight.clamp(max=0)
     biases = (None, None) if bias is None else (bias.clamp(min=0), bias.clamp(max=0))
     return [(above, below, biases[0]), (below, above, biases[1])]
