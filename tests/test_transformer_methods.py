@@ -324,6 +324,11 @@ def test_attention_that_is_not_shown() -> None:
             attribute(model, PIXELS, 0, method)
 
 
+def test_networks_that_end_in_a_gate() -> None:
+    with pytest.raises(MethodError, match="the logits of Sequential come out of a gate"):
+        attribute(readable(nn.Sequential(nn.Flatten(), nn.Sigmoid())), PIXELS, 0, "attnlrp")
+
+
 def test_functions_without_a_rule() -> None:
     class Unknown(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def attention_rollout(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
 
 @register("chefer")
 def chefer(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
-    """Generic attention explainability (Chefer et al., arXiv 2103.15679, section 3.1) of a vision transformer.
+    """Generic attention explainability (Chefer et al., arXiv 2103.15679, section 3) of a vision transformer.
 
     R = I, and R ← R + Ā · R in each layer, with Ā = mean over heads of (∇A ⊙ A)⁺: attention where more of it would
     raise the logit. The map, of R - I, is never negative; the class token's row of I has nothing over the patches, and
@@ -74,6 +74,8 @@ def attention_relevance(
     leaf = _leaf(subject, x)
     with active(_RelevanceMode(leaf, gamma, conv_gamma)):
         logits = subject(leaf.clone())  # a clone, in which it may write
+    if not logits.requires_grad:
+        raise MethodError(f"attnlrp: the logits of {subject.kind} come out of a gate, which passes no relevance on")
     (gradient,) = torch.autograd.grad(_wanted(logits, targets), leaf)
     return (leaf * gradient).sum(1)
 
