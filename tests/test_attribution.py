@@ -31,6 +31,9 @@ REFUSED = {
     ("lrp", "converted"): "lrp has rules",
     ("attention_rollout", "plain"): "vision transformers",
     ("attention_rollout", "converted"): "vision transformers",
+    ("chefer", "plain"): "vision transformers",
+    ("chefer", "converted"): "vision transformers",
+    ("attnlrp", "converted"): "attnlrp has rules",
 }
 
 

@@ -2,4 +2,4 @@
 
 import timm  # noqa: F401  (first of all: then our networks register, which import this room)
 
-from . import methods  # noqa: F401  (each method registers itself)
+from . import methods, transformers  # noqa: F401  (each method registers itself)

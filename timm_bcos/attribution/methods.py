@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame, activations
-from timm.utils import AttentionExtract
 from torch import Tensor, nn
 
 from ..errors import MethodError
@@ -142,27 +141,6 @@ def lrp(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
         raise MethodError(f"lrp's rules are for convolutions and batch norms; {subject.kind} has {listed}")
     relevance: Tensor = _library(".lrp").relevance(subject, subject.prepare(x), targets, ELEMENTWISE)
     return relevance.sum(1)
-
-
-@register("attention_rollout")
-def attention_rollout(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
-    """Attention roll-out (arXiv 2005.00928) of a vision transformer; the same map for every class."""
-    model: Any = subject.model
-    if not all(hasattr(model, name) for name in ("num_prefix_tokens", "patch_embed", "blocks")):
-        raise MethodError(f"attention_rollout is for vision transformers, not for {subject.kind}")
-    for module in model.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False  # whose kernel never shows the weights
-    with torch.no_grad():
-        layers = list(AttentionExtract(model, method="hook")(subject.prepare(x)).values())
-    rolled = identity = torch.eye(layers[0].shape[-1]).to(x)
-    for attention in layers:
-        rolled = (attention.mean(1) + identity) / 2 @ rolled
-    prefix = model.num_prefix_tokens
-    reads_token = prefix and getattr(model, "global_pool", "token") == "token"
-    to_output = rolled[:, 0] if reads_token else rolled[:, prefix:].mean(1)  # the class token, or all patches
-    grid = to_output[:, prefix:].unflatten(1, tuple(model.patch_embed.grid_size))
-    return F.interpolate(grid[:, None], x.shape[-2:], mode="bilinear")[:, 0]
 
 
 @register("occlusion", slow=True)

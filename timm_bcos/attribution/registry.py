@@ -3,7 +3,7 @@
     >>> attribute(model, x, targets, method="ig")   # captum's Integrated Gradients
     >>> attribute(model, x, targets)                # the network's own explanation
 
-The methods are in `timm_bcos.attribution.methods`; `@register("name")` adds one.
+The methods are in `timm_bcos.attribution.methods` and `.transformers`; `@register("name")` adds one.
 """
 
 import inspect

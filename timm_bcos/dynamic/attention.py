@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layers import linear
+from .products import share
 from .table import Function, Mode, detached, handles, named
 
 __all__ = ["attention_weights"]
@@ -21,9 +21,9 @@ def _attention(
     if enable_gqa:  # heads of queries share keys and values
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
-    weights = attention_weights(detached(query), detached(key), detached(attn_mask), is_causal, scale)
+    weights = mode.call(attention_weights, query, key, attn_mask, is_causal, scale)
     weights = F.dropout(weights, dropout_p) if dropout_p else weights
-    return weights @ value
+    return share(torch.matmul, [weights, value])
 
 
 def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
@@ -36,7 +36,8 @@ def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None, is_causal
         is_causal: Leave out keys behind the query.
         scale: None is 1 / √D.
     """
-    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    products = share(torch.matmul, [query, key.transpose(-2, -1)])
+    scores = products * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         mask = torch.ones_like(scores[..., :, :], dtype=torch.bool).tril()
     if mask is not None and mask.dtype is torch.bool:
@@ -44,6 +45,11 @@ def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None, is_causal
     elif mask is not None:
         scores = scores + mask
     return scores.softmax(-1)
+
+
+@handles(attention_weights)
+def _constant_weights(mode: Mode, func: Function, /, *args: object) -> Tensor:
+    return func(*map(detached, args))  # type: ignore[no-any-return]
 
 
 @handles(F.multi_head_attention_forward)
@@ -61,14 +67,14 @@ def _multi_head_attention(
         raise NotImplementedError("explanation mode knows attention over (L, N, E) without bias_k, bias_v, static_k/v")
     weights: Any = (q_proj_weight, k_proj_weight, v_proj_weight) if in_proj_weight is None else in_proj_weight.chunk(3)
     biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
-    projected = [linear(mode, F.linear, x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
+    projected = [mode.call(F.linear, x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
     q, k, v = (x.unflatten(2, (num_heads, -1)).permute(1, 2, 0, 3) for x in projected)  # (N, heads, L, D)
     mask = _merged_mask(detached(attn_mask), detached(key_padding_mask), detached(q), num_heads)
-    gate = attention_weights(detached(q), detached(k), mask, is_causal and mask is None, None)
+    gate = mode.call(attention_weights, q, k, mask, is_causal and mask is None, None)
     gate = F.dropout(gate, dropout_p, training)
-    y = (gate @ v).permute(2, 0, 1, 3).flatten(2)
+    y = share(torch.matmul, [gate, v]).permute(2, 0, 1, 3).flatten(2)
     averaged = gate.mean(1) if average_attn_weights else gate
-    return linear(mode, F.linear, y, out_proj_weight, out_proj_bias), averaged if need_weights else None
+    return mode.call(F.linear, y, out_proj_weight, out_proj_bias), averaged if need_weights else None
 
 
 def _merged_mask(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, heads: int) -> Tensor | None:

@@ -11,18 +11,31 @@ that entered it alone.
 """
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import ModelStateError
 from .account import Account, function_name
-from .table import ESCAPING, METADATA, SHAPED, STREAMS, TABLE, Function, Operand, declare, detached, on_linear_path
+from .table import (
+    ESCAPING,
+    METADATA,
+    SHAPED,
+    STREAMS,
+    TABLE,
+    Function,
+    Handler,
+    Operand,
+    declare,
+    detached,
+    on_linear_path,
+)
 
 __all__ = ["DynamicLinearMode", "constant", "declare", "explanation_mode", "on_linear_path"]
 
@@ -49,11 +62,17 @@ class DynamicLinearMode(TorchFunctionMode):
         leaf: The images that are differentiated by; every other leaf is a constant. None where they are not known:
             then parameters alone are.
         account: Where to note constants and defects; None notes nothing.
+        table: How functions are rewritten.
     """
 
-    def __init__(self, leaf: Tensor | None = None, account: Account | None = None) -> None:
+    def __init__(
+        self,
+        leaf: Tensor | None = None,
+        account: Account | None = None,
+        table: Mapping[Function, Handler] = TABLE,
+    ) -> None:
         super().__init__()
-        self.leaf, self.account = leaf, account
+        self.leaf, self.account, self.table = leaf, account, table
         self._known: dict[int, _Known] = {}
         self._replaced: dict[int, tuple[Tensor, Tensor]] = {}
         if leaf is not None:
@@ -72,8 +91,8 @@ class DynamicLinearMode(TorchFunctionMode):
             return func(*map(detached, args), **kwargs)
         if kind is not Kind.PATH:
             result = func(*args, **kwargs)
-        elif func in TABLE:
-            result = TABLE[func](self, func, *args, **kwargs)
+        elif func in self.table:
+            result = self.table[func](self, func, *args, **kwargs)
         else:
             result = self._suspected(func(*args, **kwargs), func)
         if kind is not Kind.CONSTANT and self.account is not None:
@@ -137,6 +156,10 @@ class DynamicLinearMode(TorchFunctionMode):
         return result
 
     # For handlers.
+
+    def call(self, func: Function, *args: object) -> Any:
+        """A function inside a handler, as this mode's table has it: torch calls it without the mode."""
+        return self.table[func](self, func, *args)
 
     def add(self, y: Tensor, addend: Operand, func: Function, *sources: object, is_gate: bool | None = None) -> Tensor:
         """Account for what a fresh result y contains beside the linear path.

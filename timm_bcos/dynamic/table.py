@@ -22,6 +22,7 @@ __all__ = [
     "STREAMS",
     "TABLE",
     "Function",
+    "Handler",
     "Mode",
     "Operand",
     "declare",
@@ -44,6 +45,9 @@ class Mode(Protocol):
     """What handlers ask of explanation mode (`timm_bcos.dynamic.mode`)."""
 
     leaf: Tensor | None
+
+    def call(self, func: Function, *args: object) -> Any:
+        """A function inside a handler, as the mode's table has it."""
 
     def add(self, y: Tensor, addend: Operand, func: Function, *sources: object, is_gate: bool | None = None) -> Tensor:
         """Account for what a fresh result contains beside the linear path."""

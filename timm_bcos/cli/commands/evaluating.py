@@ -12,7 +12,9 @@ from ..options import Checkpoint, ClassMap, DataDir, Dataset, Device, Disconnect
 
 __all__ = ["metrics", "pointing_game"]
 
-QUICK = ("bcos", "gradient", "ixg", "ig", "deeplift", "smoothgrad", "guided_backprop", "gradcam", "lrp")
+QUICK = (
+    "bcos", "gradient", "ixg", "ig", "deeplift", "smoothgrad", "guided_backprop", "gradcam", "lrp", "chefer", "attnlrp",
+)  # fmt: skip
 ALL = (*QUICK, "attention_rollout", "occlusion", "lime", "rise")
 
 

@@ -1,0 +1,176 @@
+"""The attribution methods for vision transformers: what tokens attend to, and relevance that attention passes on."""
+
+import math
+from collections import ChainMap
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dynamic.account import function_name
+from ..dynamic.attention import attention_weights
+from ..dynamic.mode import DynamicLinearMode, active
+from ..dynamic.table import TABLE, Function, Handler, Mode, named, on_linear_path
+from ..errors import MethodError
+from ..nn.modules import hooked
+from .registry import Subject, register
+
+__all__: list[str] = []
+
+
+@register("attention_rollout")
+def attention_rollout(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
+    """Attention roll-out (arXiv 2005.00928) of a vision transformer; the same map for every class."""
+    _check_transformer(subject, "attention_rollout")
+    with torch.no_grad():
+        _, layers = _logits_and_attention(subject, subject.prepare(x))
+    rolled = identity = torch.eye(layers[0].shape[-1]).to(x)
+    for attention in layers:
+        rolled = (attention.mean(1) + identity) / 2 @ rolled
+    return _map_of_patches(subject.model, rolled, x)
+
+
+@register("chefer")
+def chefer(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
+    """Generic attention explainability (Chefer et al., arXiv 2103.15679, section 3) of a vision transformer.
+
+    R = I, and R ← R + Ā · R in each layer, with Ā = mean over heads of (∇A ⊙ A)⁺: attention where more of it would
+    raise the logit. The map, of R - I, is never negative; the class token's row of I has nothing over the patches, and
+    in the mean of the patches' rows it would be a constant.
+    """
+    _check_transformer(subject, "chefer")
+    logits, layers = _logits_and_attention(subject, _leaf(subject, x))
+    gradients = torch.autograd.grad(_wanted(logits, targets), layers)
+    gathered = torch.zeros_like(layers[0][:, 0])  # R - I: beside I, small numbers would be lost
+    for attention, gradient in zip(layers, gradients, strict=True):
+        raising = (gradient * attention.detach()).clamp(min=0).mean(1)
+        gathered = gathered + raising + raising @ gathered
+    return _map_of_patches(subject.model, gathered, x)
+
+
+@register("attnlrp")
+def attention_relevance(
+    subject: Subject, x: Tensor, targets: Tensor, *, gamma: float = 0.05, conv_gamma: float = 0.25
+) -> Tensor:
+    """AttnLRP (Achtibat et al., arXiv 2402.05602, section 3) as input × a changed gradient of the logit.
+
+    Linear layers follow the γ rule, which with γ = 0 is the ε rule; activations pass relevance on; of a norm the
+    statistics are constants; softmax takes R_i = x_i (R_i - s_i Σ_j R_j), and factors of a product halves. Sigmoid
+    gates are constants, as in explanation mode, whose table this is but for attention and γ.
+
+    Args:
+        subject: A plain network.
+        x: Images.
+        targets: Classes.
+        gamma: γ of linear layers. The default is ours.
+        conv_gamma: γ of convolutions, such as the one that makes patches. The default is ours.
+    """
+    if subject.is_bcos:
+        raise MethodError("attnlrp has rules for linear layers and activations; a B-cos layer is neither")
+    for name, value in (("gamma", gamma), ("conv_gamma", conv_gamma)):
+        if not 0 <= value < math.inf:
+            raise MethodError(f"{name}={value!r}: give a number from 0")
+    leaf = _leaf(subject, x)
+    with active(_RelevanceMode(leaf, gamma, conv_gamma)):
+        logits = subject(leaf.clone())  # a clone, in which it may write
+    if not logits.requires_grad:
+        raise MethodError(f"attnlrp: the logits of {subject.kind} come out of a gate, which passes no relevance on")
+    (gradient,) = torch.autograd.grad(_wanted(logits, targets), leaf)
+    return (leaf * gradient).sum(1)
+
+
+class _RelevanceMode(DynamicLinearMode):
+    """Explanation mode in which attention is no constant; inside it, input × gradient is relevance.
+
+    Args:
+        leaf: The images that are differentiated by.
+        gamma: Of linear layers.
+        conv_gamma: Of convolutions.
+    """
+
+    def __init__(self, leaf: Tensor, gamma: float, conv_gamma: float) -> None:
+        rules: dict[Function, Handler] = dict.fromkeys([attention_weights, *named("softmax")], _ordinary_gradient)
+        if gamma:
+            rules |= dict.fromkeys(named("linear"), _gamma_rule(gamma))
+        if conv_gamma:
+            rules |= dict.fromkeys(named(CONVOLUTIONS), _gamma_rule(conv_gamma))
+        super().__init__(leaf, table=ChainMap(rules, TABLE))
+
+    def _suspected(self, result: object, func: Function) -> object:
+        if on_linear_path(result):
+            raise MethodError(f"attnlrp has no rule for {function_name(func)}: tell with timm_bcos.declare what it is")
+        return result
+
+
+CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
+
+
+def _ordinary_gradient(mode: Mode, func: Function, /, *args: object, **kwargs: object) -> object:
+    """Whose product with the input is the rule of softmax already."""
+    return func(*args, **kwargs)
+
+
+def _gamma_rule(gamma: float) -> Handler:
+    """The γ rule for inputs of both signs: contributions of the output's sign count 1 + γ times, a bias' as well."""
+
+    def linear(
+        mode: Mode, func: Function, /, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kw: Any
+    ) -> Tensor:
+        if on_linear_path(weight) or on_linear_path(bias):
+            return TABLE[func](mode, func, input, weight, bias, *args, **kw)  # type: ignore[return-value]
+        raising, lowering = (
+            func(input.relu(), w, b, *args, **kw) + func(input - input.relu(), v, None, *args, **kw)
+            for w, v, b in _by_sign(weight, bias)
+        )
+        y = func(input.detach(), weight, bias, *args, **kw)
+        counted = raising + lowering + gamma * torch.where(y > 0, raising, lowering)
+        return counted * torch.where(counted == 0, 1, y / counted).detach()
+
+    return linear
+
+
+def _by_sign(weight: Tensor, bias: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """What raises outputs, then what lowers them: weights of positive inputs, of negative ones, and the bias."""
+    above, below = weight.clamp(min=0), weight.clamp(max=0)
+    biases = (None, None) if bias is None else (bias.clamp(min=0), bias.clamp(max=0))
+    return [(above, below, biases[0]), (below, above, biases[1])]
+
+
+def _leaf(subject: Subject, x: Tensor) -> Tensor:
+    return subject.prepare(x).detach().requires_grad_()
+
+
+def _wanted(logits: Tensor, targets: Tensor) -> Tensor:
+    """Images do not see each other, so the gradient of the sum holds each one's."""
+    return logits.gather(1, targets[:, None]).sum()
+
+
+def _check_transformer(subject: Subject, method: str) -> None:
+    if not all(hasattr(subject.model, name) for name in ("num_prefix_tokens", "patch_embed", "blocks")):
+        raise MethodError(f"{method} is for vision transformers, not for {subject.kind}")
+
+
+def _logits_and_attention(subject: Subject, prepared: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The logits, and the weights (N, heads, T, T) of each layer."""
+    dropouts = [module for name, module in subject.model.named_modules() if name.endswith("attn_drop")]
+    for module in subject.model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # type: ignore[assignment]  # whose kernel never shows the weights
+    layers: list[Tensor] = []
+    with hooked(dropouts, lambda module, args, output: layers.append(output)):
+        logits = subject(prepared)
+    model: Any = subject.model
+    tokens = model.num_prefix_tokens + math.prod(model.patch_embed.grid_size)
+    if not layers or any(attention.shape[-2:] != (tokens, tokens) for attention in layers):
+        raise MethodError(f"{subject.kind} does not show in each layer how its {tokens} tokens attend to each other")
+    return logits, layers
+
+
+def _map_of_patches(model: Any, by_token: Tensor, x: Tensor) -> Tensor:
+    """(N, H, W), from the row (N, T, T) of the token that the classifier reads, or the mean over the patches' rows."""
+    prefix = model.num_prefix_tokens
+    reads_token = prefix and getattr(model, "global_pool", "token") == "token"
+    to_output = by_token[:, 0] if reads_token else by_token[:, prefix:].mean(1)
+    grid = to_output[:, prefix:].unflatten(1, tuple(model.patch_embed.grid_size))
+    return F.interpolate(grid[:, None], x.shape[-2:], mode="bilinear")[:, 0]
