@@ -67,13 +67,13 @@ def same_padding(x: Tensor, kernel: list[int], stride: list[int], dilation: list
 def low_pass(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
     """Filter each channel of x (N, C, H, W) by a 3×3 kernel, (C, 1, 3, 3) or one for all, with reflected borders.
 
-    A side of one pixel has nothing to reflect: that pixel is repeated.
+    A side of one pixel has nothing to reflect: the pixels of such a map are repeated at its borders.
     """
     if not torch.jit.is_scripting() and has_torch_function_unary(x):
         return handle_torch_function(low_pass, (x,), x, kernel, stride)
     has_neighbours = x.shape[-2] > 1 and x.shape[-1] > 1
     x = F.pad(x, [1, 1, 1, 1], "reflect" if has_neighbours else "replicate")
-    return F.conv2d(x, kernel.expand(x.shape[1], 1, 3, 3), stride=stride, groups=x.shape[1])
+    return F.conv2d(x, kernel.to(x).expand(x.shape[1], 1, 3, 3), stride=stride, groups=x.shape[1])
 
 
 def passed_sigmoid(x: Tensor) -> Tensor:
