@@ -203,6 +203,14 @@ def test_pools_whose_last_windows_leave_the_map() -> None:
     assert_exact(model, x, 1e-10)
 
 
+def test_explanations_can_be_trained() -> None:
+    model, x = network("resnet18")
+    found, expected = timm_bcos.dynamic_weights(model, x, 1), timm_bcos.explain(model, x, 1)
+    torch.testing.assert_close(found.weights, expected.weights)
+    found.weights.square().sum().backward()
+    assert model.layer2[0].conv1.weight.grad.isfinite().all()
+
+
 def test_what_is_filtered() -> None:
     model, _ = network("resnet18")
     stages = [f"layer{i}.0.{name}.low_pass" for i in (2, 3, 4) for name in ("conv1", "downsample.0")]
