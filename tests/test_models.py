@@ -244,7 +244,7 @@ def test_unknown_architectures_are_refused() -> None:
 def test_pretrained_networks_tell_that_they_must_be_fine_tuned(tmp_path: Path) -> None:
     timm.models.save_for_hf(timm.create_model("test_resnet"), tmp_path, safe_serialization=True)
     arch = f"local-dir:{tmp_path}"
-    for given in ({}, dict(b=1), dict(bias=True)):
+    for given in ({}, dict(b=1), dict(bias=True), dict(b=1, bias=True, antialias=True)):
         with pytest.warns(NotFineTunedWarning, match=r"fine-tune it, or pass b=1, bias=True") as caught:
             timm.create_model("bcosify", arch=arch, pretrained=True, **given)
         assert len([w for w in caught if issubclass(w.category, NotFineTunedWarning)]) == 1

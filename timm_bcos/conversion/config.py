@@ -21,7 +21,7 @@ CHOICES = {
     "positions": ("keep", "attention"),
 }
 
-SWITCHES = ("normalize_weight", "bias")
+SWITCHES = ("normalize_weight", "bias", "antialias")
 
 
 def _is_number(value: object) -> bool:
@@ -86,6 +86,9 @@ class BcosConfig:
         positions: Where a vision transformer's position embeddings and class tokens act: 'keep' adds them to the
             tokens, as trained, and their part of each logit is not the image's; 'attention' lets them enter queries
             and keys only, so that the image explains the whole logit. That is another function: train it.
+        antialias: Filter by [1, 2, 1] / 4 in front of convolutions with a stride (unless they cut their input into
+            patches that do not overlap), and behind max pooling with one. Strides sample unevenly, which explanations
+            show as checkerboards. That is another function too.
 
     Raises:
         InputError: A ValueError, for a value outside its choices or its range.
@@ -109,6 +112,7 @@ class BcosConfig:
     probability: Literal["sigmoid", "softmax"] = "sigmoid"
     linear: tuple[str, ...] = QKV
     positions: Literal["keep", "attention"] = "keep"
+    antialias: bool = False
 
     def __post_init__(self) -> None:
         for name in ("mean", "std", "linear"):  # JSON and command lines make lists
@@ -167,8 +171,8 @@ class BcosConfig:
         """Start from pretrained weights (B-cosification, https://arxiv.org/abs/2411.00715): weights, norms and
         activations are kept.
 
-        With b = 1 and bias = True the function is preserved: same logits as the original on the same image, whose
-        probabilities then are its softmax.
+        With b = 1 and bias = True, and without `antialias`, the function is preserved: same logits as the original on
+        the same image, whose probabilities then are its softmax.
         """
         preset = dict(probability="softmax" if b == 1 and bias else "sigmoid")
         return cls(b=b, bias=bias, **(preset | changes))

@@ -24,6 +24,7 @@ from ..nn.layers import BcosConv2d, BcosLinear
 from ..nn.modules import clone
 from ..nn.norms import UncentredBatchNorm1d, UncentredBatchNorm2d, UncentredBatchNormAct2d
 from ..nn.stems import BcosStem
+from .antialiasing import antialiased_max_pool, is_patchifying
 from .attention import WINDOWED, BcosAttention
 from .blocks import AVERAGED, BARE, WIDE, WIDE_NORM_ACTS, WIDE_NORMS
 from .config import BcosConfig
@@ -77,6 +78,8 @@ def _adopt(
     """Give a new layer the old one's weight and, if biases are kept, its bias."""
     layer.weight = weight if weight is old.weight else nn.Parameter(weight, old.weight.requires_grad)  # type: ignore[assignment]
     layer.bias = old.bias if config.bias else None  # type: ignore[assignment]
+    if isinstance(layer, BcosConv2d) and layer.low_pass is not None:
+        layer.low_pass.to_empty(device=old.weight.device).init_non_persistent_buffers()
     return layer.train(old.training)
 
 
@@ -109,7 +112,7 @@ def replace_conv(conv: nn.Conv2d, place: Place, config: BcosConfig) -> nn.Module
     settings = dict(
         kernel_size=conv.kernel_size, stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
         groups=conv.groups, padding_mode=conv.padding_mode, pad_same=type(conv) is not nn.Conv2d,
-        device="meta", dtype=conv.weight.dtype, **unit,
+        antialias=config.antialias and not is_patchifying(conv), device="meta", dtype=conv.weight.dtype, **unit,
     )  # fmt: skip
     if place.role != "stem":
         layer = BcosConv2d(conv.in_channels, conv.out_channels, **settings)
@@ -308,7 +311,7 @@ def keep_unless_bare(model: nn.Module, place: Place, config: BcosConfig) -> nn.M
 def replace_max_pool(pool: nn.MaxPool1d | nn.MaxPool2d, place: Place, config: BcosConfig) -> nn.Module:
     """Max pooling in one or two dimensions, with padding of its own or as TensorFlow has it."""
     if config.max_pool == "keep":
-        return pool
+        return antialiased_max_pool(pool) if config.antialias else pool
     if pool.return_indices or pool.dilation not in (1, (1,), (1, 1)):
         refuse(place, pool, "returns indices or is dilated, which average pooling cannot: write a rule for it")
     if isinstance(pool, MaxPool2dSame):

@@ -22,6 +22,7 @@ from torchvision.models import densenet as torchvision_densenet
 from ..nn.activations import PassedSigmoid
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, BcosPool2d
 from ..nn.layers import BcosConv2d, BcosLinear
+from ..nn.low_pass import LowPass2d
 from ..nn.norms import UncentredBatchNorm1d, UncentredBatchNorm2d, UncentredBatchNormAct2d
 from ..nn.stems import BcosStem, ImageReader
 from . import replacements as to
@@ -187,7 +188,7 @@ RULES: dict[type[nn.Module], Rule] = {
     **_table(
         keep_whole,
         BcosConv2d, BcosStem, ImageReader, BcosConvClassifier, BcosLinear, BcosLinearClassifier, BcosPool2d,
-        BcosFlatten, UncentredBatchNorm1d, UncentredBatchNorm2d, PositionedQkv, PassedSigmoid,
+        BcosFlatten, UncentredBatchNorm1d, UncentredBatchNorm2d, LowPass2d, PositionedQkv, PassedSigmoid,
     ),
     **_table(
         keep,

@@ -211,5 +211,5 @@ PIECEWISE = """
     adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices fractional_max_pool2d
     fractional_max_pool3d max_unpool1d max_unpool2d
 """
-pass_on([functional.same_padding, *named(LINEAR)])
+pass_on([functional.same_padding, functional.low_pass, *named(LINEAR)])
 pass_on(named(PIECEWISE))

@@ -232,12 +232,12 @@ def _plain_cfg(arch: str, source: _Source) -> dict[str, object]:
 
 
 def _warn_unless_preserved(arch: str, config: BcosConfig) -> None:
-    if config.b == 1 and config.bias:
+    if config.b == 1 and config.bias and not config.antialias:
         return
     warnings.warn(
-        f"bcosify: {arch} starts from its pretrained weights, but with b={config.b:g} and bias={config.bias} it is "
-        f"another function, whose predictions are not the pretrained ones: fine-tune it, or pass b=1, bias=True, "
-        f"which computes the same",
+        f"bcosify: {arch} starts from its pretrained weights, but with b={config.b:g}, bias={config.bias} and "
+        f"antialias={config.antialias} it is another function, whose predictions are not the pretrained ones: "
+        f"fine-tune it, or pass b=1, bias=True, antialias=False, which computes the same",
         NotFineTunedWarning,
         stacklevel=2,
     )

@@ -7,6 +7,7 @@ it, and why `torch.fx` traces it as one node.
 """
 
 import torch
+import torch.nn.functional as F
 from timm.layers import pad_same
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
@@ -15,6 +16,7 @@ from ..errors import InputError
 
 __all__ = [
     "encode_image",
+    "low_pass",
     "passed_sigmoid",
     "same_padding",
     "scale_and_offset",
@@ -60,6 +62,18 @@ def same_padding(x: Tensor, kernel: list[int], stride: list[int], dilation: list
     if not torch.jit.is_scripting() and has_torch_function_unary(x):
         return handle_torch_function(same_padding, (x,), x, kernel, stride, dilation)
     return pad_same(x, kernel, stride, dilation)
+
+
+def low_pass(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
+    """Filter each channel of x (N, C, H, W) by a 3×3 kernel, (C, 1, 3, 3) or one for all, with reflected borders.
+
+    A side of one pixel has nothing to reflect: the pixels of such a map are repeated at its borders.
+    """
+    if not torch.jit.is_scripting() and has_torch_function_unary(x):
+        return handle_torch_function(low_pass, (x,), x, kernel, stride)
+    has_neighbours = x.shape[-2] > 1 and x.shape[-1] > 1
+    x = F.pad(x, [1, 1, 1, 1], "reflect" if has_neighbours else "replicate")
+    return F.conv2d(x, kernel.to(x).expand(x.shape[1], 1, 3, 3), stride=stride, groups=x.shape[1])
 
 
 def passed_sigmoid(x: Tensor) -> Tensor:

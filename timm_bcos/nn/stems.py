@@ -77,6 +77,7 @@ class BcosStem(BcosConv2d):
     @torch.jit.unused
     def _respond_to_half(self, encoded: Tensor) -> Tensor:
         """Half the work: [e, 1-e] · [v, w] = e · (v-w) + 1 · w, and normalised, [e, -e] · [v, w] = e · (v-w)."""
+        encoded = self.filter(encoded)
         squares = None if self.b == 1.0 else with_squares(encoded, 1)[1]
         weight = self.weight if self.is_fused else remembered_weight(self.weight, self.b, self.normalize_weight)
         first, second = weight.chunk(2, 1)
