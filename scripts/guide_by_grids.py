@@ -13,6 +13,7 @@ from pathlib import Path
 
 import timm
 import torch
+from compare_localisation import compare
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data.transforms_factory import create_transform
@@ -23,7 +24,7 @@ from timm_bcos import dynamic_weights, energy_loss, explain
 from timm_bcos.data.datasets import LabelledImages, load_dataset
 from timm_bcos.explaining.pictures import on_white
 from timm_bcos.files import atomic_path
-from timm_bcos.judging.pointing_game import compose, confidences, localisation, sample_grids
+from timm_bcos.judging.pointing_game import Grid, compose
 
 SIZE, PHOTOS, GRIDS = 160, 16, 4  # of photos in pixels; photos and grids of a step
 EVERY = 50  # steps between checkpoints
@@ -98,25 +99,13 @@ def train(model: nn.Module, batches: Batches, folder: Path, steps: int, rate: fl
                 torch.save(states | dict(done=step + 1), path)
 
 
-def compare(models: dict[str, nn.Module], dataset: LabelledImages, grids: int, folder: Path) -> None:
-    """Print accuracies and localisation of both, and the paired gain; write a picture of the first grid."""
-    found = {name: list(confidences(model, dataset, batch_size=32)) for name, model in models.items()}
-    chosen = sample_grids(found["before"], 2, grids, reuse=True)
-    shares = {}
-    for name, model in models.items():
-        right = sum(one.label == one.predicted for one in found[name])
-        played = [localisation(model, dataset, grid) for grid in tqdm(chosen, name, disable=None)]
-        shares[name] = torch.stack(played)  # (grids, 2, cells)
-        raw, smoothed = shares[name].movedim(1, 0).flatten(1).median(1).values.tolist()
-        print(f"{name}: top 1 {right} of {len(found[name])}, median share {raw:.3f} raw, {smoothed:.3f} smoothed")
-    gains = (shares["after"] - shares["before"]).mean(2)
-    for kind, gain in zip(("raw", "smoothed"), gains.T, strict=True):
-        print(f"{kind}: gain per grid {gain.mean():+.3f}, standard error {gain.std() / len(gain) ** 0.5:.3f}")
-    image = compose(models["before"], dataset, chosen[0])
-    pictures = [on_white(explain(model, image, chosen[0].classes[0]).to_rgba())[0] for model in models.values()]
+def draw(models: dict[str, nn.Module], dataset: LabelledImages, grid: Grid, path: Path) -> None:
+    """A grid, and each network's explanation of the class of its first cell."""
+    image = compose(next(iter(models.values())), dataset, grid)
+    pictures = [on_white(explain(model, image, grid.classes[0]).to_rgba())[0] for model in models.values()]
     row = torch.cat([image[0].movedim(0, -1), *pictures], 1)
-    with atomic_path(folder / "guidance.webp") as path:
-        Image.fromarray((255 * row.clamp(0, 1)).round().byte().numpy()).save(path)
+    with atomic_path(path) as temporary:
+        Image.fromarray((255 * row.clamp(0, 1)).round().byte().numpy()).save(temporary)
 
 
 def main() -> None:
@@ -142,7 +131,8 @@ def main() -> None:
         with atomic_path(weights) as path:
             save_file(after.state_dict(), path)
     after.load_state_dict(load_file(weights))
-    compare(dict(before=before, after=after), photos("test"), args.grids, args.out)
+    models, dataset = dict(before=before, after=after), photos("test")
+    draw(models, dataset, compare(models, dataset, args.grids)[0], args.out / "guidance.webp")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,10 @@ def convert(
         Literal["keep", "attention"],
         typer.Option(help="Position embeddings of a vision transformer: added to tokens, or in queries and keys only."),
     ] = "keep",
+    antialias: Annotated[
+        bool,
+        typer.Option("--antialias", help="Low-pass filters in front of strides: explanations without checkerboards."),
+    ] = False,
     out: Annotated[Path, typer.Option(help="Directory for config.json and model.safetensors.")] = Path("converted"),
 ) -> None:
     """Convert a network with its weights into a folder that timm loads as `local-dir:FOLDER`.
@@ -33,6 +37,6 @@ def convert(
     if model is None and checkpoint is None:
         raise InputError("no network given: name one with --model, or give a checkpoint of train.py with --checkpoint")
     with quiet_libraries():
-        network = load_model(model, checkpoint, b=b, bias=bias, positions=positions).eval()
+        network = load_model(model, checkpoint, b=b, bias=bias, positions=positions, antialias=antialias).eval()
         save_network(network, out)
     typer.echo(f"wrote {out}: timm.create_model('local-dir:{out}', pretrained=True)")
