@@ -60,7 +60,9 @@ def serve_pretrained_weights(folder: Path) -> None:
 def timm_bcos_command(arguments: Command, is_parsed_only: bool) -> str:
     """Its output."""
     if arguments[0] == "run":
-        check_script(arguments[1:])
+        commands: Any = typer.main.get_command(app)
+        given = commands.commands["run"].make_context("run", arguments[1:]).params
+        check_script([str(given["script"]), *(given["arguments"] or ())])
         return ""
     if is_parsed_only or arguments[0] in ENDLESS:
         command: Any = typer.main.get_command(app)

@@ -257,6 +257,9 @@ def test_distillation_of_explanations() -> None:
     parts = results[0]["task_loss"] + results[0]["kd_loss"] + 4 * results[0]["explanation_loss"]
     assert results[0]["loss"] == pytest.approx(parts, rel=1e-5)
     assert results[-1]["explanation_loss"] < results[0]["explanation_loss"] - 0.1
+    with torch.autocast("cpu", torch.bfloat16):
+        half = task(x, labels)
+    assert half["explanation_loss"].item() == pytest.approx(task(x, labels)["explanation_loss"].item(), abs=0.05)
     target = explain(teacher, x).target
     cosines = nn.functional.cosine_similarity(
         explain(student.eval(), x, target).weights.flatten(1), explain(teacher, x, target).weights.flatten(1)
