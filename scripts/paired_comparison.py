@@ -1,0 +1,112 @@
+"""Two networks on the same photos: accuracy by contributor, and intervals for their difference that know of clusters.
+
+    python scripts/paired_comparison.py data/clothing/test.tar contributors.csv \
+        plain=plain-0.pth.tar plain=plain-1.pth.tar bcos=bcos-0.pth.tar bcos=bcos-1.pth.tar
+
+Photos of one person resemble each other (floor, light, camera), so that they are no independent draws: intervals come
+from a bootstrap over contributors. Several checkpoints of one name are seeds, whose mean counts for each photo.
+"""
+
+import argparse
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest
+
+from timm_bcos.data.datasets import LabelledImages, load_dataset
+from timm_bcos.judging.pointing_game import confidences
+from timm_bcos.models.loading import load_plain_model
+
+DRAWS = 10_000
+
+
+def bootstrap(values: np.ndarray, clusters: Sequence[str], draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
+    """A 95 % interval of the mean, from resampled clusters (percentiles).
+
+    Args:
+        values: (N,) one for each photo.
+        clusters: N names, of whom each photo is.
+        draws: Resamples.
+        seed: Of the draws.
+    """
+    names, places = np.unique(clusters, return_inverse=True)
+    sums, counts = np.bincount(places, values), np.bincount(places)
+    chosen = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
+    means = sums[chosen].sum(1) / counts[chosen].sum(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
+    """The exact two-sided p-value of McNemar's test: of photos that one network alone gets right, half are each's.
+
+    Args:
+        first: (N,) whether it is right.
+        second: Likewise.
+    """
+    alone, both = int((first & ~second).sum()), int((first != second).sum())
+    return float(binomtest(alone, both).pvalue) if both else 1.0
+
+
+def contributors(path: Path, dataset: LabelledImages) -> list[str]:
+    """Who has sent each photo."""
+    with path.open(newline="") as file:
+        senders = {Path(row["file"]).name: row["contributor"] for row in csv.DictReader(file)}
+    named: Any = dataset
+    return [senders[Path(named.filename(i)).name] for i in range(len(dataset))]
+
+
+def correct(checkpoint: Path, dataset: LabelledImages) -> np.ndarray:
+    """(N,) whether a network, B-cos or plain, is right."""
+    model = load_plain_model(checkpoint=checkpoint).eval()
+    return np.array([one.label == one.predicted for one in confidences(model, dataset, batch_size=32)])
+
+
+def report(right: dict[str, list[np.ndarray]], senders: Sequence[str]) -> str:
+    """Tables of accuracies and differences, in percent.
+
+    Args:
+        right: By name, for each seed (N,) whether the network is right.
+        senders: N names.
+    """
+    means = {name: np.mean(seeds, 0) for name, seeds in right.items()}
+    lines = ["| contributor | photos | " + " | ".join(right) + " |", "| --- | ---: |" + " ---: |" * len(right)]
+    groups = sorted(set(senders), key=lambda name: -list(senders).count(name))
+    for group in [*groups, "all"]:
+        own = np.array([sender == group or group == "all" for sender in senders])
+        cells = " | ".join(f"{100 * mean[own].mean():.1f}" for mean in means.values())
+        lines.append(f"| {group} | {own.sum()} | {cells} |")
+    first, *others = right
+    for name in others:
+        gain = 100 * (means[name] - means[first])
+        low, high = bootstrap(gain, senders)
+        tests = ", ".join(f"{mcnemar(b, a):.2g}" for a, b in zip(right[first], right[name], strict=False))
+        seeds = " ".join(f"{100 * seed.mean():.1f}" for seed in right[name])
+        lines += ["", f"{name} (seeds {seeds}) − {first}: {gain.mean():+.1f} points, 95 % interval over contributors "
+                  f"{low:+.1f} to {high:+.1f}; McNemar's p by pairs of seeds: {tests}"]  # fmt: skip
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Compare checkpoints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", help="labelled photos, as --data-dir takes them")
+    parser.add_argument("contributors", type=Path, help="CSV file with the columns file and contributor")
+    parser.add_argument(
+        "networks", nargs="+", help="NAME=CHECKPOINT of train.py; names that start with 'plain' are plain"
+    )
+    parser.add_argument("--num-classes", type=int, default=10)
+    args = parser.parse_args()
+    dataset = load_dataset(args.data, args.num_classes, split="test")
+    right: dict[str, list[np.ndarray]] = {}
+    for network in args.networks:
+        name, checkpoint = network.split("=", 1)
+        right.setdefault(name, []).append(correct(Path(checkpoint), dataset))
+    print(report(right, contributors(args.contributors, dataset)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Paired comparisons of accuracies, on cases worked by hand."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import load_script
+
+pytest.importorskip("scipy")
+script = load_script("paired_comparison")
+
+
+def test_intervals_know_of_clusters() -> None:
+    """Two people, all of whose photos are alike: the interval is all that two draws of two can give."""
+    values = np.array([1.0] * 30 + [0.0] * 10)
+    senders = ["a"] * 30 + ["b"] * 10
+    assert script.bootstrap(values, senders) == (0.0, 1.0)  # both draws are b in a quarter of the cases
+    low, high = script.bootstrap(values, [str(i) for i in range(40)])
+    expected = 1.96 * (0.75 * 0.25 / 40) ** 0.5
+    assert low == pytest.approx(0.75 - expected, abs=0.03) and high == pytest.approx(0.75 + expected, abs=0.03)
+    assert script.bootstrap(np.full(9, 0.5), ["a", "b", "c"] * 3) == (0.5, 0.5)
+
+
+def test_mcnemar_by_hand() -> None:
+    """One network alone is right 1 time, the other 5 times: p = 2 · (1 + 6) / 2⁶."""
+    first = np.array([True] * 10 + [True] + [False] * 5)
+    second = np.array([True] * 10 + [False] + [True] * 5)
+    assert script.mcnemar(first, second) == pytest.approx(14 / 64)
+    assert script.mcnemar(first, first) == 1.0
+
+
+def test_the_report() -> None:
+    right = dict(
+        plain=[np.array([True, True, True, False]), np.array([True, True, False, False])],
+        bcos=[np.array([True, True, False, False]), np.array([True, False, False, False])],
+    )
+    text = script.report(right, ["x", "x", "x", "y"])
+    assert "| x | 3 | 83.3 | 50.0 |" in text and "| y | 1 | 0.0 | 0.0 |" in text and "| all | 4 | 62.5 | 37.5 |" in text
+    assert "bcos (seeds 50.0 25.0) − plain: -25.0 points" in text
+    assert "-33.3 to +0.0" in text
+
+
+def test_nobody_is_in_train_and_validation(tmp_path: Path) -> None:
+    split = load_script("split_by_contributor")
+    source = tmp_path / "source"
+    source.mkdir()
+    lines, number = ["file,split,contributor"], 0
+    for name in ("train", "validation", "test"):
+        with tarfile.open(source / f"{name}.tar", "w") as tar:
+            for person in range(20) if name != "test" else range(20, 22):
+                for _ in range(3):
+                    member = tarfile.TarInfo(f"class{number % 2}/{number}.jpg")
+                    tar.addfile(member, io.BytesIO())
+                    lines.append(f"{member.name},{name},{person}")
+                    number += 1
+    (source / "contributors.csv").write_text("\n".join(lines))
+    counts = split.lay_out(source, tmp_path / "out", 0.2, seed=1)
+    assert counts == dict(train=96, validation=24, test=6)  # whole people, of six photos each
+    people = {line.split(",")[0]: line.split(",")[2] for line in lines[1:]}
+    found = {}
+    for name in counts:
+        folder = tmp_path / "out" / name
+        found[name] = {people[path.relative_to(folder).as_posix()] for path in folder.rglob("*.jpg")}
+    assert not found["train"] & found["validation"] and found["test"] == {"20", "21"}
+    assert split.choose_people([dict(contributor=p) for p in "aab"], 0.4, 0) == {"b"}
