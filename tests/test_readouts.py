@@ -111,6 +111,8 @@ def test_chunks_take_their_own_directions_and_regions(model: nn.Module, x: Tenso
     boxes = [(0, 0, 40, 50), (30, 20, 96, 96)]
     both = explain(model, x, 3, layer="layer3", region=boxes)
     torch.testing.assert_close(explain(model, x, 3, layer="layer3", region=boxes, chunk=1).weights, both.weights)
+    as_tensor = explain(model, x, 3, layer="layer3", region=torch.tensor(boxes))  # as detectors return them
+    torch.testing.assert_close(as_tensor.weights, both.weights)
 
 
 def test_units_of_a_layer_against_each_other(model: nn.Module, x: Tensor) -> None:

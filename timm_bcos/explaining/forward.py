@@ -51,7 +51,8 @@ def explain(
         position: Of a layer's or an output's map, the (row, column), or the index for token sequences; None takes
             where the target is most active.
         region: The mean over a part of the map instead: a mask (H, W) or (N, H, W) of weights, at the size of the
-            image or of the map; or a box (left, top, right, bottom) in pixels of the image, or N boxes.
+            image or of the map; or a box (left, top, right, bottom) in pixels of the image, or N boxes. A tensor (N, 4)
+            that is not boolean holds boxes.
         extra: Other arguments that the network's forward takes, by name. Tensors with N rows are taken image by image.
             What they add is a constant of the explanation; the image alone is explained.
         chunk: Images per pass, which bounds the memory that a large batch takes; None takes all at once.
