@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import PHOTOS, normalised, real_image
+from conftest import PHOTOS, command, normalised, real_image
 from timm.optim import create_optimizer_v2
 from timm.utils import CheckpointSaver
 from typer.testing import CliRunner
@@ -288,3 +288,19 @@ def test_resumed_training_ends_where_the_uninterrupted_does(tmp_path: Path) -> N
     for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     assert timm_bcos.explain(again.eval(), real_image(32)).completeness_error.max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "message"),
+    [
+        (["--explanation-weight", "1"], [], "--kd-model-name"),
+        (["--delete-cells"], ["--kd-model-name=bcos_cnn9"], "without a teacher"),
+    ],
+)
+def test_tasks_that_the_script_would_pass_over(
+    options: list[str], arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("raise SystemExit('the script has run')")
+    assert command("run", *options, script, *arguments) == 2
+    assert message in capsys.readouterr().err

@@ -80,7 +80,7 @@ def gradient(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
 @register("ixg")
 def input_x_gradient(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
     """Input times gradient."""
-    return _captum().InputXGradient(subject).attribute(_leaf(subject, x), targets).sum(1)
+    return _captum().InputXGradient(subject).attribute(subject.leaf(x), targets).sum(1)
 
 
 @register("ig")
@@ -96,7 +96,7 @@ def integrated_gradients(subject: Subject, x: Tensor, targets: Tensor, *, n_step
 def deep_lift(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
     """DeepLIFT from a baseline of zeros: the rescale rule for activations, the gradient for B-cos layers and norms."""
     method = _library(".hooked_methods").DeepLiftOfActivations(subject, ELEMENTWISE)
-    return method.attribute(_leaf(subject, x), target=targets).sum(1)
+    return method.attribute(subject.leaf(x), target=targets).sum(1)
 
 
 @register("smoothgrad")
@@ -124,7 +124,7 @@ def grad_cam(subject: Subject, x: Tensor, targets: Tensor, *, layer: str | None 
     model = subject.model
     if hasattr(model, "num_prefix_tokens") or getattr(model, "output_fmt", "NCHW") != "NCHW":
         raise MethodError(f"gradcam needs maps (N, C, H, W), which {subject.kind} does not compute with")
-    z = _leaf(subject, x)
+    z = subject.leaf(x)
     module = _last_spatial_layer(subject, z) if layer is None else _named_layer(subject, z, layer)
     maps = _captum().LayerGradCam(subject, module).attribute(z, targets)
     return F.interpolate(maps, x.shape[-2:], mode="bilinear").sum(1)
@@ -210,10 +210,6 @@ def rise_masks(
 
 def _pixels(x: Tensor) -> Tensor:
     return x.detach().clone().requires_grad_()
-
-
-def _leaf(subject: Subject, x: Tensor) -> Tensor:
-    return subject.prepare(x).detach().requires_grad_()
 
 
 def _named_layer(subject: Subject, z: Tensor, name: str) -> nn.Module:

@@ -74,6 +74,10 @@ class Subject(nn.Module):
         mean, std = (torch.tensor(values).to(x).reshape(1, -1, 1, 1) for values in self._statistics(x.shape[1]))
         return (x - mean) / std
 
+    def leaf(self, x: Tensor) -> Tensor:
+        """The same as a leaf, to be differentiated by."""
+        return self.prepare(x).detach().requires_grad_()
+
     def _statistics(self, channels: int) -> list[Any]:
         cfg = getattr(self.model, "pretrained_cfg", None) or {}
         found = [cfg.get(name) for name in ("mean", "std")]

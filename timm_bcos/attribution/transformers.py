@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..dynamic.account import function_name
 from ..dynamic.attention import attention_weights
+from ..dynamic.layers import CONVOLUTIONS
 from ..dynamic.mode import DynamicLinearMode, active
 from ..dynamic.table import TABLE, Function, Handler, Mode, named, on_linear_path
 from ..errors import MethodError
@@ -40,7 +41,7 @@ def chefer(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
     in the mean of the patches' rows it would be a constant.
     """
     _check_transformer(subject, "chefer")
-    logits, layers = _logits_and_attention(subject, _leaf(subject, x))
+    logits, layers = _logits_and_attention(subject, subject.leaf(x))
     gradients = torch.autograd.grad(_wanted(logits, targets), layers)
     gathered = torch.zeros_like(layers[0][:, 0])  # R - I: beside I, small numbers would be lost
     for attention, gradient in zip(layers, gradients, strict=True):
@@ -71,7 +72,7 @@ def attention_relevance(
     for name, value in (("gamma", gamma), ("conv_gamma", conv_gamma)):
         if not 0 <= value < math.inf:
             raise MethodError(f"{name}={value!r}: give a number from 0")
-    leaf = _leaf(subject, x)
+    leaf = subject.leaf(x)
     with active(_RelevanceMode(leaf, gamma, conv_gamma)):
         logits = subject(leaf.clone())  # a clone, in which it may write
     if not logits.requires_grad:
@@ -94,16 +95,13 @@ class _RelevanceMode(DynamicLinearMode):
         if gamma:
             rules |= dict.fromkeys(named("linear"), _gamma_rule(gamma))
         if conv_gamma:
-            rules |= dict.fromkeys(named(CONVOLUTIONS), _gamma_rule(conv_gamma))
+            rules |= dict.fromkeys(CONVOLUTIONS, _gamma_rule(conv_gamma))
         super().__init__(leaf, table=ChainMap(rules, TABLE))
 
     def _suspected(self, result: object, func: Function) -> object:
         if on_linear_path(result):
             raise MethodError(f"attnlrp has no rule for {function_name(func)}: tell with timm_bcos.declare what it is")
         return result
-
-
-CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
 
 
 def _ordinary_gradient(mode: Mode, func: Function, /, *args: object, **kwargs: object) -> object:
@@ -135,10 +133,6 @@ def _by_sign(weight: Tensor, bias: Tensor | None) -> list[tuple[Tensor, Tensor, 
     above, below = weight.clamp(min=0), weight.clamp(max=0)
     biases = (None, None) if bias is None else (bias.clamp(min=0), bias.clamp(max=0))
     return [(above, below, biases[0]), (below, above, biases[1])]
-
-
-def _leaf(subject: Subject, x: Tensor) -> Tensor:
-    return subject.prepare(x).detach().requires_grad_()
 
 
 def _wanted(logits: Tensor, targets: Tensor) -> Tensor:

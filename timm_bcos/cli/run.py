@@ -30,10 +30,11 @@ def run_script(
         delete_cells: Let `DeletionClassificationTask` take the place of timm's classification.
 
     Raises:
-        InputError: If there is no such script.
+        InputError: If there is no such script, or it would not use the task that was asked for.
     """
     if not script.is_file():
         raise InputError(f"no script {script}: give the path of one of timm's scripts, which its repository has")
+    _check_task(arguments, explanation_weight, delete_cells)
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.resolve().parent))
     if "WORLD_SIZE" in os.environ:  # set by torchrun
@@ -44,6 +45,18 @@ def run_script(
     if delete_cells:
         timm.task.ClassificationTask = DeletionClassificationTask  # type: ignore[misc]
     runpy.run_path(str(script), run_name="__main__")
+
+
+def _check_task(arguments: list[str], explanation_weight: float | None, delete_cells: bool) -> None:
+    """Refuse what train.py would pass over in silence; a file of options (`--config`) may say more."""
+    options = {argument.partition("=")[0] for argument in arguments}
+    if options & {"-c", "--config"}:
+        return
+    has_teacher = "--kd-model-name" in options
+    if explanation_weight is not None and not has_teacher:
+        raise InputError("--explanation-weight is for a distillation: give train.py a teacher with --kd-model-name")
+    if delete_cells and has_teacher:
+        raise InputError("--delete-cells is for a classification without a teacher: leave --kd-model-name out")
 
 
 class _DistributedDataParallel(DistributedDataParallel):

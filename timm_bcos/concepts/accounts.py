@@ -6,17 +6,16 @@ A(x) = W(x) · x + constants. Written in concepts, A = Σ_k d_k · u_k + rest, s
 does so for a sparse autoencoder in B-cos networks; here it is for any concepts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..dynamic.account import AmbiguousBatch
 from ..dynamic.mode import paused
 from ..errors import InputError, TargetError
 from ..explaining.explanation import Explanation
-from ..explaining.forward import is_mixed, warn_if_inexact
+from ..explaining.forward import together_or_apart, warn_if_inexact
 from ..explaining.inputs import check_images, check_model
 from ..explaining.linearised import Linearised, linear_parts
 from ..explaining.readout import Readout
@@ -101,20 +100,8 @@ def explain_concepts(
         return _account(run, concepts, of_images(asked, images), min(top, len(concepts)))
 
     with paused(), torch.enable_grad():
-        account = _together_or_apart(ask, len(x))
+        account = together_or_apart(ask, range(len(x)), lambda found: [found.explanation], Account.stack)
     warn_if_inexact([account.explanation, *account.pixels], 2)
-    return account
-
-
-def _together_or_apart(ask: Callable[[slice], Account], count: int) -> Account:
-    """All at once, or image by image where a tensor's layout does not tell what is of which image."""
-    try:
-        account = ask(slice(0, count))
-        needs_singles = is_mixed(account.explanation)
-    except AmbiguousBatch:
-        needs_singles = True
-    if needs_singles and count > 1:
-        account = Account.stack([ask(slice(i, i + 1)) for i in range(count)])
     return account
 
 

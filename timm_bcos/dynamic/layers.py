@@ -5,10 +5,12 @@ from torch import Tensor
 from .products import share
 from .table import Function, Mode, handles, named, on_linear_path
 
-__all__ = ["linear"]
+__all__ = ["CONVOLUTIONS", "linear"]
+
+CONVOLUTIONS = named("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d")
 
 
-@handles(*named("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"))
+@handles(*CONVOLUTIONS)
 def _convolution(
     mode: Mode,
     func: Function, /,

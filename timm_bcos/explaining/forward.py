@@ -6,6 +6,7 @@ Papers: https://arxiv.org/abs/2205.10268 (section 3.2), https://arxiv.org/abs/23
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -19,7 +20,8 @@ from .places import Position, Region, check_region
 from .targets import Asked, Targets, check_table, check_target, of_images
 
 __all__ = [
-    "check_place", "explain", "explain_readout", "explain_targets", "extra_of_images", "is_mixed", "warn_if_inexact",
+    "check_place", "explain", "explain_readout", "explain_targets", "extra_of_images", "together_or_apart",
+    "warn_if_inexact",
 ]  # fmt: skip
 
 
@@ -158,6 +160,7 @@ def explain_targets(
     return _explain_all(len(x), lambda images: Linearised(model, x[images], None), ask, chunk, callers=2)
 
 
+T = TypeVar("T")
 Run = Callable[[slice], Linearised]
 Ask = Callable[[Linearised, slice], list[Explanation]]
 
@@ -181,20 +184,34 @@ def warn_if_inexact(found: Sequence[Explanation], callers: int) -> None:
 
 
 def _explain_chunk(run: Run, ask: Ask, places: range) -> list[Explanation]:
-    """All at once, or image by image where a tensor's layout does not tell what is of which image."""
-    images = slice(places.start, places.stop)
+    def stack(singles: Sequence[list[Explanation]]) -> list[Explanation]:
+        return [Explanation.stack(column) for column in zip(*singles, strict=True)]
+
+    return together_or_apart(lambda images: ask(run(images), images), places, lambda found: found, stack)
+
+
+def together_or_apart(
+    ask: Callable[[slice], T], places: range, explanations: Callable[[T], Sequence[Explanation]],
+    stack: Callable[[Sequence[T]], T],
+) -> T:  # fmt: skip
+    """All images at once, or one by one where a tensor's layout does not tell what is of which image.
+
+    Args:
+        ask: What is found for some of the images.
+        places: Of the images.
+        explanations: In what is found.
+        stack: Makes one of what is found for single images.
+    """
     try:
-        found = ask(run(images), images)
-        needs_singles = any(map(is_mixed, found))
+        found = ask(slice(places.start, places.stop))
+        if len(places) == 1 or not any(map(_is_mixed, explanations(found))):
+            return found
     except AmbiguousBatch:
-        needs_singles = True
-    if needs_singles and len(places) > 1:
-        singles = [ask(run(one), one) for one in (slice(i, i + 1) for i in places)]
-        found = [Explanation.stack(column) for column in zip(*singles, strict=True)]
-    return found
+        pass  # single images are never ambiguous
+    return stack([ask(slice(i, i + 1)) for i in places])
 
 
-def is_mixed(explanation: Explanation) -> bool:
+def _is_mixed(explanation: Explanation) -> bool:
     """Whether constants add up for the batch, but were booked to the wrong images."""
     total = explanation.contributions.double().sum((1, 2, 3)) + explanation.bias.double()
     error = total - explanation.logit.double()

@@ -18,8 +18,7 @@ from ..ahead import read_ahead
 from ..attribution.registry import attribute, check_methods
 from ..data.datasets import LabelledImages
 from ..errors import InputError, MethodError
-from .disconnected import Disconnected
-from .pointing_game import Grid, cell_shares, compose
+from .pointing_game import Grid, cell_shares, compose, grid_targets
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,16 +92,11 @@ def _play(
     maps, shares = [], []
     pictures = read_ahead(compose(model, dataset, grid) for grid in grids)
     for grid, picture in tqdm(zip(grids, pictures, strict=True), method, len(grids), disable=None):
-        found = attribute(model, picture, _first_class(model, grid), method)
+        found = attribute(model, picture, int(grid_targets(model, grid)[0]), method)
         shares.append(cell_shares(found, grid.n, smooth)[0, 0, 0].cpu())
         even = F.avg_pool2d(found[:, None], smooth, 1, smooth // 2)
         maps.append(F.adaptive_avg_pool2d(even.clamp_min(0), SIDE)[0, 0].cpu())
     return torch.stack(maps), torch.stack(shares)
-
-
-def _first_class(model: nn.Module, grid: Grid) -> int:
-    classes = torch.tensor(grid.classes)
-    return int((model.targets(classes) if isinstance(model, Disconnected) else classes)[0])
 
 
 def _draw(rows: dict[str, tuple[Tensor, Tensor]], n: int) -> "Figure":

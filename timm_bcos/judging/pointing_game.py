@@ -20,7 +20,9 @@ from ..data.datasets import LabelledImages, image_batches, image_loader
 from ..errors import InputError
 from .disconnected import Disconnected
 
-__all__ = ["Confidence", "Grid", "cell_shares", "confidences", "grid_shares", "localisation", "sample_grids"]
+__all__ = [
+    "Confidence", "Grid", "cell_shares", "confidences", "grid_shares", "grid_targets", "localisation", "sample_grids",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -188,11 +190,15 @@ def grid_shares(
     **options: Any,
 ) -> Tensor:
     """The same for a picture (1, C, H, W) that `compose` has made; arguments and result are those of `localisation`."""
-    classes = torch.tensor(grid.classes, device=image.device)
-    if isinstance(model, Disconnected):
-        classes = model.targets(classes)
+    classes = grid_targets(model, grid).to(image.device)
     maps = attribute(model, image.expand(len(classes), -1, -1, -1), classes, method, **options)
     return torch.stack([cell_shares(maps, grid.n, window).flatten(1).diagonal() for window in smooth])
+
+
+def grid_targets(model: nn.Module, grid: Grid) -> Tensor:
+    """(n²,) the logit that stands for the class of each cell."""
+    classes = torch.tensor(grid.classes)
+    return model.targets(classes) if isinstance(model, Disconnected) else classes
 
 
 def compose(model: nn.Module, dataset: LabelledImages, grid: Grid) -> Tensor:
