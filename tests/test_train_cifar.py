@@ -1,0 +1,102 @@
+"""The script that trains the CIFAR-10 networks, on ten images."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PHOTOS, load_script
+from PIL import Image
+from safetensors.torch import load_file
+
+script = load_script("train_cifar")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    photo = Image.open(PHOTOS / "coffee.jpg").convert("RGB")
+    for number in range(10):
+        for split in ("train", "test"):
+            folder = tmp_path / "data" / split / str(number)
+            folder.mkdir(parents=True)
+            photo.crop((10 * number, 0, 10 * number + 64, 64)).resize((32, 32)).save(folder / "x.png")
+    return tmp_path / "data"
+
+
+def status(monkeypatch: pytest.MonkeyPatch, out: Path, *given: str) -> int:
+    options = ("--b", "1", "2.5", "--epochs", "2", "--batch-size", "5", "--images", "4", "--device", "cpu", *given)
+    monkeypatch.setattr(sys, "argv", ["train_cifar.py", str(out), *options])
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    return end.value.code
+
+
+def test_a_training_in_pieces_is_the_training_in_one(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    assert status(monkeypatch, whole, "--data-dir", str(data)) == 0
+    assert status(monkeypatch, pieces, "--data-dir", str(data), "--minutes", "1e-9") == 0
+    assert "B = 1 is not done: run the same command again" in capsys.readouterr().out
+    data.rename(tmp_path / "gone")  # the packed file is enough
+    calls = 1
+    while not (pieces / "table.md").exists():
+        assert status(monkeypatch, pieces, "--minutes", "1e-9") == 0
+        calls += 1
+    assert calls == 8 - 1  # the last step of the first network leads to the first of the second
+    for name in ("b100", "b250"):
+        ours, theirs = (load_file(folder / name / "model.safetensors") for folder in (pieces, whole))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        assert (pieces / name / "log.csv").read_text() == (whole / name / "log.csv").read_text()
+    with (whole / "b250" / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert (whole / "table.md").read_text() == (pieces / "table.md").read_text()
+    assert f"| B = 2.5 | 3.8 | {rows[-1]['top1']} |" in (whole / "table.md").read_text()
+
+
+def test_packed_images_are_the_files_images(data: Path, tmp_path: Path) -> None:
+    script.pack(str(data), tmp_path / "packed.safetensors")
+    images, labels = script.unpack(tmp_path / "packed.safetensors", "train")
+    assert labels.tolist() == list(range(10))
+    wanted = torch.tensor(bytearray(Image.open(data / "train" / "7" / "x.png").tobytes())).reshape(32, 32, 3)
+    assert torch.equal(images[7], wanted.permute(2, 0, 1))
+
+
+def test_crops_are_windows_of_the_padded_image() -> None:
+    images = torch.arange(2 * 3 * 32 * 32).reshape(2, 3, 32, 32)
+    padded = torch.nn.functional.pad(images, [4] * 4)
+    found = set()
+    for seed in range(20):
+        for n, crop in enumerate(script.augmented(images, torch.Generator().manual_seed(seed))):
+            windows = {
+                (top, left, flip): padded[n, :, top : top + 32, left : left + 32].flip([2] if flip else [])
+                for top in range(9) for left in range(9) for flip in (False, True)
+            }  # fmt: skip
+            places = [place for place, window in windows.items() if torch.equal(window, crop)]
+            assert len(places) == 1
+            found.add(places[0])
+    assert len(found) > 20
+    assert {flip for _, _, flip in found} == {False, True}
+
+
+def test_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status(monkeypatch, tmp_path / "out") == 2
+    assert "give --data-dir" in capsys.readouterr().err
+
+
+def test_refuses_a_folder_of_other_settings(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status(monkeypatch, tmp_path / "out", "--data-dir", str(data), "--minutes", "1e-9") == 0
+    assert status(monkeypatch, tmp_path / "out", "--minutes", "1e-9", "--amp") == 2
+    assert "amp" in capsys.readouterr().err
+
+
+def test_the_learning_rate_falls_by_a_cosine() -> None:
+    assert script.learning_rate(0.0) == pytest.approx(1e-3)
+    assert script.learning_rate(0.5) == pytest.approx((1e-3 + 1e-5) / 2)
+    assert script.learning_rate(1.0) == pytest.approx(1e-5)
