@@ -21,7 +21,9 @@ Double = torch.float64
 UNITS = [
     dict(),
     dict(b=1.0),
+    dict(b=1.25),
     dict(b=1.5, gamma=3.0),
+    dict(b=1.75),
     dict(b=2.5, max_out=3),
     dict(max_out=2, gamma=0.5),
     dict(normalize_weight=False),

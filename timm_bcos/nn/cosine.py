@@ -56,7 +56,14 @@ def cosine_factor(linear: Tensor, norm: Tensor, b: float, gamma: float, eps: flo
     """γ · |cos|^(B-1), what `scale_by_cosine` multiplies by; |cos| = |ŵᵀx| / ‖x‖, plus eps unless B is 2."""
     if b == 2:
         return linear.abs() * (gamma / norm)
-    return gamma * (linear.abs() / norm + eps).pow(b - 1)
+    return gamma * _power(linear.abs() / norm + eps, b - 1)
+
+
+def _power(x: Tensor, exponent: float) -> Tensor:
+    """x ** exponent of positive x. The roots are many times as fast as `pow`, and so are their gradients."""
+    if exponent == 0.25:
+        return x.sqrt().sqrt()
+    return x.sqrt() if exponent == 0.5 else x.pow(exponent)
 
 
 def constant_factor(linear: Tensor, norm: Tensor, b: float, gamma: float) -> Tensor:
