@@ -12,7 +12,6 @@ interrupted one resumes; the last epoch counts. Writes --out/table.md and --out/
 
 import argparse
 import csv
-import subprocess
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -21,10 +20,11 @@ from typing import Any
 
 import timm
 import torch
+from timm_training import train
 from tqdm import tqdm
 
 import timm_bcos
-from timm_bcos import BcosError, InputError
+from timm_bcos import InputError
 from timm_bcos.cli.failures import exit_status
 from timm_bcos.data.datasets import image_loader
 from timm_bcos.explaining.figures import save_figure
@@ -65,25 +65,21 @@ class Result:
     alignment: float
 
 
-def train(variant: Variant, args: argparse.Namespace) -> Path:
-    """Its folder, with a finished training in it."""
-    folder = args.out / variant.name.replace(" ", "").replace(",", "_")
-    if (folder / "done").exists():
-        return folder
-    command = [sys.executable, "-m", "timm_bcos", "run", str(args.train_script), "--data-dir", args.data_dir,
-               "--val-split", args.val_split, "--model", variant.model, "--output", str(args.out), "--experiment",
-               folder.name, "--device", args.device, "--checkpoint-hist", "1", *args.options]  # fmt: skip
+def options(variant: Variant, args: argparse.Namespace) -> list[str]:
+    """What train.py is given."""
+    given = [
+        "--data-dir",
+        args.data_dir,
+        "--val-split",
+        args.val_split,
+        "--model",
+        variant.model,
+        "--device",
+        args.device,
+    ]
     if variant.kwargs:
-        command += ["--model-kwargs", *(f"{key}={value}" for key, value in variant.kwargs)]
-    if (folder / "last.pth.tar").exists():
-        command += ["--resume", str(folder / "last.pth.tar")]
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "log.txt").open("a") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
-    if code:
-        raise BcosError(f"training {variant.name} failed: see {folder / 'log.txt'}")
-    (folder / "done").touch()
-    return folder
+        given += ["--model-kwargs", *(f"{key}={value}" for key, value in variant.kwargs)]
+    return [*given, *args.options]
 
 
 def last_top1(folder: Path) -> float:
@@ -141,7 +137,8 @@ def run(args: argparse.Namespace) -> None:
     remember_settings(args.out, {name: getattr(args, name) for name in SETTINGS})
     results = []
     for variant in tqdm([v for name, v in family.items() if name in args.only or not args.only], "networks"):
-        results.append(measure(variant, train(variant, args), args))
+        folder = args.out / variant.name.replace(" ", "").replace(",", "_")
+        results.append(measure(variant, train(folder, args.train_script, options(variant, args)), args))
         with atomic_path(args.out / "table.md") as path:  # partial results are kept
             path.write_text(table(results))
     save_figure(figure(results), args.out / "figure.png")

@@ -56,7 +56,7 @@ def test_trains_tabulates_and_resumes(
     (tmp_path / "fail").write_text("B=2")
     monkeypatch.setattr(sys, "argv", [*arguments, "--", "--fail", str(tmp_path / "fail")])
     assert status() == 2
-    assert re.search(r"training B = 2 failed: see .*log\.txt", capsys.readouterr().err)
+    assert re.search(r"training B=2 failed: see .*log\.txt", capsys.readouterr().err)
     assert "| B = 1 | 3.8 | 60.50 |" in (tmp_path / "out" / "table.md").read_text()
     (tmp_path / "fail").write_text("none")
     assert status() == 0
@@ -78,7 +78,7 @@ def test_refuses(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "fail").write_text("B=1")
-    for options, expected in ((["--", "--fail", str(tmp_path / "fail")], "training B = 1 failed"), (more, message)):
+    for options, expected in ((["--", "--fail", str(tmp_path / "fail")], "training B=1 failed"), (more, message)):
         monkeypatch.setattr(sys, "argv", [*arguments, *options])
         assert status() == 2
         assert expected in capsys.readouterr().err
