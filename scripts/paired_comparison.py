@@ -1,14 +1,17 @@
 """Two networks on the same photos: accuracy by contributor, and intervals for their difference that know of clusters.
 
-    python scripts/paired_comparison.py data/clothing/test.tar contributors.csv \
+    python scripts/paired_comparison.py data/clothing/test.tar --contributors contributors.csv \
         plain=plain-0.pth.tar plain=plain-1.pth.tar bcos=bcos-0.pth.tar bcos=bcos-1.pth.tar
+    python scripts/paired_comparison.py data/grocery/test.tar plain=plain-0.pth.tar bcos=bcos-0.pth.tar
 
 Photos of one person resemble each other (floor, light, camera), so that they are no independent draws: intervals come
-from a bootstrap over contributors. Several checkpoints of one name are seeds, whose mean counts for each photo.
+from a bootstrap over contributors. Where these are not known, photos whose names differ in the number behind the last
+underscore alone are taken for one series. Several checkpoints of one name are seeds, whose mean counts for each photo.
 """
 
 import argparse
 import csv
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,12 +54,16 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
     return float(binomtest(alone, both).pvalue) if both else 1.0
 
 
-def contributors(path: Path, dataset: LabelledImages) -> list[str]:
+def contributors(path: Path, names: Sequence[str]) -> list[str]:
     """Who has sent each photo."""
     with path.open(newline="") as file:
         senders = {Path(row["file"]).name: row["contributor"] for row in csv.DictReader(file)}
-    named: Any = dataset
-    return [senders[Path(named.filename(i)).name] for i in range(len(dataset))]
+    return [senders[Path(name).name] for name in names]
+
+
+def series(names: Sequence[str]) -> list[str]:
+    """The file names without their numbers."""
+    return [Path(name).stem.rsplit("_", 1)[0] for name in names]
 
 
 def correct(checkpoint: Path, dataset: LabelledImages) -> np.ndarray:
@@ -65,28 +72,32 @@ def correct(checkpoint: Path, dataset: LabelledImages) -> np.ndarray:
     return np.array([one.label == one.predicted for one in confidences(model, dataset, batch_size=32)])
 
 
-def report(right: dict[str, list[np.ndarray]], senders: Sequence[str]) -> str:
+def report(right: dict[str, list[np.ndarray]], clusters: Sequence[str], rows: int = 10) -> str:
     """Tables of accuracies and differences, in percent.
 
     Args:
         right: By name, for each seed (N,) whether the network is right.
-        senders: N names.
+        clusters: N names, of whose photos each is one.
+        rows: The largest clusters, which are listed.
     """
     means = {name: np.mean(seeds, 0) for name, seeds in right.items()}
-    lines = ["| contributor | photos | " + " | ".join(right) + " |", "| --- | ---: |" + " ---: |" * len(right)]
-    groups = sorted(set(senders), key=lambda name: -list(senders).count(name))
+    lines = ["| cluster | photos | " + " | ".join(right) + " |", "| --- | ---: |" + " ---: |" * len(right)]
+    groups = [name for name, _ in Counter(clusters).most_common(rows)]
     for group in [*groups, "all"]:
-        own = np.array([sender == group or group == "all" for sender in senders])
+        own = np.array([cluster == group or group == "all" for cluster in clusters])
         cells = " | ".join(f"{100 * mean[own].mean():.1f}" for mean in means.values())
         lines.append(f"| {group} | {own.sum()} | {cells} |")
     first, *others = right
     for name in others:
         gain = 100 * (means[name] - means[first])
-        low, high = bootstrap(gain, senders)
+        low, high = bootstrap(gain, clusters)
         tests = ", ".join(f"{mcnemar(b, a):.2g}" for a, b in zip(right[first], right[name], strict=False))
         seeds = " ".join(f"{100 * seed.mean():.1f}" for seed in right[name])
-        lines += ["", f"{name} (seeds {seeds}) − {first}: {gain.mean():+.1f} points, 95 % interval over contributors "
-                  f"{low:+.1f} to {high:+.1f}; McNemar's p by pairs of seeds: {tests}"]  # fmt: skip
+        lines += [
+            "",
+            f"{name} (seeds {seeds}) − {first}: {gain.mean():+.1f} points, 95 % interval over {len(set(clusters))} "
+            f"clusters {low:+.1f} to {high:+.1f}; McNemar's p by pairs of seeds: {tests}",
+        ]
     return "\n".join(lines)
 
 
@@ -94,18 +105,22 @@ def main() -> None:
     """Compare checkpoints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="labelled photos, as --data-dir takes them")
-    parser.add_argument("contributors", type=Path, help="CSV file with the columns file and contributor")
     parser.add_argument(
         "networks", nargs="+", help="NAME=CHECKPOINT of train.py; names that start with 'plain' are plain"
     )
+    parser.add_argument("--contributors", type=Path, help="CSV file with the columns file and contributor")
     parser.add_argument("--num-classes", type=int, default=10)
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--class-map", default="")
     args = parser.parse_args()
-    dataset = load_dataset(args.data, args.num_classes, split="test")
+    dataset: Any = load_dataset(args.data, args.num_classes, split=args.split, class_map=args.class_map)
+    names = [dataset.filename(i) for i in range(len(dataset))]
+    clusters = contributors(args.contributors, names) if args.contributors else series(names)
     right: dict[str, list[np.ndarray]] = {}
     for network in args.networks:
         name, checkpoint = network.split("=", 1)
         right.setdefault(name, []).append(correct(Path(checkpoint), dataset))
-    print(report(right, contributors(args.contributors, dataset)))
+    print(report(right, clusters))
 
 
 if __name__ == "__main__":

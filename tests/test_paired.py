@@ -42,6 +42,18 @@ def test_the_report() -> None:
     assert "-33.3 to +0.0" in text
 
 
+def test_a_series_is_what_a_name_says_without_its_number() -> None:
+    assert script.series(["apple/Golden-Delicious_001.jpg", "apple/Golden-Delicious_13.jpg", "a_b_1.png"]) == [
+        "Golden-Delicious", "Golden-Delicious", "a_b",
+    ]  # fmt: skip
+
+
+def test_lists_the_largest_clusters() -> None:
+    right = dict(plain=[np.array([True] * 6)])
+    text = script.report(right, ["x", "y", "y", "z", "z", "z"], rows=2)
+    assert "| z | 3 |" in text and "| y | 2 |" in text and "| x |" not in text and "| all | 6 |" in text
+
+
 def test_nobody_is_in_train_and_validation(tmp_path: Path) -> None:
     split = load_script("split_by_contributor")
     source = tmp_path / "source"
