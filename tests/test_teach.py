@@ -1,0 +1,146 @@
+"""The script that teaches a converted network by its original, on a tiny one."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from conftest import PHOTOS, load_script
+from PIL import Image
+from torch import nn
+
+from timm_bcos.cli.photos import open_photo
+from timm_bcos.models.loading import load_model
+
+teach = load_script("teach")
+unlabelled = load_script("unlabelled")
+ARCH = "test_efficientnet"
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    torch.manual_seed(0)
+    teacher = timm.create_model(ARCH, num_classes=2)
+    for module in teacher.modules():  # not those of a new network, which hardly have biases
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias, std=0.3)
+            nn.init.normal_(module.running_mean, std=0.3)
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pth")
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.open(PHOTOS / "coffee.jpg").convert("RGB").resize((90, 70)).save(tmp_path / "data" / name / "1.png")
+    data = str(tmp_path / "data")
+    return [str(tmp_path / "teacher.pth"), str(tmp_path / "out"), "--arch", ARCH, "--photos", data, "--test", data,
+            "--size", "64", "--steps", "4", "--every", "2", "--batch-size", "4"]  # fmt: skip
+
+
+def run(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["teach.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        teach.main()
+    assert not end.value.code
+
+
+def lesson(tmp_path: Path, **changes: object) -> "teach.Lesson":
+    given = dict(teacher=tmp_path / "teacher.pth", out=tmp_path, arch=ARCH, b=1.0, antialias=False, bias=1.0, fade=0.5,
+                 probability="softmax", rate=1e-3, compile=False, start=None, weight=1.0, steps=4)  # fmt: skip
+    return teach.Lesson(SimpleNamespace(**given | changes), dict.fromkeys(teach.CALIBRATION, torch.rand(2, 3, 64, 64)))
+
+
+def test_the_student_starts_as_its_original(arguments: list[str], tmp_path: Path) -> None:
+    """At B = 1 with all biases; but at the borders, where black pads what was the mean colour."""
+    started = lesson(tmp_path)
+    started.student.eval()
+    x = torch.rand(2, 3, 64, 64)
+    wanted = teach.answers(started.teacher, (x - started.mean) / started.std)[0][0]
+    stem = started.student.bn1(started.student.conv_stem(x))
+    torch.testing.assert_close(stem[..., 1:-1, 1:-1], wanted[..., 1:-1, 1:-1], rtol=1e-3, atol=1e-4)
+    started.share.fill_(0.0)
+    faded = started.student.bn1(started.student.conv_stem(x))
+    assert (faded - wanted)[..., 1:-1, 1:-1].abs().max() > 0.1
+
+
+def test_norms_divide_by_the_originals_deviation_in_the_ratio_of_both(arguments: list[str], tmp_path: Path) -> None:
+    started = lesson(tmp_path, b=2.0)
+    x = torch.cat([started.batches[number] for number in teach.CALIBRATION])
+    own = started.student.conv_stem(x).var((0, 2, 3), unbiased=False)
+    other = started.teacher.conv_stem((x - started.mean) / started.std).var((0, 2, 3), unbiased=False)
+    wanted = started.teacher.bn1.running_var * own / other
+    before = started.student.bn1.running_var.clone()
+    torch.testing.assert_close(before, wanted, rtol=1e-3, atol=0.0)
+    started.whole_loss(torch.rand(2, 3, 64, 64)).backward()
+    assert torch.equal(started.student.bn1.running_var, before)
+
+
+def test_an_interrupted_lesson_goes_on(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run(monkeypatch, arguments)
+    arguments[1] = str(tmp_path / "again")
+    record, calls = teach.Lesson.record, []
+
+    def interrupted(self: "teach.Lesson", loss: float) -> None:
+        record(self, loss)
+        calls.append(loss)
+        if len(calls) == 1:
+            raise RuntimeError("interrupted")
+
+    monkeypatch.setattr(teach.Lesson, "record", interrupted)
+    monkeypatch.setattr(sys, "argv", ["teach.py", *arguments])
+    with pytest.raises(SystemExit):
+        teach.main()
+    assert not (tmp_path / "again" / "student.pth.tar").exists()
+    run(monkeypatch, arguments)
+    whole, pieces = (load_model(checkpoint=tmp_path / name / "student.pth.tar") for name in ("out", "again"))
+    assert all(torch.equal(value, pieces.state_dict()[key]) for key, value in whole.state_dict().items())
+    assert (tmp_path / "out" / "log.csv").read_text() == (tmp_path / "again" / "log.csv").read_text()
+    rows = [line.split(",") for line in (tmp_path / "out" / "log.csv").read_text().splitlines()[1:]]
+    assert [(row[0], row[2]) for row in rows] == [("2", "0.667"), ("4", "0.000")]
+    assert whole.bcos_config.b == 1.25 and whole.bcos_config.stem == "encoded"
+
+
+def test_teaching_brings_the_student_nearer(arguments: list[str], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    started = lesson(tmp_path, b=1.25)
+    started.share.fill_(0.0)
+    x = torch.rand(4, 3, 64, 64)
+    optimiser = torch.optim.Adam(started.student.parameters(), 1e-3)
+    losses = []
+    for _ in range(20):
+        loss = started.whole_loss(x)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0], losses
+
+
+def test_divergences_are_the_formulas() -> None:
+    x, y = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    p, q = y.softmax(1), x.softmax(1)
+    torch.testing.assert_close(teach.divergence(x, y, "softmax"), (p * (p / q).log()).sum(1).mean())
+    p, q = y.sigmoid(), x.sigmoid()
+    wanted = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(1).mean()
+    torch.testing.assert_close(teach.divergence(x, y, "sigmoid"), wanted)
+
+
+def test_batches_are_the_same_in_every_run() -> None:
+    photo = open_photo(PHOTOS / "coffee.jpg")
+    images = dict(photos=[photo], scenes=[], icons=[photo.resize((32, 32))])
+    batches = unlabelled.Batches(images, 40, batch_size=8)
+    assert batches.counts == dict(photos=6, icons=2)
+    again = list(unlabelled.Batches(images, 40, batch_size=8).prepared(3, 6))
+    assert len(again) == 3
+    for number, batch in enumerate(again, 3):
+        assert batch.shape == (8, 3, 40, 40) and batch.min() >= 0 and batch.max() <= 1
+        assert torch.equal(batch, batches[number])
+    assert not torch.equal(again[0], again[1])
+    assert not torch.equal(unlabelled.Batches(images, 40, 8, seed=1)[3], again[0])
+
+
+def test_reads_images_and_leaves_out_the_tiny_ones(tmp_path: Path) -> None:
+    for name, size in dict(large=(900, 600), tiny=(40, 30)).items():
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    assert [image.size for image in unlabelled.load_images([str(tmp_path)], 256)] == [(384, 256)]
+    assert len(unlabelled.load_images([str(tmp_path)], 30)) == 2
