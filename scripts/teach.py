@@ -40,6 +40,12 @@ ARCH = "tf_efficientnet_lite0"  # of weights that do not say
 CALIBRATION = range(1_000_000, 1_000_004)  # numbers of batches, beyond those of training
 
 
+def gain_and_bias(norm: Any) -> tuple[Tensor, Tensor]:
+    """What a batch norm multiplies by in evaluation, and what it adds: (C, 1, 1) each."""
+    gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return gain.reshape(-1, 1, 1), (norm.bias - norm.running_mean * gain).reshape(-1, 1, 1)
+
+
 class FadingBias(nn.Module):
     """Adds what a converted norm has left out, as long as it has not faded.
 
@@ -50,8 +56,7 @@ class FadingBias(nn.Module):
 
     def __init__(self, norm: Any, share: Tensor) -> None:
         super().__init__()
-        offset = norm.bias - norm.running_mean * norm.weight * (norm.running_var + norm.eps).rsqrt()
-        self.register_buffer("offset", offset.detach().reshape(-1, 1, 1), persistent=False)
+        self.register_buffer("offset", gain_and_bias(norm)[1].detach(), persistent=False)
         self.share = share
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,8 +134,8 @@ class Lesson:
         self.student: Any = bcosify(original, BcosConfig.finetune(**self.kwargs))
         self.share = torch.tensor(1.0)
         self.norms = {n: m for n, m in self.student.named_modules() if isinstance(m, UncentredBatchNormAct2d)}
-        for name, norm in self.norms.items():
-            norm.drop = FadingBias(self.teacher.get_submodule(name), self.share)
+        for name in self.norms.keys() - {"bn1"}:  # whose bias the stem takes over
+            self.norms[name].drop = FadingBias(self.teacher.get_submodule(name), self.share)
         for network in (self.student, self.teacher):
             network.to(memory_format=torch.channels_last)
         self.optimiser = self.make_optimiser()
@@ -172,8 +177,10 @@ class Lesson:
         On other photos than those that the original learned from its features deviate by more or less; so would the
         student's. Hence not by its own deviation, but by the original's times the ratio of both on the same photos.
         """
-        weight, offset = self.teacher.conv_stem.weight / self.std, self.mean
-        self.student.conv_stem.weight.copy_(torch.cat([weight * (1 - offset), -weight * offset], 1))
+        weight, mean, norm = self.teacher.conv_stem.weight / self.std, self.mean, self.teacher.bn1
+        gain, bias = gain_and_bias(norm)
+        constant = (bias / gain / weight[0].numel())[..., None]  # a colour and its complement are 1 together
+        self.student.conv_stem.weight.copy_(torch.cat([weight * (1 - mean), -weight * mean], 1) + constant)
         theirs: dict[str, Tensor] = {}
 
         def measure(name: str, _: Any, x: Tensor) -> None:
@@ -199,7 +206,7 @@ class Lesson:
         """All steps that are left."""
         steps = self.args.steps
         for x in tqdm(self.batches.prepared(self.done, steps), "steps", steps, initial=self.done, disable=None):
-            self.share.fill_(self.args.bias * max(0.0, 1 - self.done / (self.args.fade * steps)))
+            self.share.fill_(self.args.bias * max(0.0, 1 - self.done / (self.args.fade * steps)) ** 2)
             cosine = 0.5 * (1 + math.cos(math.pi * self.done / steps))
             for group in self.optimiser.param_groups:
                 group["lr"] = self.args.rate * min(1.0, (self.done + 1) / 30) * (0.02 + 0.98 * cosine)
