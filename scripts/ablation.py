@@ -67,16 +67,8 @@ class Result:
 
 def options(variant: Variant, args: argparse.Namespace) -> list[str]:
     """What train.py is given."""
-    given = [
-        "--data-dir",
-        args.data_dir,
-        "--val-split",
-        args.val_split,
-        "--model",
-        variant.model,
-        "--device",
-        args.device,
-    ]
+    given = ["--data-dir", args.data_dir, "--val-split", args.val_split, "--model", variant.model, "--device",
+             args.device]  # fmt: skip
     if variant.kwargs:
         given += ["--model-kwargs", *(f"{key}={value}" for key, value in variant.kwargs)]
     return [*given, *args.options]

@@ -1,7 +1,7 @@
 """Teach the B-cos network that a plain EfficientNet is converted into by its original, without labels.
 
     python scripts/lite0_weights.py lite0.safetensors
-    python scripts/teach.py lite0.safetensors taught --b 1.25 --probability softmax \
+    python scripts/teach.py lite0.safetensors taught --arch tf_efficientnet_lite0 --b 1.25 --probability softmax \
         --photos clothing/train.tar clothing/extra.tar grocery/train.tar --scenes wallpapers --icons cifar10/train.tar \
         --test imagenet_photos.tar --class-map imagenet_class_map.txt
     python scripts/teach.py plain/model_best.pth.tar taught --photos clothes/train --test clothes --split validation
@@ -30,13 +30,13 @@ from unlabelled import SOURCES, Batches, load_images
 
 from timm_bcos import BcosConfig, bcosify
 from timm_bcos.cli.failures import exit_status
-from timm_bcos.data.datasets import image_batches, load_dataset
+from timm_bcos.data.datasets import load_dataset
 from timm_bcos.files import atomic_path
+from timm_bcos.judging.pointing_game import confidences
 from timm_bcos.judging.settings import remember_settings
 from timm_bcos.models.loading import load_plain_model
 from timm_bcos.nn.norms import UncentredBatchNormAct2d
 
-ARCH = "tf_efficientnet_lite0"  # of weights that do not say
 CALIBRATION = range(1_000_000, 1_000_004)  # numbers of batches, beyond those of training
 
 
@@ -109,17 +109,11 @@ def deviation(x: Tensor) -> Tensor:
     return x.var((0, 2, 3), unbiased=False)
 
 
-@torch.no_grad()
 def accuracy(network: Any, args: argparse.Namespace) -> float:
     """Top 1 on labelled photos, in percent."""
     dataset = load_dataset(args.test, network.num_classes, split=args.split, class_map=args.class_map)
-    right, modes = 0, {module: module.training for module in network.modules()}
-    network.eval()
-    for _, x, labels in image_batches(network, dataset, range(len(dataset)), 32):
-        right += int((network(x).argmax(1).cpu() == labels).sum())
-    for module, mode in modes.items():
-        module.training = mode
-    return 100 * right / len(dataset)
+    found = list(confidences(network.eval(), dataset, batch_size=32, progress=False))
+    return 100 * sum(one.label == one.predicted for one in found) / len(found)
 
 
 class Lesson:
@@ -147,6 +141,10 @@ class Lesson:
             self.student.load_state_dict(torch.load(args.start, weights_only=True)["student"])
         else:
             self.begin()
+        self.train()
+
+    def train(self) -> None:
+        """Training mode, but for what the norms divide by."""
         self.student.train()
         for norm in self.norms.values():
             norm.eval()
@@ -233,6 +231,7 @@ class Lesson:
         with atomic_path(self.state) as path:
             torch.save(parts, path)
         top1 = accuracy(self.student, self.args)
+        self.train()
         line = f"{self.done},{self.args.b:g},{self.share.item():.3f},{loss:.4f},{top1:.1f}"
         print(line, flush=True)
         log = self.args.out / "log.csv"
@@ -253,7 +252,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", type=Path, help="the plain network: a checkpoint of train.py, or weights of --arch")
     parser.add_argument("out", type=Path, help="folder for checkpoint, log and student")
-    parser.add_argument("--arch", help=f"timm's name, for weights that do not say it, such as {ARCH}")
+    parser.add_argument("--arch", help="timm's name, for weights that do not say it")
     parser.add_argument("--photos", nargs="+", required=True, help="tars or folders, whose labels are not looked at")
     parser.add_argument("--scenes", nargs="*", default=[], help="likewise, large photos that are cut into small ones")
     parser.add_argument("--icons", nargs="*", default=[], help="likewise, tiny photos")

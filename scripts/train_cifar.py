@@ -15,8 +15,8 @@ nothing: the last epoch counts.
 import argparse
 import csv
 import io
+import math
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -25,11 +25,12 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from ablation import Result, Variant, alignment, figure, table
+from ablation import FAMILIES, Result, Variant, alignment, figure, table
 from PIL import Image
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_file, save_file, save_model
 from timm.data import create_dataset
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from timm_bcos import InputError
@@ -38,7 +39,7 @@ from timm_bcos.explaining.figures import save_figure
 from timm_bcos.files import atomic_path
 from timm_bcos.judging.settings import remember_settings
 
-EXPONENTS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5)
+VARIANTS = {variant.x: variant for variant in FAMILIES["b"]}  # by exponent
 RATES = 1e-3, 1e-5
 PADDING = 4
 CLASSES = 10
@@ -48,7 +49,8 @@ def pack(data_dir: str, file: Path) -> None:
     """Write the image files of both splits one after the other, with where each ends and its label."""
     packed = {}
     for split in ("train", "test"):
-        reader: Any = create_dataset("", root=data_dir, split=split).reader
+        tar = Path(data_dir, f"{split}.tar")
+        reader: Any = create_dataset("", root=str(tar if tar.exists() else data_dir), split=split).reader
         pairs = [reader[i] for i in tqdm(range(len(reader)), f"packing {split}", disable=None)]
         contents = [image.read() for image, _ in pairs]
         packed[f"{split}_bytes"] = torch.frombuffer(bytearray(b"".join(contents)), dtype=torch.uint8)
@@ -64,9 +66,7 @@ def unpack(file: Path, split: str) -> tuple[Tensor, Tensor]:
     contents = packed[f"{split}_bytes"].numpy().tobytes()
     ends = packed[f"{split}_ends"].tolist()
     files = [contents[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-    images = [
-        timm.data.transforms_factory.transforms.PILToTensor()(Image.open(io.BytesIO(f)).convert("RGB")) for f in files
-    ]
+    images = [pil_to_tensor(Image.open(io.BytesIO(content)).convert("RGB")) for content in files]
     return torch.stack(images), packed[f"{split}_labels"]
 
 
@@ -85,26 +85,25 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
 def learning_rate(progress: float) -> float:
     """By a cosine, at a share of all steps."""
     first, last = RATES
-    return last + (first - last) * 0.5 * (1 + float(torch.cos(torch.tensor(progress * torch.pi))))
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class Run:
     """The training of one network, to the step where it was left.
 
     Args:
-        b: Its exponent.
+        variant: Which.
         args: The command line.
         data: Images and labels of both splits, on the device.
     """
 
-    def __init__(self, b: float, args: argparse.Namespace, data: dict[str, tuple[Tensor, Tensor]]) -> None:
-        self.b, self.args, self.data = b, args, data
-        self.folder: Path = args.out / f"b{b * 100:.0f}"
-        self.weights, self.state, self.log = (self.folder / n for n in ("model.safetensors", "state.pt", "log.csv"))
+    def __init__(self, variant: Variant, args: argparse.Namespace, data: dict[str, tuple[Tensor, Tensor]]) -> None:
+        self.variant, self.args, self.data = variant, args, data
+        folder: Path = args.out / variant.model.rpartition("_")[2]
+        self.weights, self.state, self.log = (folder / name for name in ("model.safetensors", "state.pt", "log.csv"))
         torch.manual_seed(args.seed)
-        self.model: Any = timm.create_model(f"bcos_cnn9_b{b * 100:.0f}").to(
-            args.device, memory_format=torch.channels_last
-        )
+        model: Any = timm.create_model(variant.model)
+        self.model = model.to(args.device, memory_format=torch.channels_last)
         self.optimiser = torch.optim.Adam(self.model.parameters(), RATES[0])
         self.per_epoch = len(data["train"][1]) // args.batch_size
         self.done, self.losses = 0, 0.0  # steps, and the sum of losses of this epoch
@@ -118,7 +117,7 @@ class Run:
     def train(self, deadline: float) -> bool:
         """Until the end, or until `deadline` (seconds of `time.monotonic`); whether the end was reached."""
         total = self.args.epochs * self.per_epoch
-        with tqdm(total=total, initial=self.done, desc=f"B = {self.b:g}", disable=None) as bar:
+        with tqdm(total=total, initial=self.done, desc=self.variant.name, disable=None) as bar:
             while self.done < total:
                 self.losses += self.step(*self.batch(), learning_rate(self.done / total))
                 self.done += 1
@@ -186,11 +185,9 @@ class Run:
         """Accuracy of the last epoch, and alignment of the first test images."""
         with self.log.open(newline="") as file:
             top1 = float(list(csv.DictReader(file))[-1]["top1"])
-        load_model(self.model, self.weights)
         images = self.data["test"][0][: self.args.images].float() / 255
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
-        variant = Variant(f"B = {self.b:g}", self.folder.name, x=self.b)
-        return Result(variant, parameters, top1, alignment(self.model.eval(), images))
+        return Result(self.variant, parameters, top1, alignment(self.model.eval(), images))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -204,26 +201,29 @@ def run(args: argparse.Namespace) -> None:
         pack(args.data_dir, file)
     data = {split: unpack(file, split) for split in ("train", "test")}
     data = {split: (images.to(args.device), labels.to(args.device)) for split, (images, labels) in data.items()}
-    for b in args.b:
-        if not Run(b, args, data).train(deadline):
-            print(f"B = {b:g} is not done: run the same command again to go on")
+    results = []
+    for variant in (VARIANTS[b] for b in args.b):
+        training = Run(variant, args, data)
+        if not training.train(deadline):
+            print(f"{variant.name} is not done: run the same command again to go on")
             return
-    report([Run(b, args, data).result() for b in args.b], args.out)
+        results.append(training.result())
+    report(results, args.out)
 
 
-def report(results: Sequence[Result], out: Path) -> None:
+def report(results: list[Result], out: Path) -> None:
     """Table and figure of all networks."""
     with atomic_path(out / "table.md") as path:
-        path.write_text(table(list(results)))
-    save_figure(figure(list(results)), out / "figure.png")
-    print(table(list(results)))
+        path.write_text(table(results))
+    save_figure(figure(results), out / "figure.png")
+    print(table(results))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for data, checkpoints, logs and weights")
-    parser.add_argument("--data-dir", default="", help="CIFAR-10 as folders or tars of images, with splits")
-    parser.add_argument("--b", type=float, nargs="+", default=EXPONENTS, choices=EXPONENTS, metavar="B")
+    parser.add_argument("--data-dir", default="", help="CIFAR-10: folders or tars train and test")
+    parser.add_argument("--b", type=float, nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="B")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--minutes", type=float, help="stop, resumably, after this time")

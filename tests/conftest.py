@@ -36,6 +36,14 @@ def load_script(name: str) -> ModuleType:
     return module
 
 
+def script_status(monkeypatch: pytest.MonkeyPatch, script: ModuleType, *arguments: object) -> int:
+    """The exit status of a script."""
+    monkeypatch.setattr(sys, "argv", [str(script.__file__), *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    return int(end.value.code or 0)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

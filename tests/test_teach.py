@@ -1,13 +1,12 @@
 """The script that teaches a converted network by its original, on a tiny one."""
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
-from conftest import PHOTOS, load_script
+from conftest import PHOTOS, load_script, script_status
 from PIL import Image
 from torch import nn
 
@@ -34,13 +33,6 @@ def arguments(tmp_path: Path) -> list[str]:
     data = str(tmp_path / "data")
     return [str(tmp_path / "teacher.pth"), str(tmp_path / "out"), "--arch", ARCH, "--photos", data, "--test", data,
             "--size", "64", "--steps", "4", "--every", "2", "--batch-size", "4"]  # fmt: skip
-
-
-def run(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["teach.py", *arguments])
-    with pytest.raises(SystemExit) as end:
-        teach.main()
-    assert not end.value.code
 
 
 def lesson(tmp_path: Path, **changes: object) -> "teach.Lesson":
@@ -90,7 +82,7 @@ def test_norms_divide_by_the_originals_deviation_in_the_ratio_of_both(arguments:
 
 def test_an_interrupted_lesson_goes_on(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    run(monkeypatch, arguments)
+    assert script_status(monkeypatch, teach, *arguments) == 0
     arguments[1] = str(tmp_path / "again")
     record, calls = teach.Lesson.record, []
 
@@ -101,11 +93,9 @@ def test_an_interrupted_lesson_goes_on(arguments: list[str], tmp_path: Path, mon
             raise RuntimeError("interrupted")
 
     monkeypatch.setattr(teach.Lesson, "record", interrupted)
-    monkeypatch.setattr(sys, "argv", ["teach.py", *arguments])
-    with pytest.raises(SystemExit):
-        teach.main()
+    assert script_status(monkeypatch, teach, *arguments) != 0
     assert not (tmp_path / "again" / "student.pth.tar").exists()
-    run(monkeypatch, arguments)
+    assert script_status(monkeypatch, teach, *arguments) == 0
     whole, pieces = (load_model(checkpoint=tmp_path / name / "student.pth.tar") for name in ("out", "again"))
     assert all(torch.equal(value, pieces.state_dict()[key]) for key, value in whole.state_dict().items())
     assert (tmp_path / "out" / "log.csv").read_text() == (tmp_path / "again" / "log.csv").read_text()

@@ -1,12 +1,12 @@
 """The script that trains the CIFAR-10 networks, on ten images."""
 
 import csv
-import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PHOTOS, load_script
+from conftest import PHOTOS, load_script, script_status
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -26,10 +26,7 @@ def data(tmp_path: Path) -> Path:
 
 def status(monkeypatch: pytest.MonkeyPatch, out: Path, *given: str) -> int:
     options = ("--b", "1", "2.5", "--epochs", "2", "--batch-size", "5", "--images", "4", "--device", "cpu", *given)
-    monkeypatch.setattr(sys, "argv", ["train_cifar.py", str(out), *options])
-    with pytest.raises(SystemExit) as end:
-        script.main()
-    return end.value.code
+    return script_status(monkeypatch, script, out, *options)
 
 
 def test_a_training_in_pieces_is_the_training_in_one(
@@ -62,6 +59,17 @@ def test_packed_images_are_the_files_images(data: Path, tmp_path: Path) -> None:
     assert labels.tolist() == list(range(10))
     wanted = torch.tensor(bytearray(Image.open(data / "train" / "7" / "x.png").tobytes())).reshape(32, 32, 3)
     assert torch.equal(images[7], wanted.permute(2, 0, 1))
+
+
+def test_packs_tars_like_folders(data: Path, tmp_path: Path) -> None:
+    script.pack(str(data), tmp_path / "folders.safetensors")
+    (tmp_path / "tars").mkdir()
+    for split in ("train", "test"):
+        with tarfile.open(tmp_path / "tars" / f"{split}.tar", "w") as tar:
+            tar.add(data / split, ".")
+    script.pack(str(tmp_path / "tars"), tmp_path / "tars.safetensors")
+    theirs = load_file(tmp_path / "folders.safetensors")
+    assert all(torch.equal(t, theirs[name]) for name, t in load_file(tmp_path / "tars.safetensors").items())
 
 
 def test_crops_are_windows_of_the_padded_image() -> None:

@@ -1,10 +1,9 @@
 """The script that trains what a TOML file lists, with a training script that takes no time."""
 
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import load_script
+from conftest import load_script, script_status
 
 script = load_script("train_runs")
 
@@ -36,24 +35,17 @@ def arguments(tmp_path: Path) -> list[str]:
     (tmp_path / "train.py").write_text(TRAIN)
     (tmp_path / "plan.toml").write_text(PLAN)
     (tmp_path / "fail").write_text("bcos-0")
-    return ["train_runs.py", str(tmp_path / "plan.toml"), str(tmp_path / "out"), "--train-script",
+    return [str(tmp_path / "plan.toml"), str(tmp_path / "out"), "--train-script",
             str(tmp_path / "train.py"), f"failing={tmp_path / 'fail'}"]  # fmt: skip
-
-
-def status(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", list(arguments))
-    with pytest.raises(SystemExit) as end:
-        script.main()
-    return end.value.code
 
 
 def test_trains_each_with_its_seeds_and_goes_on_where_it_failed(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert status(monkeypatch, *arguments) == 2
+    assert script_status(monkeypatch, script, *arguments) == 2
     assert "training bcos-0 failed" in capsys.readouterr().err
     (tmp_path / "fail").write_text("none")
-    assert status(monkeypatch, *arguments) == 0
+    assert script_status(monkeypatch, script, *arguments) == 0
     calls = [line.split() for line in (tmp_path / "out" / "calls").read_text().splitlines()]
     assert [call[0] for call in calls] == ["plain-0", "bcos-0", "bcos-0", "once-0", "plain-1", "bcos-1"]
     assert "--resume" in calls[2]
@@ -62,7 +54,7 @@ def test_trains_each_with_its_seeds_and_goes_on_where_it_failed(
 
 
 def test_only_some(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert status(monkeypatch, *arguments, "--only", "plain", "once-0") == 0
+    assert script_status(monkeypatch, script, *arguments, "--only", "plain", "once-0") == 0
     assert (tmp_path / "out" / "calls").read_text().count("\n") == 3
 
 
@@ -78,14 +70,14 @@ def test_refuses(
     message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert status(monkeypatch, *arguments[: len(arguments) - left_out], *only) == 2
+    assert script_status(monkeypatch, script, *arguments[: len(arguments) - left_out], *only) == 2
     assert message in capsys.readouterr().err
 
 
 def test_refuses_a_folder_of_other_options(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert status(monkeypatch, *arguments, "--only", "plain") == 0
+    assert script_status(monkeypatch, script, *arguments, "--only", "plain") == 0
     (tmp_path / "plan.toml").write_text(PLAN.replace("1e-4", "3e-4"))
-    assert status(monkeypatch, *arguments, "--only", "plain") == 2
+    assert script_status(monkeypatch, script, *arguments, "--only", "plain") == 2
     assert "holds results for options=" in capsys.readouterr().err

@@ -60,7 +60,7 @@ def cosine_factor(linear: Tensor, norm: Tensor, b: float, gamma: float, eps: flo
 
 
 def _power(x: Tensor, exponent: float) -> Tensor:
-    """x ** exponent of positive x. The roots are many times as fast as `pow`, and so are their gradients."""
+    """x ** exponent of positive x. Roots are faster than `pow`, forward and backward."""
     if exponent == 0.25:
         return x.sqrt().sqrt()
     return x.sqrt() if exponent == 0.5 else x.pow(exponent)
