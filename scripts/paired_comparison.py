@@ -20,6 +20,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from timm_bcos.data.datasets import LabelledImages, load_dataset
+from timm_bcos.files import atomic_path
 from timm_bcos.judging.pointing_game import confidences
 from timm_bcos.models.loading import load_plain_model
 
@@ -72,6 +73,16 @@ def correct(checkpoint: Path, dataset: LabelledImages) -> np.ndarray:
     return np.array([one.label == one.predicted for one in confidences(model, dataset, batch_size=32)])
 
 
+def write_photos(path: Path, names: Sequence[str], clusters: Sequence[str], right: dict[str, list[np.ndarray]]) -> None:
+    """A CSV file with a line for each photo: 1 for each network that is right, else 0."""
+    columns = {f"{name}-{seed}": values for name, seeds in right.items() for seed, values in enumerate(seeds)}
+    with atomic_path(path) as unfinished, unfinished.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["photo", "cluster", *columns])
+        for i, photo in enumerate(zip(names, clusters, strict=True)):
+            writer.writerow([*photo, *(int(values[i]) for values in columns.values())])
+
+
 def report(right: dict[str, list[np.ndarray]], clusters: Sequence[str], rows: int = 10) -> str:
     """Tables of accuracies and differences, in percent.
 
@@ -112,6 +123,7 @@ def main() -> None:
     parser.add_argument("--num-classes", type=int, default=10)
     parser.add_argument("--split", default="test")
     parser.add_argument("--class-map", default="")
+    parser.add_argument("--photos", type=Path, metavar="FILE", help="CSV file to write: who is right on which photo")
     args = parser.parse_args()
     dataset: Any = load_dataset(args.data, args.num_classes, split=args.split, class_map=args.class_map)
     names = [dataset.filename(i) for i in range(len(dataset))]
@@ -120,6 +132,8 @@ def main() -> None:
     for network in args.networks:
         name, checkpoint = network.split("=", 1)
         right.setdefault(name, []).append(correct(Path(checkpoint), dataset))
+    if args.photos:
+        write_photos(args.photos, names, clusters, right)
     print(report(right, clusters))
 
 

@@ -6,16 +6,17 @@
         --test imagenet_photos.tar --class-map imagenet_class_map.txt
     python scripts/teach.py plain/model_best.pth.tar taught --photos clothes/train --test clothes --split validation
 
-A network without biases is another function, however near its weights are. So the student starts with its original's
-biases, and they fade while it learns to answer as the original does: features behind each block, and logits. What the
-norms divide by is fixed at the start, since the photos at hand may not be those that the original learned from. The
-photos of --test are only looked at. A run that was interrupted resumes; `log.csv` has the accuracy as it goes, and
-`student.pth.tar` in the end is a checkpoint like those of timm's train.py.
+A network without biases is another function, however near its weights are. So the student's activations are gated by
+what its original's biases make of a grey image (`BcosConfig(bias="gate")`): at B = 1 its features then are the
+original's, less those of a grey image, but at the borders. From there it learns to answer as the original does:
+features behind each block, and logits. What the norms divide by is fixed at the start, since the photos at hand may not
+be those that the original learned from. The photos of --test are only looked at. A run that was interrupted resumes;
+`log.csv` has the accuracy as it goes, and `student.pth.tar` in the end is a checkpoint like those of timm's train.py.
 """
 
 import argparse
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -37,30 +38,9 @@ from timm_bcos.judging.settings import remember_settings
 from timm_bcos.models.loading import load_plain_model
 from timm_bcos.nn.norms import UncentredBatchNormAct2d
 
+NOT_REMEMBERED = ("out", "every", "compile", "device", "workers")
+GREY = 448, 448  # so large that its middle does not see the borders
 CALIBRATION = range(1_000_000, 1_000_004)  # numbers of batches, beyond those of training
-
-
-def gain_and_bias(norm: Any) -> tuple[Tensor, Tensor]:
-    """What a batch norm multiplies by in evaluation, and what it adds: (C, 1, 1) each."""
-    gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return gain.reshape(-1, 1, 1), (norm.bias - norm.running_mean * gain).reshape(-1, 1, 1)
-
-
-class FadingBias(nn.Module):
-    """Adds what a converted norm has left out, as long as it has not faded.
-
-    Args:
-        norm: The norm of the original.
-        share: A number that all of them share: how much is added still.
-    """
-
-    def __init__(self, norm: Any, share: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("offset", gain_and_bias(norm)[1].detach(), persistent=False)
-        self.share = share
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.share * self.offset
 
 
 def blocks(network: Any) -> list[nn.Module]:
@@ -78,9 +58,17 @@ def answers(network: Any, x: Tensor) -> tuple[list[Tensor], Tensor]:
     return found, network.forward_head(x)
 
 
-def difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
-    """Mean over blocks of the squared difference, in units of the channels' mean variance of what is wanted."""
-    parts = [(a - b).square().mean() / b.var((0, 2, 3)).mean() for a, b in zip(found, wanted, strict=True)]
+def feature_difference(found: Sequence[Tensor], wanted: Sequence[Tensor], zero: Sequence[Tensor]) -> Tensor:
+    """Mean over blocks of the squared difference, in units of the channels' mean variance of what is wanted.
+
+    Args:
+        found: (N, C, H, W) of each block.
+        wanted: Likewise.
+        zero: (C, 1, 1), what of `wanted` stands for 0.
+    """
+    parts = [
+        (a - (b - z)).square().mean() / b.var((0, 2, 3)).mean() for a, b, z in zip(found, wanted, zero, strict=True)
+    ]
     return torch.stack(parts).mean()
 
 
@@ -93,11 +81,11 @@ def divergence(logits: Tensor, wanted: Tensor, probability: str) -> Tensor:
 
 
 @contextmanager
-def hooked(network: nn.Module, names: Iterable[str], look: Callable[[str, Any, Tensor], None]) -> Iterator[None]:
-    """Let a function see names, modules and what these are given."""
+def hooked(network: nn.Module, paths: Mapping[str, str], look: Callable[[str, Any, Tensor], None]) -> Iterator[None]:
+    """Let a function see names, the modules at their paths, and what these are given."""
     hooks = [
-        network.get_submodule(name).register_forward_pre_hook(lambda module, x, name=name: look(name, module, x[0]))
-        for name in names
+        network.get_submodule(path).register_forward_pre_hook(lambda module, x, name=name: look(name, module, x[0]))
+        for name, path in paths.items()
     ]
     yield
     for hook in hooks:
@@ -120,25 +108,24 @@ class Lesson:
     """The teaching of one student, to the step where it was left."""
 
     def __init__(self, args: argparse.Namespace, batches: Batches) -> None:
-        self.args, self.batches = args, batches
+        self.args, self.batches, self.device = args, batches, torch.device(args.device)
         original, self.teacher = (load_plain_model(args.arch, args.teacher).eval() for _ in range(2))
         stats = resolve_model_data_config(self.teacher)
-        self.mean, self.std = (torch.tensor(stats[key])[:, None, None] for key in ("mean", "std"))
+        self.mean, self.std = (torch.tensor(stats[k], device=self.device)[:, None, None] for k in ("mean", "std"))
         self.kwargs = self.conversion()
-        self.student: Any = bcosify(original, BcosConfig.finetune(**self.kwargs))
-        self.share = torch.tensor(1.0)
+        self.config = BcosConfig.finetune(**self.kwargs)
+        self.student: Any = bcosify(original, self.config)
         self.norms = {n: m for n, m in self.student.named_modules() if isinstance(m, UncentredBatchNormAct2d)}
-        for name in self.norms.keys() - {"bn1"}:  # whose bias the stem takes over
-            self.norms[name].drop = FadingBias(self.teacher.get_submodule(name), self.share)
         for network in (self.student, self.teacher):
-            network.to(memory_format=torch.channels_last)
+            network.to(self.device, memory_format=torch.channels_last)
+        self.grey = self.answer_to_grey()
         self.optimiser = self.make_optimiser()
         self.loss = torch.compile(self.whole_loss) if args.compile else self.whole_loss
         self.done, self.state = 0, args.out / "state.pt"
         if self.state.exists():
             self.resume(self.state)
         elif args.start:
-            self.student.load_state_dict(torch.load(args.start, weights_only=True)["student"])
+            self.go_on(args.start)
         else:
             self.begin()
         self.train()
@@ -153,7 +140,7 @@ class Lesson:
         """The fields of `BcosConfig`."""
         is_softmax = self.args.probability == "softmax"  # which does not know what is added to all logits
         logit_bias = 0.0 if is_softmax else round(self.teacher.get_classifier().bias.mean().item(), 3)
-        given = dict(b=self.args.b, antialias=self.args.antialias, probability=self.args.probability)
+        given = dict(bias="gate", b=self.args.b, antialias=self.args.antialias, probability=self.args.probability)
         return given | dict(stem="encoded", logit_bias=logit_bias)
 
     def make_optimiser(self) -> torch.optim.Optimizer:
@@ -163,52 +150,77 @@ class Lesson:
         return torch.optim.AdamW(groups, self.args.rate, betas=(0.9, 0.99))
 
     def resume(self, path: Path) -> None:
-        saved = torch.load(path, weights_only=True)
+        saved = torch.load(path, map_location=self.device, weights_only=True)
         self.student.load_state_dict(saved["student"])
         self.optimiser.load_state_dict(saved["optimiser"])
         self.done = saved["done"]
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Start as the original: its stem for encoded images, and norms that divide by as much as its norms do.
+        """Start as the original: its stem for encoded images, and its norms."""
+        weight = self.teacher.conv_stem.weight / self.std
+        self.student.conv_stem.weight.copy_(torch.cat([weight * (1 - self.mean), -weight * self.mean], 1))
+        self.follow(self.teacher, lambda x: (x - self.mean) / self.std)
 
-        On other photos than those that the original learned from its features deviate by more or less; so would the
-        student's. Hence not by its own deviation, but by the original's times the ratio of both on the same photos.
+    @torch.no_grad()
+    def answer_to_grey(self) -> list[Tensor]:
+        """(C, 1, 1) the original's features behind each block, in the middle of a grey image."""
+        features, _ = answers(self.teacher, torch.zeros(1, len(self.mean), *GREY, device=self.device))
+        return [f[0, :, f.shape[2] // 2, f.shape[3] // 2, None, None] for f in features]
+
+    @torch.no_grad()
+    def follow(self, other: nn.Module, prepare: Callable[[Tensor], Tensor]) -> None:
+        """Let norms divide by as much as those of another network.
+
+        On other photos than those that the other learned from its features deviate by more or less; so would the
+        student's. Hence not by its own deviation, but by the other's times the ratio of both on the same photos.
+
+        Args:
+            other: A network with norms of the same names.
+            prepare: What makes its images of pixels in [0, 1].
         """
-        weight, mean, norm = self.teacher.conv_stem.weight / self.std, self.mean, self.teacher.bn1
-        gain, bias = gain_and_bias(norm)
-        constant = (bias / gain / weight[0].numel())[..., None]  # a colour and its complement are 1 together
-        self.student.conv_stem.weight.copy_(torch.cat([weight * (1 - mean), -weight * mean], 1) + constant)
         theirs: dict[str, Tensor] = {}
 
         def measure(name: str, _: Any, x: Tensor) -> None:
             theirs[name] = deviation(x)
 
-        def follow(name: str, norm: Any, x: Tensor) -> None:
+        def adapt(name: str, norm: Any, x: Tensor) -> None:
             ratio = torch.where(theirs[name] > 1e-8, deviation(x) / theirs[name].clamp(min=1e-8), 1.0)
-            norm.running_var.copy_(self.teacher.get_submodule(name).running_var * ratio)
+            norm.running_var.copy_(other.get_submodule(name).running_var * ratio)
 
-        x = torch.cat([self.batches[number] for number in CALIBRATION])
-        with hooked(self.teacher, self.norms, measure):
-            self.teacher((x - self.mean) / self.std)
-        with hooked(self.student.eval(), self.norms, follow):
+        x = torch.cat([self.batches[number] for number in CALIBRATION]).to(self.device)
+        names = {name: name for name in self.norms}
+        with hooked(other, names, measure):
+            other(prepare(x))
+        with hooked(self.student.eval(), names, adapt):
             self.student(x)
 
+    def go_on(self, path: Path) -> None:
+        """Start as another lesson's student, at another B."""
+        saved = torch.load(path, map_location=self.device, weights_only=True)
+        before = bcosify(load_plain_model(self.args.arch, self.args.teacher), self.config.change(b=saved["b"]))
+        before = before.eval().to(self.device)
+        for network in (before, self.student):
+            network.load_state_dict(saved["student"])
+        self.follow(before, lambda x: x)
+
     def whole_loss(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            features, logits = answers(self.teacher, (x - self.mean) / self.std)
-        found, guessed = answers(self.student, x)
-        return difference(found, features) + self.args.weight * divergence(guessed, logits, self.args.probability)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
+            with torch.no_grad():
+                features, logits = answers(self.teacher, (x - self.mean) / self.std)
+            found, guessed = answers(self.student, x)
+        difference = feature_difference([f.float() for f in found], [f.float() for f in features], self.grey)
+        return difference + self.args.weight * divergence(guessed.float(), logits.float(), self.args.probability)
 
     def teach(self) -> None:
         """All steps that are left."""
         steps = self.args.steps
-        for x in tqdm(self.batches.prepared(self.done, steps), "steps", steps, initial=self.done, disable=None):
-            self.share.fill_(self.args.bias * max(0.0, 1 - self.done / (self.args.fade * steps)) ** 2)
+        batches = self.batches.prepared(self.done, steps, self.args.workers, self.device.type == "cuda")
+        for x in tqdm(batches, "steps", steps, initial=self.done, disable=None):
             cosine = 0.5 * (1 + math.cos(math.pi * self.done / steps))
             for group in self.optimiser.param_groups:
                 group["lr"] = self.args.rate * min(1.0, (self.done + 1) / 30) * (0.02 + 0.98 * cosine)
-            loss = self.loss(x)
+            loss = self.loss(x.to(self.device, non_blocking=True))
             self.optimiser.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.student.parameters(), 5.0)
@@ -229,20 +241,20 @@ class Lesson:
         """A checkpoint, and a line in the log."""
         parts = dict(student=self.student.state_dict(), optimiser=self.optimiser.state_dict(), done=self.done)
         with atomic_path(self.state) as path:
-            torch.save(parts, path)
+            torch.save(parts | dict(b=self.args.b), path)
         top1 = accuracy(self.student, self.args)
         self.train()
-        line = f"{self.done},{self.args.b:g},{self.share.item():.3f},{loss:.4f},{top1:.1f}"
+        line = f"{self.done},{self.args.b:g},{loss:.4f},{top1:.1f}"
         print(line, flush=True)
         log = self.args.out / "log.csv"
-        lines = log.read_text().splitlines() if log.exists() else ["step,b,bias,loss,top1"]
+        lines = log.read_text().splitlines() if log.exists() else ["step,b,loss,top1"]
         with atomic_path(log) as path:
             path.write_text("\n".join([*lines, line]) + "\n")
 
 
 def run(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
-    remember_settings(args.out, {n: value for n, value in vars(args).items() if n not in ("out", "every", "compile")})
+    remember_settings(args.out, {n: value for n, value in vars(args).items() if n not in NOT_REMEMBERED})
     images = {kind: load_images(getattr(args, kind), source.side) for kind, source in SOURCES.items()}
     Lesson(args, Batches(images, args.size, args.batch_size, args.seed)).teach()
 
@@ -262,8 +274,6 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="state.pt of another run, whose student this one starts as")
     parser.add_argument("--b", type=float, default=1.25)
     parser.add_argument("--probability", choices=("sigmoid", "softmax"), default="sigmoid", help="as it was trained")
-    parser.add_argument("--bias", type=float, default=1.0, help="share of the original's biases at the start")
-    parser.add_argument("--fade", type=float, default=0.75, help="share of the steps after which they are gone")
     parser.add_argument("--antialias", action="store_true")
     parser.add_argument("--size", type=int, default=160, help="of the crops, in pixels")
     parser.add_argument("--steps", type=int, default=1500)
@@ -272,6 +282,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=125, help="steps between checkpoints")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=1, help="processes that make the batches")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 where it is safe")
     parser.add_argument("--compile", action="store_true", help="by torch.compile, which takes half the time")
     raise SystemExit(exit_status(partial(run, parser.parse_args())))
 

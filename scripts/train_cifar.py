@@ -42,6 +42,7 @@ from timm_bcos.judging.settings import remember_settings
 VARIANTS = {variant.x: variant for variant in FAMILIES["b"]}  # by exponent
 RATES = 1e-3, 1e-5
 PADDING = 4
+WARM_UP = 3  # steps before one is recorded
 CLASSES = 10
 
 
@@ -70,16 +71,29 @@ def unpack(file: Path, split: str) -> tuple[Tensor, Tensor]:
     return torch.stack(images), packed[f"{split}_labels"]
 
 
-def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Crops of the padded images at random places, half of them flipped."""
+def augmented(images: Tensor, top: Tensor, left: Tensor, is_flipped: Tensor) -> Tensor:
+    """Crops of the padded images, some of them flipped.
+
+    Args:
+        images: (N, C, H, W).
+        top: (N,) where the crop begins, from 0 to twice the padding.
+        left: Likewise.
+        is_flipped: (N,) Whether it is flipped.
+    """
     count, _, height, width = images.shape
     padded = F.pad(images, [PADDING] * 4)
-    top, left = torch.randint(2 * PADDING + 1, (2, count, 1), generator=generator).to(images.device)
     rows, columns = (torch.arange(size, device=images.device) for size in (height, width))
-    is_flipped = (torch.rand(count, 1, generator=generator) < 0.5).to(images.device)
-    columns = torch.where(is_flipped, columns.flip(0), columns) + left
+    columns = torch.where(is_flipped[:, None], columns.flip(0), columns) + left[:, None]
+    rows = rows + top[:, None]
     number = torch.arange(count, device=images.device)[:, None, None]
-    return padded[number, :, (rows + top)[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return padded[number, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def draws(epoch: int, count: int) -> list[Tensor]:
+    """For one epoch: the order of the images, and each one's crop (top, left, flipped); the same in every run."""
+    generator = torch.Generator().manual_seed(epoch)
+    top, left = torch.randint(2 * PADDING + 1, (2, count), generator=generator)
+    return [torch.randperm(count, generator=generator), top, left, torch.rand(count, generator=generator) < 0.5]
 
 
 def learning_rate(progress: float) -> float:
@@ -90,6 +104,9 @@ def learning_rate(progress: float) -> float:
 
 class Run:
     """The training of one network, to the step where it was left.
+
+    On a GPU the first steps are computed as usual and a step's kernels then recorded as one CUDA graph: launched one by
+    one, kernels for so small a network take longer to start than to run.
 
     Args:
         variant: Which.
@@ -102,59 +119,88 @@ class Run:
         folder: Path = args.out / variant.model.rpartition("_")[2]
         self.weights, self.state, self.log = (folder / name for name in ("model.safetensors", "state.pt", "log.csv"))
         torch.manual_seed(args.seed)
+        self.device = torch.device(args.device)
         model: Any = timm.create_model(variant.model)
-        self.model = model.to(args.device, memory_format=torch.channels_last)
-        self.optimiser = torch.optim.Adam(self.model.parameters(), RATES[0])
-        self.per_epoch = len(data["train"][1]) // args.batch_size
-        self.done, self.losses = 0, 0.0  # steps, and the sum of losses of this epoch
+        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.rate = torch.tensor(RATES[0], device=self.device)
+        on_gpu = self.device.type == "cuda"
+        self.optimiser = torch.optim.Adam(self.model.parameters(), self.rate, capturable=on_gpu, fused=on_gpu)
+        count = len(data["train"][1])
+        self.per_epoch = count // args.batch_size
+        self.total = args.epochs * self.per_epoch
+        self.done = 0
+        self.losses = torch.zeros((), device=self.device)  # their sum since the last record
+        self.number = torch.zeros((), dtype=torch.long, device=self.device)  # of the batch in its epoch
+        self.draws = [t.to(self.device) for t in draws(0, count)]
         self.answer = torch.compile(self.model) if args.compile else self.model
+        self.stream = torch.cuda.Stream() if on_gpu else None
+        self.graph: torch.cuda.CUDAGraph | None = None
         if self.state.exists():
-            saved = torch.load(self.state, map_location=args.device, weights_only=True)
-            self.model.load_state_dict(saved["model"])
-            self.optimiser.load_state_dict(saved["optimiser"])
-            self.done, self.losses = saved["done"], saved["losses"]
+            self.resume()
 
-    def train(self, deadline: float) -> bool:
-        """Until the end, or until `deadline` (seconds of `time.monotonic`); whether the end was reached."""
-        total = self.args.epochs * self.per_epoch
-        with tqdm(total=total, initial=self.done, desc=self.variant.name, disable=None) as bar:
-            while self.done < total:
-                self.losses += self.step(*self.batch(), learning_rate(self.done / total))
-                self.done += 1
-                bar.update()
-                if self.done % self.per_epoch == 0:
-                    self.end_epoch()
-                elif time.monotonic() > deadline:
-                    self.save()
-                if time.monotonic() > deadline and self.done < total:
-                    return False
-        if not self.weights.exists():
-            with atomic_path(self.weights) as path:
-                save_model(self.model, str(path))
-        return True
-
-    def batch(self) -> tuple[Tensor, Tensor]:
-        """Images and labels of the next step, the same in every run."""
-        images, labels = self.data["train"]
-        epoch, number = divmod(self.done, self.per_epoch)
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(epoch))
-        chosen = order[number * self.args.batch_size :][: self.args.batch_size].to(labels.device)
-        return augmented(images[chosen], torch.Generator().manual_seed(self.done)).float() / 255, labels[chosen]
-
-    def step(self, images: Tensor, labels: Tensor, rate: float) -> float:
-        """One step of Adam; its loss."""
+    def resume(self) -> None:
+        saved = torch.load(self.state, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(saved["model"])
+        self.optimiser.load_state_dict(saved["optimiser"])
+        self.done, self.losses = saved["done"], saved["losses"]
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = self.rate
+        self.draw(self.done // self.per_epoch)
+
+    def draw(self, epoch: int) -> None:
+        """Get ready for an epoch."""
+        for kept, new in zip(self.draws, draws(epoch, len(self.data["train"][1])), strict=True):
+            kept.copy_(new)
+
+    def advance(self) -> None:
+        """One step; on a GPU it may still be running when this returns."""
+        with torch.cuda.stream(self.stream):
+            self.rate.fill_(learning_rate(self.done / self.total))
+            self.number.fill_(self.done % self.per_epoch)
+            if self.graph:
+                self.graph.replay()
+            else:
+                self.step()
+                if self.stream and self.done >= WARM_UP:
+                    self.graph = self.recorded()
+            self.done += 1
+            epoch, number = divmod(self.done, self.per_epoch)
+            if number == 0 and self.done < self.total:
+                self.draw(epoch)
+            if number == 0 and (epoch % self.args.every == 0 or self.done == self.total):
+                self.record(epoch)
+
+    def recorded(self) -> torch.cuda.CUDAGraph:
+        """A step that can be launched as a whole."""
+        graph = torch.cuda.CUDAGraph()
+        self.optimiser.zero_grad()  # gradients then live in the graph's own memory
+        with torch.cuda.graph(graph, stream=self.stream):
+            self.step()
+        return graph
+
+    def step(self) -> None:
+        """One step of Adam."""
+        images, labels = self.batch()
         with self.precision():
-            logits = self.answer(images.contiguous(memory_format=torch.channels_last))
+            logits = self.answer(images)
         loss = F.binary_cross_entropy_with_logits(logits.float(), F.one_hot(labels, CLASSES).float())
         self.optimiser.zero_grad()
         loss.backward()
         self.optimiser.step()
-        return loss.item()
+        self.losses += loss.detach()
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Images and labels of the next step, the same in every run."""
+        images, labels = self.data["train"]
+        size = self.args.batch_size
+        place = self.number * size + torch.arange(size, device=self.device)
+        order, *crops = (t[place] for t in self.draws)
+        return (augmented(images[order], *crops).float() / 255).contiguous(memory_format=torch.channels_last), labels[
+            order
+        ]
 
     def precision(self) -> Any:
-        return torch.autocast(torch.device(self.args.device).type, torch.bfloat16) if self.args.amp else nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16) if self.args.amp else nullcontext()
 
     @torch.no_grad()
     def accuracy(self) -> float:
@@ -166,15 +212,19 @@ class Run:
         self.model.train()
         return 100 * right / len(self.data["test"][1])
 
-    def end_epoch(self) -> None:
-        """Log loss and accuracy, and save."""
-        epoch = self.done // self.per_epoch
-        lines = self.log.read_text().splitlines()[:epoch] if self.log.exists() else ["epoch,loss,top1"]
-        lines.append(f"{epoch},{self.losses / self.per_epoch:.5f},{self.accuracy():.2f}")
+    def record(self, epoch: int) -> None:
+        """Log loss and accuracy, and save; the weights, too, in the end."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else ["epoch,loss,top1"]
+        before = int(lines[-1].split(",")[0]) if len(lines) > 1 else 0
+        loss = self.losses.item() / ((epoch - before) * self.per_epoch)
+        lines.append(f"{epoch},{loss:.5f},{self.accuracy():.2f}")
         with atomic_path(self.log) as path:
             path.write_text("\n".join(lines) + "\n")
-        self.losses = 0.0
+        self.losses.zero_()
         self.save()
+        if self.done == self.total:
+            with atomic_path(self.weights) as path:
+                save_model(self.model, str(path))
 
     def save(self) -> None:
         parts = dict(model=self.model.state_dict(), optimiser=self.optimiser.state_dict())
@@ -190,6 +240,26 @@ class Run:
         return Result(self.variant, parameters, top1, alignment(self.model.eval(), images))
 
 
+def train(runs: list[Run], deadline: float) -> bool:
+    """Trainings step by step beside each other, until their end or `deadline` (seconds of `time.monotonic`).
+
+    Returns:
+        Whether the end was reached.
+    """
+    total, done = (sum(numbers) for numbers in zip(*((run.total, run.done) for run in runs), strict=True))
+    with tqdm(total=total, initial=done, desc=", ".join(run.variant.name for run in runs), disable=None) as bar:
+        while left := [run for run in runs if run.done < run.total]:
+            for run in left:
+                run.advance()
+            bar.update(len(left))
+            if time.monotonic() > deadline:
+                break
+    left = [run for run in runs if run.done < run.total]
+    for run in left:
+        run.save()
+    return not left
+
+
 def run(args: argparse.Namespace) -> None:
     """One piece: as much as fits into the time given."""
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
@@ -202,12 +272,12 @@ def run(args: argparse.Namespace) -> None:
     data = {split: unpack(file, split) for split in ("train", "test")}
     data = {split: (images.to(args.device), labels.to(args.device)) for split, (images, labels) in data.items()}
     results = []
-    for variant in (VARIANTS[b] for b in args.b):
-        training = Run(variant, args, data)
-        if not training.train(deadline):
-            print(f"{variant.name} is not done: run the same command again to go on")
+    for group in [args.b] if args.together else [[b] for b in args.b]:
+        runs = [Run(VARIANTS[b], args, data) for b in group]
+        if not train(runs, deadline):
+            print(f"{', '.join(run.variant.name for run in runs)}: not done, run the same command again to go on")
             return
-        results.append(training.result())
+        results += [run.result() for run in runs]
     report(results, args.out)
 
 
@@ -228,6 +298,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--minutes", type=float, help="stop, resumably, after this time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--together", action="store_true", help="train all networks at once, which fills a GPU")
+    parser.add_argument("--every", type=int, default=1, help="epochs between looks at the test split")
     parser.add_argument("--amp", action="store_true", help="bfloat16 where it is safe")
     parser.add_argument("--compile", action="store_true", help="by torch.compile")
     parser.add_argument("--images", type=int, default=500, help="for the alignment")

@@ -1,10 +1,8 @@
 """Photos without labels, in batches that are the same in every run."""
 
 import math
-import queue
 import random
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 __all__ = ["SOURCES", "Batches", "load_images"]
+
+
+BACKGROUND = "lightgrey"  # of what is cut out
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,10 @@ def load_images(roots: Sequence[str], side: int) -> list[Image.Image]:
     """All images of tars and folders, with a shorter side of at most `side` pixels; too small ones are left out."""
     found = []
     for root in roots:
-        dataset: Any = timm.data.create_dataset("", root=root)
+        dataset: Any = timm.data.create_dataset("", root=root, input_img_mode="RGBA")
         for i in tqdm(range(len(dataset)), f"reading {Path(root).name}", disable=None):
-            image = dataset[i][0].convert("RGB")
+            image = dataset[i][0]
+            image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image).convert("RGB")
             if min(image.size) < min(side, 64):
                 continue
             ratio = min(1.0, side / min(image.size))
@@ -111,9 +114,16 @@ class Batches:
             return torch.cat([torch.cat([first, second], 3), torch.cat([third, fourth], 3)], 2)
         return x
 
-    def prepared(self, first: int, end: int) -> Iterator[Tensor]:
-        """Batches `first` to `end`, made by a thread ahead of their use."""
-        ready: queue.Queue[Tensor] = queue.Queue(4)
-        threading.Thread(target=lambda: [ready.put(self[i]) for i in range(first, end)], daemon=True).start()
-        for _ in range(first, end):
-            yield ready.get()
+    def prepared(self, first: int, end: int, workers: int = 1, pin: bool = False) -> DataLoader[Tensor]:
+        """Batches `first` to `end`, made by other processes ahead of their use."""
+        return DataLoader(_Numbered(self), None, sampler=range(first, end), num_workers=workers, pin_memory=pin)
+
+
+class _Numbered(Dataset[Tensor]):
+    """What torch's loader takes."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self.batches[number]

@@ -36,36 +36,29 @@ def arguments(tmp_path: Path) -> list[str]:
 
 
 def lesson(tmp_path: Path, **changes: object) -> "teach.Lesson":
-    given = dict(teacher=tmp_path / "teacher.pth", out=tmp_path, arch=ARCH, b=1.0, antialias=False, bias=1.0, fade=0.5,
-                 probability="softmax", rate=1e-3, compile=False, start=None, weight=1.0, steps=4)  # fmt: skip
+    given = dict(teacher=tmp_path / "teacher.pth", out=tmp_path, arch=ARCH, b=1.0, antialias=False, device="cpu",
+                 amp=False, probability="softmax", rate=1e-3, compile=False, start=None, weight=1.0)  # fmt: skip
     return teach.Lesson(SimpleNamespace(**given | changes), dict.fromkeys(teach.CALIBRATION, torch.rand(2, 3, 64, 64)))
 
 
-def test_the_student_starts_as_its_original(arguments: list[str], tmp_path: Path) -> None:
-    """At B = 1 with all biases; but at the borders, where black pads what was the mean colour."""
+def test_the_student_starts_as_its_original_less_the_answer_to_grey(arguments: list[str], tmp_path: Path) -> None:
+    """At B = 1, but at the borders, where zeros stand for grey in the one and for nothing in the other."""
     started = lesson(tmp_path)
     started.student.eval()
-    started.student.bn1.running_var.copy_(started.teacher.bn1.running_var)  # not measured with the borders
-    x = torch.rand(2, 3, 64, 64)
-    wanted = teach.answers(started.teacher, (x - started.mean) / started.std)[0][0]
-    stem = started.student.bn1(started.student.conv_stem(x))
-    torch.testing.assert_close(stem[..., 1:-1, 1:-1], wanted[..., 1:-1, 1:-1], rtol=1e-4, atol=1e-5)
-    started.share.fill_(0.0)  # the first bias is in the weights
-    torch.testing.assert_close(started.student.bn1(started.student.conv_stem(x)), stem)
-
-
-def test_the_other_biases_fade(arguments: list[str], tmp_path: Path) -> None:
-    started = lesson(tmp_path)
-    norm = started.student.blocks[0][0].bn1
-    x = torch.rand(2, norm.num_features, 5, 5)
-    theirs = started.teacher.blocks[0][0].bn1
-    zeros = torch.zeros(1, norm.num_features, 1, 1)
-    bias = nn.functional.batch_norm(
-        zeros, theirs.running_mean, theirs.running_var, theirs.weight, theirs.bias, eps=theirs.eps
+    for name, norm in started.norms.items():  # measured with the borders
+        norm.running_var.copy_(started.teacher.get_submodule(name).running_var)
+    x = torch.rand(2, 3, 160, 160)
+    wanted, _ = teach.answers(started.teacher, (x - started.mean) / started.std)
+    found, _ = teach.answers(started.student, x)
+    for block in (0, 1, 2):
+        margin = 2 * (block + 1)
+        inner = (..., slice(margin, -margin), slice(margin, -margin))
+        torch.testing.assert_close(
+            found[block][inner], (wanted[block] - started.grey[block])[inner], rtol=1e-3, atol=1e-4
+        )
+    assert (
+        teach.feature_difference([w - z for w, z in zip(wanted, started.grey, strict=True)], wanted, started.grey) == 0
     )
-    for share in (1.0, 0.25, 0.0):
-        started.share.fill_(share)
-        torch.testing.assert_close(norm(x), norm.act(norm.normalize(x) + share * bias))
 
 
 def test_norms_divide_by_the_originals_deviation_in_the_ratio_of_both(arguments: list[str], tmp_path: Path) -> None:
@@ -100,14 +93,30 @@ def test_an_interrupted_lesson_goes_on(arguments: list[str], tmp_path: Path, mon
     assert all(torch.equal(value, pieces.state_dict()[key]) for key, value in whole.state_dict().items())
     assert (tmp_path / "out" / "log.csv").read_text() == (tmp_path / "again" / "log.csv").read_text()
     rows = [line.split(",") for line in (tmp_path / "out" / "log.csv").read_text().splitlines()[1:]]
-    assert [(row[0], row[2]) for row in rows] == [("2", "0.444"), ("4", "0.000")]
-    assert whole.bcos_config.b == 1.25 and whole.bcos_config.stem == "encoded"
+    assert [(row[0], row[1]) for row in rows] == [("2", "1.25"), ("4", "1.25")]
+    config = whole.bcos_config
+    assert (config.b, config.stem, config.bias, config.probability) == (1.25, "encoded", "gate", "sigmoid")
+
+
+def test_a_lesson_at_another_b_goes_on_from_the_last_one(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert script_status(monkeypatch, teach, *arguments) == 0
+    first = torch.load(tmp_path / "out" / "state.pt", weights_only=True)["student"]
+    started = lesson(tmp_path, b=1.75, probability="sigmoid", start=tmp_path / "out" / "state.pt")
+    found = started.student.state_dict()
+    weights = [key for key in found if not key.endswith("running_var")]
+    assert all(torch.equal(found[key], first[key]) for key in weights)
+    before = lesson(tmp_path, b=1.25, start=tmp_path / "out" / "state.pt").student
+    assert torch.allclose(before.bn1.running_var, first["bn1.running_var"], rtol=1e-4)
+    x = torch.cat([started.batches[number] for number in teach.CALIBRATION])
+    ratio = started.student.conv_stem(x).var((0, 2, 3)) / before.conv_stem(x).var((0, 2, 3))
+    torch.testing.assert_close(found["bn1.running_var"], first["bn1.running_var"] * ratio, rtol=1e-3, atol=0.0)
 
 
 def test_teaching_brings_the_student_nearer(arguments: list[str], tmp_path: Path) -> None:
     torch.manual_seed(0)
     started = lesson(tmp_path, b=1.25)
-    started.share.fill_(0.0)
     x = torch.rand(4, 3, 64, 64)
     optimiser = torch.optim.Adam(started.student.parameters(), 1e-3)
     losses = []

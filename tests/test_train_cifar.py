@@ -35,7 +35,7 @@ def test_a_training_in_pieces_is_the_training_in_one(
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     assert status(monkeypatch, whole, "--data-dir", str(data)) == 0
     assert status(monkeypatch, pieces, "--data-dir", str(data), "--minutes", "1e-9") == 0
-    assert "B = 1 is not done: run the same command again" in capsys.readouterr().out
+    assert "B = 1: not done, run the same command again" in capsys.readouterr().out
     data.rename(tmp_path / "gone")  # the packed file is enough
     calls = 1
     while not (pieces / "table.md").exists():
@@ -51,6 +51,34 @@ def test_a_training_in_pieces_is_the_training_in_one(
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert (whole / "table.md").read_text() == (pieces / "table.md").read_text()
     assert f"| B = 2.5 | 3.8 | {rows[-1]['top1']} |" in (whole / "table.md").read_text()
+
+
+def test_networks_trained_together_become_what_they_become_alone(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in its own time: their steps take turns."""
+    assert status(monkeypatch, tmp_path / "alone", "--data-dir", str(data)) == 0
+    assert status(monkeypatch, tmp_path / "together", "--data-dir", str(data), "--together", "--minutes", "1e-9") == 0
+    assert not list(tmp_path.glob("together/*/model.safetensors"))
+    assert status(monkeypatch, tmp_path / "together", "--together") == 0
+    for name in ("b100", "b250"):
+        ours, theirs = (load_file(tmp_path / run / name / "model.safetensors") for run in ("together", "alone"))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        assert (tmp_path / "together" / name / "log.csv").read_text() == (
+            tmp_path / "alone" / name / "log.csv"
+        ).read_text()
+
+
+def test_records_every_so_many_epochs(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert status(monkeypatch, tmp_path / "each", "--data-dir", str(data), "--b", "1", "--epochs", "3") == 0
+    assert (
+        status(monkeypatch, tmp_path / "some", "--data-dir", str(data), "--b", "1", "--epochs", "3", "--every", "2")
+        == 0
+    )
+    each, some = (list(csv.DictReader((tmp_path / name / "b100" / "log.csv").open())) for name in ("each", "some"))
+    assert [row["epoch"] for row in some] == ["2", "3"]
+    assert [row["top1"] for row in some] == [row["top1"] for row in each[1:]]
+    assert float(some[0]["loss"]) == pytest.approx(sum(float(row["loss"]) for row in each[:2]) / 2, abs=2e-5)
 
 
 def test_packed_images_are_the_files_images(data: Path, tmp_path: Path) -> None:
@@ -77,7 +105,8 @@ def test_crops_are_windows_of_the_padded_image() -> None:
     padded = torch.nn.functional.pad(images, [4] * 4)
     found = set()
     for seed in range(20):
-        for n, crop in enumerate(script.augmented(images, torch.Generator().manual_seed(seed))):
+        _, *crops = script.draws(seed, len(images))
+        for n, crop in enumerate(script.augmented(images, *crops)):
             windows = {
                 (top, left, flip): padded[n, :, top : top + 32, left : left + 32].flip([2] if flip else [])
                 for top in range(9) for left in range(9) for flip in (False, True)

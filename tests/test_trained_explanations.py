@@ -35,6 +35,7 @@ from timm_bcos import (
 )
 from timm_bcos.dynamic.mode import DynamicLinearMode, active
 from timm_bcos.dynamic.streams import Streams
+from timm_bcos.nn.activations import ShiftedActivation
 
 Double = torch.float64
 ARCHITECTURES = ["test_resnet", "test_efficientnet", "test_vit", "test_convnext", "test_byobnet", "test_mambaout"]
@@ -51,9 +52,9 @@ def x() -> Tensor:
     return real_image(64, 2, Double)
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("bias", [False, True, "gate"], ids=["no bias", "bias", "gate"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_rows_and_logits_are_the_network_s(arch: str, bias: bool, x: Tensor) -> None:
+def test_rows_and_logits_are_the_network_s(arch: str, bias: bool | str, x: Tensor) -> None:
     model = network(arch, x, bias=bias)
     found, explanation = dynamic_weights(model, x, [1, 4]), explain(model, x, [1, 4])
     torch.testing.assert_close(found.weights, explanation.weights, rtol=1e-10, atol=1e-12)
@@ -125,6 +126,7 @@ PARTS: dict[str, Callable[[], nn.Module]] = {
     "layer norm": lambda: nn.Sequential(conv(), nn.LayerNorm([4, 2, 3], dtype=Double), conv()),
     "GELU": lambda: nn.Sequential(conv(), nn.GELU(), conv()),
     "SiLU in place": lambda: nn.Sequential(conv(), nn.SiLU(inplace=True), conv()),
+    "gated bias": lambda: nn.Sequential(conv(), ShiftedActivation(nn.SiLU(), torch.randn(4, dtype=Double)), conv()),
     "squeeze and excite": lambda: nn.Sequential(conv(), timm.layers.SqueezeExcite(4, rd_channels=2).double()),
     "attention": Attending,
 }

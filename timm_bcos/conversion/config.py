@@ -12,6 +12,7 @@ __all__ = ["BcosConfig"]
 T = TypeVar("T")
 
 CHOICES = {
+    "bias": (False, True, "gate"),
     "norm": ("keep", "uncentred", "remove"),
     "activation": ("keep", "remove"),
     "max_pool": ("keep", "average"),
@@ -21,7 +22,7 @@ CHOICES = {
     "positions": ("keep", "attention"),
 }
 
-SWITCHES = ("normalize_weight", "bias", "antialias")
+SWITCHES = ("normalize_weight", "antialias")
 
 
 def _is_number(value: object) -> bool:
@@ -64,7 +65,9 @@ class BcosConfig:
         gamma: Fixed output scale γ of every layer.
         gamma_scale: s, which replaces `gamma` by γ = s / √d, d = kernel height · width · input channels.
         normalize_weight: Unit-norm rows ŵ, or free rows as pretrained weights have them.
-        bias: Keep additive biases (of layers and norms). They are not explained by the image.
+        bias: True keeps additive biases (of layers and norms). They are not explained by the image. 'gate' lets those
+            of batch norms with an activation of their own act in its gate only (`ShiftedActivation`) and drops the
+            others, so that the image explains all while much of what the network has learned remains.
         norm: 'keep' (as a dynamic linear map), 'uncentred' (batch norm only divides), or 'remove'. Without biases
             a kept batch norm is uncentred too, since its running mean is one.
         activation: 'keep' (as a dynamic linear map) or 'remove'.
@@ -99,7 +102,7 @@ class BcosConfig:
     gamma: float = 1.0
     gamma_scale: float | None = None
     normalize_weight: bool = False
-    bias: bool = False
+    bias: bool | Literal["gate"] = False
     norm: Literal["keep", "uncentred", "remove"] = "keep"
     activation: Literal["keep", "remove"] = "keep"
     max_pool: Literal["keep", "average"] = "keep"
@@ -126,7 +129,7 @@ class BcosConfig:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, choices in CHOICES.items():
             if values[name] not in choices:
-                yield name, f"choose one of {', '.join(choices)}"
+                yield name, f"choose one of {', '.join(map(str, choices))}"
         for name in SWITCHES:
             if not isinstance(values[name], bool):
                 yield name, "give True or False"
@@ -167,15 +170,20 @@ class BcosConfig:
         return cls(**(preset | changes))
 
     @classmethod
-    def finetune(cls, *, b: float = 2.0, bias: bool = False, **changes: Any) -> "BcosConfig":
+    def finetune(cls, *, b: float = 2.0, bias: bool | Literal["gate"] = False, **changes: Any) -> "BcosConfig":
         """Start from pretrained weights (B-cosification, https://arxiv.org/abs/2411.00715): weights, norms and
         activations are kept.
 
         With b = 1 and bias = True, and without `antialias`, the function is preserved: same logits as the original on
         the same image, whose probabilities then are its softmax.
         """
-        preset = dict(probability="softmax" if b == 1 and bias else "sigmoid")
+        preset = dict(probability="softmax" if b == 1 and bias is True else "sigmoid")
         return cls(b=b, bias=bias, **(preset | changes))
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether additive biases are kept."""
+        return self.bias is True
 
     def layer_gamma(self, fan_in: int) -> float:
         """γ of a layer whose units see `fan_in` numbers (kernel height · width · input channels)."""

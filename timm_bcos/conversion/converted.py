@@ -18,6 +18,7 @@ from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosPool2d
 from ..nn.layers import BcosConv2d, BcosLinear, refuse_fused
 from ..nn.modules import clone
 from .config import BcosConfig
+from .grey import responses_to_grey, take_shifts
 from .hooks import move_hooks
 from .plan import FOLDING, Plan, plan_conversion
 from .positions import POSITIONED, Positions, on_grid_of
@@ -256,7 +257,11 @@ def bcosify(
         config = BcosConfig() if converted is None else converted.bcos_config
     if rules is None:
         rules = RULES if converted is None else converted.bcos_rules
-    return _apply(plan_conversion(model, config, dict(rules)))
+    plan = plan_conversion(model, config, dict(rules))
+    responses = responses_to_grey(model) if config.bias == "gate" else {}
+    network = _apply(plan)
+    take_shifts(network, responses)
+    return network
 
 
 def _apply(plan: Plan) -> nn.Module:

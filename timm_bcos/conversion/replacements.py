@@ -18,7 +18,7 @@ from timm.layers.pool2d_same import MaxPool2dSame
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModuleError
-from ..nn.activations import PassedSigmoid
+from ..nn.activations import PassedSigmoid, ShiftedActivation
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, BcosPool2d
 from ..nn.layers import BcosConv2d, BcosLinear
 from ..nn.modules import clone
@@ -77,7 +77,7 @@ def _adopt(
 ) -> BcosConv2d | BcosLinear:
     """Give a new layer the old one's weight and, if biases are kept, its bias."""
     layer.weight = weight if weight is old.weight else nn.Parameter(weight, old.weight.requires_grad)  # type: ignore[assignment]
-    layer.bias = old.bias if config.bias else None  # type: ignore[assignment]
+    layer.bias = old.bias if config.adds_bias else None  # type: ignore[assignment]
     if isinstance(layer, BcosConv2d) and layer.low_pass is not None:
         layer.low_pass.to_empty(device=old.weight.device).init_non_persistent_buffers()
     return layer.train(old.training)
@@ -141,12 +141,12 @@ def replace_linear_layer(
     layer: nn.Conv1d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d, place: Place, config: BcosConfig
 ) -> nn.Module:
     """A layer that has no B-cos form here stays linear; only its bias may go."""
-    return layer if config.bias or layer.bias is None else clone(layer, bias=None)
+    return layer if config.adds_bias or layer.bias is None else clone(layer, bias=None)
 
 
 def replace_lstm(lstm: nn.LSTM, place: Place, config: BcosConfig) -> nn.Module:
     """Explanation mode takes LSTMs apart (`timm_bcos.dynamic.lstm`); without biases a new one adopts the weights."""
-    if config.bias or not lstm.bias:
+    if config.adds_bias or not lstm.bias:
         return lstm
     new = nn.LSTM(
         lstm.input_size, lstm.hidden_size, lstm.num_layers, False, lstm.batch_first, lstm.dropout, lstm.bidirectional,
@@ -198,6 +198,8 @@ def replace_batch_norm_act(norm: timm_layers.BatchNormAct2d, place: Place, confi
         return norm
     new = UncentredBatchNormAct2d.from_batch_norm(_with_weight(norm))
     new.drop, new.act = norm.drop, norm.act
+    if config.bias == "gate" and not isinstance(norm.act, nn.Identity):
+        new.act = ShiftedActivation(norm.act, torch.zeros_like(new.weight))
     return new
 
 
@@ -205,7 +207,7 @@ def _stays(norm: nn.BatchNorm1d | nn.BatchNorm2d, place: Place, config: BcosConf
     if norm.running_var is None:
         why = "has no running statistics: it normalises by the batch, so that images would explain each other"
         refuse(place, norm, f"{why}; train it with track_running_stats=True, or pass norm='remove'")
-    return config.norm == "keep" and config.bias
+    return config.norm == "keep" and config.adds_bias
 
 
 BatchNormT = TypeVar("BatchNormT", nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm1d | nn.BatchNorm2d)
@@ -223,7 +225,7 @@ def replace_frozen_batch_norm(norm: nn.Module, place: Place, config: BcosConfig)
     """Batch norms whose numbers are all buffers, with or without an activation behind them."""
     if config.norm == "remove":
         return _removed_norm_act(norm, config) if hasattr(norm, "act") else nn.Identity()
-    if config.norm == "keep" and config.bias:
+    if config.norm == "keep" and config.adds_bias:
         return norm
     return clone(norm, **{name: torch.zeros_like(getattr(norm, name)) for name in ("bias", "running_mean")})
 
@@ -237,7 +239,7 @@ def replace_norm(norm: nn.Module, place: Place, config: BcosConfig) -> nn.Module
     if config.norm == "remove":
         return nn.Identity()
     norm = _with_class(norm, WIDE_NORMS | WIDE_NORM_ACTS)
-    return norm if config.bias or getattr(norm, "bias", None) is None else clone(norm, bias=None)
+    return norm if config.adds_bias or getattr(norm, "bias", None) is None else clone(norm, bias=None)
 
 
 def replace_norm_act(norm_act: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
@@ -264,7 +266,7 @@ def replace_offset(module: nn.Module, place: Place, config: BcosConfig) -> nn.Mo
 
     timm's forwards ask whether `q_bias` and its like are there; a `bias` of 0 takes part in the others.
     """
-    if config.bias:
+    if config.adds_bias:
         return module
     owned = [name for name in OFFSETS if module._parameters.get(name) is not None]
     new = clone(module, **dict.fromkeys(owned))

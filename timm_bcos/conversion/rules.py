@@ -19,7 +19,7 @@ from torchvision import ops
 from torchvision.models import convnext, maxvit
 from torchvision.models import densenet as torchvision_densenet
 
-from ..nn.activations import PassedSigmoid
+from ..nn.activations import PassedSigmoid, ShiftedActivation
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, BcosPool2d
 from ..nn.layers import BcosConv2d, BcosLinear
 from ..nn.low_pass import LowPass2d
@@ -189,6 +189,7 @@ RULES: dict[type[nn.Module], Rule] = {
         keep_whole,
         BcosConv2d, BcosStem, ImageReader, BcosConvClassifier, BcosLinear, BcosLinearClassifier, BcosPool2d,
         BcosFlatten, UncentredBatchNorm1d, UncentredBatchNorm2d, LowPass2d, PositionedQkv, PassedSigmoid,
+        ShiftedActivation,
     ),
     **_table(
         keep,

@@ -1,5 +1,6 @@
 """Activations: a(x) = a(0) + x · slope, the slope being a constant of the linear map."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,6 +75,15 @@ def _is_zero_at_zero(func: Function, args: tuple[Any, ...], kwargs: dict[str, An
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         return False
     return (low is None or low <= 0) and (high is None or high >= 0)
+
+
+@handles(functional.shifted_activation)
+def _shifted(mode: Mode, func: Function, /, input: Tensor, shift: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+    """x · (a(x + shift) - a(shift)) / x; near 0, where that is a difference of like numbers, the slope beside it."""
+    point, shift = detached(input), detached(shift)
+    near = torch.finfo(point.dtype).eps ** 0.5
+    point = torch.where(point.abs() < near, near, point)
+    return input * (func(point, shift, act) / point)
 
 
 @handles(*named("pow __pow__ square float_power"))

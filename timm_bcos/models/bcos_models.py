@@ -1,9 +1,11 @@
 """What timm learns from this package by importing this module: the papers' networks, fine-tuned ones, and `bcosify`."""
 
+import copy
 import difflib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,12 @@ from torch import nn
 
 from ..conversion.config import BcosConfig
 from ..conversion.converted import bcosify as convert
+from ..conversion.grey import responses_to_grey
 from ..errors import CheckpointError, NotFineTunedWarning, TargetError
 from ..weights.catalogue import PUBLISHED, hub_addresses
 from ..weights.download import first_line
 from ..weights.embedded import EMBEDDED
-from ..weights.formats import convert_official_weights, convert_plain_weights
+from ..weights.formats import StateDict, convert_official_weights, convert_plain_weights
 from ..weights.pretrained import load_pretrained
 from .networks import FINETUNED, NETWORKS, SECOND_PAPER, Network
 
@@ -146,9 +149,10 @@ def _create_converted(
         arguments = {**model_kwargs, **source.remembered(), **(arch_kwargs or {})}
         entry = model_entrypoint(source.name)
         plain = entry(pretrained=own_weights, pretrained_cfg=source.cfg, cache_dir=cache_dir, **arguments)
+        original = copy.deepcopy(plain) if config.bias == "gate" and has_source else None
         model = convert(plain, config)
         if pretrained and has_source:
-            load_pretrained(model, cfg, convert_plain_weights, cache_dir)
+            load_pretrained(model, cfg, partial(_convert_weights, original), cache_dir)
         elif pretrained and any(plain_cfg.get(key) for key in WEIGHT_SOURCES):
             _warn_unless_preserved(arch, config)
         return model
@@ -157,6 +161,16 @@ def _create_converted(
         build, "bcosify", False, pretrained_cfg=cfg, feature_cfg=dict(feature_cls="getter", out_indices=None),
         **{**source.kwargs, **kwargs},
     )  # fmt: skip
+
+
+def _convert_weights(original: nn.Module | None, state_dict: StateDict, model: nn.Module) -> StateDict:
+    """Weights for a conversion of `original`, which is changed where gates begin at its responses to grey."""
+    converted = convert_plain_weights(state_dict, model)
+    if original is None or converted is state_dict:
+        return converted
+    shapes = {key: value.shape for key, value in original.state_dict().items()}
+    original.load_state_dict({key: t for key, t in state_dict.items() if t.shape == shapes.get(key)}, strict=False)
+    return converted | {f"{name}.act.shift": t for name, t in responses_to_grey(original).items()}
 
 
 @dataclass(frozen=True)
@@ -232,7 +246,7 @@ def _plain_cfg(arch: str, source: _Source) -> dict[str, object]:
 
 
 def _warn_unless_preserved(arch: str, config: BcosConfig) -> None:
-    if config.b == 1 and config.bias and not config.antialias:
+    if config.b == 1 and config.adds_bias and not config.antialias:
         return
     warnings.warn(
         f"bcosify: {arch} starts from its pretrained weights, but with b={config.b:g}, bias={config.bias} and "

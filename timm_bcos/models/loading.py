@@ -43,7 +43,7 @@ def load_model(name: str | None = None, checkpoint: Path | None = None, **conver
     """
     if checkpoint is None:
         return _with_published_weights(DEFAULT_NETWORK if name is None else name, conversion)
-    return _with_weights(name, checkpoint, partial(create_model, conversion=conversion))
+    return _with_weights(name, checkpoint, partial(create_model, conversion=conversion, checkpoint=checkpoint))
 
 
 def load_plain_model(name: str | None = None, checkpoint: Path | None = None) -> TimmModel:
@@ -59,12 +59,15 @@ def load_plain_model(name: str | None = None, checkpoint: Path | None = None) ->
     return _created(timm.create_model, name, pretrained=True)
 
 
-def create_model(name: str, conversion: Mapping[str, object], **kwargs: Any) -> BcosNetwork:
+def create_model(
+    name: str, conversion: Mapping[str, object], checkpoint: Path | None = None, **kwargs: Any
+) -> BcosNetwork:
     """`timm.create_model`, with plain networks converted.
 
     Args:
         name: timm's.
         conversion: `BcosConfig` fields for a plain network; without any it computes the same as before.
+        checkpoint: Of the plain network, if gates are to begin at its answers to grey.
         kwargs: For `timm.create_model`.
 
     Raises:
@@ -77,6 +80,8 @@ def create_model(name: str, conversion: Mapping[str, object], **kwargs: Any) -> 
         overlay = kwargs.get("pretrained_cfg_overlay", {})
         statistics = {key: overlay.pop(key) for key in ("mean", "std") if key in overlay}  # which the stem takes over
         changes = conversion or dict(b=1, bias=True)
+        if changes.get("bias") == "gate" and checkpoint is not None and kwargs.get("device") != "meta":
+            kwargs |= dict(pretrained=True, pretrained_cfg_overlay=overlay | dict(file=str(checkpoint)))
         network = _created(timm.create_model, "bcosify", arch=name, **{**statistics, **changes}, **kwargs)
     asked, own = conversion.get("b"), network.bcos_config.b
     if asked is not None and own != asked:

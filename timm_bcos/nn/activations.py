@@ -1,10 +1,11 @@
-"""Activations that explanation mode must not take for gates."""
+"""Activations that keep a network dynamic linear where the original's would not."""
 
+import torch
 from torch import Tensor, nn
 
-from .functional import passed_sigmoid
+from .functional import passed_sigmoid, shifted_activation
 
-__all__ = ["PassedSigmoid"]
+__all__ = ["PassedSigmoid", "ShiftedActivation"]
 
 
 class PassedSigmoid(nn.Sigmoid):
@@ -16,3 +17,28 @@ class PassedSigmoid(nn.Sigmoid):
 
     def forward(self, input: Tensor) -> Tensor:
         return passed_sigmoid(input)
+
+
+class ShiftedActivation(nn.Module):
+    """An activation with a bias that only gates: a(x + shift) - a(shift).
+
+    An additive bias is not explained by the image. Here it only decides how much of x passes: the output is x times a
+    gate, which lies between 0 and 1 for ReLU and ReLU6. What is left out, a(shift), is a constant.
+
+    Args:
+        act: a, an elementwise activation.
+        shift: (C,) one per channel; trained like a bias.
+
+    Shape: (N, C, H, W) to the same.
+    """
+
+    def __init__(self, act: nn.Module, shift: Tensor) -> None:
+        super().__init__()
+        self.act = act
+        self.shift = nn.Parameter(shift.detach().clone(), shift.requires_grad)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():  # which passes no functions
+            shift = self.shift.reshape(1, -1, 1, 1).to(x.dtype)
+            return self.act(x + shift) - self.act(shift.clone())
+        return shifted_activation(x, self.shift.reshape(1, -1, 1, 1).to(x.dtype), self.act)

@@ -6,11 +6,13 @@ Each function takes part in `__torch_function__` dispatch. That is how explanati
 it, and why `torch.fx` traces it as one node.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from timm.layers import pad_same
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
 from ..errors import InputError
 
@@ -20,6 +22,7 @@ __all__ = [
     "passed_sigmoid",
     "same_padding",
     "scale_and_offset",
+    "shifted_activation",
     "to_logits",
 ]
 
@@ -81,6 +84,22 @@ def passed_sigmoid(x: Tensor) -> Tensor:
     if not torch.jit.is_scripting() and has_torch_function_unary(x):
         return handle_torch_function(passed_sigmoid, (x,), x)
     return torch.sigmoid(x)
+
+
+def shifted_activation(x: Tensor, shift: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+    """a(x + shift) - a(shift), which is 0 at 0: x times a gate, the mean slope of a between shift and x + shift.
+
+    The gate is a multiplier of DeepLIFT's Rescale rule (https://arxiv.org/abs/1704.02685, section 3.5.1) whose
+    reference is the shift.
+
+    Args:
+        x: Any shape.
+        shift: Broadcastable to x.
+        act: a, an elementwise function; it may work in place.
+    """
+    if has_torch_function((x, shift)):
+        return handle_torch_function(shifted_activation, (x, shift), x, shift, act)
+    return act(x + shift) - act(shift.clone())
 
 
 def to_logits(y: Tensor, temperature: float, logit_bias: float) -> Tensor:

@@ -13,11 +13,12 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from ..nn.activations import ShiftedActivation
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
 from ..nn.layers import BcosConv2d, BcosLinear
 from ..nn.stems import BcosStem
 
-__all__ = ["adapt_image_channels", "classifier_names", "convert_official_weights", "convert_plain_weights"]
+__all__ = ["StateDict", "adapt_image_channels", "classifier_names", "convert_official_weights", "convert_plain_weights"]
 
 StateDict = dict[str, Tensor]
 
@@ -168,7 +169,7 @@ def convert_plain_weights(state_dict: StateDict, model: nn.Module) -> StateDict:
         model: The converted network.
 
     Returns:
-        A state dict that `model` loads.
+        A state dict that `model` loads. Gates' shifts, of which plain weights know nothing, stay the model's.
     """
     stems = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, BcosStem)}
     own = model.state_dict()
@@ -187,7 +188,8 @@ def convert_plain_weights(state_dict: StateDict, model: nn.Module) -> StateDict:
         if value.ndim == 2 and own[key].ndim == 4:  # a linear classifier that now votes per position
             value = value[:, :, None, None]
         converted[key] = value
-    return converted
+    shifts = {f"{name}.shift" for name, m in model.named_modules() if isinstance(m, ShiftedActivation)}
+    return {key: own[key] for key in shifts} | converted
 
 
 def adapt_image_channels(state_dict: StateDict, model: nn.Module, channels: int) -> StateDict:

@@ -16,6 +16,9 @@ def convert(
     checkpoint: Checkpoint = None,
     b: Annotated[float, typer.Option(min=1, help="Exponent B; 1 with biases computes the same as before.")] = 2.0,
     bias: Annotated[bool, typer.Option(help="Keep biases, which the image does not explain.")] = False,
+    gate: Annotated[
+        bool, typer.Option("--gate", help="Let biases of batch norms act in the gates of activations only.")
+    ] = False,
     positions: Annotated[
         Literal["keep", "attention"],
         typer.Option(help="Position embeddings of a vision transformer: added to tokens, or in queries and keys only."),
@@ -36,7 +39,10 @@ def convert(
 
     if model is None and checkpoint is None:
         raise InputError("no network given: name one with --model, or give a checkpoint of train.py with --checkpoint")
+    if bias and gate:
+        raise InputError("--bias adds biases and --gate does not: choose one of them")
+    biases = "gate" if gate else bias
     with quiet_libraries():
-        network = load_model(model, checkpoint, b=b, bias=bias, positions=positions, antialias=antialias).eval()
+        network = load_model(model, checkpoint, b=b, bias=biases, positions=positions, antialias=antialias).eval()
         save_network(network, out)
     typer.echo(f"wrote {out}: timm.create_model('local-dir:{out}', pretrained=True)")

@@ -1,0 +1,166 @@
+"""Biases that only gate: `BcosConfig(bias="gate")`."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import assert_exact, command, enliven, normalised, real_image
+from safetensors.torch import save_file
+from timm.layers import BatchNormAct2d, SelectAdaptivePool2d
+from torch import Tensor, nn
+
+import timm_bcos
+from timm_bcos import BcosConfig, InputError, bcosify
+from timm_bcos.nn.activations import ShiftedActivation
+
+Double = torch.float64
+ACTS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "gelu": nn.GELU, "silu": nn.SiLU, "hardswish": nn.Hardswish}
+
+
+def lively(arch: str = "test_efficientnet") -> nn.Module:
+    """A plain network whose norms add and subtract."""
+    torch.manual_seed(0)
+    model = timm.create_model(arch, num_classes=5).double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias, std=0.3)
+            nn.init.normal_(module.running_mean, std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
+def test_is_the_activation_s_change(act: type[nn.Module]) -> None:
+    shifts = torch.tensor([-1.5, 0.0, 0.7], dtype=Double)
+    x = torch.randn(2, 3, 4, 4, dtype=Double)
+    found, plain = ShiftedActivation(act(), shifts)(x), act()
+    for n, c, i, j in [(0, 0, 1, 2), (1, 1, 3, 0), (1, 2, 2, 2)]:
+        wanted = plain(x[n, c, i, j] + shifts[c]) - plain(shifts[c].clone())
+        assert found[n, c, i, j].item() == pytest.approx(wanted.item(), abs=1e-12)
+    assert not ShiftedActivation(act(), shifts)(torch.zeros_like(x)).any()
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6])
+def test_gates_lie_between_0_and_1(act: type[nn.Module]) -> None:
+    x = 5 * torch.randn(1, 64, 20, 20, dtype=Double)
+    gate = ShiftedActivation(act(inplace=True), 3 * torch.randn(64, dtype=Double))(x) / x
+    assert gate.min() >= -1e-12 and gate.max() <= 1 + 1e-12
+    assert gate.min() < 0.01 and gate.max() > 0.99
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    layer = ShiftedActivation(nn.SiLU(), torch.randn(3, dtype=Double))
+    x = torch.randn(2, 3, 2, 2, dtype=Double, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, shift: torch.func.functional_call(layer, dict(shift=shift), x),
+                                    (x, layer.shift))  # fmt: skip
+
+
+@pytest.mark.parametrize("b", [1.0, 1.25, 2.0])
+@pytest.mark.parametrize("arch", ["test_efficientnet", "test_byobnet", "test_resnet"])
+def test_the_image_explains_all(arch: str, b: float) -> None:
+    x = real_image(64, 2, Double)
+    plain = timm.create_model(arch, num_classes=6).double()
+    enliven(plain, normalised(x, plain.pretrained_cfg))
+    model = timm_bcos.settle(bcosify(plain, BcosConfig.finetune(b=b, bias="gate", stem="encoded")), x).eval()
+    for module in model.modules():
+        if isinstance(module, ShiftedActivation):
+            nn.init.normal_(module.shift)
+    explanation = assert_exact(model, x, 1e-10)
+    assert explanation.bias.abs().max() < 1e-12
+    assert timm_bcos.check(model).exact
+
+
+def test_without_borders_it_is_the_original_less_its_answer_to_grey() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, bias=False), BatchNormAct2d(8), nn.Conv2d(8, 12, 3, stride=2, bias=False),
+              BatchNormAct2d(12, act_layer=nn.SiLU), SelectAdaptivePool2d(flatten=True), nn.Linear(12, 4)]  # fmt: skip
+    plain = nn.Sequential(*layers).double().eval()
+    for norm in (layers[1], layers[3]):
+        for tensor in (norm.weight, norm.bias, norm.running_mean):
+            nn.init.normal_(tensor)
+    plain.pretrained_cfg = dict(input_size=(3, 15, 15), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.2))
+    x = torch.rand(4, 3, 15, 15, dtype=Double)
+    wanted = plain(normalised(x, plain.pretrained_cfg)) - plain(torch.zeros(1, 3, 15, 15, dtype=Double))
+    model = bcosify(plain, BcosConfig.finetune(b=1, bias="gate")).eval()
+    torch.testing.assert_close(model(x), wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_pretrained_weights_begin_at_their_answers_to_grey(tmp_path: Path) -> None:
+    plain = lively().float()
+    save_file(plain.state_dict(), tmp_path / "plain.safetensors")
+    overlay = dict(file=str(tmp_path / "plain.safetensors"))
+    loaded = timm.create_model(
+        "bcosify", True, arch="test_efficientnet", bias="gate", pretrained_cfg_overlay=overlay, num_classes=5
+    )
+    wanted = bcosify(plain, BcosConfig.finetune(bias="gate")).state_dict()
+    found = loaded.state_dict()
+    assert found.keys() == wanted.keys() and any(key.endswith("act.shift") for key in found)
+    assert any(value.any() for key, value in found.items() if key.endswith("act.shift"))
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_its_own_weights_pass_unchanged(tmp_path: Path) -> None:
+    model = bcosify(lively().float(), BcosConfig.finetune(bias="gate"))
+    for module in model.modules():
+        if isinstance(module, ShiftedActivation):
+            nn.init.normal_(module.shift)
+    save_file(model.state_dict(), tmp_path / "own.safetensors")
+    overlay = dict(file=str(tmp_path / "own.safetensors"))
+    loaded = timm.create_model(
+        "bcosify", True, arch="test_efficientnet", bias="gate", pretrained_cfg_overlay=overlay, num_classes=5
+    )
+    assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
+
+
+def test_untrained_networks_and_those_without_storage_begin_at_0() -> None:
+    model = timm.create_model("bcosify", arch="test_efficientnet", bias="gate", device="meta")
+    assert model.bn1.act.shift.is_meta
+    model = timm.create_model("bcosify", arch="test_efficientnet", bias="gate")
+    assert not model.bn1.act.shift.any()
+
+
+def test_other_biases_are_dropped() -> None:
+    model = bcosify(timm.create_model("test_resnet"), BcosConfig.finetune(bias="gate"))
+    assert not [name for name, _ in model.named_parameters() if name.endswith("bias") and ".se." not in name]  # gates
+    model = bcosify(timm.create_model("test_efficientnet"), BcosConfig.finetune(bias="gate"))
+    assert not [name for name, _ in model.named_parameters() if name.endswith("bias") and ".se." not in name]  # gates
+
+
+@pytest.fixture(scope="module")
+def gated() -> tuple[nn.Module, Tensor]:
+    return bcosify(lively().float(), BcosConfig.finetune(b=1.25, bias="gate")).eval(), real_image(64, 2)
+
+
+def test_fuses(gated: tuple[nn.Module, Tensor]) -> None:
+    model, x = gated
+    torch.testing.assert_close(timm_bcos.fuse(model)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_is_scripted(gated: tuple[nn.Module, Tensor]) -> None:
+    model, x = gated
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_is_exported_with_its_explanation(gated: tuple[nn.Module, Tensor]) -> None:
+    model, x = gated
+    logits, weights, _ = timm_bcos.export_explainer(model, x).module()(x, torch.tensor([1, 3]))
+    explanation = timm_bcos.explain(model, x, [1, 3])
+    torch.testing.assert_close(logits, explanation.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights, explanation.weights, rtol=1e-3, atol=1e-5)
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(InputError, match=r"bias='gates'.*choose one of False, True, gate"):
+        BcosConfig(bias="gates")
+    assert not BcosConfig(bias="gate").adds_bias and BcosConfig(bias=True).adds_bias
+
+
+def test_converts_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("convert", "--model", "test_efficientnet", "--bias", "--gate", "--out", tmp_path / "out") == 2
+    assert "choose one" in capsys.readouterr().err
+    torch.save(lively().float().state_dict(), tmp_path / "plain.pth")
+    given = ("--model", "test_efficientnet", "--checkpoint", tmp_path / "plain.pth", "--gate", "--b", "1.5")
+    assert command("convert", *given, "--out", tmp_path / "out") == 0
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert model.bcos_config.bias == "gate" and model.bn1.act.shift.any()
