@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4, help="of the shifts")
     parser.add_argument("--grids", type=int, default=40, help="of 2 × 2 photos")
     args = parser.parse_args()
-    network = timm.create_model("bcos_efficientnet_lite0", pretrained=True).eval()
+    network = timm.create_model("bcos_efficientnet_lite0.clothing", pretrained=True).eval()
     models = {"network": network, "mean over shifts": ShiftAveraged(network, args.size).eval()}
     compare(models, load_dataset(args.data, network.num_classes, split="test"), args.grids)
 

@@ -124,7 +124,7 @@ def main() -> None:
         tar = args.data / f"{split}.tar"
         return load_dataset(str(tar if tar.exists() else args.data), 10, split=split)
 
-    before, after = (timm.create_model("bcos_efficientnet_lite0", pretrained=True).eval() for _ in range(2))
+    before, after = (timm.create_model("bcos_efficientnet_lite0.clothing", pretrained=True).eval() for _ in range(2))
     weights = args.out / "guided.safetensors"
     if not weights.exists():
         train(after, Batches(photos("train")), args.out, args.steps, args.rate, args.weight)

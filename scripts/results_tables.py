@@ -69,7 +69,7 @@ TABLES: dict[str, Table] = {
         f"metrics, {data}, {network}": Table(**METRIC, only=dict(data=data, network=network))  # type: ignore[arg-type]
         for data, network in (
             ("CIFAR-10", "bcos_cifar_resnet20"),
-            ("clothes", "bcos_efficientnet_lite0"),
+            ("clothes", "bcos_efficientnet_lite0.clothing"),
             ("clothes", PLAIN),
         )
     },

@@ -161,7 +161,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("method", ["nmf", "kmeans", "sae", "channels"])
 def test_learned_concepts_explain_the_features(method: str, photos: Path) -> None:
     """Better than as many random directions do, and exactly in any case; saved and read again."""
-    model = timm.create_model("bcos_efficientnet_lite0", pretrained=True).eval()
+    model = timm.create_model("bcos_efficientnet_lite0.clothing", pretrained=True).eval()
     dataset = load_dataset(str(photos), 2)
     concepts = learn_concepts(model, dataset, "blocks.4", 8, method, vectors=300, progress=False)
     x = real_image(160)
@@ -217,7 +217,7 @@ def test_wrong_concepts(x: Tensor, tmp_path: Path) -> None:
 
 
 def test_without_scikit_learn(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = timm.create_model("bcos_efficientnet_lite0", pretrained=True).eval()
+    model = timm.create_model("bcos_efficientnet_lite0.clothing", pretrained=True).eval()
     dataset = load_dataset(str(photos), 2)
     monkeypatch.setitem(sys.modules, "sklearn.decomposition", None)
     with pytest.raises(InputError, match=re.escape("pip install 'timm_bcos[concepts]'")):
@@ -230,7 +230,7 @@ def test_without_scikit_learn(photos: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_shares_of_classes(photos: Path) -> None:
     """The mean over a class's images of each image's account, towards its own class."""
-    model = timm.create_model("bcos_efficientnet_lite0", pretrained=True).eval()
+    model = timm.create_model("bcos_efficientnet_lite0.clothing", pretrained=True).eval()
     dataset = load_dataset(str(photos), 2)
     concepts = Concepts.from_matrix("blocks.4", torch.randn(3, 112))
     found = class_shares(model, dataset, concepts, 10, batch_size=3, progress=False)

@@ -93,7 +93,7 @@ def address() -> Iterator[str]:
     from timm_bcos.page.app import build_app, serving
     from timm_bcos.page.networks import embedded_networks
 
-    with serving(build_app(embedded_networks()), free_port()) as address:
+    with serving(build_app(embedded_networks()[1:]), free_port()) as address:
         yield address
 
 
@@ -218,7 +218,7 @@ def test_nobody_else_is_asked_and_nothing_is_kept(
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
-    with serving(build_app(embedded_networks()), free_port()) as address, opened(chromium, address) as demo:
+    with serving(build_app(embedded_networks()[1:]), free_port()) as address, opened(chromium, address) as demo:
         demo.upload(CLOTHES / "hat.jpg")
         demo.wait_for("hat")
         demo.press("#compare")

@@ -68,7 +68,7 @@ def checkerboard(picture: Tensor) -> float:
 
 def test_the_checkerboard_fades() -> None:
     """On the embedded network and a real photo."""
-    network = timm.create_model("bcos_efficientnet_lite0", pretrained=True).eval()
+    network = timm.create_model("bcos_efficientnet_lite0.clothing", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))
     image = transform(Image.open(PHOTOS / "clothes" / "hat.jpg"))[None]
     own, mean = (explain(model, image, 1) for model in (network, ShiftAveraged(network, 4).eval()))

@@ -42,7 +42,7 @@ HOSTILE = '</script><img src="x" onerror="window.broken = true"><!-- {{data}}'
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    return timm.create_model("bcos_efficientnet_lite0", pretrained=True).eval()
+    return timm.create_model("bcos_efficientnet_lite0.clothing", pretrained=True).eval()
 
 
 @pytest.fixture(scope="module")

@@ -88,8 +88,8 @@ def _create(
 ) -> nn.Module:
     network = NETWORKS[name]
     changes, kwargs = BcosConfig.split(kwargs)
-    config = network.config.change(**changes)
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay).to_dict()
+    config = network.tagged.get(cfg.get("tag") or "", network.config).change(**changes)
 
     def build(**model_kwargs: object) -> nn.Module:
         model = network.build(config, **model_kwargs)

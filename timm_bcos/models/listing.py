@@ -63,11 +63,11 @@ def _tags(name: str) -> list[str]:
 
 
 def _rows(name: str, tags: list[str]) -> Iterator[Listed]:
-    model = cast(TimmModel, timm.create_model(name, device="meta"))
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    size = model.pretrained_cfg["input_size"][-1]
     files = {file.tag: file for file in PUBLISHED.get(name, ())}
     for tag in tags:
+        model = cast(TimmModel, timm.create_model(f"{name}.{tag}" if tag else name, device="meta"))
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        size = model.pretrained_cfg["input_size"][-1]
         file = files.get(tag)
         top1, resize = (file.top1, file.resize) if file else (None, None)
         embedded = EMBEDDED.get(f"{name}.{tag}")

@@ -40,6 +40,7 @@ class Network:
         finish: What it changes in the converted one.
         feature_cfg: How timm's `features_only` takes it apart.
         cfg: What its pretrained cfg says beyond the architecture's own.
+        tagged: By tag of weights, another conversion than `config`, which made them.
     """
 
     arch: str | type[nn.Module]
@@ -49,6 +50,7 @@ class Network:
     finish: Callable[[nn.Module], None] | None = None
     feature_cfg: dict[str, object] = field(default_factory=dict)
     cfg: dict[str, object] = field(default_factory=dict)
+    tagged: dict[str, BcosConfig] = field(default_factory=dict)
 
     def build(self, config: BcosConfig, **kwargs: object) -> nn.Module:
         """The converted network with fresh weights; kwargs are the architecture's."""
@@ -187,9 +189,10 @@ IMAGENET_STEM: dict[str, Any] = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.2
 FINETUNED: dict[str, Network] = {
     "bcos_efficientnet_lite0": Network(
         "tf_efficientnet_lite0",
-        BcosConfig.finetune(logit_bias=-2.2),
+        BcosConfig.finetune(b=1.25, bias="gate", stem="encoded", probability="softmax"),
         feature_cfg=FLAT,
-        cfg=dict(input_size=(3, 160, 160), pool_size=(5, 5), num_classes=10, interpolation="bicubic"),
+        cfg=dict(interpolation="bicubic"),
+        tagged=dict(clothing=BcosConfig.finetune(logit_bias=-2.2)),
     ),
     "bcos_cifar_resnet20": Network(
         CifarResNet,
