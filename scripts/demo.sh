@@ -6,6 +6,6 @@ venv=${VENV:-.venv-demo}
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
 "$venv/bin/pip" install --quiet .
 "$venv/bin/timm-bcos" explain scripts/photos --top 1 --out demo
-"$venv/bin/timm-bcos" explain scripts/photos/clothes --model bcos_efficientnet_lite0.clothing --top 1 --out demo
-"$venv/bin/timm-bcos" explain scripts/photos/chelsea.jpg --model bcos_cifar_resnet20 --top 1 --out demo
-echo "Pictures are in demo/: a figure for each photo, and the explanation of each class as a transparent PNG."
+"$venv/bin/timm-bcos" explain scripts/photos/clothes --model bcos_efficientnet_lite0.clothing --top 1 --out demo/clothes
+"$venv/bin/timm-bcos" explain scripts/photos/chelsea.jpg --model bcos_cifar_resnet20 --top 1 --out demo/cifar
+echo "Pictures are in demo/, by network: a figure for each photo, and the explanation of each class as a transparent PNG."

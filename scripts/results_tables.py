@@ -59,6 +59,20 @@ ABLATION = {
     "alignment": "{alignment}",
 }
 
+EXPONENTS = {
+    "network": "B = {b}",
+    "parameters (M)": "{parameters}",
+    "top-1 (%)": "{top1} ({top1_low} to {top1_high})",
+    "alignment": "{alignment} ({alignment_low} to {alignment_high})",
+}
+TEACHING = {
+    "B": "{b}",
+    "what": "{what}",
+    "steps of 128 crops": "{steps}",
+    "right": "{right} of 500",
+    "top-1 (%)": "{top1} ({low} to {high})",
+}
+
 TABLES: dict[str, Table] = {
     **{
         f"pointing game, {data}, {cells}×{cells}": Table(**GAME, only=dict(data=data, cells=cells))  # type: ignore[arg-type]
@@ -73,8 +87,9 @@ TABLES: dict[str, Table] = {
             ("clothes", PLAIN),
         )
     },
-    "ablation, b": Table("ablations", ABLATION, only=dict(family="b")),
+    "ablation, b": Table("exponents", EXPONENTS),
     "ablation, growth": Table("ablations", ABLATION, only=dict(family="growth")),
+    "teaching": Table("teaching", TEACHING),
     "conversion": Table("conversion", {"network": "{network}", "top-1 (%)": "{top1}", "right": "{right} of {images}"}),
     "trained": Table(
         "trained",

@@ -150,6 +150,15 @@ def test_is_exported_with_its_explanation(gated: tuple[nn.Module, Tensor]) -> No
     torch.testing.assert_close(weights, explanation.weights, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["gradcam", "deeplift", "ixg", "ig"])
+def test_post_hoc_methods_see_each_image(gated: tuple[nn.Module, Tensor], method: str) -> None:
+    model, x = gated
+    together = timm_bcos.attribute(model, x, [1, 3], method)
+    alone = torch.cat([timm_bcos.attribute(model, x[i : i + 1], [target], method) for i, target in enumerate((1, 3))])
+    assert together.shape == (2, 64, 64)
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-5)
+
+
 def test_settings_are_checked() -> None:
     with pytest.raises(InputError, match=r"bias='gates'.*choose one of False, True, gate"):
         BcosConfig(bias="gates")

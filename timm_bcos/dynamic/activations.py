@@ -1,11 +1,10 @@
 """Activations: a(x) = a(0) + x · slope, the slope being a constant of the linear map."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..nn import cosine, functional, maxout, weights
 from .table import Function, Mode, Operand, detached, handles, kept, named, on_linear_path
@@ -78,12 +77,13 @@ def _is_zero_at_zero(func: Function, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 @handles(functional.shifted_activation)
-def _shifted(mode: Mode, func: Function, /, input: Tensor, shift: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+def _shifted(mode: Mode, func: Function, /, input: Tensor, shift: Tensor, act: nn.Module) -> Tensor:
     """x · (a(x + shift) - a(shift)) / x; near 0, where that is a difference of like numbers, the slope beside it."""
     point, shift = detached(input), detached(shift)
     near = torch.finfo(point.dtype).eps ** 0.5
     point = torch.where(point.abs() < near, near, point)
-    return input * (func(point, shift, act) / point)
+    change = act.forward(point + shift) - act.forward(shift.clone())  # hooks would see constants
+    return input * (change / point)
 
 
 @handles(*named("pow __pow__ square float_power"))

@@ -40,5 +40,5 @@ class ShiftedActivation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():  # which passes no functions
             shift = self.shift.reshape(1, -1, 1, 1).to(x.dtype)
-            return self.act(x + shift) - self.act(shift.clone())
+            return self.act(x + shift) - self.act.forward(shift.clone())
         return shifted_activation(x, self.shift.reshape(1, -1, 1, 1).to(x.dtype), self.act)

@@ -6,12 +6,10 @@ Each function takes part in `__torch_function__` dispatch. That is how explanati
 it, and why `torch.fx` traces it as one node.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from timm.layers import pad_same
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
 from ..errors import InputError
@@ -86,7 +84,7 @@ def passed_sigmoid(x: Tensor) -> Tensor:
     return torch.sigmoid(x)
 
 
-def shifted_activation(x: Tensor, shift: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+def shifted_activation(x: Tensor, shift: Tensor, act: nn.Module) -> Tensor:
     """a(x + shift) - a(shift), which is 0 at 0: x times a gate, the mean slope of a between shift and x + shift.
 
     The gate is a multiplier of DeepLIFT's Rescale rule (https://arxiv.org/abs/1704.02685, section 3.5.1) whose
@@ -95,11 +93,12 @@ def shifted_activation(x: Tensor, shift: Tensor, act: Callable[[Tensor], Tensor]
     Args:
         x: Any shape.
         shift: Broadcastable to x.
-        act: a, an elementwise function; it may work in place.
+        act: a, elementwise; it may work in place. Its hooks see x + shift alone.
     """
     if has_torch_function((x, shift)):
         return handle_torch_function(shifted_activation, (x, shift), x, shift, act)
-    return act(x + shift) - act(shift.clone())
+    changed: Tensor = act(x + shift) - act.forward(shift.clone())
+    return changed
 
 
 def to_logits(y: Tensor, temperature: float, logit_bias: float) -> Tensor:
