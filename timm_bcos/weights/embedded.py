@@ -20,8 +20,8 @@ CLOTHES_NOTE = f"fine-tuned from {ORIGINAL}"
 IN1K_NOTE = (
     f"taught by {ORIGINAL}, without labels and without ImageNet photos: on photos of clothes (CC0), of groceries (MIT, "
     "Copyright (c) 2019 Marcus Klasson), CIFAR-10's images, and pictures of Debian's packages "
-    "plasma-workspace-wallpapers, mate-backgrounds and tuxpaint-stamps-default (GPL-2+), lomiri-wallpapers (CC-BY-SA), "
-    "ukui-wallpapers and python3-skimage; no picture is part of this package"
+    "plasma-workspace-wallpapers, mate-backgrounds and tuxpaint-stamps-default (GPL-2+), lomiri-wallpapers (CC-BY, "
+    "CC-BY-SA), ukui-wallpapers (CC-BY-SA) and python3-skimage (BSD and others); no picture is part of this package"
 )
 CIFAR_NOTE = (
     "fine-tuned from weights whose licence (BSD 2-clause, Copyright (c) 2018, Yerlan Idelbayev) is in "
@@ -33,7 +33,7 @@ CFGS: dict[str, dict[str, object]] = {
     "bcos_efficientnet_lite0.in1k": dict(
         description="top-1 on 500 ImageNet photos, one of each second class: 69.2 %",
         license="other",
-        notes=(IN1K_NOTE, IMAGENET_NOTE),
+        notes=(IN1K_NOTE, f"the original was {IMAGENET_NOTE}"),
     ),
     "bcos_efficientnet_lite0.clothing": dict(
         input_size=(3, 160, 160),
@@ -42,7 +42,7 @@ CFGS: dict[str, dict[str, object]] = {
         label_names=CLOTHES,
         description="top-1 on the clothing photos' test split: 88.2 %",
         license="other",
-        notes=(CLOTHES_NOTE, IMAGENET_NOTE),
+        notes=(CLOTHES_NOTE, f"the original was {IMAGENET_NOTE}"),
     ),
     "bcos_cifar_resnet20.cifar10": dict(
         label_names=CIFAR10,
