@@ -32,6 +32,8 @@ from timm_bcos.data.datasets import image_loader, load_dataset
 SIZE = 64
 LAYERS = {"test_resnet": "layer2", "test_vit": "blocks.1", "test_convnext": "stages.1"}
 
+CLOTHES = "bcos_efficientnet_lite0.clothing"
+
 
 @pytest.fixture(scope="module")
 def x() -> Tensor:
@@ -251,8 +253,8 @@ def test_from_the_command_line(photos: Path, tmp_path: Path) -> None:
     class_map = tmp_path / "map.txt"
     class_map.write_text(names.read_text())
     arguments = [
-        "concepts", PHOTOS / "coffee.jpg", "--layer", "blocks.4", "--data-dir", photos, "--class-map", class_map,
-        "--classes", names, "--count", 3, "--images", 2, "--top", 2, "--out", tmp_path / "out",
+        "concepts", PHOTOS / "coffee.jpg", "--model", CLOTHES, "--layer", "blocks.4", "--data-dir", photos,
+        "--class-map", class_map, "--classes", names, "--count", 3, "--images", 2, "--top", 2, "--out", tmp_path / "out",
     ]  # fmt: skip
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
@@ -274,8 +276,8 @@ def test_no_picture_of_the_users_is_overwritten(photos: Path, tmp_path: Path) ->
     class_map = tmp_path / "map.txt"
     class_map.write_text("\n".join(["lower", "upper", *map(str, range(8))]))
     arguments = [
-        "concepts", mine, "--layer", "blocks.4", "--data-dir", photos, "--class-map", class_map, "--method", "kmeans",
-        "--count", 2, "--images", 1, "--top", 1, "--out", out,
+        "concepts", mine, "--model", CLOTHES, "--layer", "blocks.4", "--data-dir", photos,
+        "--class-map", class_map, "--method", "kmeans", "--count", 2, "--images", 1, "--top", 1, "--out", out,
     ]  # fmt: skip
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 0, result.output

@@ -120,6 +120,16 @@ def test_untrained_networks_and_those_without_storage_begin_at_0() -> None:
     assert not model.bn1.act.shift.any()
 
 
+@pytest.mark.parametrize("kwargs", [dict(in_chans=1), dict(global_pool=""), dict(num_classes=0)], ids=str)
+def test_networks_of_other_shapes_begin_at_their_answers_too(kwargs: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    plain = timm.create_model("test_efficientnet", **kwargs).eval()
+    nn.init.normal_(plain.bn1.bias)
+    wanted = plain.bn1.bias.detach().clone()
+    model = bcosify(plain, BcosConfig.finetune(bias="gate", mean=(0.5,), std=(0.5,)))
+    torch.testing.assert_close(model.bn1.act.shift.data, wanted)
+
+
 def test_other_biases_are_dropped() -> None:
     model = bcosify(timm.create_model("test_resnet"), BcosConfig.finetune(bias="gate"))
     assert not [name for name, _ in model.named_parameters() if name.endswith("bias") and ".se." not in name]  # gates
@@ -160,7 +170,7 @@ def test_post_hoc_methods_see_each_image(gated: tuple[nn.Module, Tensor], method
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(InputError, match=r"bias='gates'.*choose one of False, True, gate"):
+    with pytest.raises(InputError, match=r"bias='gates'.*give True or False or 'gate'"):
         BcosConfig(bias="gates")
     assert not BcosConfig(bias="gate").adds_bias and BcosConfig(bias=True).adds_bias
 

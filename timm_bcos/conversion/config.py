@@ -12,7 +12,6 @@ __all__ = ["BcosConfig"]
 T = TypeVar("T")
 
 CHOICES = {
-    "bias": (False, True, "gate"),
     "norm": ("keep", "uncentred", "remove"),
     "activation": ("keep", "remove"),
     "max_pool": ("keep", "average"),
@@ -22,7 +21,7 @@ CHOICES = {
     "positions": ("keep", "attention"),
 }
 
-SWITCHES = ("normalize_weight", "antialias")
+SWITCHES = ("normalize_weight", "bias", "antialias")
 
 
 def _is_number(value: object) -> bool:
@@ -129,10 +128,11 @@ class BcosConfig:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, choices in CHOICES.items():
             if values[name] not in choices:
-                yield name, f"choose one of {', '.join(map(str, choices))}"
+                yield name, f"choose one of {', '.join(choices)}"
         for name in SWITCHES:
-            if not isinstance(values[name], bool):
-                yield name, "give True or False"
+            others = ("gate",) if name == "bias" else ()
+            if not isinstance(values[name], bool) and values[name] not in others:
+                yield name, f"give {' or '.join(('True', 'False', *map(repr, others)))}"
         for name, (kind, fits) in NUMBERS.items():
             is_left_out = values[name] is None and name in OPTIONAL
             if not is_left_out and not (_is_number(values[name]) and fits(values[name])):

@@ -46,8 +46,10 @@ def responses_to_grey(model: nn.Module) -> dict[str, Tensor]:
         if _is_gated(module):
             module.act.register_forward_pre_hook(partial(keep, name))
     channels, height, width = resolve_model_data_config(network)["input_size"]
+    channels = getattr(network, "in_chans", channels)
+    see = getattr(network, "forward_features", network)  # a head without pooling takes no map
     with torch.no_grad():
-        network(parameter.new_zeros(1, channels, 2 * height, 2 * width))
+        see(parameter.new_zeros(1, channels, 2 * height, 2 * width))
     return found
 
 
