@@ -254,7 +254,8 @@ def test_from_the_command_line(photos: Path, tmp_path: Path) -> None:
     class_map.write_text(names.read_text())
     arguments = [
         "concepts", PHOTOS / "coffee.jpg", "--model", CLOTHES, "--layer", "blocks.4", "--data-dir", photos,
-        "--class-map", class_map, "--classes", names, "--count", 3, "--images", 2, "--top", 2, "--out", tmp_path / "out",
+        "--class-map", class_map, "--classes", names, "--count", 3, "--images", 2, "--top", 2,
+        "--out", tmp_path / "out",
     ]  # fmt: skip
     result = CliRunner().invoke(app, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
