@@ -17,7 +17,7 @@ from timm_bcos.files import atomic_path
 from timm_bcos.page.app import build_app, page_networks, serving
 
 ROOT = Path(__file__).parent.parent
-PHOTO = ROOT / "scripts" / "photos" / "clothes" / "hat.jpg"
+PHOTO = ROOT / "scripts" / "photos" / "coffee.jpg"
 WINDOWS = {"desktop": (1280, 1240), "phone": (390, 2090)}  # as high as the explanation, which scrolling would cut
 
 
@@ -26,7 +26,7 @@ def show(page: Any, is_phone: bool) -> None:
     explanation = page.frame_locator("#explanation iframe")
     explanation.locator("#bars button").first.wait_for()
     page.set_input_files("#photo input", PHOTO)
-    explanation.locator("#asked option:checked", has_text="hat").wait_for(state="attached")
+    explanation.locator("#asked option:checked", has_text="espresso").wait_for(state="attached")
     if not is_phone:
         explanation.locator("#against").select_option(index=2)
     page.wait_for_timeout(300)

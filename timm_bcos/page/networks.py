@@ -20,7 +20,7 @@ __all__ = ["PageNetwork", "embedded_networks"]
 EXAMPLES = Path(__file__).parent / "examples"
 # The networks that come with the package: what they know, and photos for them, the first being shown first.
 EMBEDDED = {
-    "bcos_efficientnet_lite0.in1k": ("everyday things", ("cat", "coffee", "shoes")),
+    "bcos_efficientnet_lite0.in1k": ("photos", ("cat", "coffee", "shoes")),
     "bcos_efficientnet_lite0.clothing": ("clothes", ("jacket", "hat", "shoes", "pants")),
     "bcos_cifar_resnet20": ("CIFAR-10", ("cat", "rocket")),
 }
