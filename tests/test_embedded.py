@@ -29,6 +29,7 @@ def test_they_load_without_a_download_and_are_exact(name: str) -> None:
     assert all(p.dtype == torch.float32 for p in model.parameters())
     size = model.pretrained_cfg["input_size"][-1]
     assert_exact(model, real_image(size, 2), 1e-5)
+    assert timm_bcos.check(model).exact
     assert_exact(model.double(), real_image(size, 2, torch.float64), 1e-12)
     assert len(class_names(model)) == model.num_classes == (1000 if name.endswith("in1k") else 10)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import timm_bcos
 from timm_bcos import BcosConfig, InputError, bcosify
+from timm_bcos.dynamic.mode import DynamicLinearMode, active
 from timm_bcos.nn.activations import ShiftedActivation
 
 Double = torch.float64
@@ -46,6 +47,19 @@ def test_gates_lie_between_0_and_1(act: type[nn.Module]) -> None:
     gate = ShiftedActivation(act(inplace=True), 3 * torch.randn(64, dtype=Double))(x) / x
     assert gate.min() >= -1e-12 and gate.max() <= 1 + 1e-12
     assert gate.min() < 0.01 and gate.max() > 0.99
+
+
+def test_explanation_mode_computes_the_same_beside_kinks() -> None:
+    """However near x is to 0, and the shift to where the activation bends."""
+    shifts = torch.tensor([0.0, -1e-9, 1e-9, 6.0, 6 - 1e-9, -0.5], dtype=Double)
+    values = torch.tensor([0.0, 1e-12, -1e-12, 3e-9, -3e-9, 2e-8, -2e-8, 0.5], dtype=Double)
+    layer, x = ShiftedActivation(nn.ReLU6(), shifts), values.reshape(-1, 1, 1, 1).expand(-1, 6, 1, 1).clone()
+    leaf = x.requires_grad_()
+    with active(DynamicLinearMode(leaf)):
+        found = layer(leaf.clone())
+    torch.testing.assert_close(found, layer(x), rtol=0, atol=1e-20)
+    (slopes,) = torch.autograd.grad(found.sum(), leaf)
+    assert slopes.min() >= 0 and slopes.max() <= 1 + 1e-3  # of 1e-12 beside 1 rounding leaves three digits
 
 
 def test_gradients_are_those_of_finite_differences() -> None:

@@ -78,10 +78,9 @@ def _is_zero_at_zero(func: Function, args: tuple[Any, ...], kwargs: dict[str, An
 
 @handles(functional.shifted_activation)
 def _shifted(mode: Mode, func: Function, /, input: Tensor, shift: Tensor, act: nn.Module) -> Tensor:
-    """x · (a(x + shift) - a(shift)) / x; near 0, where that is a difference of like numbers, the slope beside it."""
+    """x · (a(x + shift) - a(shift)) / x; at 0 the slope beside it, a quotient that rounding leaves some digits of."""
     point, shift = detached(input), detached(shift)
-    near = torch.finfo(point.dtype).eps ** 0.5
-    point = torch.where(point.abs() < near, near, point)
+    point = steady(torch.where(point == 0, torch.finfo(point.dtype).eps ** 0.5, point))
     change = act.forward(point + shift) - act.forward(shift.clone())  # hooks would see constants
     return input * (change / point)
 
