@@ -16,7 +16,7 @@ be those that the original learned from. The photos of --test are only looked at
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -81,18 +81,18 @@ def divergence(logits: Tensor, wanted: Tensor, probability: str) -> Tensor:
 
 
 @contextmanager
-def hooked(network: nn.Module, paths: Mapping[str, str], look: Callable[[str, Any, Tensor], None]) -> Iterator[None]:
-    """Let a function see names, the modules at their paths, and what these are given."""
+def hooked(network: nn.Module, names: Iterable[str], look: Callable[[str, Any, Tensor], None]) -> Iterator[None]:
+    """Let a function see names, modules and what these are given."""
     hooks = [
-        network.get_submodule(path).register_forward_pre_hook(lambda module, x, name=name: look(name, module, x[0]))
-        for name, path in paths.items()
+        network.get_submodule(name).register_forward_pre_hook(lambda module, x, name=name: look(name, module, x[0]))
+        for name in names
     ]
     yield
     for hook in hooks:
         hook.remove()
 
 
-def deviation(x: Tensor) -> Tensor:
+def variance(x: Tensor) -> Tensor:
     """(C,) the variance of each channel."""
     return x.var((0, 2, 3), unbiased=False)
 
@@ -182,17 +182,16 @@ class Lesson:
         theirs: dict[str, Tensor] = {}
 
         def measure(name: str, _: Any, x: Tensor) -> None:
-            theirs[name] = deviation(x)
+            theirs[name] = variance(x)
 
         def adapt(name: str, norm: Any, x: Tensor) -> None:
-            ratio = torch.where(theirs[name] > 1e-8, deviation(x) / theirs[name].clamp(min=1e-8), 1.0)
+            ratio = torch.where(theirs[name] > 1e-8, variance(x) / theirs[name].clamp(min=1e-8), 1.0)
             norm.running_var.copy_(other.get_submodule(name).running_var * ratio)
 
         x = torch.cat([self.batches[number] for number in CALIBRATION]).to(self.device)
-        names = {name: name for name in self.norms}
-        with hooked(other, names, measure):
+        with hooked(other, self.norms, measure):
             other(prepare(x))
-        with hooked(self.student.eval(), names, adapt):
+        with hooked(self.student.eval(), self.norms, adapt):
             self.student(x)
 
     def go_on(self, path: Path) -> None:

@@ -195,9 +195,8 @@ class Run:
         size = self.args.batch_size
         place = self.number * size + torch.arange(size, device=self.device)
         order, *crops = (t[place] for t in self.draws)
-        return (augmented(images[order], *crops).float() / 255).contiguous(memory_format=torch.channels_last), labels[
-            order
-        ]
+        pixels = augmented(images[order], *crops).float() / 255
+        return pixels.contiguous(memory_format=torch.channels_last), labels[order]
 
     def precision(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16) if self.args.amp else nullcontext()

@@ -42,6 +42,14 @@ def test_the_report() -> None:
     assert "-33.3 to +0.0" in text
 
 
+def test_writes_who_is_right_on_which_photo(tmp_path: Path) -> None:
+    right = dict(plain=[np.array([True, False]), np.array([True, True])], bcos=[np.array([False, True])])
+    script.write_photos(tmp_path / "right.csv", ["a/1.jpg", "a/2.jpg"], ["x", "y"], right)
+    assert (tmp_path / "right.csv").read_text().splitlines() == [
+        "photo,cluster,plain-0,plain-1,bcos-0", "a/1.jpg,x,1,1,0", "a/2.jpg,y,0,1,1",
+    ]  # fmt: skip
+
+
 def test_a_series_is_what_a_name_says_without_its_number() -> None:
     assert script.series(["apple/Golden-Delicious_001.jpg", "apple/Golden-Delicious_13.jpg", "a_b_1.png"]) == [
         "Golden-Delicious", "Golden-Delicious", "a_b",

@@ -21,7 +21,8 @@ CHOICES = {
     "positions": ("keep", "attention"),
 }
 
-SWITCHES = ("normalize_weight", "bias", "antialias")
+# True or False, or what else they may be.
+SWITCHES: dict[str, tuple[str, ...]] = {"normalize_weight": (), "bias": ("gate",), "antialias": ()}
 
 
 def _is_number(value: object) -> bool:
@@ -129,8 +130,7 @@ class BcosConfig:
         for name, choices in CHOICES.items():
             if values[name] not in choices:
                 yield name, f"choose one of {', '.join(choices)}"
-        for name in SWITCHES:
-            others = ("gate",) if name == "bias" else ()
+        for name, others in SWITCHES.items():
             if not isinstance(values[name], bool) and values[name] not in others:
                 yield name, f"give {' or '.join(('True', 'False', *map(repr, others)))}"
         for name, (kind, fits) in NUMBERS.items():

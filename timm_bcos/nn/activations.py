@@ -38,7 +38,7 @@ class ShiftedActivation(nn.Module):
         self.shift = nn.Parameter(shift.detach().clone(), shift.requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():  # which passes no functions
-            shift = self.shift.reshape(1, -1, 1, 1).to(x.dtype)
+        shift = self.shift.reshape(1, -1, 1, 1).to(x.dtype)
+        if torch.jit.is_scripting():  # which passes no modules
             return self.act(x + shift) - self.act.forward(shift.clone())
-        return shifted_activation(x, self.shift.reshape(1, -1, 1, 1).to(x.dtype), self.act)
+        return shifted_activation(x, shift, self.act)
