@@ -81,6 +81,21 @@ def test_interrupted_while_it_starts(delay: float, tmp_path: Path) -> None:
     assert before_any_line or (process.returncode, errors) == (130, "timm-bcos: stopped by SIGINT\n")
 
 
+def test_an_import_ends_before_a_signal_stops_the_command(tmp_path: Path) -> None:
+    """An exception in the midst of torch's imports aborts the process."""
+    (tmp_path / "foreign.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\nprint('imported')\n")
+    code = (
+        "import time\nfrom timm_bcos.cli.failures import exit_status\n"
+        "def command():\n    import foreign\n    time.sleep(60)\n    print('never')\n"
+        "raise SystemExit(exit_status(command))"
+    )
+    given: Any = {"env": {**os.environ, "PYTHONPATH": str(tmp_path)}, "capture_output": True, "text": True}
+    ended = subprocess.run([sys.executable, "-c", code], timeout=50, **given)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (143, "imported\n", "timm-bcos: stopped by SIGTERM\n")
+    at_once = subprocess.run([sys.executable, "-c", code.replace("    time.sleep(60)\n    print('never')\n", "")], **given)
+    assert (at_once.returncode, at_once.stdout, at_once.stderr) == (ended.returncode, ended.stdout, ended.stderr)
+
+
 def test_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("models", "*resnet20*") == 0
     header, row = capsys.readouterr().out.splitlines()

@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ __all__ = [
 
 TRACEBACK = "TIMM_BCOS_TRACEBACK"  # the environment variable that shows where an error came from
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+IMPORT_SYSTEM = "<frozen importlib._bootstrap>"  # the file of its frames
+IMPORT_PAUSE, IMPORT_CHECKS = 0.05, 400  # a signal waits so many seconds for an import to end, so many times
 NOISE = (
     (r"Glyph .* missing from", UserWarning),  # matplotlib, of class names; the terminal shows them
 )
@@ -54,6 +57,7 @@ def exit_status(command: Callable[[], object]) -> int:
     try:
         with _interruptible():
             status = _status_of(command)
+            stop_if_interrupted()
             sys.stdout.flush()
             return status
     except Interrupted as stop:
@@ -159,5 +163,22 @@ def _interruptible() -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Stop here, or soon: an exception in an import may reach C++ code of torch's, which then aborts the process."""
     _received.append(number)
-    raise Interrupted(number)
+    if not _imports(frame) or len(_received) > IMPORT_CHECKS:
+        raise Interrupted(number)
+    again = threading.Timer(IMPORT_PAUSE, _repeat, (number,))
+    again.daemon = True
+    again.start()
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a module is being imported there."""
+    while frame is not None and frame.f_code.co_filename != IMPORT_SYSTEM:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _repeat(number: int) -> None:
+    if signal.getsignal(number) is _interrupt:  # the command still runs
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
