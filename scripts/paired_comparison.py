@@ -21,27 +21,9 @@ from scipy.stats import binomtest
 
 from timm_bcos.data.datasets import LabelledImages, load_dataset
 from timm_bcos.files import atomic_path
+from timm_bcos.judging.intervals import bootstrap_interval
 from timm_bcos.judging.pointing_game import confidences
 from timm_bcos.models.loading import load_plain_model
-
-DRAWS = 10_000
-
-
-def bootstrap(values: np.ndarray, clusters: Sequence[str], draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
-    """A 95 % interval of the mean, from resampled clusters (percentiles).
-
-    Args:
-        values: (N,) one for each photo.
-        clusters: N names, of whom each photo is.
-        draws: Resamples.
-        seed: Of the draws.
-    """
-    names, places = np.unique(clusters, return_inverse=True)
-    sums, counts = np.bincount(places, values), np.bincount(places)
-    chosen = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
-    means = sums[chosen].sum(1) / counts[chosen].sum(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
@@ -101,7 +83,7 @@ def report(right: dict[str, list[np.ndarray]], clusters: Sequence[str], rows: in
     first, *others = right
     for name in others:
         gain = 100 * (means[name] - means[first])
-        low, high = bootstrap(gain, clusters)
+        low, high = bootstrap_interval(gain, clusters)
         tests = ", ".join(f"{mcnemar(b, a):.2g}" for a, b in zip(right[first], right[name], strict=False))
         seeds = " ".join(f"{100 * seed.mean():.1f}" for seed in right[name])
         lines += [

@@ -92,7 +92,9 @@ def test_an_import_ends_before_a_signal_stops_the_command(tmp_path: Path) -> Non
     given: Any = {"env": {**os.environ, "PYTHONPATH": str(tmp_path)}, "capture_output": True, "text": True}
     ended = subprocess.run([sys.executable, "-c", code], timeout=50, **given)
     assert (ended.returncode, ended.stdout, ended.stderr) == (143, "imported\n", "timm-bcos: stopped by SIGTERM\n")
-    at_once = subprocess.run([sys.executable, "-c", code.replace("    time.sleep(60)\n    print('never')\n", "")], **given)
+    at_once = subprocess.run(
+        [sys.executable, "-c", code.replace("    time.sleep(60)\n    print('never')\n", "")], **given
+    )
     assert (at_once.returncode, at_once.stdout, at_once.stderr) == (ended.returncode, ended.stdout, ended.stderr)
 
 

@@ -296,6 +296,15 @@ def test_the_command_resumes(
     raw = np.concatenate([values[2, 1, "bcos", k] for k in (0, 1)])
     (row,) = (row for row in rows if (row["method"], row["cells"], row["smooth"]) == ("bcos", "2", "1"))
     assert (row["values"], float(row["median"])) == ("8", pytest.approx(np.median(raw), abs=1e-4))
+    with (out / "gains.csv").open(newline="") as file:
+        gains = list(csv.DictReader(file))
+    assert [(gain["method"], gain["window"], gain["grids"]) for gain in gains] == [
+        ("ixg", "1", "2"),
+        ("ixg", "15", "2"),
+    ]
+    ahead = np.mean([np.subtract(values[2, 1, "bcos", k], values[2, 1, "ixg", k]) for k in (0, 1)])
+    assert float(gains[0]["mean"]) == pytest.approx(float(ahead))
+    assert "| ixg | 2×2 | 15×15 | 2 |" in (out / "summary.md").read_text()
     assert summarise(out, ["gradcam"]) == {}  # which has not been played
     assert command(*PLAY, "--data-dir", photos, *options, "--method", "bcos", "--seed", 1) == 2
     assert "holds results for seed=0, not 1" in capsys.readouterr().err

@@ -12,17 +12,6 @@ pytest.importorskip("scipy")
 script = load_script("paired_comparison")
 
 
-def test_intervals_know_of_clusters() -> None:
-    """Two people, all of whose photos are alike: the interval is all that two draws of two can give."""
-    values = np.array([1.0] * 30 + [0.0] * 10)
-    senders = ["a"] * 30 + ["b"] * 10
-    assert script.bootstrap(values, senders) == (0.0, 1.0)  # both draws are b in a quarter of the cases
-    low, high = script.bootstrap(values, [str(i) for i in range(40)])
-    expected = 1.96 * (0.75 * 0.25 / 40) ** 0.5
-    assert low == pytest.approx(0.75 - expected, abs=0.03) and high == pytest.approx(0.75 + expected, abs=0.03)
-    assert script.bootstrap(np.full(9, 0.5), ["a", "b", "c"] * 3) == (0.5, 0.5)
-
-
 def test_mcnemar_by_hand() -> None:
     """One network alone is right 1 time, the other 5 times: p = 2 · (1 + 6) / 2⁶."""
     first = np.array([True] * 10 + [True] + [False] * 5)

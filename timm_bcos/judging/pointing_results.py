@@ -1,7 +1,7 @@
 """The pointing game played into a folder, from which an interrupted run resumes.
 
 `confidences.csv` has what the model says of each image and `values.csv` every value, both appended to as they come;
-`summary.csv`, `summary.md` and `boxes.png` sum them up.
+`summary.csv`, `gains.csv`, `summary.md` and `boxes.png` sum them up.
 """
 
 import csv
@@ -20,6 +20,7 @@ from ..errors import InputError, MethodError
 from ..explaining.figures import save_figure
 from ..files import atomic_path
 from .disconnected import Disconnected, Disconnection
+from .gains import Gain, gains_table, paired_gains
 from .pointing_game import Confidence, Grid, compose, confidences, grid_shares
 from .results import append_rows, drop_torn_line, read_rows
 
@@ -28,6 +29,7 @@ __all__ = ["play", "play_all", "read_confidences", "read_values", "summarise", "
 FIELDS = {"n": int, "smooth": int, "method": str, "grid": int, "cell": int, "class": int, "image": int, "value": float}
 CONFIDENCES: dict[str, Callable[[str], Any]] = dict(index=int, label=int, predicted=int, confidence=float)
 SUMMARY = ("method", "cells", "smooth", "values", "median", "q25", "q75")
+GAINS = [field.name for field in dataclasses.fields(Gain)]
 
 Key = tuple[int, int, str, int]  # cells per side, smoothing window, method, grid
 Panel = tuple[int, int]  # cells per side, smoothing window
@@ -147,7 +149,7 @@ def summarise(folder: Path, methods: Iterable[str]) -> Panels:
     return {panel: values for panel, values in asked.items() if values}
 
 
-def write_summary(folder: Path, methods: Iterable[str]) -> None:
+def write_summary(folder: Path, methods: Sequence[str]) -> None:
     """Write what has been played so far as tables and box plots.
 
     Raises:
@@ -156,11 +158,17 @@ def write_summary(folder: Path, methods: Iterable[str]) -> None:
     panels = summarise(folder, methods)
     if not panels:
         raise InputError("no method suits this model")
+    gains = paired_gains(read_values(folder), methods)
     with atomic_path(folder / "summary.md") as path:
-        path.write_text(_table(panels))
-    with atomic_path(folder / "summary.csv") as path, path.open("w", newline="") as file:
-        csv.writer(file).writerows([SUMMARY, *_rows(panels)])
+        path.write_text(_table(panels) + ("\n" + gains_table(gains) if gains else ""))
+    _write(folder / "summary.csv", SUMMARY, _rows(panels))
+    _write(folder / "gains.csv", GAINS, map(dataclasses.astuple, gains))
     _box_plots(panels, folder / "boxes.png")
+
+
+def _write(path: Path, titles: Sequence[str], rows: Iterable[tuple[object, ...]]) -> None:
+    with atomic_path(path) as unfinished, unfinished.open("w", newline="") as file:
+        csv.writer(file).writerows([titles, *rows])
 
 
 def _quartiles(values: np.ndarray) -> tuple[float, float, float]:

@@ -47,7 +47,8 @@ def pointing_game(
 ) -> None:
     """Play the grid pointing game: how much of a class's attribution lies in the cell of its image?
 
-    Writes values.csv, summary.csv, summary.md and boxes.png. Without --method, all that suit the network.
+    Writes values.csv, summary.csv, gains.csv (paired differences to the other methods), summary.md and boxes.png.
+    Without --method, all that suit the network.
     """
     from ...attribution.registry import check_methods
     from ...judging.pointing_game import sample_grids
