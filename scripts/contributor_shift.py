@@ -1,0 +1,203 @@
+"""What a network sees in the photos of each contributor, and what misleads it: their floor, or the clothes?
+
+    python scripts/contributor_shift.py data/clothing/test.tar contributors.csv shift \
+        before=bcos_efficientnet_lite0.clothing after=runs/clothes/taught-0/last.pth.tar
+
+Contributions of pixels sum up to the logits, so that one may count those of a photo's margin, which is floor, wall or
+bed in most photos: how much of what speaks for the right class lies there, and how much of what speaks for a wrong
+class against the right one. Beside it stands what the network says of the floor alone (the corners, mirrored to a whole
+image), and of the same photos framed otherwise. Writes photos.csv, a row per photo and network, and contributors.csv.
+"""
+
+import argparse
+import csv
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from paired_comparison import contributors
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from timm_bcos import contrast, explain
+from timm_bcos.cli.failures import exit_status
+from timm_bcos.data.datasets import LabelledImages, load_dataset
+from timm_bcos.files import atomic_path
+from timm_bcos.judging.intervals import bootstrap_interval
+from timm_bcos.models.loading import load_model
+
+MARGIN, CORNER, SMALL = 1 / 8, 1 / 4, 0.8  # of a photo's side: margin, corners taken for floor, the photo made smaller
+Frame = Callable[[Image.Image], Tensor]
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a network sees in a photo.
+
+    Attributes:
+        network: Its name.
+        photo: The file.
+        contributor: Who has sent it.
+        label: The class.
+        cropped: What the network says of the photo as it crops photos itself.
+        whole: What it says of it with all of its margin.
+        small: What it says of it at 0.8 of its size, with the outermost pixels around it.
+        floor: What it says of the corners alone.
+        margin: Share of the margin in what speaks for the label (0 to 1; photo with all of its margin).
+        against: What speaks for the class that it says against the label: the difference of the logits.
+        against_margin: The margin's part of it, a sum of signed contributions.
+    """
+
+    network: str
+    photo: str
+    contributor: str
+    label: int
+    cropped: int
+    whole: int
+    small: int
+    floor: int
+    margin: float
+    against: float
+    against_margin: float
+
+
+def frames(model: nn.Module) -> dict[str, Frame]:
+    """From a photo to the image (C, H, W) in [0, 1], in each framing."""
+    config = timm.data.resolve_model_data_config(model) | dict(mean=(0.0,) * 3, std=(1.0,) * 3, is_training=False)
+    cropped: Frame = timm.data.create_transform(**config)
+    whole: Frame = timm.data.create_transform(**config | dict(crop_pct=1.0))
+    return {
+        "cropped": cropped,
+        "whole": whole,
+        "small": lambda photo: smaller(whole(photo)),
+        "floor": lambda photo: floor(whole(photo)),
+    }
+
+
+def smaller(image: Tensor) -> Tensor:
+    """An image (C, H, W) at 0.8 of its size, its outermost pixels repeated around it."""
+    side = image.shape[-1]
+    inner = round(SMALL * side)
+    before = (side - inner) // 2
+    after = side - inner - before
+    shrunk = F.interpolate(image[None], size=(inner, inner), mode="bilinear", antialias=True)
+    return F.pad(shrunk, (before, after, before, after), mode="replicate")[0]
+
+
+def floor(image: Tensor) -> Tensor:
+    """The four corners of an image (C, S, S), mirrored until they fill as large a one."""
+    size = round(CORNER * image.shape[-1])
+    corners = [image[:, rows, columns] for rows in _ends(size) for columns in _ends(size)]
+    middle = torch.cat([torch.cat(corners[:2], 2), torch.cat(corners[2:], 2)], 1)
+    wide = torch.cat([middle, middle.flip(2)], 2)
+    return torch.cat([wide, wide.flip(1)], 1)
+
+
+def _ends(size: int) -> tuple[slice, slice]:
+    return slice(None, size), slice(-size, None)
+
+
+def in_margin(maps: Tensor) -> Tensor:
+    """The sum (N,) of maps (N, H, W) within an eighth of the side from an edge."""
+    edge = round(MARGIN * maps.shape[-1])
+    return maps.sum((1, 2)) - maps[:, edge:-edge, edge:-edge].sum((1, 2))
+
+
+def looks(
+    name: str, model: nn.Module, dataset: LabelledImages, files: Sequence[str], people: Sequence[str]
+) -> Iterator[Sight]:
+    """A network's sight of each photo."""
+    views = frames(model)
+    for i in tqdm(range(len(dataset)), name, disable=None):
+        photo, label = dataset[i]
+        images = {frame: view(photo.convert("RGB"))[None] for frame, view in views.items()}
+        with torch.no_grad():
+            said = {frame: int(model(image).argmax()) for frame, image in images.items()}
+        speaks = explain(model, images["whole"], int(label)).contribution_map.clamp(min=0)
+        share = float(in_margin(speaks) / speaks.sum())
+        against = torch.zeros_like(speaks)
+        if said["whole"] != label:
+            against = contrast(model, images["whole"], said["whole"], int(label)).contribution_map
+        parts = float(against.sum()), float(in_margin(against))
+        yield Sight(
+            name, files[i], people[i], int(label), **said, margin=share, against=parts[0], against_margin=parts[1]
+        )
+
+
+def summary(sights: Sequence[Sight]) -> Iterator[dict[str, object]]:
+    """A row for each network and contributor, and for all: accuracies in percent, shares with 95 % intervals."""
+    for network in dict.fromkeys(sight.network for sight in sights):
+        own = [sight for sight in sights if sight.network == network]
+        people = sorted({sight.contributor for sight in own}, key=lambda p: -sum(s.contributor == p for s in own))
+        for person in [*people, "all"]:
+            yield {"network": network, "contributor": person} | _row(
+                [s for s in own if person in (s.contributor, "all")]
+            )
+
+
+def _row(sights: Sequence[Sight]) -> dict[str, object]:
+    right = {
+        frame: f"{100 * np.mean([getattr(s, frame) == s.label for s in sights]):.1f}"
+        for frame in ("cropped", "whole", "small", "floor")
+    }
+    low, high = bootstrap_interval(np.array([s.margin for s in sights]))
+    wrong = [s for s in sights if s.whole != s.label]
+    blamed = sum(s.against_margin for s in wrong) / sum(s.against for s in wrong) if wrong else None
+    return {
+        "photos": len(sights),
+        **right,
+        "margin": f"{np.mean([s.margin for s in sights]):.2f}",
+        "margin_low": f"{low:.2f}",
+        "margin_high": f"{high:.2f}",
+        "wrong": len(wrong),
+        "against_margin": "" if blamed is None else f"{blamed:.2f}",
+    }
+
+
+def write(path: Path, titles: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A CSV file."""
+    with atomic_path(path) as unfinished, unfinished.open("w", newline="") as file:
+        csv.writer(file).writerows([titles, *rows])
+
+
+def network(choice: str) -> nn.Module:
+    """The B-cos network that a checkpoint of train.py holds, or timm knows by its name."""
+    model = load_model(checkpoint=Path(choice)) if Path(choice).exists() else load_model(choice)
+    return model.eval()
+
+
+def run(args: argparse.Namespace) -> None:
+    found: list[Sight] = []
+    for one in args.networks:
+        name, choice = one.split("=", 1)
+        model = network(choice)
+        dataset = load_dataset(args.data, args.num_classes, split=args.split, class_map=args.class_map)
+        files = [dataset.filename(i) for i in range(len(dataset))]  # type: ignore[attr-defined]
+        found += looks(name, model, dataset, files, contributors(args.contributors, files))
+    args.out.mkdir(parents=True, exist_ok=True)
+    write(args.out / "photos.csv", [field.name for field in fields(Sight)], map(astuple, found))
+    rows = list(summary(found))
+    write(args.out / "contributors.csv", list(rows[0]), [list(row.values()) for row in rows])
+    print((args.out / "contributors.csv").read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", help="labelled photos, as --data-dir takes them")
+    parser.add_argument("contributors", type=Path, help="CSV file with the columns file and contributor")
+    parser.add_argument("out", type=Path, help="folder for the tables")
+    parser.add_argument("networks", nargs="+", help="NAME=CHECKPOINT of train.py, or NAME=MODEL with published weights")
+    parser.add_argument("--num-classes", type=int, default=10)
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--class-map", default="")
+    raise SystemExit(exit_status(partial(run, parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()
