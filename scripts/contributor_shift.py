@@ -6,15 +6,17 @@
 Contributions of pixels sum up to the logits, so that one may count those of a photo's margin, which is floor, wall or
 bed in most photos: how much of what speaks for the right class lies there, and how much of what speaks for a wrong
 class against the right one. Beside it stands what the network says of the floor alone (the corners, mirrored to a whole
-image), and of the same photos framed otherwise. Writes photos.csv, a row per photo and network, and contributors.csv.
+image), and of the same photos framed otherwise. Writes photos.csv, a row per photo and network, contributors.csv, and
+turned.png: photos that the first network misreads and the last does not.
 """
 
 import argparse
 import csv
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import timm
@@ -28,11 +30,18 @@ from tqdm import tqdm
 from timm_bcos import contrast, explain
 from timm_bcos.cli.failures import exit_status
 from timm_bcos.data.datasets import LabelledImages, load_dataset
+from timm_bcos.explaining.figures import Bars, Row, draw_rows, save_figure
+from timm_bcos.explaining.pictures import overlay
 from timm_bcos.files import atomic_path
 from timm_bcos.judging.intervals import bootstrap_interval
+from timm_bcos.models.classes import class_names
 from timm_bcos.models.loading import load_model
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 MARGIN, CORNER, SMALL = 1 / 8, 1 / 4, 0.8  # of a photo's side: margin, corners taken for floor, the photo made smaller
+SMOOTH = 9  # window in pixels, of the maps that are drawn
 Frame = Callable[[Image.Image], Tensor]
 
 
@@ -136,12 +145,11 @@ def summary(sights: Sequence[Sight]) -> Iterator[dict[str, object]]:
         own = [sight for sight in sights if sight.network == network]
         people = sorted({sight.contributor for sight in own}, key=lambda p: -sum(s.contributor == p for s in own))
         for person in [*people, "all"]:
-            yield {"network": network, "contributor": person} | _row(
-                [s for s in own if person in (s.contributor, "all")]
-            )
+            theirs = [sight for sight in own if person in (sight.contributor, "all")]
+            yield {"network": network, "contributor": person} | _counts(theirs)
 
 
-def _row(sights: Sequence[Sight]) -> dict[str, object]:
+def _counts(sights: Sequence[Sight]) -> dict[str, object]:
     right = {
         frame: f"{100 * np.mean([getattr(s, frame) == s.label for s in sights]):.1f}"
         for frame in ("cropped", "whole", "small", "floor")
@@ -160,6 +168,48 @@ def _row(sights: Sequence[Sight]) -> dict[str, object]:
     }
 
 
+def turned(sights: Sequence[Sight], count: int) -> list[Sight]:
+    """Photos that the first network misreads and the last does not: a contributor's clearest error each, then the next.
+
+    Args:
+        sights: Of all networks.
+        count: At most.
+    """
+    first, last = sights[0].network, sights[-1].network
+    right = {sight.photo for sight in sights if sight.network == last and sight.whole == sight.label}
+    found = [s for s in sights if s.network == first and s.whole != s.label and s.photo in right]
+    ranked = sorted(found, key=lambda sight: -sight.against)
+    turn = {s.photo: sum(o.contributor == s.contributor for o in ranked[:i]) for i, s in enumerate(ranked)}
+    return sorted(ranked, key=lambda sight: turn[sight.photo])[:count]
+
+
+def draw(models: Mapping[str, nn.Module], photos: Mapping[str, Image.Image], chosen: Sequence[Sight]) -> "Figure":
+    """Photos, and by each network what speaks for the class that the first one says (red) against the label (blue).
+
+    Args:
+        models: By name.
+        photos: By file.
+        chosen: A row each.
+    """
+    return draw_rows([_row_of(models, photos[sight.photo], sight) for sight in chosen])
+
+
+def _row_of(models: Mapping[str, nn.Module], photo: Image.Image, sight: Sight) -> Row:
+    names = class_names(next(iter(models.values())))
+    said, meant = names[sight.whole], names[sight.label]
+    pictures, bars = [], {}
+    for name, model in models.items():
+        image = frames(model)["whole"](photo.convert("RGB"))[None]
+        pictures = pictures or [(f"{meant}, contributor {sight.contributor}", image[0].movedim(0, -1))]
+        difference = contrast(model, image, sight.whole, sight.label)
+        smooth = F.avg_pool2d(difference.contribution_map[:, None], SMOOTH, 1, SMOOTH // 2, count_include_pad=False)
+        pictures.append((f"{name}: {said} − {meant}, {float(difference.logit):+.1f}", overlay(image, smooth[:, 0])[0]))
+        with torch.no_grad():
+            probabilities = model(image)[0].sigmoid().tolist()
+        bars |= {f"{name}: {names[c]}": probabilities[c] for c in (sight.whole, sight.label)}
+    return Row(pictures, Bars("probabilities", list(bars), list(bars.values()), limit=1))
+
+
 def write(path: Path, titles: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A CSV file."""
     with atomic_path(path) as unfinished, unfinished.open("w", newline="") as file:
@@ -173,17 +223,19 @@ def network(choice: str) -> nn.Module:
 
 
 def run(args: argparse.Namespace) -> None:
-    found: list[Sight] = []
-    for one in args.networks:
-        name, choice = one.split("=", 1)
-        model = network(choice)
-        dataset = load_dataset(args.data, args.num_classes, split=args.split, class_map=args.class_map)
-        files = [dataset.filename(i) for i in range(len(dataset))]  # type: ignore[attr-defined]
-        found += looks(name, model, dataset, files, contributors(args.contributors, files))
+    models = {name: network(choice) for name, choice in (one.split("=", 1) for one in args.networks)}
+    dataset: Any = load_dataset(args.data, args.num_classes, split=args.split, class_map=args.class_map)
+    files = [dataset.filename(i) for i in range(len(dataset))]
+    people = contributors(args.contributors, files)
+    found = [sight for name, model in models.items() for sight in looks(name, model, dataset, files, people)]
     args.out.mkdir(parents=True, exist_ok=True)
     write(args.out / "photos.csv", [field.name for field in fields(Sight)], map(astuple, found))
     rows = list(summary(found))
     write(args.out / "contributors.csv", list(rows[0]), [list(row.values()) for row in rows])
+    chosen = turned(found, args.show)
+    if chosen:
+        photos = {sight.photo: dataset[files.index(sight.photo)][0] for sight in chosen}
+        save_figure(draw(models, photos, chosen), args.out / "turned.png")
     print((args.out / "contributors.csv").read_text())
 
 
@@ -194,6 +246,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for the tables")
     parser.add_argument("networks", nargs="+", help="NAME=CHECKPOINT of train.py, or NAME=MODEL with published weights")
     parser.add_argument("--num-classes", type=int, default=10)
+    parser.add_argument("--show", type=int, default=4, help="photos in the picture, at most")
     parser.add_argument("--split", default="test")
     parser.add_argument("--class-map", default="")
     raise SystemExit(exit_status(partial(run, parser.parse_args())))

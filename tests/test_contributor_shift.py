@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PHOTOS, load_script, script_status
+from PIL import Image
 
 pytest.importorskip("scipy")
 script = load_script("contributor_shift")
@@ -53,6 +54,18 @@ def test_the_summary_by_hand() -> None:
     assert (rows[0]["wrong"], rows[0]["against_margin"], rows[1]["against_margin"]) == (1, "0.20", "")
 
 
+def test_shows_a_clear_error_of_each_contributor_first() -> None:
+    def sight(network: str, photo: str, person: str, whole: int, against: float = 0.0) -> object:
+        return script.Sight(network, photo, person, 1, whole, whole, whole, 0, 0.2, against, 0.0)
+
+    before = [
+        sight("before", *x) for x in [("a", "1", 0, 1.0), ("b", "1", 0, 3.0), ("c", "1", 0, 2.0), ("d", "2", 2, 0.5)]
+    ]
+    before += [sight("before", "e", "3", 0, 9.0), sight("before", "f", "3", 1)]
+    after = [sight("after", photo, "1", 1) for photo in "abcdf"] + [sight("after", "e", "3", 0, 1.0)]
+    assert [s.photo for s in script.turned([*before, *after], 3)] == ["b", "d", "c"]  # e is still wrong
+
+
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pants labelled as a hat are wrong, and what speaks against the hat sums up to the difference of the logits."""
     names = ["dress", "hat", "longsleeve", "outwear", "pants", "shirt", "shoes", "shorts", "skirt", "t-shirt"]
@@ -63,14 +76,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(PHOTOS / "clothes" / "pants.jpg", tmp_path / "test" / "hat" / "h.jpg")
     (tmp_path / "people.csv").write_text("file,contributor\nshoes/s.jpg,1\nhat/h.jpg,2\n")
     out = tmp_path / "out"
-    given = (
-        tmp_path,
-        tmp_path / "people.csv",
-        out,
-        "own=bcos_efficientnet_lite0.clothing",
-        "--class-map",
-        tmp_path / "classes.txt",
-    )
+    own = "own=bcos_efficientnet_lite0.clothing"
+    given = (tmp_path, tmp_path / "people.csv", out, own, "--class-map", tmp_path / "classes.txt")
     assert script_status(monkeypatch, script, *given) == 0
     with (out / "photos.csv").open(newline="") as file:
         hat, shoes = csv.DictReader(file)
@@ -79,3 +86,14 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (out / "contributors.csv").open(newline="") as file:
         assert [row["contributor"] for row in csv.DictReader(file)] == ["2", "1", "all"]
     assert script_status(monkeypatch, script, *given[:3], "own=no_such_network") == 2
+
+
+def test_the_picture() -> None:
+    model = script.network("bcos_efficientnet_lite0.clothing")
+    photo = Image.open(PHOTOS / "clothes" / "shoes.jpg")
+    chosen = [script.Sight("before", "s.jpg", "9", 6, 1, 1, 1, 1, 0.2, 3.0, 0.5)]
+    figure = script.draw(dict(before=model, after=model), {"s.jpg": photo}, chosen)
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles[0] == "shoes, contributor 9" and titles[1] == titles[2].replace("after", "before")
+    said, meant, *_ = (bar.get_width() for bar in figure.axes[-1].patches)
+    assert titles[1].startswith("before: hat − shoes, -") and said < meant
