@@ -13,6 +13,7 @@ import argparse
 import csv
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,76 @@ def write_photos(path: Path, names: Sequence[str], clusters: Sequence[str], righ
             writer.writerow([*photo, *(int(values[i]) for values in columns.values())])
 
 
-def report(right: dict[str, list[np.ndarray]], clusters: Sequence[str], rows: int = 10) -> str:
-    """Tables of accuracies and differences, in percent.
+@dataclass(frozen=True)
+class Comparison:
+    """A network's accuracy, and how far it is from the first network's on the same photos.
+
+    Attributes:
+        network: Its name.
+        seeds: Number of trainings.
+        photos: Number of them.
+        top1: Mean over the seeds, in percent.
+        by_seed: Each seed's, in percent.
+        gain: Over the first network, in points; None for itself.
+        low: Lower end of the gain's 95 % interval, from a bootstrap over clusters.
+        high: Its upper end.
+        photos_low: Lower end from a bootstrap over photos, which are taken for independent draws.
+        photos_high: Its upper end.
+        mcnemar: P-values of McNemar's test, by pairs of seeds.
+    """
+
+    network: str
+    seeds: int
+    photos: int
+    top1: float
+    by_seed: str
+    gain: float | None = None
+    low: float | None = None
+    high: float | None = None
+    photos_low: float | None = None
+    photos_high: float | None = None
+    mcnemar: str = ""
+
+
+def compare(right: dict[str, list[np.ndarray]], clusters: Sequence[str]) -> list[Comparison]:
+    """Each network with the first one.
 
     Args:
         right: By name, for each seed (N,) whether the network is right.
         clusters: N names, of whose photos each is one.
+    """
+    means = {name: 100 * np.mean(seeds, 0) for name, seeds in right.items()}
+    first = next(iter(right))
+    found = []
+    for name, seeds in right.items():
+        by_seed = " ".join(f"{100 * seed.mean():.1f}" for seed in seeds)
+        own = (name, len(seeds), len(clusters), float(means[name].mean()), by_seed)
+        if name == first:
+            found.append(Comparison(*own))
+            continue
+        gain = means[name] - means[first]
+        tests = " ".join(f"{mcnemar(b, a):.2g}" for a, b in zip(right[first], seeds, strict=False))
+        intervals = (*bootstrap_interval(gain, clusters), *bootstrap_interval(gain))
+        found.append(Comparison(*own, float(gain.mean()), *intervals, tests))
+    return found
+
+
+def write_table(path: Path, comparisons: Sequence[Comparison]) -> None:
+    """A CSV file with a line for each network; percentages and points have one decimal place."""
+    with atomic_path(path) as unfinished, unfinished.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([field.name for field in fields(Comparison)])
+        for one in comparisons:
+            values = asdict(one) | dict(top1=f"{one.top1:.1f}")
+            writer.writerow([f"{value:+.1f}" if isinstance(value, float) else value for value in values.values()])
+
+
+def report(right: dict[str, list[np.ndarray]], clusters: Sequence[str], rows: int = 10) -> str:
+    """Tables of accuracies and differences, in percent.
+
+    Args:
+        right: As in `compare`.
+        clusters: As there.
         rows: The largest clusters, which are listed.
     """
     means = {name: np.mean(seeds, 0) for name, seeds in right.items()}
@@ -80,16 +145,13 @@ def report(right: dict[str, list[np.ndarray]], clusters: Sequence[str], rows: in
         own = np.array([cluster == group or group == "all" for cluster in clusters])
         cells = " | ".join(f"{100 * mean[own].mean():.1f}" for mean in means.values())
         lines.append(f"| {group} | {own.sum()} | {cells} |")
-    first, *others = right
-    for name in others:
-        gain = 100 * (means[name] - means[first])
-        low, high = bootstrap_interval(gain, clusters)
-        tests = ", ".join(f"{mcnemar(b, a):.2g}" for a, b in zip(right[first], right[name], strict=False))
-        seeds = " ".join(f"{100 * seed.mean():.1f}" for seed in right[name])
+    first, *others = compare(right, clusters)
+    for one in others:
         lines += [
             "",
-            f"{name} (seeds {seeds}) − {first}: {gain.mean():+.1f} points, 95 % interval over {len(set(clusters))} "
-            f"clusters {low:+.1f} to {high:+.1f}; McNemar's p by pairs of seeds: {tests}",
+            f"{one.network} (seeds {one.by_seed}) − {first.network}: {one.gain:+.1f} points, 95 % interval over "
+            f"{len(set(clusters))} clusters {one.low:+.1f} to {one.high:+.1f}, over photos {one.photos_low:+.1f} to "
+            f"{one.photos_high:+.1f}; McNemar's p by pairs of seeds: {one.mcnemar}",
         ]
     return "\n".join(lines)
 
@@ -106,6 +168,7 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--class-map", default="")
     parser.add_argument("--photos", type=Path, metavar="FILE", help="CSV file to write: who is right on which photo")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="CSV file to write: accuracies and differences")
     args = parser.parse_args()
     dataset: Any = load_dataset(args.data, args.num_classes, split=args.split, class_map=args.class_map)
     names = [dataset.filename(i) for i in range(len(dataset))]
@@ -116,6 +179,8 @@ def main() -> None:
         right.setdefault(name, []).append(correct(Path(checkpoint), dataset))
     if args.photos:
         write_photos(args.photos, names, clusters, right)
+    if args.table:
+        write_table(args.table, compare(right, clusters))
     print(report(right, clusters))
 
 

@@ -1,5 +1,6 @@
 """Paired comparisons of accuracies, on cases worked by hand."""
 
+import csv
 import io
 import tarfile
 from pathlib import Path
@@ -37,6 +38,21 @@ def test_writes_who_is_right_on_which_photo(tmp_path: Path) -> None:
     assert (tmp_path / "right.csv").read_text().splitlines() == [
         "photo,cluster,plain-0,plain-1,bcos-0", "a/1.jpg,x,1,1,0", "a/2.jpg,y,0,1,1",
     ]  # fmt: skip
+
+
+def test_the_table(tmp_path: Path) -> None:
+    """Two of four photos gained in one cluster, one lost in the other."""
+    right = dict(
+        plain=[np.array([False, False, True, True, True, True])],
+        bcos=[np.array([True, True, True, True, False, True]), np.array([True, True, True, True, False, True])],
+    )
+    script.write_table(tmp_path / "table.csv", script.compare(right, ["x"] * 4 + ["y"] * 2))
+    with (tmp_path / "table.csv").open(newline="") as file:
+        plain, bcos = csv.DictReader(file)
+    assert (plain["network"], plain["top1"], plain["gain"], plain["mcnemar"]) == ("plain", "66.7", "", "")
+    assert (bcos["seeds"], bcos["top1"], bcos["by_seed"], bcos["gain"]) == ("2", "83.3", "83.3 83.3", "+16.7")
+    assert (bcos["low"], bcos["high"], bcos["mcnemar"]) == ("-50.0", "+50.0", "1")
+    assert float(bcos["photos_low"]) < 0 < float(bcos["photos_high"])
 
 
 def test_a_series_is_what_a_name_says_without_its_number() -> None:
