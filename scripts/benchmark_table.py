@@ -17,7 +17,7 @@ from typing import Any
 from benchmark import ratios
 from markdown_blocks import DOCS
 
-from timm_bcos.files import atomic_path
+from timm_bcos.files import write_csv
 
 FIELDS = (
     "network", "batch", "side", "mode", "what", "implementation", "milliseconds", "relative_time", "q25", "q75",
@@ -67,8 +67,7 @@ def main() -> None:
     table = DOCS / "results" / "speed.csv"
     with table.open(newline="") as file:
         _, *old = csv.reader(file)
-    with atomic_path(table) as path, path.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([FIELDS, *merged(old, new)])
+    write_csv(table, FIELDS, merged(old, new))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from contributor_shift import network, write
+from contributor_shift import network
 from scipy.stats import binomtest
 from torch import nn
 
@@ -24,6 +24,7 @@ from timm_bcos import encode_image, explain
 from timm_bcos.cli.failures import exit_status
 from timm_bcos.data.datasets import LabelledImages, image_batches, load_dataset
 from timm_bcos.explaining.figures import save_figure
+from timm_bcos.files import write_csv
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     for choice in args.networks:
         points.append(measure(choice, network(choice), dataset))
         args.out.mkdir(parents=True, exist_ok=True)
-        write(args.out / "exponents.csv", [field.name for field in fields(Point)], map(astuple, points))
+        write_csv(args.out / "exponents.csv", [field.name for field in fields(Point)], map(astuple, points))
         save_figure(figure(points), args.out / "exponents.png")
     print((args.out / "exponents.csv").read_text())
 

@@ -11,8 +11,7 @@ turned.png: photos that the first network misreads and the last does not.
 """
 
 import argparse
-import csv
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ from timm_bcos.cli.failures import exit_status
 from timm_bcos.data.datasets import LabelledImages, load_dataset
 from timm_bcos.explaining.figures import Bars, Row, draw_rows, save_figure
 from timm_bcos.explaining.pictures import overlay
-from timm_bcos.files import atomic_path
+from timm_bcos.files import write_csv
 from timm_bcos.judging.intervals import bootstrap_interval
 from timm_bcos.models.classes import class_names
 from timm_bcos.models.loading import load_model
@@ -210,12 +209,6 @@ def _row_of(models: Mapping[str, nn.Module], photo: Image.Image, sight: Sight) -
     return Row(pictures, Bars("probabilities", list(bars), list(bars.values()), limit=1))
 
 
-def write(path: Path, titles: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A CSV file."""
-    with atomic_path(path) as unfinished, unfinished.open("w", newline="") as file:
-        csv.writer(file).writerows([titles, *rows])
-
-
 def network(choice: str) -> nn.Module:
     """The B-cos network that a checkpoint of train.py holds, or timm knows by its name."""
     model = load_model(checkpoint=Path(choice)) if Path(choice).exists() else load_model(choice)
@@ -229,9 +222,9 @@ def run(args: argparse.Namespace) -> None:
     people = contributors(args.contributors, files)
     found = [sight for name, model in models.items() for sight in looks(name, model, dataset, files, people)]
     args.out.mkdir(parents=True, exist_ok=True)
-    write(args.out / "photos.csv", [field.name for field in fields(Sight)], map(astuple, found))
+    write_csv(args.out / "photos.csv", [field.name for field in fields(Sight)], map(astuple, found))
     rows = list(summary(found))
-    write(args.out / "contributors.csv", list(rows[0]), [list(row.values()) for row in rows])
+    write_csv(args.out / "contributors.csv", list(rows[0]), [list(row.values()) for row in rows])
     chosen = turned(found, args.show)
     if chosen:
         photos = {sight.photo: dataset[files.index(sight.photo)][0] for sight in chosen}

@@ -21,7 +21,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from timm_bcos.data.datasets import LabelledImages, load_dataset
-from timm_bcos.files import atomic_path
+from timm_bcos.files import write_csv
 from timm_bcos.judging.intervals import bootstrap_interval
 from timm_bcos.judging.pointing_game import confidences
 from timm_bcos.models.loading import load_plain_model
@@ -59,11 +59,9 @@ def correct(checkpoint: Path, dataset: LabelledImages) -> np.ndarray:
 def write_photos(path: Path, names: Sequence[str], clusters: Sequence[str], right: dict[str, list[np.ndarray]]) -> None:
     """A CSV file with a line for each photo: 1 for each network that is right, else 0."""
     columns = {f"{name}-{seed}": values for name, seeds in right.items() for seed, values in enumerate(seeds)}
-    with atomic_path(path) as unfinished, unfinished.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["photo", "cluster", *columns])
-        for i, photo in enumerate(zip(names, clusters, strict=True)):
-            writer.writerow([*photo, *(int(values[i]) for values in columns.values())])
+    photos = enumerate(zip(names, clusters, strict=True))
+    rows = ([*photo, *(int(values[i]) for values in columns.values())] for i, photo in photos)
+    write_csv(path, ["photo", "cluster", *columns], rows)
 
 
 @dataclass(frozen=True)
@@ -122,12 +120,9 @@ def compare(right: dict[str, list[np.ndarray]], clusters: Sequence[str]) -> list
 
 def write_table(path: Path, comparisons: Sequence[Comparison]) -> None:
     """A CSV file with a line for each network; percentages and points have one decimal place."""
-    with atomic_path(path) as unfinished, unfinished.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([field.name for field in fields(Comparison)])
-        for one in comparisons:
-            values = asdict(one) | dict(top1=f"{one.top1:.1f}")
-            writer.writerow([f"{value:+.1f}" if isinstance(value, float) else value for value in values.values()])
+    found = [asdict(one) | dict(top1=f"{one.top1:.1f}") for one in comparisons]
+    rows = ([f"{value:+.1f}" if isinstance(value, float) else value for value in row.values()] for row in found)
+    write_csv(path, [field.name for field in fields(Comparison)], rows)
 
 
 def report(right: dict[str, list[np.ndarray]], clusters: Sequence[str], rows: int = 10) -> str:

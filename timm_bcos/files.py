@@ -1,15 +1,16 @@
 """Outputs appear whole or not at all, and know themselves again."""
 
+import csv
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from .errors import InputError
 
-__all__ = ["AUTHOR", "atomic_path", "first_line", "sha256"]
+__all__ = ["AUTHOR", "atomic_path", "first_line", "sha256", "write_csv"]
 
 AUTHOR = "timm_bcos"  # what our pictures and films name as the software that made them
 
@@ -33,6 +34,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         if not temporary.is_file():  # some writers add a suffix where there is none
             raise InputError(f"nothing was written to {final}: give it a suffix that says the format, as in .png")
         temporary.replace(final)
+
+
+def write_csv(path: str | os.PathLike[str], header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table with a line of titles."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

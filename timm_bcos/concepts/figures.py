@@ -1,6 +1,5 @@
 """Pictures and tables of concepts: a photo's account, and each concept's share in each class."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from ..data.datasets import LabelledImages, image_batches
 from ..explaining.explanation import unit_name
 from ..explaining.figures import Bars, Row, draw_rows
 from ..explaining.pictures import on_white
-from ..files import atomic_path
+from ..files import write_csv
 from .accounts import Account, explain_concepts
 from .dictionary import Concepts
 
@@ -89,7 +88,5 @@ def class_shares(
 def save_shares(shares: Tensor, class_names: Sequence[str], path: Path) -> None:
     """Write `class_shares` as CSV, a row per concept and a column per class."""
     names = [*range(shares.shape[1] - 2), "no concept", "bias, other paths"]
-    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["concept", *class_names])
-        writer.writerows([name, *(f"{value:.4f}" for value in row)] for name, row in zip(names, shares.T, strict=True))
+    rows = ([name, *(f"{value:.4f}" for value in row)] for name, row in zip(names, shares.T, strict=True))
+    write_csv(path, ["concept", *class_names], rows)

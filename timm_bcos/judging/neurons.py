@@ -3,7 +3,6 @@
 Figures A5, A6 and B4 of the supplement of arXiv 2205.10268.
 """
 
-import csv
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from ..errors import InputError, TargetError
 from ..explaining.explanation import Explanation
 from ..explaining.forward import explain
 from ..explaining.pictures import on_white
-from ..files import atomic_path
+from ..files import write_csv
 from ..nn.channels import channel_axis
 from ..nn.modules import first_output, hooked
 
@@ -288,11 +287,9 @@ def save_units(strongest: Strongest, class_names: Sequence[str], path: Path) -> 
         path: Of the file.
     """
     entropy = label_entropy(strongest.labels, len(class_names)).tolist()
-    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["unit", "strongest", "images", "entropy", "most_frequent", "share"])
-        for unit, (values, labels) in enumerate(zip(strongest.values, strongest.labels, strict=True)):
-            top = int(labels.mode().values)
-            share = (labels == top).double().mean().item()
-            row = [unit, f"{values[0]:.6g}", len(labels), f"{entropy[unit]:.4f}", class_names[top], f"{share:.3f}"]
-            writer.writerow(row)
+    rows = []
+    for unit, (values, labels) in enumerate(zip(strongest.values, strongest.labels, strict=True)):
+        top = int(labels.mode().values)
+        share = (labels == top).double().mean().item()
+        rows.append([unit, f"{values[0]:.6g}", len(labels), f"{entropy[unit]:.4f}", class_names[top], f"{share:.3f}"])
+    write_csv(path, ["unit", "strongest", "images", "entropy", "most_frequent", "share"], rows)

@@ -4,7 +4,6 @@
 `summary.csv`, `gains.csv`, `summary.md` and `boxes.png` sum them up.
 """
 
-import csv
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..ahead import read_ahead
 from ..data.datasets import LabelledImages
 from ..errors import InputError, MethodError
 from ..explaining.figures import save_figure
-from ..files import atomic_path
+from ..files import atomic_path, write_csv
 from .disconnected import Disconnected, Disconnection
 from .gains import Gain, gains_table, paired_gains
 from .pointing_game import Confidence, Grid, compose, confidences, grid_shares
@@ -161,14 +160,9 @@ def write_summary(folder: Path, methods: Sequence[str]) -> None:
     gains = paired_gains(read_values(folder), methods)
     with atomic_path(folder / "summary.md") as path:
         path.write_text(_table(panels) + ("\n" + gains_table(gains) if gains else ""))
-    _write(folder / "summary.csv", SUMMARY, _rows(panels))
-    _write(folder / "gains.csv", GAINS, map(dataclasses.astuple, gains))
+    write_csv(folder / "summary.csv", SUMMARY, _rows(panels))
+    write_csv(folder / "gains.csv", GAINS, map(dataclasses.astuple, gains))
     _box_plots(panels, folder / "boxes.png")
-
-
-def _write(path: Path, titles: Sequence[str], rows: Iterable[tuple[object, ...]]) -> None:
-    with atomic_path(path) as unfinished, unfinished.open("w", newline="") as file:
-        csv.writer(file).writerows([titles, *rows])
 
 
 def _quartiles(values: np.ndarray) -> tuple[float, float, float]:
