@@ -11,7 +11,7 @@ from pathlib import Path
 
 from markdown_blocks import DOCS, markdown_table, replace_block
 
-RESULTS, SPEED = DOCS / "results.md", DOCS / "speed.md"
+RESULTS, SPEED, CASE = (DOCS / f"{page}.md" for page in ("results", "speed", "case-study"))
 Row = dict[str, str]
 
 
@@ -73,6 +73,36 @@ TEACHING = {
     "top-1 (%)": "{top1} ({low} to {high})",
 }
 
+NEW_PEOPLE = {
+    "network": "{how}",
+    "B": "{b}",
+    "epoch": "{epoch}",
+    "validation (%)": "{validation}",
+    "test (%)": "{top1}",
+    "− plain": "{gain}",
+    "interval over contributors": "{over_contributors}",
+    "over photos": "{over_photos}",
+    "McNemar's p": "{mcnemar}",
+}
+PHOTO_EXPONENTS = {
+    "photos": "{data}",
+    "network": "{network}",
+    "B": "{b}",
+    "top-1 (%)": "{top1} ({top1_low} to {top1_high})",
+    "alignment": "{alignment} ({alignment_low} to {alignment_high})",
+}
+CONTRIBUTORS = {
+    "contributor": "{contributor}",
+    "photos": "{photos}",
+    "cropped (%)": "{cropped}",
+    "whole (%)": "{whole}",
+    "smaller (%)": "{small}",
+    "floor alone (%)": "{floor}",
+    "margin's share": "{margin} ({margin_low} to {margin_high})",
+    "errors": "{wrong}",
+    "margin's part in errors": "{against_margin}",
+}
+
 TABLES: dict[str, Table] = {
     **{
         f"pointing game, {data}, {cells}×{cells}": Table(**GAME, only=dict(data=data, cells=cells))  # type: ignore[arg-type]
@@ -90,6 +120,12 @@ TABLES: dict[str, Table] = {
     "ablation, b": Table("exponents", EXPONENTS),
     "ablation, growth": Table("ablations", ABLATION, only=dict(family="growth")),
     "teaching": Table("teaching", TEACHING),
+    "new people": Table("new_people", NEW_PEOPLE),
+    "exponents on photos": Table("exponents_photos", PHOTO_EXPONENTS),
+    **{
+        f"contributors, {network}": Table("contributors", CONTRIBUTORS, only=dict(network=network), page=CASE)
+        for network in ("before", "after")
+    },
     "conversion": Table("conversion", {"network": "{network}", "top-1 (%)": "{top1}", "right": "{right} of {images}"}),
     "trained": Table(
         "trained",
