@@ -11,6 +11,7 @@ turned.png: photos that the first network misreads and the last does not.
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import partial
@@ -142,7 +143,7 @@ def summary(sights: Sequence[Sight]) -> Iterator[dict[str, object]]:
     """A row for each network and contributor, and for all: accuracies in percent, shares with 95 % intervals."""
     for network in dict.fromkeys(sight.network for sight in sights):
         own = [sight for sight in sights if sight.network == network]
-        people = sorted({sight.contributor for sight in own}, key=lambda p: -sum(s.contributor == p for s in own))
+        people = [person for person, _ in Counter(sight.contributor for sight in own).most_common()]
         for person in [*people, "all"]:
             theirs = [sight for sight in own if person in (sight.contributor, "all")]
             yield {"network": network, "contributor": person} | _counts(theirs)

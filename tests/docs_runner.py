@@ -13,9 +13,10 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import timm
 import torch
@@ -107,17 +108,20 @@ class Parsed(Exception):  # noqa: N818  (it ends a script)
 
 @contextmanager
 def stopping_after_parsing() -> Iterator[None]:
-    parse = argparse.ArgumentParser.parse_args
+    with ExitStack() as changes:
+        for name in ("parse_args", "parse_intermixed_args"):
+            changes.enter_context(mock.patch.object(argparse.ArgumentParser, name, _stopping(name)))
+        yield
+
+
+def _stopping(name: str) -> Callable[..., None]:
+    parse = getattr(argparse.ArgumentParser, name)
 
     def stop(*args: Any, **kwargs: Any) -> None:
         parse(*args, **kwargs)
         raise Parsed
 
-    argparse.ArgumentParser.parse_args = stop  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        argparse.ArgumentParser.parse_args = parse  # type: ignore[method-assign]
+    return stop
 
 
 def parse_own_script(script: Path, arguments: Command) -> None:
