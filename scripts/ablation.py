@@ -80,11 +80,15 @@ def last_top1(folder: Path) -> float:
         return float(list(csv.DictReader(file))[-1]["eval_top1"])
 
 
+def alignments(explanation: timm_bcos.Explanation, images: torch.Tensor) -> torch.Tensor:
+    """Cosines (N,) of explained rows of W(x) and the encoded images (N, C, H, W)."""
+    weights, inputs = (t.flatten(1) for t in (explanation.weights, timm_bcos.encode_image(images, images.shape[1])))
+    return torch.nn.functional.cosine_similarity(weights, inputs)
+
+
 def alignment(model: Any, images: torch.Tensor) -> float:
     """Mean cosine of the explanation of the predicted class and the encoded image."""
-    explanation = timm_bcos.explain(model, images)
-    weights, inputs = (t.flatten(1) for t in (explanation.weights, timm_bcos.encode_image(images, images.shape[1])))
-    return torch.nn.functional.cosine_similarity(weights, inputs).mean().item()
+    return alignments(timm_bcos.explain(model, images), images).mean().item()
 
 
 def some_images(model: Any, args: argparse.Namespace) -> torch.Tensor:

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from ablation import alignments
 from contributor_shift import network
 from scipy.stats import binomtest
 from torch import nn
 
-from timm_bcos import encode_image, explain
+from timm_bcos import explain
 from timm_bcos.cli.failures import exit_status
 from timm_bcos.data.datasets import LabelledImages, image_batches, load_dataset
 from timm_bcos.explaining.figures import save_figure
@@ -52,8 +53,7 @@ def measure(choice: str, model: nn.Module, dataset: LabelledImages) -> Point:
     for _, images, labels in image_batches(model, dataset, range(len(dataset)), 16, choice):
         explanation = explain(model, images)
         right += int((explanation.target == labels).sum())
-        encoded = encode_image(images, images.shape[1])
-        cosines.append(nn.functional.cosine_similarity(explanation.weights.flatten(1), encoded.flatten(1)))
+        cosines.append(alignments(explanation, images))
     found = torch.cat(cosines)
     mean, error = float(found.mean()), 1.96 * float(found.std()) / len(found) ** 0.5
     interval = binomtest(right, len(found)).proportion_ci(method="wilson")

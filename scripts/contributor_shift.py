@@ -125,14 +125,15 @@ def looks(
     views = frames(model)
     for i in tqdm(range(len(dataset)), name, disable=None):
         photo, label = dataset[i]
-        images = {frame: view(photo.convert("RGB"))[None] for frame, view in views.items()}
+        images = {frame: view(photo.convert("RGB")) for frame, view in views.items()}
         with torch.no_grad():
-            said = {frame: int(model(image).argmax()) for frame, image in images.items()}
-        speaks = explain(model, images["whole"], int(label)).contribution_map.clamp(min=0)
+            said = dict(zip(images, model(torch.stack(list(images.values()))).argmax(1).tolist(), strict=True))
+        whole = images["whole"][None]
+        speaks = explain(model, whole, int(label)).contribution_map.clamp(min=0)
         share = float(in_margin(speaks) / speaks.sum())
         against = torch.zeros_like(speaks)
         if said["whole"] != label:
-            against = contrast(model, images["whole"], said["whole"], int(label)).contribution_map
+            against = contrast(model, whole, said["whole"], int(label)).contribution_map
         parts = float(against.sum()), float(in_margin(against))
         yield Sight(
             name, files[i], people[i], int(label), **said, margin=share, against=parts[0], against_margin=parts[1]
@@ -204,8 +205,7 @@ def _row_of(models: Mapping[str, nn.Module], photo: Image.Image, sight: Sight) -
         difference = contrast(model, image, sight.whole, sight.label)
         smooth = F.avg_pool2d(difference.contribution_map[:, None], SMOOTH, 1, SMOOTH // 2, count_include_pad=False)
         pictures.append((f"{name}: {said} − {meant}, {float(difference.logit):+.1f}", overlay(image, smooth[:, 0])[0]))
-        with torch.no_grad():
-            probabilities = model(image)[0].sigmoid().tolist()
+        probabilities = difference.probability[0].tolist()
         bars |= {f"{name}: {names[c]}": probabilities[c] for c in (sight.whole, sight.label)}
     return Row(pictures, Bars("probabilities", list(bars), list(bars.values()), limit=1))
 

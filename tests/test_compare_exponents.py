@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from conftest import PHOTOS, load_script, script_status
 
+from timm_bcos.weights.embedded import CLOTHES
+
 pytest.importorskip("scipy")
 script = load_script("compare_exponents")
-NAMES = ["dress", "hat", "longsleeve", "outwear", "pants", "shirt", "shoes", "shorts", "skirt", "t-shirt"]
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,7 +18,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, photo in (("hat", "hat"), ("pants", "pants"), ("shoes", "shoes"), ("skirt", "jacket")):
         (tmp_path / "test" / name).mkdir(parents=True)
         shutil.copy(PHOTOS / "clothes" / f"{photo}.jpg", tmp_path / "test" / name)
-    (tmp_path / "classes.txt").write_text("\n".join(NAMES))
+    (tmp_path / "classes.txt").write_text("\n".join(CLOTHES))
     given = (tmp_path, tmp_path / "out", "bcos_efficientnet_lite0.clothing", "--class-map", tmp_path / "classes.txt")
     assert script_status(monkeypatch, script, *given) == 0
     with (tmp_path / "out" / "exponents.csv").open(newline="") as file:
