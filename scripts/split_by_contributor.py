@@ -4,18 +4,21 @@
 
 The source's own validation shares most of its contributors with train, so that settings chosen on it are chosen for
 known floors and cameras. Here the photos of train and validation are pooled and dealt out person by person; test stays.
+Of the photos of extra.tar, where there is one, those of nobody in validation or test go into `unlabelled`.
 """
 
 import argparse
 import csv
 import random
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-SPLITS = ("train", "validation", "test")
 Row = dict[str, str]
+# files with a row for each photo, and what those rows do not say
+LISTS: dict[str, Row] = {"contributors.csv": {}, "extra.csv": {"split": "extra"}}
 
 
 def choose_people(rows: Sequence[Row], share: float, seed: int) -> set[str]:
@@ -39,27 +42,41 @@ def choose_people(rows: Sequence[Row], share: float, seed: int) -> set[str]:
     return chosen
 
 
+def read_rows(source: Path) -> list[Row]:
+    """A row for each photo: 'file', 'split' (the tar that it is in) and 'contributor'."""
+    rows: list[Row] = []
+    for name, missing in LISTS.items():
+        if (source / name).exists():
+            with (source / name).open(newline="") as file:
+                rows += [row | missing for row in csv.DictReader(file)]
+    return rows
+
+
+def choose_places(rows: Sequence[Row], share: float, seed: int) -> dict[tuple[str, str], str]:
+    """Where each photo goes, by its tar and file; photos that go nowhere are left out."""
+    people = choose_people([row for row in rows if row["split"] not in ("test", "extra")], share, seed)
+    tested = {row["contributor"] for row in rows if row["split"] == "test"}
+    places = {}
+    for row in rows:
+        split, person = row["split"], row["contributor"]
+        if split == "extra" and person in people | tested:
+            continue
+        held_out = "validation" if person in people else "train"
+        places[split, row["file"]] = dict(test="test", extra="unlabelled").get(split, held_out)
+    return places
+
+
 def lay_out(source: Path, target: Path, share: float, seed: int) -> dict[str, int]:
     """Unpack the photos into `target/split/class/file`; how many each split has."""
-    with (source / "contributors.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    known = [row for row in rows if row["split"] != "test"]
-    people = choose_people(known, share, seed)
-    places = {
-        (row["split"], row["file"]): "test" if row["split"] == "test" else
-        "validation" if row["contributor"] in people else "train"
-        for row in rows
-    }  # fmt: skip
-    counts = dict.fromkeys(SPLITS, 0)
+    places = choose_places(read_rows(source), share, seed)
     with TemporaryDirectory(dir=target.resolve().parent) as unfinished:
-        for split in SPLITS:
+        for split in dict.fromkeys(split for split, _ in places):
             with tarfile.open(source / f"{split}.tar") as tar:
                 for member in tar.getmembers():
-                    place = places[split, member.name]
-                    tar.extract(member, Path(unfinished) / "out" / place, filter="data")
-                    counts[place] += 1
+                    if place := places.get((split, member.name)):
+                        tar.extract(member, Path(unfinished) / "out" / place, filter="data")
         (Path(unfinished) / "out").rename(target)
-    return counts
+    return dict(Counter(places.values()))
 
 
 def main() -> None:

@@ -209,7 +209,8 @@ class Lesson:
                 features, logits = answers(self.teacher, (x - self.mean) / self.std)
             found, guessed = answers(self.student, x)
         difference = feature_difference([f.float() for f in found], [f.float() for f in features], self.grey)
-        return difference + self.args.weight * divergence(guessed.float(), logits.float(), self.args.probability)
+        distance = divergence(guessed.float(), logits.float(), self.args.probability)
+        return self.args.hints * difference + self.args.weight * distance
 
     def teach(self) -> None:
         """All steps that are left."""
@@ -277,6 +278,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=160, help="of the crops, in pixels")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--hints", type=float, default=1.0, help="weight of the features' difference")
     parser.add_argument("--weight", type=float, default=1.0, help="of the logits' divergence")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)

@@ -10,13 +10,14 @@ from timm_bcos import BcosError
 __all__ = ["train"]
 
 
-def train(folder: Path, train_script: Path, options: Sequence[str]) -> Path:
+def train(folder: Path, train_script: Path, options: Sequence[str], task: Sequence[str] = ()) -> Path:
     """Train into `folder`, go on with what was interrupted, or do nothing where it is done.
 
     Args:
         folder: For checkpoints and `log.txt`; `done` marks a finished training.
         train_script: timm's train.py.
         options: Its options, without those of output.
+        task: Options of `timm-bcos run`.
 
     Returns:
         `folder`.
@@ -26,7 +27,7 @@ def train(folder: Path, train_script: Path, options: Sequence[str]) -> Path:
     """
     if (folder / "done").exists():
         return folder
-    command = [sys.executable, "-m", "timm_bcos", "run", str(train_script), "--output", str(folder.parent),
+    command = [sys.executable, "-m", "timm_bcos", "run", *task, str(train_script), "--output", str(folder.parent),
                "--experiment", folder.name, "--checkpoint-hist", "1", *options]  # fmt: skip
     if (folder / "last.pth.tar").exists():
         command += ["--resume", str(folder / "last.pth.tar")]

@@ -3,10 +3,10 @@
     python scripts/train_runs.py scripts/runs/clothes.toml runs --train-script train.py weights=lite0.safetensors \
         data=clothes_by_people
 
-A table of the file is a run: `options` for train.py, after the `options` at the top, which all runs have. In both
-{seed}, {out} (the folder of all runs) and the names given on the command line are replaced. A run is trained for the
-seeds 0, 1, ... below its `seeds` or those of the top, into `runs/NAME-SEED`; what is finished is not trained again,
-what was interrupted resumes.
+A table of the file is a run: `options` for train.py, after the `options` at the top, which all runs have, and perhaps
+`task`, options of `timm-bcos run`. In `options` {seed}, {out} (the folder of all runs) and the names given on the
+command line are replaced. A run is trained for the seeds 0, 1, ... below its `seeds` or those of the top, into
+`runs/NAME-SEED`; what is finished is not trained again, what was interrupted resumes.
 """
 
 import argparse
@@ -28,10 +28,11 @@ from timm_bcos.judging.settings import remember_settings
 
 @dataclass(frozen=True)
 class Training:
-    """One of the trainings: its name with its seed, and its options."""
+    """One of the trainings: its name with its seed, its options, and those of `timm-bcos run`."""
 
     name: str
     options: tuple[str, ...]
+    task: tuple[str, ...] = ()
 
 
 def trainings(plan: Mapping[str, Any], names: Mapping[str, str]) -> list[Training]:
@@ -50,7 +51,8 @@ def trainings(plan: Mapping[str, Any], names: Mapping[str, str]) -> list[Trainin
         for name, run in runs.items():
             if seed < run.get("seeds", plan.get("seeds", 1)):
                 text = f"{plan.get('options', '')} {run['options']} --seed {seed}"
-                found.append(Training(f"{name}-{seed}", tuple(shlex.split(_filled(text, names, seed)))))
+                options, task = (tuple(shlex.split(t)) for t in (_filled(text, names, seed), run.get("task", "")))
+                found.append(Training(f"{name}-{seed}", options, task))
     return found
 
 
@@ -73,8 +75,9 @@ def run(args: argparse.Namespace) -> None:
     names = dict(text.split("=", 1) for text in args.names) | {"out": str(args.out)}
     found = chosen(trainings(tomllib.loads(args.plan.read_text()), names), args.only)
     for training in tqdm(found, "trainings", disable=None):
-        remember_settings(args.out / training.name, {"options": shlex.join(training.options)})
-        train(args.out / training.name, args.train_script, training.options)
+        settings = {name: shlex.join(o) for name in ("options", "task") if (o := getattr(training, name))}
+        remember_settings(args.out / training.name, settings)
+        train(args.out / training.name, args.train_script, training.options, training.task)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import load_script
+from conftest import load_script, script_status
 
 pytest.importorskip("scipy")
 script = load_script("paired_comparison")
@@ -81,12 +81,36 @@ def test_nobody_is_in_train_and_validation(tmp_path: Path) -> None:
                     lines.append(f"{member.name},{name},{person}")
                     number += 1
     (source / "contributors.csv").write_text("\n".join(lines))
+    with tarfile.open(source / "extra.tar", "w") as tar:
+        for person in range(24):  # of which two are in the test split and two nowhere else
+            tar.addfile(tarfile.TarInfo(f"class2/{1000 + person}.jpg"), io.BytesIO())
+    extra = ["file,contributor", *(f"class2/{1000 + person}.jpg,{person}" for person in range(24))]
+    (source / "extra.csv").write_text("\n".join(extra))
+    lines += [line.replace(",", ",extra,") for line in extra[1:]]
     counts = split.lay_out(source, tmp_path / "out", 0.2, seed=1)
-    assert counts == dict(train=96, validation=24, test=6)  # whole people, of six photos each
+    assert counts == dict(train=96, validation=24, test=6, unlabelled=18)  # whole people, of six photos each
     people = {line.split(",")[0]: line.split(",")[2] for line in lines[1:]}
     found = {}
     for name in counts:
         folder = tmp_path / "out" / name
         found[name] = {people[path.relative_to(folder).as_posix()] for path in folder.rglob("*.jpg")}
     assert not found["train"] & found["validation"] and found["test"] == {"20", "21"}
+    assert found["unlabelled"] == found["train"] | {"22", "23"}
     assert split.choose_people([dict(contributor=p) for p in "aab"], 0.4, 0) == {"b"}
+
+
+def test_shares_of_each_class_contain_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares, source = load_script("take_share"), tmp_path / "train"
+    for name, count in dict(a=8, b=4, c=1).items():
+        (source / name).mkdir(parents=True)
+        for i in range(count):
+            (source / name / f"{i}.jpg").write_text(f"{name}{i}")
+    assert script_status(monkeypatch, shares, str(source), "0.25", "0.5") == 0
+    quarter, half = ({p.relative_to(tmp_path / n).as_posix() for p in (tmp_path / n).rglob("*.jpg")}
+                     for n in ("train_25", "train_50"))  # fmt: skip
+    assert quarter < half
+    for found, counts in ((quarter, [2, 1, 1]), (half, [4, 2, 1])):
+        assert [sum(name.startswith(c) for name in found) for c in "abc"] == counts
+    assert all((tmp_path / "train_50" / name).read_text() == name[0] + name[2:-4] for name in half)
+    for wrong in ([str(source), "0.5"], [str(source), "2"], [str(tmp_path / "none"), "0.5"]):
+        assert script_status(monkeypatch, shares, *wrong) == 2

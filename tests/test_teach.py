@@ -37,7 +37,8 @@ def arguments(tmp_path: Path) -> list[str]:
 
 def lesson(tmp_path: Path, **changes: object) -> "teach.Lesson":
     given = dict(teacher=tmp_path / "teacher.pth", out=tmp_path, arch=ARCH, b=1.0, antialias=False, device="cpu",
-                 amp=False, probability="softmax", rate=1e-3, compile=False, start=None, weight=1.0)  # fmt: skip
+                 amp=False, probability="softmax", rate=1e-3, compile=False, start=None, hints=1.0,
+                 weight=1.0)  # fmt: skip
     return teach.Lesson(SimpleNamespace(**given | changes), dict.fromkeys(teach.CALIBRATION, torch.rand(2, 3, 64, 64)))
 
 

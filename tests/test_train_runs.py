@@ -53,6 +53,17 @@ def test_trains_each_with_its_seeds_and_goes_on_where_it_failed(
     assert calls[-1][-4:] == ["--kd-model-name", f"local-dir:{tmp_path / 'out'}/plain-1", "--seed", "1"]
 
 
+def test_options_of_the_runner_stand_before_the_script(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which refuses --explanation-weight without a teacher."""
+    (tmp_path / "plan.toml").write_text(PLAN.replace("[bcos]", '[bcos]\ntask = "--explanation-weight 1"'))
+    assert script_status(monkeypatch, script, *arguments, "--only", "plain", "bcos-1") == 0
+    (tmp_path / "plan.toml").write_text(PLAN.replace("[once]", '[once]\ntask = "--explanation-weight 1"'))
+    assert script_status(monkeypatch, script, *arguments, "--only", "once") == 2
+    assert "give train.py a teacher" in (tmp_path / "out" / "once-0" / "log.txt").read_text()
+
+
 def test_only_some(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert script_status(monkeypatch, script, *arguments, "--only", "plain", "once-0") == 0
     assert (tmp_path / "out" / "calls").read_text().count("\n") == 3
