@@ -14,12 +14,15 @@ import csv
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
 
+from timm_bcos import InputError
+from timm_bcos.cli.failures import exit_status
 from timm_bcos.data.datasets import LabelledImages, load_dataset
 from timm_bcos.files import write_csv
 from timm_bcos.judging.intervals import bootstrap_interval
@@ -39,10 +42,19 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def contributors(path: Path, names: Sequence[str]) -> list[str]:
-    """Who has sent each photo."""
-    with path.open(newline="") as file:
-        senders = {Path(row["file"]).name: row["contributor"] for row in csv.DictReader(file)}
-    return [senders[Path(name).name] for name in names]
+    """Who has sent each photo.
+
+    Raises:
+        InputError: If the file does not say it.
+    """
+    try:
+        with path.open(newline="") as file:
+            senders = {Path(row["file"]).name: row["contributor"] for row in csv.DictReader(file)}
+        return [senders[Path(name).name] for name in names]
+    except (OSError, KeyError) as error:
+        raise InputError(
+            f"{path} does not say who sent each photo: {error}; give a file with file and contributor"
+        ) from error
 
 
 def series(names: Sequence[str]) -> list[str]:
@@ -151,32 +163,41 @@ def report(right: dict[str, list[np.ndarray]], clusters: Sequence[str], rows: in
     return "\n".join(lines)
 
 
+def checkpoints(choices: Sequence[str]) -> dict[str, list[Path]]:
+    """The checkpoints of each name, its seeds."""
+    found: dict[str, list[Path]] = {}
+    for choice in choices:
+        name, is_given, path = choice.partition("=")
+        if not is_given:
+            raise InputError(f"{choice}: give NAME=CHECKPOINT")
+        found.setdefault(name, []).append(Path(path))
+    return found
+
+
+def run(args: argparse.Namespace) -> None:
+    dataset: Any = load_dataset(args.data, args.num_classes, split=args.split, class_map=args.class_map)
+    names = [dataset.filename(i) for i in range(len(dataset))]
+    clusters = contributors(args.contributors, names) if args.contributors else series(names)
+    right = {name: [correct(path, dataset) for path in paths] for name, paths in checkpoints(args.networks).items()}
+    if args.photos:
+        write_photos(args.photos, names, clusters, right)
+    if args.table:
+        write_table(args.table, compare(right, clusters))
+    print(report(right, clusters))
+
+
 def main() -> None:
     """Compare checkpoints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="labelled photos, as --data-dir takes them")
-    parser.add_argument(
-        "networks", nargs="+", help="NAME=CHECKPOINT of train.py; names that start with 'plain' are plain"
-    )
+    parser.add_argument("networks", nargs="+", help="NAME=CHECKPOINT of train.py, plain ones first")
     parser.add_argument("--contributors", type=Path, help="CSV file with the columns file and contributor")
     parser.add_argument("--num-classes", type=int, default=10)
     parser.add_argument("--split", default="test")
     parser.add_argument("--class-map", default="")
     parser.add_argument("--photos", type=Path, metavar="FILE", help="CSV file to write: who is right on which photo")
     parser.add_argument("--table", type=Path, metavar="FILE", help="CSV file to write: accuracies and differences")
-    args = parser.parse_args()
-    dataset: Any = load_dataset(args.data, args.num_classes, split=args.split, class_map=args.class_map)
-    names = [dataset.filename(i) for i in range(len(dataset))]
-    clusters = contributors(args.contributors, names) if args.contributors else series(names)
-    right: dict[str, list[np.ndarray]] = {}
-    for network in args.networks:
-        name, checkpoint = network.split("=", 1)
-        right.setdefault(name, []).append(correct(Path(checkpoint), dataset))
-    if args.photos:
-        write_photos(args.photos, names, clusters, right)
-    if args.table:
-        write_table(args.table, compare(right, clusters))
-    print(report(right, clusters))
+    raise SystemExit(exit_status(partial(run, parser.parse_intermixed_args())))
 
 
 if __name__ == "__main__":

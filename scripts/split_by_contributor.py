@@ -13,8 +13,12 @@ import random
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+from timm_bcos import InputError
+from timm_bcos.cli.failures import exit_status
 
 Row = dict[str, str]
 # files with a row for each photo, and what those rows do not say
@@ -79,6 +83,14 @@ def lay_out(source: Path, target: Path, share: float, seed: int) -> dict[str, in
     return dict(Counter(places.values()))
 
 
+def run(args: argparse.Namespace) -> None:
+    if args.target.exists():
+        raise InputError(f"{args.target} is there already: name a new folder")
+    if not (args.source / "contributors.csv").exists():
+        raise InputError(f"no contributors.csv in {args.source}: name the folder that has it beside the tars")
+    print(", ".join(f"{split} {count}" for split, count in lay_out(**vars(args)).items()))
+
+
 def main() -> None:
     """Lay out the photos and print how many there are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -86,10 +98,7 @@ def main() -> None:
     parser.add_argument("target", type=Path, help="folder to make")
     parser.add_argument("--share", type=float, default=0.12, help="of the photos, for validation")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if args.target.exists():
-        raise SystemExit(f"{args.target} is there already: name a new folder")
-    print(", ".join(f"{split} {count}" for split, count in lay_out(**vars(args)).items()))
+    raise SystemExit(exit_status(partial(run, parser.parse_args())))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import load_script, script_status
+from PIL import Image
 
 pytest.importorskip("scipy")
 script = load_script("paired_comparison")
@@ -114,3 +115,37 @@ def test_shares_of_each_class_contain_each_other(tmp_path: Path, monkeypatch: py
     assert all((tmp_path / "train_50" / name).read_text() == name[0] + name[2:-4] for name in half)
     for wrong in ([str(source), "0.5"], [str(source), "2"], [str(tmp_path / "none"), "0.5"]):
         assert script_status(monkeypatch, shares, *wrong) == 2
+
+
+@pytest.mark.parametrize(
+    ("contributors", "network", "message"),
+    [("file,contributor\na/1.jpg,x\n", "plain.pth", "give NAME=CHECKPOINT"),
+     ("file,contributor\n", "plain=plain.pth", "does not say who sent each photo"),
+     (None, "plain=plain.pth", "does not say who sent each photo")],
+)  # fmt: skip
+def test_what_was_not_given(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    contributors: str | None,
+    network: str,
+    message: str,
+) -> None:
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "a" / "1.jpg")
+    if contributors is not None:
+        (tmp_path / "people.csv").write_text(contributors)
+    people = ["--contributors", str(tmp_path / "people.csv")]
+    given = [str(tmp_path / "photos"), network, "--num-classes", "1", "--split", "", *people]
+    assert script_status(monkeypatch, script, *given) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_list_of_contributors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    split = load_script("split_by_contributor")
+    assert script_status(monkeypatch, split, str(tmp_path), str(tmp_path / "out")) == 2
+    assert script_status(monkeypatch, split, str(tmp_path), str(tmp_path)) == 2
+    said = capsys.readouterr().err
+    assert "no contributors.csv" in said and "is there already" in said
