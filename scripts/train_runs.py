@@ -35,45 +35,39 @@ class Training:
     task: tuple[str, ...] = ()
 
 
-def trainings(plan: Mapping[str, Any], names: Mapping[str, str]) -> list[Training]:
-    """All trainings that a file lists, those of one seed after each other.
+def trainings(plan: Mapping[str, Any], names: Mapping[str, str], only: Sequence[str] = ()) -> list[Training]:
+    """What a file lists, trainings of one seed after each other.
 
     Args:
         plan: What the file says.
         names: What stands in braces, and what for.
+        only: Names of runs, or of single trainings (NAME-SEED); empty for all.
 
     Raises:
-        InputError: For a name in braces that was not given.
+        InputError: If there are none, or for a name in braces that was not given.
     """
     runs = {name: run for name, run in plan.items() if isinstance(run, dict)}
-    found = []
-    for seed in range(max(run.get("seeds", plan.get("seeds", 1)) for run in runs.values())):
-        for name, run in runs.items():
-            if seed < run.get("seeds", plan.get("seeds", 1)):
-                text = f"{plan.get('options', '')} {run['options']} --seed {seed}"
-                options, task = (tuple(shlex.split(t)) for t in (_filled(text, names, seed), run.get("task", "")))
-                found.append(Training(f"{name}-{seed}", options, task))
-    return found
+    seeds = {name: run.get("seeds", plan.get("seeds", 1)) for name, run in runs.items()}
+    found = [(name, seed) for seed in range(max(seeds.values())) for name in runs if seed < seeds[name]]
+    some = [(name, seed) for name, seed in found if not only or {name, f"{name}-{seed}"} & set(only)]
+    if not some:
+        raise InputError(f"--only {' '.join(only)}: choose of {', '.join(f'{n}-{seed}' for n, seed in found)}")
+    return [_training(name, seed, plan, names) for name, seed in some]
 
 
-def _filled(text: str, names: Mapping[str, str], seed: int) -> str:
+def _training(name: str, seed: int, plan: Mapping[str, Any], names: Mapping[str, str]) -> Training:
+    text = f"{plan.get('options', '')} {plan[name]['options']} --seed {seed}"
     try:
-        return text.format_map({**names, "seed": seed})
+        options = text.format_map({**names, "seed": seed})
     except KeyError as error:
         raise InputError(f"the options need a value of {error}: give {error.args[0]}=VALUE") from error
-
-
-def chosen(found: Sequence[Training], only: Sequence[str]) -> list[Training]:
-    """Those whose names begin with one of `only`, or all."""
-    some = [t for t in found if not only or any(t.name == name or t.name.startswith(f"{name}-") for name in only)]
-    if not some:
-        raise InputError(f"--only {' '.join(only)}: choose of {', '.join(t.name for t in found)}")
-    return some
+    task = plan[name].get("task", "")
+    return Training(f"{name}-{seed}", tuple(shlex.split(options)), tuple(shlex.split(task)))
 
 
 def run(args: argparse.Namespace) -> None:
     names = dict(text.split("=", 1) for text in args.names) | {"out": str(args.out)}
-    found = chosen(trainings(tomllib.loads(args.plan.read_text()), names), args.only)
+    found = trainings(tomllib.loads(args.plan.read_text()), names, args.only)
     for training in tqdm(found, "trainings", disable=None):
         settings = {name: shlex.join(o) for name in ("options", "task") if (o := getattr(training, name))}
         remember_settings(args.out / training.name, settings)
