@@ -84,6 +84,16 @@ NEW_PEOPLE = {
     "over photos": "{over_photos}",
     "McNemar's p": "{mcnemar}",
 }
+PAIRED = {
+    "network": "{network}",
+    "seeds": "{seeds}",
+    "top-1 (%)": "{top1}",
+    "by seed": "{by_seed}",
+    "− first": "{gain}",
+    "interval over clusters": "{interval}",
+    "over photos": "{photos_interval}",
+    "McNemar's p": "{mcnemar}",
+}
 PHOTO_EXPONENTS = {
     "photos": "{data}",
     "network": "{network}",
@@ -121,6 +131,7 @@ TABLES: dict[str, Table] = {
     "ablation, growth": Table("ablations", ABLATION, only=dict(family="growth")),
     "teaching": Table("teaching", TEACHING),
     "new people": Table("new_people", NEW_PEOPLE),
+    "groceries": Table("groceries", PAIRED),
     "exponents on photos": Table("exponents_photos", PHOTO_EXPONENTS),
     **{
         f"contributors, {network}": Table("contributors", CONTRIBUTORS, only=dict(network=network), page=CASE)
@@ -172,7 +183,18 @@ TABLES: dict[str, Table] = {
 def read(table: Table) -> list[Row]:
     with (DOCS / "results" / f"{table.file}.csv").open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if table.only.items() <= row.items()]
-    return [row | dict(smoothing=SMOOTH.get(row.get("smooth", ""), ""), links=links(row)) for row in rows]
+    return [
+        row | dict(
+            smoothing=SMOOTH.get(row.get("smooth", ""), ""), links=links(row),
+            interval=interval(row), photos_interval=interval(row, "photos_"),
+        ) for row in rows
+    ]  # fmt: skip
+
+
+def interval(row: Row, prefix: str = "") -> str:
+    """Of its ends, if the row has them."""
+    low, high = (row.get(f"{prefix}{end}") for end in ("low", "high"))
+    return f"{low} to {high}" if low and high else ""
 
 
 def links(row: Row) -> str:
