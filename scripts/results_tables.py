@@ -89,7 +89,7 @@ PAIRED = {
     "seeds": "{seeds}",
     "top-1 (%)": "{top1}",
     "by seed": "{by_seed}",
-    "− first": "{gain}",
+    "− plain": "{gain}",
     "interval over clusters": "{interval}",
     "over photos": "{photos_interval}",
     "McNemar's p": "{mcnemar}",

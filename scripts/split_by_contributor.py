@@ -57,30 +57,42 @@ def read_rows(source: Path) -> list[Row]:
 
 
 def choose_places(rows: Sequence[Row], share: float, seed: int) -> dict[tuple[str, str], str]:
-    """Where each photo goes, by its tar and file; photos that go nowhere are left out."""
+    """Where each photo goes, by its tar and file; empty for nowhere."""
     people = choose_people([row for row in rows if row["split"] not in ("test", "extra")], share, seed)
     tested = {row["contributor"] for row in rows if row["split"] == "test"}
     places = {}
     for row in rows:
         split, person = row["split"], row["contributor"]
-        if split == "extra" and person in people | tested:
-            continue
-        held_out = "validation" if person in people else "train"
-        places[split, row["file"]] = dict(test="test", extra="unlabelled").get(split, held_out)
+        if split == "test":
+            place = "test"
+        elif split == "extra":
+            place = "" if person in people | tested else "unlabelled"
+        else:
+            place = "validation" if person in people else "train"
+        places[split, row["file"]] = place
     return places
 
 
 def lay_out(source: Path, target: Path, share: float, seed: int) -> dict[str, int]:
-    """Unpack the photos into `target/split/class/file`; how many each split has."""
+    """Unpack the photos into `target/split/class/file`; how many each split has.
+
+    Raises:
+        InputError: For a photo of which no list says who sent it.
+    """
     places = choose_places(read_rows(source), share, seed)
     with TemporaryDirectory(dir=target.resolve().parent) as unfinished:
         for split in dict.fromkeys(split for split, _ in places):
             with tarfile.open(source / f"{split}.tar") as tar:
                 for member in tar.getmembers():
-                    if place := places.get((split, member.name)):
+                    place = places.get((split, member.name))
+                    if place is None:
+                        raise InputError(
+                            f"no list in {source} says who sent {member.name} of {split}.tar: add it there"
+                        )
+                    if place:
                         tar.extract(member, Path(unfinished) / "out" / place, filter="data")
         (Path(unfinished) / "out").rename(target)
-    return dict(Counter(places.values()))
+    return dict(Counter(filter(None, places.values())))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -3,10 +3,11 @@
     python scripts/train_runs.py scripts/runs/clothes.toml runs --train-script train.py weights=lite0.safetensors \
         data=clothes_by_people
 
-A table of the file is a run: `options` for train.py, after the `options` at the top, which all runs have, and perhaps
-`task`, options of `timm-bcos run`. In `options` {seed}, {out} (the folder of all runs) and the names given on the
-command line are replaced. A run is trained for the seeds 0, 1, ... below its `seeds` or those of the top, into
-`runs/NAME-SEED`; what is finished is not trained again, what was interrupted resumes.
+A table of the file is a run: `options` for train.py, after the `options` at the top, which all runs have, or with
+`like` after those of another run; and perhaps `task`, options of `timm-bcos run`. In `options` {seed}, {out} (the
+folder of all runs) and the names given on the command line are replaced. A run is trained for the seeds 0, 1, ... below
+its `seeds` or those of the top, into `runs/NAME-SEED`; what is finished is not trained again, what was interrupted
+resumes.
 """
 
 import argparse
@@ -55,8 +56,16 @@ def trainings(plan: Mapping[str, Any], names: Mapping[str, str], only: Sequence[
     return [_training(name, seed, plan, names) for name, seed in some]
 
 
+def _options_of(name: str, plan: Mapping[str, Any]) -> str:
+    if name not in plan:
+        raise InputError(f"like = {name!r}: name a run of the file")
+    run = plan[name]
+    before = _options_of(run["like"], plan) if "like" in run else plan.get("options", "")
+    return f"{before} {run.get('options', '')}"
+
+
 def _training(name: str, seed: int, plan: Mapping[str, Any], names: Mapping[str, str]) -> Training:
-    text = f"{plan.get('options', '')} {plan[name]['options']} --seed {seed}"
+    text = f"{_options_of(name, plan)} --seed {seed}"
     try:
         options = text.format_map({**names, "seed": seed})
     except KeyError as error:

@@ -10,6 +10,8 @@ import pytest
 from conftest import load_script, script_status
 from PIL import Image
 
+from timm_bcos import InputError
+
 pytest.importorskip("scipy")
 script = load_script("paired_comparison")
 
@@ -98,6 +100,10 @@ def test_nobody_is_in_train_and_validation(tmp_path: Path) -> None:
     assert not found["train"] & found["validation"] and found["test"] == {"20", "21"}
     assert found["unlabelled"] == found["train"] | {"22", "23"}
     assert split.choose_people([dict(contributor=p) for p in "aab"], 0.4, 0) == {"b"}
+    (source / "extra.csv").write_text("\n".join(extra[:-1]))
+    with pytest.raises(InputError, match=r"who sent class2/1023\.jpg of extra\.tar"):
+        split.lay_out(source, tmp_path / "again", 0.2, seed=1)
+    assert not (tmp_path / "again").exists()
 
 
 def test_shares_of_each_class_contain_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,16 @@ def test_teaching_brings_the_student_nearer(arguments: list[str], tmp_path: Path
     assert losses[-1] < 0.8 * losses[0], losses
 
 
+def test_the_loss_is_the_sum_of_hints_and_answers(arguments: list[str], tmp_path: Path) -> None:
+    started, x = lesson(tmp_path, b=1.25), torch.rand(2, 3, 64, 64)
+    found = {}
+    for hints, weight in ((1.0, 0.0), (0.0, 1.0), (2.0, 3.0)):
+        started.args.hints, started.args.weight = hints, weight
+        found[hints, weight] = started.whole_loss(x).item()
+    assert min(found.values()) > 0
+    assert found[2.0, 3.0] == pytest.approx(2 * found[1.0, 0.0] + 3 * found[0.0, 1.0], rel=1e-4)
+
+
 def test_divergences_are_the_formulas() -> None:
     x, y = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
     p, q = y.softmax(1), x.softmax(1)

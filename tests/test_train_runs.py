@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from conftest import load_script, script_status
 
+from timm_bcos import InputError
+
 script = load_script("train_runs")
 
 TRAIN = """
@@ -62,6 +64,16 @@ def test_options_of_the_runner_stand_before_the_script(
     (tmp_path / "plan.toml").write_text(PLAN.replace("[once]", '[once]\ntask = "--explanation-weight 1"'))
     assert script_status(monkeypatch, script, *arguments, "--only", "once") == 2
     assert "give train.py a teacher" in (tmp_path / "out" / "once-0" / "log.txt").read_text()
+
+
+def test_a_run_like_another_has_its_options_first() -> None:
+    plan = dict(
+        options="-a {x}", one=dict(options="-b 1"), two=dict(like="one", options="-b 2"), three=dict(like="two")
+    )
+    found = {one.name: " ".join(one.options) for one in script.trainings(plan, dict(x="0"))}
+    assert found["two-0"] == "-a 0 -b 1 -b 2 --seed 0" == found["three-0"]
+    with pytest.raises(InputError, match="like = 'one'"):
+        script.trainings(dict(two=plan["two"]), {})
 
 
 def test_only_some(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
