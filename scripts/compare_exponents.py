@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from ablation import alignments
-from contributor_shift import network
+from networks import find_network
 from scipy.stats import binomtest
 from torch import nn
 
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     dataset = load_dataset(args.data, args.num_classes, split=args.split, class_map=args.class_map)
     points = []
     for choice in args.networks:
-        points.append(measure(choice, network(choice), dataset))
+        points.append(measure(choice, find_network(choice), dataset))
         args.out.mkdir(parents=True, exist_ok=True)
         write_csv(args.out / "exponents.csv", [field.name for field in fields(Point)], map(astuple, points))
         save_figure(figure(points), args.out / "exponents.png")

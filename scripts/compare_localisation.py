@@ -7,15 +7,14 @@ Grids are made of the photos that the first network is most confident of, for al
 """
 
 import argparse
-from pathlib import Path
 
 import torch
+from networks import find_network
 from torch import nn
 from tqdm import tqdm
 
 from timm_bcos.data.datasets import LabelledImages, load_dataset
 from timm_bcos.judging.pointing_game import Grid, confidences, localisation, sample_grids
-from timm_bcos.models.loading import load_model
 
 WINDOWS = dict(raw=1, smoothed=15)
 
@@ -57,11 +56,12 @@ def main() -> None:
     """Compare checkpoints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="labelled photos, as --data-dir takes them")
-    parser.add_argument("networks", nargs="+", help="NAME=CHECKPOINT of train.py; the first is compared with")
+    parser.add_argument(
+        "networks", nargs="+", help="NAME=CHECKPOINT of train.py, or NAME=MODEL; compared with the first"
+    )
     parser.add_argument("--grids", type=int, default=40, help="of 2 × 2 photos")
     args = parser.parse_args()
-    pairs = (network.split("=", 1) for network in args.networks)
-    models = {name: load_model(checkpoint=Path(checkpoint)).eval() for name, checkpoint in pairs}
+    models = {name: find_network(choice) for name, choice in (one.split("=", 1) for one in args.networks)}
     compare(models, load_dataset(args.data, next(iter(models.values())).num_classes, split="test"), args.grids)
 
 

@@ -1,7 +1,7 @@
 """What a network sees in the photos of each contributor, and what misleads it: their floor, or the clothes?
 
     python scripts/contributor_shift.py data/clothing/test.tar contributors.csv shift \
-        before=bcos_efficientnet_lite0.clothing after=runs/clothes/taught-0/last.pth.tar
+        before=runs/clothes/gate-0/model_best.pth.tar after=bcos_efficientnet_lite0.clothing
 
 Contributions of pixels sum up to the logits, so that one may count those of a photo's margin, which is floor, wall or
 bed in most photos: how much of what speaks for the right class lies there, and how much of what speaks for a wrong
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import timm
 import torch
+from networks import find_network
 from paired_comparison import contributors
 from PIL import Image
 from torch import Tensor, nn
@@ -35,7 +36,6 @@ from timm_bcos.explaining.pictures import overlay
 from timm_bcos.files import write_csv
 from timm_bcos.judging.intervals import bootstrap_interval
 from timm_bcos.models.classes import class_names
-from timm_bcos.models.loading import load_model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -188,7 +188,7 @@ def draw(models: Mapping[str, nn.Module], photos: Mapping[str, Image.Image], cho
     """Photos, and by each network what speaks for the class that the first one says (red) against the label (blue).
 
     Args:
-        models: By name.
+        models: By name; the last one names the classes.
         photos: By file.
         chosen: A row each.
     """
@@ -196,7 +196,7 @@ def draw(models: Mapping[str, nn.Module], photos: Mapping[str, Image.Image], cho
 
 
 def _row_of(models: Mapping[str, nn.Module], photo: Image.Image, sight: Sight) -> Row:
-    names = class_names(next(iter(models.values())))
+    names = class_names(list(models.values())[-1])
     said, meant = names[sight.whole], names[sight.label]
     pictures, bars = [], {}
     for name, model in models.items():
@@ -210,14 +210,8 @@ def _row_of(models: Mapping[str, nn.Module], photo: Image.Image, sight: Sight) -
     return Row(pictures, Bars("probabilities", list(bars), list(bars.values()), limit=1))
 
 
-def network(choice: str) -> nn.Module:
-    """The B-cos network that a checkpoint of train.py holds, or timm knows by its name."""
-    model = load_model(checkpoint=Path(choice)) if Path(choice).exists() else load_model(choice)
-    return model.eval()
-
-
 def run(args: argparse.Namespace) -> None:
-    models = {name: network(choice) for name, choice in (one.split("=", 1) for one in args.networks)}
+    models = {name: find_network(choice) for name, choice in (one.split("=", 1) for one in args.networks)}
     dataset: Any = load_dataset(args.data, args.num_classes, split=args.split, class_map=args.class_map)
     files = [dataset.filename(i) for i in range(len(dataset))]
     people = contributors(args.contributors, files)

@@ -90,7 +90,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_picture() -> None:
-    model = script.network("bcos_efficientnet_lite0.clothing")
+    model = script.find_network("bcos_efficientnet_lite0.clothing")
     photo = Image.open(PHOTOS / "clothes" / "shoes.jpg")
     chosen = [script.Sight("before", "s.jpg", "9", 6, 1, 1, 1, 1, 0.2, 3.0, 0.5)]
     figure = script.draw(dict(before=model, after=model), {"s.jpg": photo}, chosen)

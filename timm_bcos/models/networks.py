@@ -192,7 +192,9 @@ FINETUNED: dict[str, Network] = {
         BcosConfig.finetune(b=1.25, bias="gate", stem="encoded", probability="softmax"),
         feature_cfg=FLAT,
         cfg=dict(interpolation="bicubic"),
-        tagged=dict(clothing=BcosConfig.finetune(logit_bias=-2.2)),
+        tagged=dict(
+            clothing=BcosConfig.finetune(bias="gate", stem="encoded", antialias=True, logit_bias=-2.2),
+        ),
     ),
     "bcos_cifar_resnet20": Network(
         CifarResNet,

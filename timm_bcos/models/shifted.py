@@ -50,8 +50,9 @@ class ShiftAveraged(nn.Module):
                 setattr(self, name, getattr(network, name))
 
     def get_classifier(self) -> Any:
-        """The network's, whose logit bias is the mean's too."""
-        return self.network.get_classifier()  # type: ignore[operator]
+        """The network's, whose logit bias is the mean's too; None for one that does not tell."""
+        tell = getattr(self.network, "get_classifier", None)
+        return tell() if callable(tell) else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) in [0, 1], or encoded, to (N, K) mean logits."""

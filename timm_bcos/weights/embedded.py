@@ -40,7 +40,7 @@ CFGS: dict[str, dict[str, object]] = {
         pool_size=(5, 5),
         num_classes=10,
         label_names=CLOTHES,
-        description="top-1 on the clothing photos' test split: 88.2 %",
+        description="top-1 on the clothing photos' test split: 89.8 %",
         license="other",
         notes=(CLOTHES_NOTE, f"the original was {IMAGENET_NOTE}"),
     ),
