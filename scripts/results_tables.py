@@ -52,8 +52,8 @@ GAME = dict(
 )
 GAINS = dict(
     file="localisation_gains",
-    rows=dict(method="{method}", grids="{grids}"),
-    columns="{cells}×{cells}, {smoothing}",
+    rows=dict(method="{method}", grids="{grids} of {cells}×{cells}"),
+    columns="{smoothing}",
     cell="{mean} ({low} to {high})",
 )
 RUNS = {
