@@ -7,12 +7,15 @@ Grids are made of the photos that the first network is most confident of, for al
 """
 
 import argparse
+from functools import partial
+from typing import Any
 
 import torch
-from networks import find_network
+from networks import find_networks
 from torch import nn
 from tqdm import tqdm
 
+from timm_bcos.cli.failures import exit_status
 from timm_bcos.data.datasets import LabelledImages, load_dataset
 from timm_bcos.judging.pointing_game import Grid, confidences, localisation, sample_grids
 
@@ -52,6 +55,11 @@ def compare(models: dict[str, nn.Module], dataset: LabelledImages, count: int) -
     return grids
 
 
+def run(args: argparse.Namespace) -> None:
+    models: Any = find_networks(args.networks)
+    compare(models, load_dataset(args.data, next(iter(models.values())).num_classes, split="test"), args.grids)
+
+
 def main() -> None:
     """Compare checkpoints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -60,9 +68,7 @@ def main() -> None:
         "networks", nargs="+", help="NAME=CHECKPOINT of train.py, or NAME=MODEL; compared with the first"
     )
     parser.add_argument("--grids", type=int, default=40, help="of 2 × 2 photos")
-    args = parser.parse_args()
-    models = {name: find_network(choice) for name, choice in (one.split("=", 1) for one in args.networks)}
-    compare(models, load_dataset(args.data, next(iter(models.values())).num_classes, split="test"), args.grids)
+    raise SystemExit(exit_status(partial(run, parser.parse_args())))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import timm
 import torch
-from networks import find_network
+from networks import find_networks
 from paired_comparison import contributors
 from PIL import Image
 from torch import Tensor, nn
@@ -211,7 +211,7 @@ def _row_of(models: Mapping[str, nn.Module], photo: Image.Image, sight: Sight) -
 
 
 def run(args: argparse.Namespace) -> None:
-    models = {name: find_network(choice) for name, choice in (one.split("=", 1) for one in args.networks)}
+    models = find_networks(args.networks)
     dataset: Any = load_dataset(args.data, args.num_classes, split=args.split, class_map=args.class_map)
     files = [dataset.filename(i) for i in range(len(dataset))]
     people = contributors(args.contributors, files)

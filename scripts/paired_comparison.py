@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from networks import name_and_choice
 from scipy.stats import binomtest
 
 from timm_bcos import InputError
@@ -183,9 +184,7 @@ def checkpoints(choices: Sequence[str]) -> dict[str, list[Path]]:
     """The checkpoints of each name, its seeds."""
     found: dict[str, list[Path]] = {}
     for choice in choices:
-        name, is_given, path = choice.partition("=")
-        if not is_given:
-            raise InputError(f"{choice}: give NAME=CHECKPOINT")
+        name, path = name_and_choice(choice)
         found.setdefault(name, []).append(Path(path))
     return found
 

@@ -9,6 +9,7 @@ import torch
 from conftest import PHOTOS, load_script, script_status
 from PIL import Image
 
+from timm_bcos.models.loading import load_model
 from timm_bcos.weights.embedded import CLOTHES
 
 pytest.importorskip("scipy")
@@ -86,11 +87,12 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < float(shoes["margin"]) < 1 and float(hat["against"]) > 0
     with (out / "contributors.csv").open(newline="") as file:
         assert [row["contributor"] for row in csv.DictReader(file)] == ["2", "1", "all"]
-    assert script_status(monkeypatch, script, *given[:3], "own=no_such_network") == 2
+    for wrong in ("own=no_such_network", "bcos_efficientnet_lite0.clothing"):
+        assert script_status(monkeypatch, script, *given[:3], wrong) == 2
 
 
 def test_the_picture() -> None:
-    model = script.find_network("bcos_efficientnet_lite0.clothing")
+    model = load_model("bcos_efficientnet_lite0.clothing").eval()
     photo = Image.open(PHOTOS / "clothes" / "shoes.jpg")
     chosen = [script.Sight("before", "s.jpg", "9", 6, 1, 1, 1, 1, 0.2, 3.0, 0.5)]
     figure = script.draw(dict(before=model, after=model), {"s.jpg": photo}, chosen)

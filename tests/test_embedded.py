@@ -77,7 +77,8 @@ def test_a_tag_says_how_its_weights_were_made() -> None:
     assert default.pretrained_cfg["tag"] == "in1k" and default.num_classes == 1000
     assert (default.bcos_config.b, default.bcos_config.bias) == (1.25, "gate")
     clothing = timm.create_model("bcos_efficientnet_lite0.clothing")
-    assert (clothing.bcos_config.b, clothing.bcos_config.antialias, clothing.num_classes) == (2.0, True, 10)
+    assert (clothing.bcos_config.b, clothing.bcos_config.bias, clothing.num_classes) == (2.0, "gate", 10)
+    assert clothing.bcos_config.antialias and not default.bcos_config.antialias
     assert timm.create_model("bcos_efficientnet_lite0.clothing", b=1.5).bcos_config.b == 1.5
 
 
