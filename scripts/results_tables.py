@@ -92,7 +92,7 @@ PAIRED = {
     "seeds": "{seeds}",
     "top-1 (%)": "{top1}",
     "by seed": "{by_seed}",
-    "− plain": "{gain}",
+    "− first row": "{gain}",
     "interval over clusters": "{interval}",
     "over photos": "{photos_interval}",
     "McNemar's p": "{mcnemar}",
@@ -139,6 +139,9 @@ TABLES: dict[str, Table] = {
     "ablation, growth": Table("ablations", ABLATION, only=dict(family="growth")),
     "teaching": Table("teaching", TEACHING),
     "new people": Table("new_people", PAIRED),
+    "new people, more epochs": Table("new_people_long", PAIRED),
+    "levers": Table("levers", PAIRED),
+    "fewer photos": Table("learning_curves", {"photos": "{share} %"} | PAIRED),
     "new people, contributors": Table(
         "new_people_contributors", dict(contributor="{cluster}", photos="{photos}"), "{network}", "{top1}"
     ),
