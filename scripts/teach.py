@@ -233,7 +233,11 @@ class Lesson:
     def finish(self) -> None:
         """Write a checkpoint as timm's train.py does."""
         kwargs = dict(arch=self.teacher.pretrained_cfg["architecture"]) | self.kwargs
-        trained = argparse.Namespace(model="bcosify", num_classes=self.student.num_classes, model_kwargs=kwargs)
+        config = resolve_model_data_config(self.teacher)
+        images = {name: config[name] for name in ("input_size", "crop_pct", "interpolation")}
+        trained = argparse.Namespace(
+            model="bcosify", num_classes=self.student.num_classes, model_kwargs=kwargs, **images
+        )
         with atomic_path(self.args.out / "student.pth.tar") as path:
             torch.save(dict(state_dict=self.student.state_dict(), args=trained), path)
 

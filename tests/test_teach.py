@@ -1,5 +1,6 @@
 """The script that teaches a converted network by its original, on a tiny one."""
 
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import timm
 import torch
 from conftest import PHOTOS, load_script, script_status
 from PIL import Image
+from timm.data import resolve_model_data_config
 from torch import nn
 
 from timm_bcos.cli.photos import open_photo
@@ -97,6 +99,19 @@ def test_an_interrupted_lesson_goes_on(arguments: list[str], tmp_path: Path, mon
     assert [(row[0], row[1]) for row in rows] == [("2", "1.25"), ("4", "1.25")]
     config = whole.bcos_config
     assert (config.b, config.stem, config.bias, config.probability) == (1.25, "encoded", "gate", "sigmoid")
+
+
+def test_the_student_takes_images_as_its_teacher_does(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the size and crop that the teacher's checkpoint of train.py says, not of the architecture's."""
+    weights = torch.load(tmp_path / "teacher.pth", weights_only=True)
+    told = Namespace(model=ARCH, num_classes=2, input_size=[3, 48, 48], crop_pct=0.8)
+    torch.save(dict(state_dict=weights, args=told), tmp_path / "teacher.pth.tar")
+    given = [str(tmp_path / "teacher.pth.tar"), *(a for a in arguments[1:] if a not in ("--arch", ARCH))]
+    assert script_status(monkeypatch, teach, *given) == 0
+    data = resolve_model_data_config(load_model(checkpoint=tmp_path / "out" / "student.pth.tar"))
+    assert (data["input_size"], data["crop_pct"]) == ((3, 48, 48), 0.8)
 
 
 def test_a_lesson_at_another_b_goes_on_from_the_last_one(
