@@ -35,7 +35,7 @@ from timm_bcos.data.datasets import load_dataset
 from timm_bcos.files import atomic_path
 from timm_bcos.judging.pointing_game import confidences
 from timm_bcos.judging.settings import remember_settings
-from timm_bcos.models.loading import load_plain_model
+from timm_bcos.models.loading import DATA_ARGUMENTS, load_plain_model
 from timm_bcos.nn.norms import UncentredBatchNormAct2d
 
 NOT_REMEMBERED = ("out", "every", "compile", "device", "workers")
@@ -234,7 +234,7 @@ class Lesson:
         """Write a checkpoint as timm's train.py does."""
         kwargs = dict(arch=self.teacher.pretrained_cfg["architecture"]) | self.kwargs
         config = resolve_model_data_config(self.teacher)
-        images = {name: config[name] for name in ("input_size", "crop_pct", "interpolation")}
+        images = {name: config[name] for name in DATA_ARGUMENTS}
         trained = argparse.Namespace(
             model="bcosify", num_classes=self.student.num_classes, model_kwargs=kwargs, **images
         )
