@@ -141,6 +141,7 @@ TABLES: dict[str, Table] = {
     "new people": Table("new_people", PAIRED),
     "new people, more epochs": Table("new_people_long", PAIRED),
     "levers": Table("levers", PAIRED),
+    "levers, rows of W(x)": Table("levers_cosine", PAIRED),
     "fewer photos": Table("learning_curves", {"photos": "{share} %"} | PAIRED),
     "new people, contributors": Table(
         "new_people_contributors", dict(contributor="{cluster}", photos="{photos}"), "{network}", "{top1}"
