@@ -51,6 +51,17 @@ def test_integrated_gradients_sum_up_to_the_difference(plain: nn.Module) -> None
     torch.testing.assert_close(total, difference, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize(("method", "options"), [("ig", dict(n_steps=10)), ("lime", dict(samples=10))])
+@pytest.mark.parametrize("size", [64, 480])
+def test_large_images_pass_few_at_a_time(plain: nn.Module, method: str, options: dict[str, int], size: int) -> None:
+    """Gradients of 32 images of a 3×3 grid at once would take 20 GB."""
+    x, seen = real_image(size), []
+    handle = plain.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    attribute(plain, x, 1, method, **options)
+    handle.remove()
+    assert max(seen) == (10 if size == 64 else 32 * 224**2 // size**2)
+
+
 def test_deep_lift_sums_up_to_the_difference() -> None:
     """In a network of linear layers and activations, of a kind that captum's own table lacks."""
     model, x = enliven(timm.create_model("tf_efficientnet_lite0", num_classes=4), real_image(64)), real_image(64)

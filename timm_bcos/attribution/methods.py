@@ -32,6 +32,8 @@ ELEMENTWISE = (
     nn.ReLU6, nn.SiLU, nn.GELU, nn.Mish, nn.CELU, nn.SELU, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh,
     *(kind for kind in vars(activations).values() if isinstance(kind, type) and issubclass(kind, nn.Module)),
 )  # fmt: skip
+# of all images of a pass: 32 of 224 × 224
+PIXELS_AT_ONCE = 32 * 224 * 224
 
 
 @cache
@@ -45,6 +47,11 @@ def _library(name: str) -> ModuleType:
 
 def _captum() -> ModuleType:
     return _library("captum.attr")
+
+
+def _images_at_once(x: Tensor) -> int:
+    """How many images of the size of (N, C, H, W) a pass takes, at most 32."""
+    return min(max(PIXELS_AT_ONCE // (x.shape[-2] * x.shape[-1]), 1), 32)
 
 
 @register("bcos")
@@ -88,8 +95,8 @@ def integrated_gradients(subject: Subject, x: Tensor, targets: Tensor, *, n_step
     """Integrated Gradients from a baseline of zeros."""
     check_counts(n_steps=n_steps)
     method = _captum().IntegratedGradients(subject)
-    z = subject.prepare(x)
-    return method.attribute(z, target=targets, n_steps=n_steps, internal_batch_size=max(len(x), 32)).sum(1)
+    at_once = max(len(x), _images_at_once(x))
+    return method.attribute(subject.prepare(x), target=targets, n_steps=n_steps, internal_batch_size=at_once).sum(1)
 
 
 @register("deeplift")
@@ -176,7 +183,7 @@ def lime(
     masks[0] = 1
     answers = [
         subject.probability(torch.where(some[:, segments].bool()[:, None], x[0], background))[:, targets]
-        for some in masks.split(32)
+        for some in masks.split(_images_at_once(x))
     ]
     weights: Tensor = superpixels.local_weights(masks, torch.cat(answers), features)
     return weights[:, segments].to(x)
