@@ -25,4 +25,5 @@ class Two(nn.Module):
 
 
 def small(channels: int = 3) -> nn.Sequential:
+    """One convolution and a classifier."""
     return nn.Sequential(nn.Conv2d(channels, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Linear(8, 5))

@@ -51,10 +51,11 @@ def test_integrated_gradients_sum_up_to_the_difference(plain: nn.Module) -> None
     torch.testing.assert_close(total, difference, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize(("method", "options"), [("ig", dict(n_steps=10)), ("lime", dict(samples=10))])
+@pytest.mark.parametrize(("method", "options"), [("ig", dict(n_steps=10)), ("lime", dict(samples=10)),
+                                                 ("rise", dict(masks=10))])  # fmt: skip
 @pytest.mark.parametrize("size", [64, 480])
 def test_large_images_pass_few_at_a_time(plain: nn.Module, method: str, options: dict[str, int], size: int) -> None:
-    """Gradients of 32 images of a 3×3 grid at once would take 20 GB."""
+    """As many pixels as 32 images of 224 × 224 have."""
     x, seen = real_image(size), []
     handle = plain.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     attribute(plain, x, 1, method, **options)

@@ -32,8 +32,8 @@ ELEMENTWISE = (
     nn.ReLU6, nn.SiLU, nn.GELU, nn.Mish, nn.CELU, nn.SELU, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh,
     *(kind for kind in vars(activations).values() if isinstance(kind, type) and issubclass(kind, nn.Module)),
 )  # fmt: skip
-# of all images of a pass: 32 of 224 × 224
-PIXELS_AT_ONCE = 32 * 224 * 224
+# of 224 × 224 pixels in a pass, fewer of larger ones: gradients of 32 of 480 × 480 took 23 GB
+IMAGES_AT_ONCE = 32
 
 
 @cache
@@ -50,8 +50,8 @@ def _captum() -> ModuleType:
 
 
 def _images_at_once(x: Tensor) -> int:
-    """How many images of the size of (N, C, H, W) a pass takes, at most 32."""
-    return min(max(PIXELS_AT_ONCE // (x.shape[-2] * x.shape[-1]), 1), 32)
+    """How many images of the size of (N, C, H, W) a pass takes."""
+    return min(max(IMAGES_AT_ONCE * 224**2 // (x.shape[-2] * x.shape[-1]), 1), IMAGES_AT_ONCE)
 
 
 @register("bcos")
@@ -198,7 +198,8 @@ def rise(subject: Subject, x: Tensor, targets: Tensor, *, masks: int = 500, cell
     total = torch.zeros_like(x[:, 0])
     for start in range(0, masks, 32):
         some = rise_masks(min(32, masks - start), cells, p, x.shape[-2:], subject.generator).to(x)
-        probability = subject.probability(x[0] * some[:, None])[:, targets]
+        parts = some.split(_images_at_once(x))
+        probability = torch.cat([subject.probability(x[0] * part[:, None]) for part in parts])[:, targets]
         total += torch.einsum("mk,mhw->khw", probability, some)
     return total / (masks * p)
 
