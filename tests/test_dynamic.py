@@ -9,7 +9,7 @@ import timm_bcos
 from timm_bcos.dynamic.account import Account
 from timm_bcos.dynamic.mode import DynamicLinearMode, active, explanation_mode
 from timm_bcos.dynamic.table import TABLE
-from timm_bcos.explaining.linearised import LinearPart, linear_part
+from timm_bcos.explaining.linear_parts import LinearPart, linear_part
 
 Double = torch.float64
 BIAS = torch.randn(6, dtype=Double)

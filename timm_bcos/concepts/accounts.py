@@ -7,17 +7,19 @@ does so for a sparse autoencoder in B-cos networks; here it is for any concepts.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from ..dynamic.mode import paused
+from ..dynamic.defects import Defect
+from ..dynamic.mode import ordinary_autograd
 from ..errors import InputError, TargetError
 from ..explaining.explanation import Explanation
 from ..explaining.forward import together_or_apart, warn_if_inexact
 from ..explaining.inputs import check_images, check_model
-from ..explaining.linearised import Linearised, linear_parts
+from ..explaining.linear_parts import linear_parts
+from ..explaining.linearised import Linearised
 from ..explaining.readout import Readout
 from ..explaining.targets import Asked, Targets, check_target, of_images
 from .dictionary import Concepts
@@ -99,8 +101,12 @@ def explain_concepts(
         run = Linearised(model, x[images], concepts.layer)
         return _account(run, concepts, of_images(asked, images), min(top, len(concepts)))
 
-    with paused(), torch.enable_grad():
-        account = together_or_apart(ask, range(len(x)), lambda found: [found.explanation], Account.stack)
+    def with_defects(account: Account, defects: tuple[Defect, ...]) -> Account:
+        whole = replace(account.explanation, defects=tuple(dict.fromkeys((*account.explanation.defects, *defects))))
+        return replace(account, explanation=whole)
+
+    with ordinary_autograd(x.device):
+        account = together_or_apart(ask, range(len(x)), lambda found: [found.explanation], Account.stack, with_defects)
     warn_if_inexact([account.explanation, *account.pixels], 2)
     return account
 

@@ -1,67 +1,44 @@
-"""Who adds what to an output: the image, the constants of the network, and what is neither.
+"""Who adds what to an output: the image, the constants of the model, and what is neither.
 
-With all dynamic weights fixed a network is linear in its image and in its additive constants (biases, shifts, position
+With all dynamic weights fixed a model is linear in its image and in its additive constants (biases, shifts, position
 embeddings, class tokens, literals) jointly. What a constant c that is added to y contributes to a logit is
 gradient of the logit by y · c; multiplied by a factor α = 1 of each image it is d logit / d α, so that one backward
 pass gives it for all images.
 
 A value that depends on the image but is not on its linear path (a gate, a statistic) may scale the path. Where it is
 *added* to it, it is neither the image's linear contribution nor a constant: the explanation is not exact. The same
-holds for functions that nobody has declared. Both are noted with a factor of their own, whose gradient exists only if
-an output depends on it: what adds to attention logits, which end in a gate, does no harm.
+holds for functions that are not known. Both are noted with a factor of their own, whose gradient exists only if an
+output depends on it: what adds to attention logits, which end in a gate, does no harm.
 """
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from types import FrameType
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from .boundaries import Boundary
+from .defects import Defect
 from .table import Function
 
-__all__ = ["Account", "AmbiguousBatch", "Defect"]
+__all__ = ["Account", "AmbiguousBatch", "Noted", "changed_constants", "function_name"]
 
 
 class AmbiguousBatch(Exception):  # noqa: N818  (a signal: the images are explained one by one instead)
     """A constant is added to a tensor whose layout does not tell which part belongs to which image."""
 
-
-@dataclass(frozen=True)
-class Defect:
-    """A place where a network is not dynamic linear.
-
-    Attributes:
-        module: Path of the module whose forward calls the function, '' for the root.
-        function: Name of the torch function.
-        kind: 'added' for an image-dependent value that is added, 'unknown' for a function that is not declared,
-            'unseen' for a program of which torch shows the result alone, read in `module`, and 'escaped' for a value
-            that leaves torch as a number.
-    """
-
-    module: str
-    function: str
-    kind: str
-
-    def __str__(self) -> str:
-        where = self.module or "the network itself"
-        return f"{where}: {TEXTS[self.kind].format(self.function)}"
-
-
-TEXTS = {
-    "added": "{} adds a value that depends on the image but is not on its linear path (a gate or a statistic)",
-    "unknown": "{} is not known to be linear; tell with timm_bcos.declare what it is",
-    "unseen": "reads what {} makes, a program that explanation mode does not see into",
-    "escaped": "{} makes a number of a value that depends on the image",
-}
+    defects: tuple[Defect, ...] = ()
 
 
 class _Context(FunctionCtx):
     """What forward leaves to backward."""
 
     images: int
-    saved_tensors: tuple[Tensor, ...]
+    addend: Tensor
 
 
 class _Tap(torch.autograd.Function):
@@ -69,15 +46,14 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: _Context, y: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
-        ctx.save_for_backward(addend)
+        ctx.addend = addend
         ctx.images = len(factor)
         ctx.mark_dirty(y)  # no view: layers that work in place may follow
         return y
 
     @staticmethod
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        (addend,) = ctx.saved_tensors
-        return grad, _by_image(grad, addend, ctx.images), None
+        return grad, _by_image(grad, ctx.addend, ctx.images), None
 
 
 class _Marked(torch.autograd.Function):
@@ -85,20 +61,22 @@ class _Marked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: _Context, addend: Tensor, factor: Tensor) -> Tensor:
-        ctx.save_for_backward(addend)
+        ctx.addend = addend
         ctx.images = len(factor)
         return addend.clone()
 
     @staticmethod
     def backward(ctx: _Context, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
-        (addend,) = ctx.saved_tensors
-        return None, _by_image(grad, addend, ctx.images)
+        return None, _by_image(grad, ctx.addend, ctx.images)
 
 
 def _by_image(grad: Tensor, addend: Tensor, images: int) -> Tensor:
     """(N,) Σ grad · addend over all that belongs to an image, broadcasting the addend."""
+    if grad.is_complex():  # torch's gradient of a real value by z is conjugate
+        grad = grad.conj()
     if grad.ndim == 0:
-        return (grad * addend).reshape(1)
+        product = grad * addend
+        return (product.real if product.is_complex() else product).reshape(1)
     addend = addend.reshape((1,) * (grad.ndim - addend.ndim) + addend.shape)
     axis = _image_axis(grad, images)
     grad, addend = grad.movedim(axis, 0), addend.movedim(axis, 0)
@@ -122,29 +100,75 @@ def _image_axis(y: Tensor, images: int) -> int:
     raise AmbiguousBatch
 
 
+@dataclass(frozen=True)
+class Noted:
+    """A constant as it was added: the function, what it was made of, and where (None where nobody asked)."""
+
+    function: str
+    values: tuple[object, ...]
+    place: Defect | None
+
+    def is_zero(self) -> bool:
+        """Whether it adds nothing, so that it does not matter whether the function was called."""
+        return all(not bool(v.any()) if isinstance(v, Tensor) else not v for v in self.values)
+
+    def is_like(self, other: "Noted") -> bool:
+        """Whether both may be the same call."""
+        return self.function == other.function and len(self.values) == len(other.values)
+
+    def equals(self, other: "Noted") -> bool:
+        """Whether both are the same numbers, to the last bit; of uniform tensors the shape may differ."""
+        return all(map(_is_same, self.values, other.values))
+
+
+def _is_same(one: object, other: object) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return type(one) is type(other) and one == other
+    if one.shape == other.shape:
+        return torch.equal(one.nan_to_num(), other.nan_to_num())
+    values = torch.cat([one.reshape(-1), other.reshape(-1)])
+    return bool((values == values[0]).all()) if len(values) else True
+
+
 class Account:
     """The factors of one forward pass.
 
     Args:
-        model: The network that runs.
+        model: The model that runs.
         images: N.
         like: A tensor of the dtype and device of the factors.
+        names_places: Whether constants are noted with the module that adds them, which takes time.
 
     Attributes:
         constants: (N,) factor of all additive constants.
         suspects: A factor and its defect for each place that adds what is no constant, or is not known.
-        certain: Places where values leave torch, after which nobody can follow them.
+        boundaries: Where the image is read, in the order of execution.
+        noted: What was booked as a constant, in the order of execution.
+        has_escaped: Whether a value that depends on the image has left torch, as a number or a shape.
+        needs_another_image: Whether something was booked as a constant that only another image can show to be one.
     """
 
-    def __init__(self, model: nn.Module, images: int, like: Tensor) -> None:
+    def __init__(self, model: nn.Module, images: int, like: Tensor, names_places: bool = False) -> None:
         self.model = model
         self.constants = self._factor(images, like)
         self.suspects: list[tuple[Tensor, Defect]] = []
-        self.certain: list[Defect] = []
+        self.boundaries: list[Boundary] = []
+        self.noted: list[Noted] = []
+        self.has_escaped = self.needs_another_image = False
+        self._names_places = names_places
 
     @staticmethod
     def _factor(images: int, like: Tensor) -> Tensor:
-        return like.new_ones(images).detach().requires_grad_()
+        dtype = like.dtype.to_real() if like.is_complex() else like.dtype
+        return torch.ones(images, dtype=dtype, device=like.device).requires_grad_()
+
+    def note(self, func: Function, values: Sequence[object], is_certain: bool) -> None:
+        """Remember a constant, to be compared with what another image gives."""
+        if self.has_escaped or not is_certain:
+            self.needs_another_image = True
+        kept = tuple(v.detach().clone() if isinstance(v, Tensor) and not is_certain else v for v in values)
+        place = self.place(func, "changes") if self._names_places else None
+        self.noted.append(Noted(function_name(func), kept, place))
 
     def tap(self, y: Tensor, addend: Tensor) -> Tensor:
         """Note that y, a result that nobody has seen yet, has a constant addend."""
@@ -170,17 +194,36 @@ class Account:
             addend: The part of y that is added; y itself then changes in place.
         """
         factor = self._factor(len(self.constants), self.constants)
-        self.suspects.append((factor, self._defect(kind, func)))
+        self.suspects.append((factor, self.place(func, kind)))
         if addend is None:  # made by who knows what, which may need it unchanged
             return _Tap.apply(y.clone(), factor, y.detach())  # type: ignore[no-any-return]
         return _Tap.apply(y, factor, addend.detach())  # type: ignore[no-any-return]
 
-    def escape(self, func: Function) -> None:
-        """Note that a value has left torch."""
-        self.certain.append(self._defect("escaped", func))
-
-    def _defect(self, kind: str, func: Function | str) -> Defect:
+    def place(self, func: Function | str, kind: str = "unknown") -> Defect:
+        """The module whose code is running, as a defect."""
         return Defect(_running_module(self.model), function_name(func), kind)
+
+
+def changed_constants(one: Account, other: Account) -> list[Defect]:
+    """What was booked as a constant, but is not the same for two images.
+
+    Args:
+        one: Of the forward pass of one image.
+        other: Of another, with `names_places`.
+    """
+    here, there = ([noted for noted in account.noted if not noted.is_zero()] for account in (one, other))
+    found: list[Defect] = []
+    for mine, yours in zip_longest(here, there):
+        if mine is None or yours is None or not mine.is_like(yours):
+            place = yours or mine
+            found.append(replace(place.place or Defect("", place.function, "calls"), kind="calls"))
+            break  # from here on the two passes cannot be compared
+        if not mine.equals(yours):
+            found.append(yours.place or Defect("", yours.function, "changes"))
+    readings = zip(one.boundaries, other.boundaries, strict=False)
+    if len(one.boundaries) != len(other.boundaries) or not all(a.loses_as(b) for a, b in readings):
+        found.append(Defect("", "its shares of white differ", "reads"))
+    return list(dict.fromkeys(found))
 
 
 def function_name(func: Function | str) -> str:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import cosine, functional, maxout, weights
+from .sums import extremum
 from .table import Function, Mode, Operand, detached, handles, kept, named, on_linear_path
 
 __all__ = ["activate", "steady"]
@@ -25,6 +26,9 @@ def activate(mode: Mode, func: Function, /, input: Tensor, *args: Any, **kwargs:
     """A torch function of one tensor, elementwise."""
     if not on_linear_path(input):
         return func(input, *args, **kwargs)
+    if func in BOUNDED and any(isinstance(bound, Tensor) for bound in (*args, *kwargs.values())):
+        return _between_tensors(mode, func, input, *args, **kwargs)
+    sources = (*args, *kwargs.values())
     args, kwargs = tuple(map(detached, args)), {name: detached(value) for name, value in kwargs.items()}
     is_in_place = kwargs.pop("inplace", False) or func.__name__.endswith("_")
     func = OUT_OF_PLACE.get(func, func)
@@ -35,8 +39,8 @@ def activate(mode: Mode, func: Function, /, input: Tensor, *args: Any, **kwargs:
     if _is_zero_at_zero(func, args, kwargs):
         result = source * (value / point)
     else:
-        at_zero = func(torch.zeros_like(point), *args, **kwargs)
-        result = mode.add(source * ((value - at_zero) / point) + at_zero, at_zero, func)
+        at_zero = func(point.detach().new_zeros(()), *args, **kwargs)
+        result = mode.add(source * ((value - at_zero) / point) + at_zero, at_zero, func, *sources)
     return input.copy_(result) if is_in_place else result
 
 
@@ -76,6 +80,21 @@ def _is_zero_at_zero(func: Function, args: tuple[Any, ...], kwargs: dict[str, An
     return (low is None or low <= 0) and (high is None or high >= 0)
 
 
+def _between_tensors(
+    mode: Mode, func: Function, /, input: Tensor, *bounds: Operand | None, inplace: bool = False, **named_bounds: Any
+) -> Tensor:
+    """`clamp` by tensors: the largest and the smallest of two. The bounds are no path, but gates or constants."""
+    low, high = (*bounds, *named_bounds.values(), None)[:2]
+    if func in {*named("clamp_max clamp_max_")} or (not bounds and list(named_bounds) == ["max"]):
+        low, high = None, low
+    result = input
+    for bound, extreme in ((low, torch.maximum), (high, torch.minimum)):
+        if bound is not None:
+            limit = detached(bound) if isinstance(bound, Tensor) else input.detach().new_tensor(bound)
+            result = extremum(mode, extreme, result, limit)
+    return input.copy_(result) if inplace or func.__name__.endswith("_") else result
+
+
 @handles(functional.shifted_activation)
 def _shifted(mode: Mode, func: Function, /, input: Tensor, shift: Tensor, act: nn.Module) -> Tensor:
     """x · (a(x + shift) - a(shift)) / x; at 0 the slope beside it, a quotient that rounding leaves some digits of."""
@@ -87,16 +106,32 @@ def _shifted(mode: Mode, func: Function, /, input: Tensor, shift: Tensor, act: n
 
 @handles(*named("pow __pow__ square float_power"))
 def _power(mode: Mode, func: Function, /, input: Tensor, exponent: Operand = 2) -> Tensor:
-    """xᵖ = x · xᵖ⁻¹ for a fixed p of at least 1; all other powers are statistics."""
-    if not on_linear_path(input) or isinstance(exponent, Tensor) or exponent < 1:
+    """xᵖ = x · xᵖ⁻¹ for a number p of at least 1, or a tensor of exponents; other powers are statistics."""
+    if not on_linear_path(input) or (not isinstance(exponent, Tensor) and exponent < 1):
         return torch.pow(detached(input), detached(exponent))
-    return input * detached(input).pow(exponent - 1)
+    point, exponent = detached(input), detached(exponent)
+    if not isinstance(exponent, Tensor):
+        return input * point.pow(exponent - 1)
+    slope = point.pow(exponent - 1)
+    return input * torch.where(slope.isfinite() | (point != 0), slope, 0.0)
 
 
 @handles(*named("glu"))
 def _glu(mode: Mode, func: Function, /, input: Tensor, dim: int = -1) -> Tensor:
     half, gate = input.chunk(2, dim)
     return half * detached(gate).sigmoid()
+
+
+@handles(*named("hypot"))
+def _hypot(mode: Mode, func: Function, /, input: Tensor, other: Tensor) -> Tensor:
+    """√(a² + b²) = a · (a / h) + b · (b / h)."""
+    length = func(detached(input), detached(other))
+    length = torch.where(length == 0, 1.0, length)
+    y = input * (detached(input) / length) + other * (detached(other) / length)
+    for operand in (input, other):
+        if not on_linear_path(operand):
+            y = mode.add(y, operand * (operand / length), func, operand)
+    return y
 
 
 @handles(maxout.max_out)

@@ -22,6 +22,7 @@ def _attention(
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
     weights = mode.call(attention_weights, query, key, attn_mask, is_causal, scale)
+    weights = weights.masked_fill(weights.isnan().all(-1, keepdim=True), 0.0)  # queries that may look at nothing
     weights = F.dropout(weights, dropout_p) if dropout_p else weights
     return share(torch.matmul, [weights, value])
 

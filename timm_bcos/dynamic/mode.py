@@ -1,4 +1,4 @@
-"""Explanation mode: inside it, autograd sees the network as the linear map that it is for its current input.
+"""Explanation mode: inside it, autograd sees the model as the linear map that it is for its current input.
 
 Outputs stay what they are; only the graph that autograd records changes. Everything that depends on the input but is
 not the linear path is treated as a constant (detached): cosine factors, norm statistics, attention weights, gates.
@@ -6,53 +6,44 @@ One backward pass from a logit then gives that logit's row of W(x) exactly (sect
 
 How each torch function is rewritten stands in a table (`timm_bcos.dynamic.table`), which covers functions inside
 forwards as well as modules. A tensor is on the linear path when it requires a gradient: the mode hands parameters to
-functions detached, so only the image's path does. Nothing of the network is changed, and the mode acts in the thread
-that entered it alone.
+functions detached, so only the image's path does. The model is not changed, and the mode acts only in the thread that
+entered it.
 """
 
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import ModelStateError
-from .account import Account, function_name
+from ..errors import BcosError, ModelStateError
+from .account import Account, AmbiguousBatch, function_name
+from .kinds import Kind, Kinds, memory_key
 from .table import (
     ESCAPING,
+    JOINING,
     METADATA,
-    SHAPED,
+    STATIC,
     STREAMS,
     TABLE,
+    VALUES_FROM,
     Function,
     Handler,
     Operand,
     declare,
     detached,
     on_linear_path,
+    out_of_place,
+    reads_shape,
+    tensors_in,
+    writes_to,
 )
+from .views import as_single_views
 
 __all__ = ["DynamicLinearMode", "constant", "declare", "explanation_mode", "on_linear_path"]
-
-
-class Kind(IntEnum):
-    """How a tensor depends on the image; of several operands the highest counts."""
-
-    CONSTANT = 0
-    GATE = 1  # depends on the image, off the linear path
-    PATH = 2
-
-
-@dataclass(frozen=True)
-class _Known:
-    reference: weakref.ref[Tensor]
-    kind: Kind
-    maker: str
 
 
 class DynamicLinearMode(TorchFunctionMode):
@@ -60,7 +51,7 @@ class DynamicLinearMode(TorchFunctionMode):
 
     Args:
         leaf: The images that are differentiated by; every other leaf is a constant. None where they are not known:
-            then parameters alone are.
+            then only parameters are.
         account: Where to note constants and defects; None notes nothing.
         table: How functions are rewritten.
     """
@@ -73,10 +64,15 @@ class DynamicLinearMode(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.leaf, self.account, self.table = leaf, account, table
-        self._known: dict[int, _Known] = {}
+        self.kinds = Kinds()
+        self.eps = 0.0 if leaf is None else torch.finfo(leaf.dtype).eps  # of the narrowest type on the path
+        self._registered: set[int] = set()
         self._replaced: dict[int, tuple[Tensor, Tensor]] = {}
-        if leaf is not None:
-            self._remember(leaf, Kind.PATH)
+        if account is not None and leaf is not None:
+            for tensor in (*account.model.parameters(), *account.model.buffers()):
+                self.kinds.set(tensor, Kind.CONSTANT)
+                self._registered.add(memory_key(tensor))
+            self.kinds.set(leaf, Kind.IMAGE)
 
     def __torch_function__(
         self, func: Function, types: object, args: Sequence[object] = (), kwargs: dict[str, object] | None = None
@@ -84,20 +80,40 @@ class DynamicLinearMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in METADATA or _ACTIVE.get() is not self:
             return func(*args, **kwargs)
+        if self.account is not None and kwargs.get("out") is not None:
+            return self._into(kwargs["out"], func, args, {n: v for n, v in kwargs.items() if n != "out"})
         args = [self._frozen(value) for value in args]
         kwargs = {name: self._frozen(value) for name, value in kwargs.items()}
-        kind = max(map(self._kind, _tensors([*args, *kwargs.values()])), default=Kind.CONSTANT)
-        if func in SHAPED:
-            return func(*map(detached, args), **kwargs)
-        if kind is not Kind.PATH:
-            result = func(*args, **kwargs)
-        elif func in self.table:
-            result = self.table[func](self, func, *args, **kwargs)
+        if self.account is None:
+            on_path = any(map(on_linear_path, tensors_in([*args, *kwargs.values()])))
+            return self._rewritten(func, args, kwargs) if on_path else func(*args, **kwargs)
+        values = _values(func, args, kwargs)
+        kind = max(map(self.kinds.get, values), default=Kind.CONSTANT)
+        self._watch(func, args, kwargs, kind)
+        if kind >= Kind.PATH:
+            result = self._rewritten(func, args, kwargs)
         else:
-            result = self._suspected(func(*args, **kwargs), func)
-        if kind is not Kind.CONSTANT and self.account is not None:
-            self._note(args[0] if result is None and args else result, func)  # `x[i] = y` returns nothing
-        return result
+            if func in VALUES_FROM:  # the form may be taken from the path
+                args, kwargs = [*map(detached, args)], {name: detached(value) for name, value in kwargs.items()}
+            result = func(*args, **kwargs)
+            result = as_single_views(args[0], result) if args and isinstance(args[0], Tensor) else result
+        return self._noted(func, args, result, kind)
+
+    def _rewritten(self, func: Function, args: Sequence[object], kwargs: dict[str, object]) -> object:
+        """A function of the linear path, as the table has it."""
+        handler = self.table.get(func) or _in_place_handler(self.table, func)
+        if handler is None:
+            return self._suspected(func(*args, **kwargs), func, writes_to(func, args))
+        try:
+            return handler(self, func, *args, **kwargs)
+        except (BcosError, AmbiguousBatch):
+            raise
+        except Exception as error:
+            if self.account is None:
+                raise
+            if writes_to(func, args) is not None:
+                raise ModelStateError(f"{self.account.place(func)} cannot be explained: {error}") from error
+            return self._suspected(func(*args, **kwargs), func, None)  # raises the same where torch does
 
     def _frozen(self, value: object) -> object:
         """Parameters are constants, whose gradients nobody wants."""
@@ -112,47 +128,78 @@ class DynamicLinearMode(TorchFunctionMode):
         return value
 
     def seen(self, x: Tensor) -> Tensor:
-        """A tensor on the path; one that no function which the mode saw has made is replaced by one under suspicion."""
-        known = self._known.get(id(x))
-        if self.account is None or (known is not None and known.kind is Kind.PATH):
+        """A tensor on the path; one that a function made which the mode did not see is replaced by a suspect."""
+        if self.account is None or self.kinds.is_current(x):
             return x
         if id(x) not in self._replaced:
             name = type(x.grad_fn).__name__.partition("Backward")[0]
             self._replaced[id(x)] = x, self.account.suspect(x, "unseen", name)
-            self._remember(self._replaced[id(x)][1], Kind.PATH)
+            self.kinds.set(self._replaced[id(x)][1], Kind.PATH)
         return self._replaced[id(x)][1]
-
-    def _kind(self, x: Tensor) -> Kind:
-        if on_linear_path(x):
-            return Kind.PATH
-        return self._known[id(x)].kind if id(x) in self._known else Kind.CONSTANT
 
     def is_gate(self, x: object) -> bool:
         """Whether x depends on the image without being on its path."""
-        return isinstance(x, Tensor) and not x.requires_grad and id(x) in self._known
+        return isinstance(x, Tensor) and self.kinds.get(x) is Kind.GATE
+
+    def is_image(self, x: Tensor) -> bool:
+        """Whether x is the image, or made of it before anything has read it."""
+        return self.account is not None and x.requires_grad and self.kinds.get(x) is Kind.IMAGE
 
     def maker(self, x: Tensor) -> str:
         """Name of the function that made a gate."""
-        return self._known[id(x)].maker if id(x) in self._known else "a constant"
+        return self.kinds.maker(x) or "a constant"
 
-    def _remember(self, x: Tensor, kind: Kind, maker: str = "") -> None:
-        key, known = id(x), self._known
-        known[key] = _Known(weakref.ref(x, lambda _: known.pop(key, None)), kind, maker)
+    def _watch(self, func: Function, args: Sequence[object], kwargs: dict[str, object], kind: Kind) -> None:
+        """Note what leaves torch as a number or as a shape, and what makes the image's way to a reader dynamic."""
+        assert self.account is not None
+        if kind >= Kind.GATE and (func in ESCAPING or reads_shape(func, args, kwargs)):
+            self.account.has_escaped = True
+        if kind is Kind.IMAGE:
+            operands = tensors_in([*args, *kwargs.values()])
+            several = func not in JOINING and sum(map(on_linear_path, operands)) > 1
+            if several or func not in STATIC or any(map(self.is_gate, operands)):
+                self.account.needs_another_image = True
 
-    def _note(self, result: object, func: Function) -> None:
-        """Remember how results depend on the image."""
-        for x in _tensors([result]):
-            self._remember(x, Kind.PATH if x.requires_grad else Kind.GATE, function_name(func))
-        if func in ESCAPING and self.account is not None:
-            self.account.escape(func)
+    def _noted(self, func: Function, args: Sequence[object], result: object, kind: Kind) -> object:
+        """Remember how what a function returns or writes depends on the image."""
+        assert self.account is not None
+        if kind is Kind.CONSTANT and self.account.has_escaped:
+            kind = Kind.UNVERIFIED
+        name, written = function_name(func), writes_to(func, args)
+        operands = {memory_key(x) for x in tensors_in(args)}
+        for x in tensors_in([result]):
+            if x.requires_grad and x.is_floating_point():
+                self.eps = max(self.eps, torch.finfo(x.dtype).eps)
+            if memory_key(x) not in operands:
+                self.kinds.set(x, kind, name)
+            elif not self.kinds.is_current(x):  # `inplace=True`
+                self.kinds.set(x, max(kind, self.kinds.get(x)), name)
+        if written is not None:
+            self.kinds.set(written, max(kind, self.kinds.get(written)), name)
+        return result
 
-    def _suspected(self, result: object, func: Function) -> object:
+    def _into(self, out: object, func: Function, args: Sequence[object], kwargs: dict[str, object]) -> object:
+        """`out=`: what a function returns is written there."""
+        result = self.__torch_function__(func, (), args, kwargs)
+        for target, value in zip(tensors_in([out]), tensors_in([result]), strict=True):
+            if target.shape != value.shape:
+                target.resize_(value.shape)
+            self.__torch_function__(Tensor.copy_, (), (target, value))
+        return out
+
+    def _suspected(self, result: object, func: Function, written: Tensor | None) -> object:
+        """What a function that the table does not know has made of the path."""
         if self.account is None:
+            return result
+        if written is not None:
+            if written.requires_grad:
+                self.account.suspect(written, "unknown", func, written.detach().clone())
             return result
         if isinstance(result, Tensor):
             return self.account.suspect(result, "unknown", func) if result.requires_grad else result
         if isinstance(result, list | tuple):
-            return type(result)([self._suspected(item, func) for item in result])
+            found = [self._suspected(item, func, None) for item in result]
+            return type(result)(found) if type(result) in (list, tuple) else tuple(found)
         return result
 
     # For handlers.
@@ -161,43 +208,78 @@ class DynamicLinearMode(TorchFunctionMode):
         """A function inside a handler, as this mode's table has it: torch calls it without the mode."""
         return self.table[func](self, func, *args)
 
-    def add(self, y: Tensor, addend: Operand, func: Function, *sources: object, is_gate: bool | None = None) -> Tensor:
+    def add(self, y: Tensor, addend: Operand, func: Function, *sources: object) -> Tensor:
         """Account for what a fresh result y contains beside the linear path.
 
         Args:
             y: The result.
             addend: A tensor that broadcasts to y, or a number.
             func: What added it.
-            sources: Tensors that the addend was made of; none if it is one of the operands itself.
-            is_gate: Whether the addend depends on the image, where a change in place has made the sources forget it.
+            sources: Tensors and numbers that the addend was made of; none if it is one of the operands itself.
         """
         if self.account is None or on_linear_path(addend) or not on_linear_path(y):
             return y
+        return self.add_kind(y, addend, func, sources or (addend,), self.kind_of(*(sources or (addend,))))
+
+    def kind_of(self, *operands: object) -> Kind:
+        """The highest kind of several operands off the path."""
+        return max((self.kinds.get(x) for x in tensors_in(operands)), default=Kind.CONSTANT)
+
+    def add_kind(self, y: Tensor, addend: Operand, func: Function, sources: Sequence[object], kind: Kind) -> Tensor:
+        """As `add`, where a change in place may have made the operands forget their kind."""
+        assert self.account is not None
         if not isinstance(addend, Tensor):
-            return self.account.tap(y, y.detach().new_full((), addend)) if addend else y
-        if any(map(self.is_gate, sources or (addend,))) if is_gate is None else is_gate:
-            return self.account.suspect(y, "added", func, addend)
-        return self.account.tap(y, addend)
+            if not addend:
+                return y
+            addend = y.detach().new_full((), addend)
+        if kind >= Kind.GATE:
+            return self.account.suspect(y, "added", func, addend.detach().clone()) if bool(addend.any()) else y
+        self.account.note(func, sources, kind is Kind.CONSTANT)
+        return self.account.tap(y, self._lasting(addend))
 
     def operand(self, value: Tensor, func: Function) -> Tensor:
         """Account for a whole operand that is joined to the linear path, as a class token is."""
         if self.account is None or on_linear_path(value):
             return value
-        if self.is_gate(value):
+        kind = self.kinds.get(value)
+        if kind is Kind.GATE:
+            if not bool(value.any()):
+                return value
             return self.account.suspect(value.detach().clone().requires_grad_() * 1, "added", func, value)
-        return self.account.mark(value)
+        self.account.note(func, (value,), kind is Kind.CONSTANT)
+        return self.account.mark(self._lasting(value))
+
+    def _lasting(self, value: Tensor) -> Tensor:
+        """Parameters and buffers as they are; a copy of what the forward pass may still change."""
+        value = value.detach()
+        return value if memory_key(value) in self._registered else value.clone()
 
 
-def _tensors(values: Iterable[object]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, list | tuple):
-            found += _tensors(value)
-        elif isinstance(value, dict):
-            found += _tensors(value.values())
-    return found
+def _values(func: Function, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor]:
+    """The operands whose values a function's result depends on."""
+    source = VALUES_FROM.get(func, "all")
+    if source == "none":
+        return []
+    if source == "first":
+        return tensors_in([args[0] if args else kwargs.get("input")])
+    found = [*args, *kwargs.values()]
+    return tensors_in(found[1:] if source == "rest" else found)
+
+
+def _in_place_handler(table: Mapping[Function, Handler], func: Function) -> Handler | None:
+    """That of the function which `func` is the in-place form of."""
+    plain = out_of_place(func)
+    handler = None if plain is None else table.get(plain)
+    if plain is None or handler is None:
+        return None
+
+    def run(mode: DynamicLinearMode, _: Function, /, input: Tensor, *args: object, **kwargs: object) -> object:
+        before = input.clone()
+        mode.kinds.set(before, mode.kinds.get(input))
+        result = handler(mode, plain, before, *args, **kwargs)
+        return mode.table[Tensor.copy_](mode, Tensor.copy_, input, result)
+
+    return run
 
 
 _ACTIVE: ContextVar[DynamicLinearMode | None] = ContextVar("explanation mode of this thread", default=None)
@@ -226,12 +308,19 @@ def active(mode: DynamicLinearMode) -> Iterator[DynamicLinearMode]:
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Let no mode act: what follows is no part of a network that is being explained."""
+    """Let no mode act: what follows is no part of a model that is being explained."""
     token = _ACTIVE.set(None)
     try:
         yield
     finally:
         _ACTIVE.reset(token)
+
+
+@contextmanager
+def ordinary_autograd(device: torch.device) -> Iterator[None]:
+    """Let gradients be recorded in full precision, whatever the caller has switched on or off."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), paused():
+        yield
 
 
 @contextmanager
@@ -242,7 +331,7 @@ def explanation_mode(model: nn.Module) -> Iterator[nn.Module]:
     Neither the model nor other threads notice. Blocks nest.
 
     Args:
-        model: A B-cos network in evaluation mode.
+        model: A B-cos model in evaluation mode.
 
     Raises:
         ModelStateError: For a model with gradient checkpointing, whose backward pass would run without this mode.

@@ -5,14 +5,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .sums import add
 from .table import Function, Mode, Operand, detached, handles, named, on_linear_path
 
 __all__ = ["share"]
 
 PRODUCTS = """
     mul __mul__ __rmul__ multiply matmul __matmul__ __rmatmul__ mm bmm mv dot vdot inner outer ger kron tensordot
-    chain_matmul multi_dot vecdot bilinear
+    chain_matmul multi_dot vecdot cross
 """
 IN_PLACE = {
     **dict.fromkeys(named("mul_ __imul__ multiply_"), torch.mul),
@@ -52,16 +51,41 @@ def _einsum(mode: Mode, func: Function, /, equation: str, *operands: object) -> 
     return share(lambda *factors: func(equation, *factors), operands)
 
 
+@handles(torch.sparse.mm, *named("smm hspmm"))
+def _sparse_product(mode: Mode, func: Function, /, *args: Tensor) -> Tensor:
+    return share(torch.sparse.mm, args)
+
+
+@handles(*named("bilinear"))
+def _bilinear(
+    mode: Mode, func: Function, /, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    y = share(func, [input1, input2, weight])
+    return y if bias is None else mode.add(y + bias, bias, func)
+
+
 @handles(*named("addcmul addmm addbmm baddbmm addmv addr"))
 def _sum_and_product(
-    mode: Mode, func: Function, /, input: Tensor, a: Tensor | None = None, b: Tensor | None = None, *, value: float = 1,
-    beta: float = 1, alpha: float = 1, **factors: Tensor,
+    mode: Mode, func: Function, /, input: Tensor, *factors: Tensor, value: float = 1, beta: float = 1,
+    alpha: float = 1, **named_factors: Tensor,
 ) -> Tensor:  # fmt: skip
-    operands = [x for x in (a, b, *factors.values()) if x is not None]
+    operands = [*factors, *named_factors.values()]
     product = share(_product_of(func), operands) * (value * alpha)
-    if beta != 1:
-        input = input * beta
-    return add(mode, torch.add, input, product)
+    return _sum(mode, func, input if beta else None, beta, product, operands)
+
+
+def _sum(
+    mode: Mode, func: Function, input: Tensor | None, beta: float, term: Tensor, sources: Sequence[Tensor]
+) -> Tensor:
+    """beta · input + term; as in torch, an input times 0 does not count, be it infinite."""
+    if input is None:
+        return term
+    scaled = input if beta == 1 else input * beta
+    y = scaled + term
+    for part, made_of in ((scaled, (input,)), (term, sources)):
+        if not on_linear_path(part):
+            y = mode.add(y, part, func, *made_of)
+    return y
 
 
 def _product_of(func: Function) -> Callable[..., Tensor]:
@@ -91,7 +115,7 @@ def _sum_and_quotient(
     mode: Mode, func: Function, /, input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1
 ) -> Tensor:
     quotient = _quotient(mode, torch.div, tensor1, tensor2) * value
-    return add(mode, torch.add, input, quotient)
+    return _sum(mode, func, input, 1, quotient, [tensor1, tensor2])
 
 
 @handles(*named("grid_sample affine_grid"))

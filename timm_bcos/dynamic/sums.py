@@ -1,7 +1,7 @@
 """Sums of the linear path and something else, in all forms: what is added is noted by the mode."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +11,10 @@ from torch import Tensor
 from ..nn import functional
 from .table import Function, Mode, Operand, detached, handles, named, on_linear_path
 
-__all__ = ["add"]
+__all__ = ["add", "choose"]
 
 SUBTRACTING = {*named("sub __sub__ __isub__ sub_ subtract subtract_")}
 REVERSED = {*named("rsub __rsub__")}
-
-
-CHANGING = {*named("__iadd__ __isub__ add_ sub_ subtract_")}
 ADDING = {*named("add __add__ __radd__ __iadd__ add_")}
 
 
@@ -32,16 +29,37 @@ def coefficients(func: Function, alpha: float) -> tuple[float, float]:
 def add(mode: Mode, func: Function, /, input: Operand, other: Operand, *, alpha: float = 1) -> Tensor:
     """Sums and differences."""
     addends = [
-        (operand if coefficient == 1 else operand * coefficient, mode.is_gate(operand))
+        (operand, operand if coefficient == 1 else operand * coefficient, mode.kind_of(operand))
         for operand, coefficient in zip((input, other), coefficients(func, alpha), strict=True)
         if not on_linear_path(operand)
     ]
-    if addends and not on_linear_path(input) and func in CHANGING:
-        addends = [(addend.clone(), is_gate) for addend, is_gate in addends if isinstance(addend, Tensor)]
+    if _changes(func) and not on_linear_path(input) and isinstance(input, Tensor):
+        _join_base(mode, func, input)
+        if input.requires_grad:  # a view of what is now on the path, with its constants noted
+            addends = []
+        else:
+            addends = [(_copy(operand), _copy(addend), kind) for operand, addend, kind in addends]
     y = func(input, other) if alpha == 1 else func(input, other, alpha=alpha)
-    for addend, is_gate in addends:
-        y = mode.add(y, addend, func, is_gate=is_gate)
+    if mode.account is not None and on_linear_path(y):
+        for operand, addend, kind in addends:
+            y = mode.add_kind(y, addend, func, (operand,), kind)
     return y
+
+
+def _changes(func: Function) -> bool:
+    return func.__name__.startswith("__i") or (func.__name__.endswith("_") and not func.__name__.endswith("__"))
+
+
+def _copy(value: Operand) -> Operand:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _join_base(mode: Mode, func: Function, target: Tensor) -> None:
+    """Before the path is written to a part of a tensor off the path: all of it joins the path, its content noted."""
+    base = target._base
+    if base is None or mode.account is None or base.requires_grad or not bool(base.any()):
+        return
+    base.copy_(mode.operand(base, func))
 
 
 @handles(functional.scale_and_offset)
@@ -54,9 +72,33 @@ def _to_logits(mode: Mode, func: Function, /, y: Tensor, temperature: float, log
     return mode.add(func(y, temperature, logit_bias), logit_bias, func)
 
 
-@handles(*named("cat concat concatenate stack hstack vstack dstack column_stack"))
-def _join(mode: Mode, func: Function, /, tensors: Sequence[Tensor], *args: object, **kwargs: object) -> Tensor:
-    return func([mode.operand(t, func) if t.is_floating_point() else t for t in tensors], *args, **kwargs)
+@handles(*named("cat concat concatenate stack hstack vstack dstack column_stack row_stack block_diag complex polar"))
+def _join(mode: Mode, func: Function, /, *args: Any, **kwargs: Any) -> Tensor:
+    """What stands beside the path, whatever its type, is noted whole."""
+    dtype = next(x.dtype for x in _flat([*args, *kwargs.values()]) if on_linear_path(x))
+
+    def joined(value: Any) -> Any:
+        if isinstance(value, list | tuple) and any(isinstance(v, Tensor) for v in value):
+            return [joined(v) for v in value]
+        if not isinstance(value, Tensor) or on_linear_path(value):
+            return value
+        return mode.operand(_as_type(mode, value, dtype), func)
+
+    return func(*map(joined, args), **{name: joined(value) for name, value in kwargs.items()})
+
+
+def _flat(values: Sequence[Any]) -> list[Tensor]:
+    return [x for v in values for x in (v if isinstance(v, list | tuple) else [v]) if isinstance(x, Tensor)]
+
+
+def _as_type(mode: Mode, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Integers and booleans as numbers of the path's type; of the same kind."""
+    if value.is_floating_point() or value.is_complex():
+        return value
+    converted = value.to(dtype)
+    if mode.account is not None:
+        mode.kinds.set(converted, mode.kind_of(value))
+    return converted
 
 
 @handles(*named("where"))
@@ -68,18 +110,32 @@ def choose(mode: Mode, func: Function, /, condition: Tensor, *branches: Any, **o
     if func is Tensor.where:  # x.where(condition, other)
         condition, values[0] = values[0], condition
     first, second = values
+    condition = detached(condition)
     y = torch.where(condition, first, second)
-    if not on_linear_path(first):
-        y = mode.add(y, torch.where(condition, first, torch.zeros_like(y)), func, first)
-    if not on_linear_path(second):
-        y = mode.add(y, torch.where(condition, torch.zeros_like(y), second), func, second)
+    for source, part in ((first, lambda: (first, 0)), (second, lambda: (0, second))):
+        if not on_linear_path(source):
+            y = mode.add(y, torch.where(condition, *_numbers(part(), y)), func, source)
     return y
 
 
+def _numbers(branches: tuple[Operand, Operand], like: Tensor) -> list[Tensor]:
+    return [x.to(like.dtype) if isinstance(x, Tensor) else like.detach().new_tensor(x) for x in branches]
+
+
 @handles(*named("maximum minimum fmax fmin"))
-def _extremum(mode: Mode, func: Function, /, input: Tensor, other: Tensor) -> Tensor:
+def extremum(mode: Mode, func: Function, /, input: Operand, other: Operand) -> Tensor:
+    """Of two tensors elementwise: which one it is, is a constant of the linear map."""
     takes_first = func(detached(input), detached(other)) == detached(input)
     return choose(mode, torch.where, takes_first, input, other)
+
+
+@handles(*named("max min"))
+def _largest(mode: Mode, func: Function, /, input: Operand, *args: Any, **kwargs: Any) -> Any:
+    """Of two tensors (`torch.max(a, b)`), or along an axis."""
+    other = args[0] if args else kwargs.get("other")
+    if isinstance(other, Tensor):
+        return extremum(mode, torch.maximum if func.__name__ == "max" else torch.minimum, input, other)
+    return func(input, *args, **kwargs)
 
 
 @handles(F.pad)
@@ -90,7 +146,7 @@ def _pad(
     y = func(input, pad, mode, value)
     if mode != "constant" or not value or not math.isfinite(value):
         return y
-    return linear.add(y, func(torch.zeros_like(input), pad, mode, value), func)
+    return linear.add(y, func(torch.zeros_like(input), pad, mode, value), func, value)
 
 
 @handles(*named("constant_pad_nd"))
@@ -108,51 +164,89 @@ def _lerp(mode: Mode, func: Function, /, input: Tensor, end: Tensor, weight: Ope
     return y
 
 
-WRITING = """
-    __setitem__ index_put index_put_ masked_fill masked_fill_ masked_scatter masked_scatter_ copy_ scatter scatter_
-    scatter_add scatter_add_ index_copy index_copy_ index_add index_add_ index_fill index_fill_ fill_ fill zero_
-    slice_scatter select_scatter diagonal_scatter fill_diagonal_ put put_
-"""
+@handles(*named("diff"))
+def _diff(
+    mode: Mode, func: Function, /, input: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None = None,
+    append: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    parts = [x for x in (prepend, input, append) if x is not None]
+    return func(_join(mode, torch.cat, parts, dim) if len(parts) > 1 else input, n, dim)
 
 
-@handles(*named(WRITING))
-def _write(mode: Mode, func: Function, /, *args: object, **kwargs: object) -> Tensor | None:
-    return _jointly_linear(mode, func, *args, **kwargs)
+# Where the value stands that a function writes into its first operand, and its name.
+WRITTEN = {
+    1: "copy_ fill fill_",
+    2: "__setitem__ masked_fill masked_fill_ masked_scatter masked_scatter_ index_put index_put_ put put_ "
+    "fill_diagonal_value",
+    3: "scatter scatter_ scatter_add scatter_add_ index_copy index_copy_ index_add index_add_ index_fill index_fill_ "
+    "scatter_reduce scatter_reduce_ index_reduce index_reduce_",
+}
+AFTER = "slice_scatter select_scatter diagonal_scatter"
+POSITIONS = {
+    **{function: place for place, names in WRITTEN.items() for function in named(names)},
+    **dict.fromkeys(named(AFTER), 1),
+    **dict.fromkeys(named("fill_diagonal_"), 1),
+}
+NAMES = ("value", "src", "source", "values", "fill_value")
+LINEAR_REDUCTIONS = ("sum", "mean", "add")
 
 
-def _jointly_linear(mode: Mode, func: Function, /, *args: Any, **kwargs: object) -> Tensor | None:
-    """A function that is linear in all that it reads or writes together.
+@handles(*POSITIONS)
+def write(mode: Mode, func: Function, /, input: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+    """What is written, and what is written over, add up: linear in both together."""
+    place, name = POSITIONS[func] - 1, next((n for n in NAMES if n in kwargs), None)
+    value = kwargs.pop(name) if name is not None else args[place] if len(args) > place else None
+    places = [*args[:place], *args[place + 1 :]] if name is None else list(args)
+    places = [detached(x) for x in places]
 
-    What an operand off the path adds is the function of that operand with zeros for all others.
-    """
-    names: list[int | str] = [*range(len(args)), *kwargs]
-    values = dict(zip(names, (*args, *kwargs.values()), strict=True))
-    addends = [name for name, value in values.items() if _is_addend(value) or name == _number(values)]
-    sources = [name for name in addends if not on_linear_path(values[name])]
-    alone = [{n: _alone(v, n == source) if n in addends else v for n, v in values.items()} for source in sources]
-    are_gates = [mode.is_gate(values[source]) for source in sources]
-    result = func(*args, **kwargs)
-    target = args[0] if result is None else result
-    for operands, is_gate in zip(alone, are_gates, strict=True):
-        rest = {name: operands[name] for name in kwargs}
-        part = func(*(operands[i] for i in range(len(args))), **rest)
-        part = operands[0] if part is None else part
-        if bool(part.any()):
-            target = mode.add(target, part, func, is_gate=is_gate)
-    return None if result is None else target
+    def run(target: Tensor, written: object) -> Tensor:
+        given = {name: written} if name is not None else {}
+        positional = [*places[:place], written, *places[place:]] if name is None and value is not None else places
+        result = func(target, *positional, **given, **kwargs)
+        return target if result is None else result
+
+    reduction = kwargs.get("reduce", places[2] if len(places) > 2 and isinstance(places[2], str) else None)
+    if reduction is not None and reduction not in LINEAR_REDUCTIONS:
+        return _reduce(mode, func, input, value, run, str(reduction))
+    return _write(mode, func, input, value, run)
 
 
-def _number(values: dict[int | str, Any]) -> int | str | None:
-    """Where a number stands that is written: last, or under its name."""
-    last = "value" if "value" in values else list(values)[-1]
-    return last if isinstance(values[last], int | float) and last != 0 else None
+def _write(
+    mode: Mode, func: Function, /, input: Tensor, value: Any, run: Callable[[Tensor, object], Tensor]
+) -> Tensor | None:
+    in_place = _changes(func) or func is Tensor.__setitem__
+    if in_place and not on_linear_path(input):
+        _join_base(mode, func, input)
+    parts: list[tuple[object, Tensor, Any]] = []
+    if mode.account is not None:
+        if not on_linear_path(input):
+            parts.append((input.clone(), run(input.detach().clone(), _nothing(value)), mode.kind_of(input)))
+        if value is not None and not on_linear_path(value):
+            zeros = torch.zeros_like(input, requires_grad=False)
+            source = value.clone() if isinstance(value, Tensor) else value
+            parts.append((source, run(zeros, value), mode.kind_of(value)))
+    y = run(input, value)
+    if on_linear_path(y):
+        for source, part, kind in parts:
+            if bool(part.any()):
+                y = mode.add_kind(y, part, func, (source,), kind)
+    return None if func is Tensor.__setitem__ else y
 
 
-def _is_addend(value: object) -> bool:
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+def _nothing(value: object) -> object:
+    return torch.zeros_like(value, requires_grad=False) if isinstance(value, Tensor) else 0
 
 
-def _alone(value: object, is_source: bool) -> Any:
-    if not isinstance(value, Tensor):
-        return value if is_source else 0
-    return value.detach().clone() if is_source else torch.zeros_like(value)
+def _reduce(
+    mode: Mode, func: Function, /, input: Tensor, value: Tensor, run: Callable[[Tensor, object], Tensor], reduction: str
+) -> Tensor:
+    """The largest or smallest of what meets: which one it is, is a constant of the linear map."""
+    if reduction not in ("amax", "amin"):
+        raise NotImplementedError(f"reduce={reduction!r} is no linear map of what it reduces")
+    target, source = (x if on_linear_path(x) else mode.operand(x, func) for x in (input, value))
+    return run(target, source)
+
+
+@handles(*named("zero_"))
+def _zero(mode: Mode, func: Function, /, input: Tensor) -> Tensor:
+    return func(input)  # type: ignore[no-any-return]

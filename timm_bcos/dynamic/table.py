@@ -4,7 +4,7 @@ A function of the linear path that stands in none of these tables is reported: `
 exact. `declare` adds functions of your own.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from types import GetSetDescriptorType
 from typing import Any, Protocol, TypeGuard, TypeVar, overload
@@ -14,13 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn import functional
+from .kinds import Kind
 
 __all__ = [
     "ESCAPING",
+    "JOINING",
     "METADATA",
-    "SHAPED",
+    "STATIC",
     "STREAMS",
     "TABLE",
+    "VALUES_FROM",
     "Function",
     "Handler",
     "Mode",
@@ -32,6 +35,10 @@ __all__ = [
     "leave_path",
     "named",
     "on_linear_path",
+    "out_of_place",
+    "reads_shape",
+    "tensors_in",
+    "writes_to",
 ]
 
 Function = Callable[..., Any]
@@ -45,18 +52,29 @@ class Mode(Protocol):
     """What handlers ask of explanation mode (`timm_bcos.dynamic.mode`)."""
 
     leaf: Tensor | None
+    account: Any
+    kinds: Any
 
     def call(self, func: Function, *args: object) -> Any:
         """A function inside a handler, as the mode's table has it."""
 
-    def add(self, y: Tensor, addend: Operand, func: Function, *sources: object, is_gate: bool | None = None) -> Tensor:
+    def add(self, y: Tensor, addend: Operand, func: Function, *sources: object) -> Tensor:
         """Account for what a fresh result contains beside the linear path."""
+
+    def add_kind(self, y: Tensor, addend: Operand, func: Function, sources: Sequence[object], kind: Kind) -> Tensor:
+        """The same for an addend whose kind was looked up before."""
+
+    def kind_of(self, *operands: object) -> Kind:
+        """The highest kind of several operands off the path."""
 
     def operand(self, value: Tensor, func: Function) -> Tensor:
         """Account for a whole operand that is joined to the linear path."""
 
     def is_gate(self, x: object) -> bool:
         """Whether x depends on the image without being on its path."""
+
+    def is_image(self, x: Tensor) -> bool:
+        """Whether x is the image, or made of it before anything has read it."""
 
 
 class Streams(Protocol):
@@ -166,24 +184,86 @@ def pass_on(functions: Iterable[Function]) -> None:
         TABLE.setdefault(function, _as_it_is)
 
 
-# What reads a tensor's form, not its values; and derivatives, which are taken of a network, not in it.
+# What reads a tensor's form, not its values; and derivatives, which are taken of a model, not in it.
 METADATA = frozenset([torch.autograd.grad, torch.autograd.backward, Tensor.backward]) | frozenset(
     named(
         "shape ndim dtype device layout requires_grad grad_fn is_leaf is_cuda is_cpu is_meta is_sparse is_quantized "
         "is_mps is_xpu names itemsize nbytes size dim stride numel nelement element_size storage_offset data_ptr "
         "get_device is_contiguous is_floating_point is_complex is_inference is_pinned __len__ __hash__ grad _version "
-        "is_nested is_sparse_csr is_mkldnn output_nr requires_grad_ retain_grad _backward_hooks is_signed"
+        "is_nested is_sparse_csr is_mkldnn output_nr requires_grad_ retain_grad _backward_hooks is_signed "
+        "sparse_dim dense_dim is_coalesced is_shared is_same_size is_tensor untyped_storage _is_view _base"
     )
 )
-# What makes a constant of another tensor's form, whatever its values.
-SHAPED = set(
+# Whose values a result depends on, where it is not all operands: the others only lend their form.
+VALUES_FROM: dict[Function, str] = {
+    **dict.fromkeys(
+        named(
+            "zeros_like ones_like empty_like rand_like randn_like randint_like new_zeros new_ones new_empty "
+            "new_empty_strided"
+        ),
+        "none",
+    ),
+    **dict.fromkeys(named("type_as to expand_as view_as reshape_as sum_to_size is_same_size"), "first"),
+    **dict.fromkeys(named("full_like new_full new_tensor"), "rest"),
+}
+# What makes a number, or memory that torch does not see, of a value.
+ESCAPING = frozenset(
     named(
-        "zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty "
-        "new_full new_tensor new_empty_strided"
+        "item tolist numpy __float__ __int__ __index__ __bool__ __complex__ __array__ __array_wrap__ __dlpack__ "
+        "to_dlpack is_nonzero __contains__ equal allclose storage apply_ map_ numpy_T"
     )
 )
-# What makes a number of a value.
-ESCAPING = frozenset(named("item tolist numpy __float__ __array__ __complex__"))
+# What makes a tensor whose shape depends on values.
+SHAPE_OF_VALUES = frozenset(named("nonzero argwhere masked_select unique unique_consecutive bincount nonzero_static"))
+# Operands that choose where to read; with boolean ones, how much is read depends on their values.
+INDEXING = frozenset(named("__getitem__ repeat_interleave"))
+
+
+def tensors_in(values: object) -> list[Tensor]:
+    """All tensors in nested lists, tuples and dictionaries."""
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, list | tuple):
+        return []
+    return [x for value in values for x in tensors_in(value)]
+
+
+def reads_shape(func: Function, args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
+    """Whether the shape of the result depends on values."""
+    if func in INDEXING:
+        kinds = (torch.bool, torch.uint8) if func is Tensor.__getitem__ else (torch.int32, torch.int64)
+        return any(x.dtype in kinds for x in tensors_in([*args[1:], *kwargs.values()]))
+    return func in SHAPE_OF_VALUES or (func in ONE_BRANCH and len(args) + len(kwargs) == 1)
+
+
+def writes_to(func: Function, args: Sequence[object]) -> Tensor | None:
+    """The tensor that a function changes in place, as far as its name tells."""
+    name = getattr(func, "__name__", "")
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in AUGMENTED
+    return args[0] if in_place and args and isinstance(args[0], Tensor) else None
+
+
+ONE_BRANCH = frozenset(named("where"))
+AUGMENTED = frozenset(
+    "__setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __imatmul__ __iand__ "
+    "__ior__ __ixor__".split()
+)
+
+
+def out_of_place(func: Function) -> Function | None:
+    """The function whose in-place form `func` is, if torch has it."""
+    name = getattr(func, "__name__", "")
+    if name in AUGMENTED and name != "__setitem__":
+        name = "__" + name[3:]
+    elif name.endswith("_") and not name.endswith("__"):
+        name = name[:-1]
+    else:
+        return None
+    found = named(name)
+    return next((f for f in found if f in TABLE), None)
+
 
 # Positions: each output is an input, or a sum of inputs.
 LINEAR = """
@@ -200,7 +280,7 @@ LINEAR = """
     upsample_bilinear pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle dropout dropout_
     dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout block_diag atleast_1d
     atleast_2d atleast_3d meshgrid as_strided sum_to_size unsafe_split_with_sizes to_dense coalesce
-    cumulative_trapezoid trapezoid trapz
+    cumulative_trapezoid trapezoid trapz nan_to_num refine_names rename align_to
 """
 # Piecewise: which input an output takes, or its sign, is a constant of the linear map. Homogeneous of degree 1.
 PIECEWISE = """
@@ -209,7 +289,16 @@ PIECEWISE = """
     max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices
     adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d adaptive_max_pool1d_with_indices
     adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices fractional_max_pool2d
-    fractional_max_pool3d max_unpool1d max_unpool2d
+    fractional_max_pool3d max_unpool1d max_unpool2d max_unpool3d
 """
+# Functions that are the same linear map for every image, where all other operands are constants.
+STATIC = frozenset(
+    named(LINEAR + " add __add__ __radd__ sub __sub__ rsub __rsub__ __iadd__ __isub__ add_ sub_ mul __mul__ __rmul__ "
+    "mul_ __imul__ div __truediv__ div_ __itruediv__ pad constant_pad_nd cat concat stack conv1d conv2d matmul linear "
+    "__setitem__ zero_ fill_ masked_fill masked_fill_ copy_ batch_norm grid_sample")
+) - frozenset(named("masked_select"))  # fmt: skip
+# Of these, several operands may come from the image.
+JOINING = frozenset(named("add __add__ __radd__ sub __sub__ rsub __rsub__ __iadd__ __isub__ add_ sub_ cat concat stack "
+                          "__setitem__ copy_"))  # fmt: skip
 pass_on([functional.same_padding, functional.low_pass, *named(LINEAR)])
 pass_on(named(PIECEWISE))

@@ -1,4 +1,4 @@
-"""Is a network's explanation exact? And if it is not, where does it break?"""
+"""Is a model's explanation exact? And if it is not, where does it break?"""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -8,25 +8,26 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..dynamic.account import Account, Defect
-from ..dynamic.mode import DynamicLinearMode, active
-from ..errors import InexactWarning, InputError
+from ..dynamic.defects import Defect
+from ..errors import BcosError, InexactWarning, InputError
 from ..nn.channels import channel_axis
-from ..nn.functional import encode_image
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
-from ..nn.modules import first_output, frozen_copy, hooked, pick_output
-from .forward import explain, extra_of_images
-from .inputs import check_model
-from .linearised import linear_part
+from ..nn.modules import converted_part, first_output, frozen_copy, pick_output
+from .forward import explain
+from .inputs import check_images, check_model
+from .linearised import Linearised, is_encoding
+from .self_check import another_image, compare_with_another_image
+from .tracing import first_break, first_difference, first_dead
 
 __all__ = ["Check", "check", "random_image", "settle"]
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+PLACELESS = ("shifted", "images", "incomplete", "random", "dead")
 
 
 @dataclass(frozen=True)
 class Check:
-    """The verdict on a network.
+    """The verdict on a model.
 
     Attributes:
         completeness_error: Largest |Σ contributions + bias - logit| / |logit - logit bias| over the images.
@@ -34,9 +35,10 @@ class Check:
         image_share: Smallest share of (logit - logit bias) that the image explains; the rest comes from constants.
         tolerance: What both errors are held against.
         rounding: What a change of the image in its last digit does to the logits, relative to the largest. A deep
-            untrained network may amplify rounding a million times; a logit shift of that size is none.
+            untrained model may amplify rounding a million times; a logit shift of that size is none.
         randomness: Largest change of a logit from one run to the next, relative to the largest logit.
-        defects: Functions that are not known to be linear, and values that depend on the image and are added.
+        defects: Functions that are not known to be linear, values that depend on the image and are added, and what
+            else makes explanations inexact.
         breaks_at: Path of the first module whose output is not W(x) · x + constants; None if exact.
     """
 
@@ -69,86 +71,142 @@ def check(
     output: str | int | None = None,
     extra: Mapping[str, object] | None = None,
 ) -> Check:
-    """Measure whether a network's explanations sum up to its logits, and look for what they cannot hold.
+    """Measure whether a model's explanations sum up to its logits, and look for what they cannot hold.
 
-    Measured in float64, on a private copy, wherever the device has it: the faint signal of an untrained network may
-    drown in float32's rounding.
+    Measured in float64, on a private copy, wherever the device and the model allow it: the faint signal of an untrained
+    model may drown in float32's rounding. Every constant is compared with the one that another image gives, and a batch
+    with its first image alone.
 
     Args:
-        model: A B-cos network in evaluation mode. Let running statistics have a scale first (train it, or run it once
-            in training mode): a network whose signal vanishes proves nothing.
-        x: Images (N, C, H, W) in [0, 1]; None makes a random one of the model's input size.
-        tolerance: None is 1e-10 for a network in float64, 1e-4 for one in float32 and 1e-2 for others.
+        model: A B-cos model in evaluation mode. Let running statistics have a scale first (train it, or run it once
+            in training mode): a model whose signal vanishes proves nothing.
+        x: Images (N, C, H, W) in [0, 1]; None makes two random ones of the model's input size.
+        tolerance: None is 1e-10 for a model in float64, 1e-4 for one in float32 and 1e-2 for others.
         output: Which of several outputs, as in `explain`. Of a map, the position with the strongest class is measured.
-        extra: Other arguments of the network, by name, as in `explain`.
+        extra: Other arguments of the model, by name, as in `explain`.
 
     Returns:
         The verdict; where it is not exact, with the first module, in the order of execution, that breaks it.
 
     Raises:
         InputError: For what are no images.
-        ModelStateError: For a model in training mode, or one that is no B-cos network.
+        ModelStateError: For a model in training mode, or one that is no B-cos model.
     """
     stem = check_model(model)
     if x is None:
-        size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[-2:]
-        x = random_image(stem.image_channels, size).to(stem.weight.device)
+        image = random_image(stem.image_channels, _input_size(model)).to(stem.weight.device)
+        x = image if extra else torch.cat([image, another_image(image)])
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise InputError(f"expected a tensor of pixels in [0, 1], got {getattr(x, 'dtype', type(x).__name__)}")
+    check_images(x, stem)
     if tolerance is None:
         tolerance = TOLERANCE.get(stem.weight.dtype, 1e-2)
     network = frozen_copy(getattr(model, "_orig_mod", model))
-    wide = stem.weight.dtype if stem.weight.device.type == "mps" else torch.float64
-    network, x = network.to(wide), x.detach().to(wide)
-    given = {name: _widened(value, wide) for name, value in (extra or {}).items()}
-    verdict = _measure(network, x, stem.image_channels, tolerance, output, given)
-    if verdict.exact:
-        return verdict
-    first = next((defect.module for defect in verdict.defects), None)
-    broken = _first_break(network, x, stem.image_channels, tolerance, given) if first is None else first or "(root)"
-    return replace(verdict, breaks_at=broken)
+    given = dict(extra or {})
+    if stem.weight.device.type != "mps":
+        network, x, given = _widened(network, x, given, output)
+    verdict = _measure(network, x, tolerance, output, given)
+    return verdict if verdict.exact else _placed(network, verdict, x, output, given)
 
 
 Extra = Mapping[str, object]
 
 
-def _widened(value: object, dtype: torch.dtype) -> object:
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+def _input_size(model: nn.Module) -> Sequence[int]:
+    """Height and width of the images that a model takes."""
+    part = converted_part(model)
+    embed = getattr(part, "patch_embed", None)
+    size = getattr(embed, "img_size", None)
+    if size is not None and not getattr(part, "dynamic_img_size", False):
+        return (size, size) if isinstance(size, int) else tuple(size)
+    cfg: Mapping[str, Sequence[int]] = getattr(part, "pretrained_cfg", None) or {}
+    return tuple(cfg.get("input_size", (3, 224, 224)))[-2:]
 
 
-def _measure(
-    model: nn.Module, x: Tensor, channels: int, tolerance: float, output: str | int | None, extra: Extra
-) -> Check:
+def _widened(
+    network: nn.Module, x: Tensor, extra: dict[str, object], output: str | int | None
+) -> tuple[nn.Module, Tensor, dict[str, object]]:
+    """The model, its images and other arguments in float64; as they are if the model has parts that stay narrow."""
+    dtypes = {name: t.dtype for name, t in (*network.named_parameters(), *network.named_buffers())}
+    own = next(t.dtype for t in network.parameters())
+    wide = {n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in extra.items()}
+    try:
+        _outputs(network.double(), x.detach().double(), output, wide)
+    except (RuntimeError, BcosError):
+        network.to(own)
+        for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+            tensor.data = tensor.data.to(dtypes[name])
+        return network, x.detach().to(own), extra
+    return network, x.detach().double(), wide
+
+
+def _measure(model: nn.Module, x: Tensor, tolerance: float, output: str | int | None, extra: Extra) -> Check:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InexactWarning)  # the verdict says it
         explanation = explain(model, x, output=output, extra=extra)
+        changed = compare_with_another_image(Linearised(model, x, None, output, extra, checks=False))
     logits = partial(_logits, model, output=output, position=explanation.position, extra=extra)
-    plain, again = logits(x), logits(x)
-    signal, encoded = explanation.logit - explanation.logit_bias, encode_image(x, channels)
+    image = x[:, : x.shape[1] // 2] if is_encoding(x, check_model(model).image_channels) else x
+    plain, again = logits(image), logits(image)
+    signal = explanation.logit - explanation.logit_bias
+    defects = [*explanation.defects, *changed]
+    if not bool((plain - explanation.logit_bias).any()):
+        defects.append(Defect("", "untrained or broken", "dead"))
+    randomness = _distance(again, plain)
+    if randomness:
+        defects.append(Defect("", f"by {randomness:.1e} of the largest", "random"))
     return Check(
         completeness_error=explanation.completeness_error.max().item(),
         logit_shift=_distance(explanation.logits, plain),
         image_share=(explanation.contributions.sum((1, 2, 3)) / signal).min().item(),
         tolerance=tolerance,
-        rounding=_distance(logits(_with_other_last_digits(encoded)), logits(encoded)),
-        randomness=_distance(again, plain),
-        defects=explanation.defects,
+        rounding=_distance(logits(_with_other_last_digits(image)), plain),
+        randomness=randomness,
+        defects=tuple(dict.fromkeys(defects)),
     )
 
 
+def _placed(model: nn.Module, verdict: Check, x: Tensor, output: str | int | None, extra: Extra) -> Check:
+    """The verdict with the first module that is to blame, in `breaks_at` and in defects that name none."""
+    found = next((d.module for d in verdict.defects if d.kind not in PLACELESS), None)
+    kinds = {defect.kind for defect in verdict.defects}
+    place = found
+    if place is None and "dead" in kinds:
+        place = first_dead(model, x, extra)
+    if place is None and "random" in kinds:
+        place = first_difference(model, x, x, slice(None), extra)
+    if place is None and "images" in kinds:
+        place = first_difference(model, x, x[:1], slice(0, 1), extra)
+    if place is None:
+        place = first_break(model, x, extra, verdict.tolerance)
+    if place is None and verdict.exact is False:
+        place = ""
+    named = [replace(d, module=place or "") if d.kind in PLACELESS else d for d in verdict.defects]
+    return replace(verdict, defects=tuple(dict.fromkeys(named)), breaks_at=place or "(root)")
+
+
 @torch.no_grad()
+def _outputs(model: nn.Module, x: Tensor, output: str | int | None, extra: Extra) -> Tensor:
+    channels = check_model(model).image_channels
+    image = x[:, :channels] if is_encoding(x, channels) else x
+    found: Tensor = pick_output(model(image.clone(), **extra), output, "the model")
+    return found
+
+
 def _logits(model: nn.Module, x: Tensor, output: str | int | None, position: Tensor | None, extra: Extra) -> Tensor:
     """(N, K) outputs, of maps at the positions (N, 2)."""
-    found: Tensor = pick_output(model(x, **extra), output, "the model")
+    found = _outputs(model, x, output, extra)
     if position is None:
         return found
-    maps = found.movedim(channel_axis(model, found, model), 1)
+    part = converted_part(model)
+    maps = found.movedim(channel_axis(model, found, part), 1)
     maps = maps[:, :, None] if maps.ndim == 3 else maps
     return maps[torch.arange(len(maps), device=maps.device), :, position[:, 0], position[:, 1]]
 
 
 def _distance(logits: Tensor, reference: Tensor) -> float:
-    return ((logits - reference).abs().max() / reference.abs().max()).item()
+    change = (logits - reference).abs().max()
+    return 0.0 if change == 0 else (change / reference.abs().max()).item()
 
 
 def _with_other_last_digits(x: Tensor) -> Tensor:
@@ -157,24 +215,27 @@ def _with_other_last_digits(x: Tensor) -> Tensor:
 
 
 def settle(model: nn.Module, x: Tensor) -> nn.Module:
-    """Give an untrained network the running statistics of x, and logits that differ from their bias by about 1.
+    """Give an untrained model the running statistics of x, and logits that differ from their bias by about 1.
 
-    Untrained B-cos networks answer so faintly that beside the logit bias nothing is left to compare. Not for a network
+    Untrained B-cos models answer so faintly that beside the logit bias nothing is left to compare. Not for a model
     whose weights mean something.
 
     Args:
-        model: Any network, plain ones included. Its temperatures and running statistics change; it ends in evaluation
+        model: Any model, plain ones included. Its temperatures and running statistics change; it ends in evaluation
             mode.
         x: Images that it takes.
     """
     momenta = {m: m.momentum for m in model.modules() if isinstance(getattr(m, "momentum", None), float)}
     with torch.no_grad():
-        for module in momenta:
-            module.momentum = 1.0  # type: ignore[assignment]
-        model.train()(torch.cat([x, x.flip(-1)]))
-        for module, momentum in momenta.items():
-            module.momentum = momentum
-        heads = [m for m in model.eval().modules() if isinstance(m, BcosConvClassifier | BcosLinearClassifier)]
+        try:
+            for module in momenta:
+                module.momentum = 1.0  # type: ignore[assignment]
+            model.train()(torch.cat([x, x.flip(-1)]))
+        finally:
+            for module, momentum in momenta.items():
+                module.momentum = momentum
+            model.eval()
+        heads = [m for m in model.modules() if isinstance(m, BcosConvClassifier | BcosLinearClassifier)]
         if heads:
             strength = (first_output(model(x)) - heads[-1].logit_bias).abs().max().item()
             for head in heads:
@@ -183,35 +244,6 @@ def settle(model: nn.Module, x: Tensor) -> nn.Module:
 
 
 def random_image(channels: int, size: Sequence[int]) -> Tensor:
-    """(1, channels, *size) smooth noise, which networks answer as they answer photos, unlike white noise."""
+    """(1, channels, *size) smooth noise, which models answer as they answer photos, unlike white noise."""
     coarse = torch.rand(1, channels, 8, 8, generator=torch.Generator().manual_seed(0))
     return torch.nn.functional.interpolate(coarse, tuple(size), mode="bilinear").clamp(0, 1)
-
-
-def _first_break(model: nn.Module, x: Tensor, channels: int, tolerance: float, extra: Extra) -> str | None:
-    """Every module's output must be W(x) · x + constants: test a random projection of each, in execution order."""
-    outputs: list[tuple[str, Tensor]] = []
-    names = {module: name for name, module in model.named_modules()}
-
-    def record(module: nn.Module, args: object, output: object) -> None:
-        output = first_output(output)
-        if isinstance(output, Tensor) and output.requires_grad:
-            outputs.append((names[module], output))
-
-    leaf = encode_image(x.detach(), channels)[:1].clone().requires_grad_()
-    account = Account(model, 1, leaf)
-    with torch.enable_grad(), hooked(names, record), active(DynamicLinearMode(leaf, account)):
-        model(leaf, **extra_of_images(extra, slice(0, 1), len(x)))
-    for name, output in outputs:
-        if not _adds_up(output, leaf, account, tolerance):
-            return name or "(root)"
-    return None
-
-
-def _adds_up(output: Tensor, leaf: Tensor, account: Account, tolerance: float) -> bool:
-    with torch.enable_grad():
-        direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
-        expected = (output * direction).sum()
-        part = linear_part(expected, leaf, account)
-    total = (part.weights * leaf).sum() + part.constant_bias.sum() + part.gate_bias.sum()
-    return bool((total - expected).abs() <= tolerance * expected.abs().clamp_min((output * direction).norm()))

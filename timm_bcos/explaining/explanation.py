@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..dynamic.account import Defect
+from ..dynamic.defects import Defect
 from ..errors import InputError
 from .figures import Bars, Row, draw_rows, save_figure
 from .pictures import faded, map_to_rgba, on_white, overlay, weights_to_rgba
@@ -42,6 +42,8 @@ class Explanation:
         direction: (N, K) coefficients of the outputs whose sum is explained; None for a class, or two.
         region: (N, rows, columns) weights of the positions of the output's map, which sum to 1; `logits` are then
             means over the region. None without one.
+        rounding: Measured bound of the output's rounding errors, if a part of the model computes in a narrower data
+            type than its input's (`x.float()` in float64); otherwise 0.
     """
 
     logits: Tensor
@@ -58,6 +60,7 @@ class Explanation:
     versus: Tensor | None = None
     direction: Tensor | None = None
     region: Tensor | None = None
+    rounding: float = 0.0
 
     @property
     def logit(self) -> Tensor:
@@ -92,11 +95,15 @@ class Explanation:
         return self.logits.softmax(1) if self.probability_kind == "softmax" else self.logits.sigmoid()
 
     @property
+    def remainder(self) -> Tensor:
+        """(N,) logit - Σ contributions - bias in float64."""
+        return self.logit.double() - self.contributions.double().sum((1, 2, 3)) - self.bias.double()
+
+    @property
     def completeness_error(self) -> Tensor:
-        """(N,) |Σ contributions + bias - logit| / |logit - logit bias|; rounding only, unless the network has a part
-        that explanation mode does not know."""
-        total = self.contributions.double().sum((1, 2, 3)) + self.bias.double()
-        error = (total - self.logit.double()).abs()
+        """(N,) |Σ contributions + bias - logit| / |logit - logit bias|. Expect rounding error only: about 1e-7 in
+        float32. What lies within `rounding` counts as 0."""
+        error = (self.remainder.abs() - self.rounding).clamp_min(0)
         share = self.logit_bias if self.direction is None else self.logit_bias * self.direction.double().sum(1)
         scale = (self.logit.double() - share).abs()
         return torch.where(error == 0, error, error / scale)

@@ -5,23 +5,22 @@ Papers: https://arxiv.org/abs/2205.10268 (section 3.2), https://arxiv.org/abs/23
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from torch import Tensor, nn
 
 from ..dynamic.account import AmbiguousBatch
-from ..dynamic.mode import paused
+from ..dynamic.defects import Defect
 from ..errors import InexactWarning, InputError, TargetError
 from .explanation import Explanation
 from .inputs import check_images, check_model
-from .linearised import Linearised
+from .linearised import Linearised, rows_of
 from .places import Position, Region, check_region
 from .targets import Asked, Targets, check_table, check_target, of_images
 
 __all__ = [
-    "check_place", "explain", "explain_readout", "explain_targets", "extra_of_images", "together_or_apart",
-    "warn_if_inexact",
+    "check_place", "explain", "explain_readout", "explain_targets", "together_or_apart", "warn_if_inexact",
 ]  # fmt: skip
 
 
@@ -117,17 +116,9 @@ def explain_readout(
         return [part.explain(of_images(target, images), of_images(versus, images), place.position, masks)]
 
     def run(images: slice) -> Linearised:
-        return Linearised(model, x[images], layer, output, extra_of_images(extra, images, len(x)))
+        return Linearised(model, x[images], layer, output, rows_of(extra, images, len(x)))
 
     return _explain_all(len(x), run, ask, chunk, callers=3)[0]
-
-
-def extra_of_images(extra: Mapping[str, object] | None, images: slice, count: int) -> dict[str, object]:
-    """Other arguments of a network for some of the images: of tensors with a row per image, these rows."""
-    return {
-        name: value[images] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
-        for name, value in (extra or {}).items()
-    }
 
 
 def explain_targets(
@@ -170,8 +161,7 @@ def _explain_all(count: int, run: Run, ask: Ask, chunk: int | None, callers: int
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise InputError(f"chunk={chunk!r}: give the number of images per pass, at least 1, or None for all")
     size = chunk or count
-    with paused():
-        parts = [_explain_chunk(run, ask, range(i, min(i + size, count))) for i in range(0, count, size)]
+    parts = [_explain_chunk(run, ask, range(i, min(i + size, count))) for i in range(0, count, size)]
     found = parts[0] if len(parts) == 1 else [Explanation.stack(column) for column in zip(*parts, strict=True)]
     warn_if_inexact(found, callers + 1)
     return found
@@ -187,12 +177,17 @@ def _explain_chunk(run: Run, ask: Ask, places: range) -> list[Explanation]:
     def stack(singles: Sequence[list[Explanation]]) -> list[Explanation]:
         return [Explanation.stack(column) for column in zip(*singles, strict=True)]
 
-    return together_or_apart(lambda images: ask(run(images), images), places, lambda found: found, stack)
+    def with_defects(found: list[Explanation], defects: tuple[Defect, ...]) -> list[Explanation]:
+        return [replace(e, defects=tuple(dict.fromkeys((*e.defects, *defects)))) for e in found]
+
+    return together_or_apart(
+        lambda images: ask(run(images), images), places, lambda found: found, stack, with_defects
+    )
 
 
 def together_or_apart(
     ask: Callable[[slice], T], places: range, explanations: Callable[[T], Sequence[Explanation]],
-    stack: Callable[[Sequence[T]], T],
+    stack: Callable[[Sequence[T]], T], with_defects: Callable[[T, tuple[Defect, ...]], T],
 ) -> T:  # fmt: skip
     """All images at once, or one by one where a tensor's layout does not tell what is of which image.
 
@@ -201,18 +196,16 @@ def together_or_apart(
         places: Of the images.
         explanations: In what is found.
         stack: Makes one of what is found for single images.
+        with_defects: Adds what only the batch has shown.
     """
+    defects: tuple[Defect, ...] = ()
     try:
         found = ask(slice(places.start, places.stop))
-        if len(places) == 1 or not any(map(_is_mixed, explanations(found))):
+    except AmbiguousBatch as signal:
+        defects = signal.defects  # single images are never ambiguous
+    else:
+        seen = [defect for explanation in explanations(found) for defect in explanation.defects]
+        if len(places) == 1 or not any(defect.kind == "incomplete" for defect in seen):
             return found
-    except AmbiguousBatch:
-        pass  # single images are never ambiguous
-    return stack([ask(slice(i, i + 1)) for i in places])
-
-
-def _is_mixed(explanation: Explanation) -> bool:
-    """Whether constants add up for the batch, but were booked to the wrong images."""
-    total = explanation.contributions.double().sum((1, 2, 3)) + explanation.bias.double()
-    error = total - explanation.logit.double()
-    return bool(explanation.completeness_error.max() > 1e-4 and error.sum().abs() < 1e-2 * error.abs().sum())
+        defects = tuple(defect for defect in seen if defect.kind == "images")
+    return with_defects(stack([ask(slice(i, i + 1)) for i in places]), defects)

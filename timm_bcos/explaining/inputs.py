@@ -48,12 +48,7 @@ def check_images(x: object, stem: BcosStem | ImageReader) -> None:
     channels = stem.image_channels
     if not isinstance(x, Tensor):
         raise InputError(f"expected a tensor of images, got {type(x).__name__}: apply the model's transform first")
-    if torch.is_inference_mode_enabled() or x.is_inference():
-        raise InputError(
-            "explanations need autograd, which torch.inference_mode() rules out: use torch.no_grad() instead, and "
-            "clone() tensors that were made in it"
-        )
-    if x.ndim != 4 or x.shape[1] not in (channels, 2 * channels):
+    if x.ndim != 4:
         encode_image(x, channels)  # raises, naming the shape
     if 0 in x.shape:
         raise InputError(f"images of shape {tuple(x.shape)} are empty")

@@ -1,40 +1,45 @@
-"""A network at its images: one forward pass in explanation mode, from which any number of outputs are explained."""
+"""A model at its images: one forward pass in explanation mode, from which any number of outputs are explained."""
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
-from ..dynamic.account import Account, Defect
-from ..dynamic.mode import DynamicLinearMode, active
+from ..dynamic.account import Account, AmbiguousBatch
+from ..dynamic.defects import Defect
+from ..dynamic.mode import DynamicLinearMode, active, ordinary_autograd
 from ..errors import TargetError
 from ..nn.channels import channel_axis
 from ..nn.functional import encode_image
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
-from ..nn.modules import first_output, isolate, pick_output
+from ..nn.modules import converted_part, first_output, isolate, pick_output
 from .explanation import Explanation
 from .inputs import check_model
+from .linear_parts import LinearPart, linear_part, linear_parts
 from .places import Grid
 from .readout import Outputs, Readout
+from .self_check import Rounding, compare_images, compare_outputs, compare_with_another_image, incomplete
 from .targets import Asked
 
-__all__ = ["Linearised", "linear_part", "linear_parts"]
-
-AT_ONCE = 64  # gradients of one image each that a backward pass computes together
+__all__ = ["Linearised"]
 
 
 class Linearised:
-    """A network for a batch of images.
+    """A model for a batch of images.
 
     Args:
-        model: A B-cos network in evaluation mode, as `check_model` wants it. Not changed.
+        model: A B-cos model in evaluation mode, as `check_model` wants it. Not changed.
         x: Images, as `check_images` wants them.
-        layer: Of the neurons to explain; None explains the network's outputs.
+        layer: Of the neurons to explain; None explains the model's outputs.
         output: Which of several outputs, by name or number; None takes the first.
-        extra: Other arguments of the network, by name.
+        extra: Other arguments of the model, by name.
+        checks: Whether the outputs are compared with those of the model outside of explanation mode.
+
+    Attributes:
+        defects: What the comparison has found.
 
     Raises:
         TargetError: For a layer that does not exist, does not run once, or whose output has no units.
@@ -48,43 +53,84 @@ class Linearised:
         layer: str | None,
         output: str | int | None = None,
         extra: Mapping[str, object] | None = None,
+        checks: bool = True,
     ) -> None:
-        self.model, self.layer = getattr(model, "_orig_mod", model), layer  # of `torch.compile`
+        self.model, self.layer, self.output = getattr(model, "_orig_mod", model), layer, output  # of `torch.compile`
+        self.extra = dict(extra or {})
         stem = check_model(model)
-        with torch.no_grad():
-            self.inputs = encode_image(x.detach(), stem.image_channels).to(stem.weight.dtype, copy=True)
-        self.leaf = self.inputs.clone().requires_grad_()
-        outputs: list[object] = []
-        network = _network_to_run(self.model, layer, outputs)
-        self.account = Account(network, len(x), self.leaf)
-        self.mode = DynamicLinearMode(self.leaf, self.account)
-        with torch.enable_grad(), active(self.mode):
-            whole = network(self.leaf.clone(), **(extra or {}))  # a clone, in which it may write
+        self.image_channels = stem.image_channels
+        if layer is not None:
+            _check_layer(self.model, layer)
+        with ordinary_autograd(x.device):
+            x = x.detach().clone()
+            is_encoded = is_encoding(x, self.image_channels)
+            channels = x.shape[1] // 2 if is_encoded else x.shape[1]
+            self.inputs = encode_image(x, channels).to(stem.weight.dtype, copy=True)
+            self.image = self.inputs[:, :channels].contiguous()
+            self.rounding = Rounding(self.plain, self.image)
+            try:
+                self._run()
+            except AmbiguousBatch as signal:
+                signal.defects = tuple(compare_images(self, self.plain(self.image))) if checks else ()
+                raise
+            self.defects = self._compared() if checks else ()
+            self.outputs = self._outputs_of(self.tensor, self.layer)
+
+    def _run(self) -> None:
+        self.leaf, self.account, self.mode, whole, outputs = self._pass(self.image)
         self._whole = whole
-        self.tensor = self._checked([whole] if layer is None else outputs, output)
-        self.outputs = self._outputs_of(self.tensor, layer)
+        self.tensor = self._checked([whole] if self.layer is None else outputs)
+        self.rounding.eps = self.mode.eps
+
+    def _pass(self, image: Tensor, names_places: bool = False) -> tuple[Any, ...]:
+        """One forward pass in explanation mode: the leaf, the account, the mode, what the model and the layer return."""
+        outputs: list[object] = []
+        network = _network_to_run(self.model, self.layer, outputs)
+        leaf = image.clone().requires_grad_()
+        account = Account(network, len(image), leaf, names_places)
+        mode = DynamicLinearMode(leaf, account)
+        with active(mode):
+            whole = network(leaf.clone(), **self.extra)  # a clone, in which it may write
+        return leaf, account, mode, whole, outputs
+
+    def plain(self, image: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The outputs outside of explanation mode, for some of the images."""
+        outputs: list[object] = []
+        network = _network_to_run(self.model, self.layer, outputs)
+        with torch.no_grad():
+            whole = network(image[rows].clone(), **rows_of(self.extra, rows, len(image)))
+        found: Tensor = pick_output(whole if self.layer is None else outputs[0], self.output, "the model")
+        return found
+
+    def _compared(self) -> tuple[Defect, ...]:
+        plain = self.plain(self.image)
+        found = compare_outputs(self, self.tensor.detach(), plain) + compare_images(self, plain)
+        if self.rounding.is_narrow and plain.shape == self.tensor.shape:
+            self.tensor = self.tensor + (plain - self.tensor.detach())
+        if self.account.needs_another_image:
+            found += compare_with_another_image(self)
+        return tuple(found)
 
     @property
     def final(self) -> Outputs:
-        """What the network returns, whatever the layer is."""
+        """What the model returns, whatever the layer is."""
         output = first_output(self._whole)
         return self._outputs_of(output, None)
 
-    def _checked(self, outputs: list[object], name: str | int | None) -> Tensor:
+    def _checked(self, outputs: list[object]) -> Tensor:
         what = "the model" if self.layer is None else f"layer {self.layer!r}"
         if len(outputs) != 1:
             times = f"runs {len(outputs)} times in a forward pass: pick the module around it" if outputs else (
                 "did not run for this input"
             )  # fmt: skip
             raise TargetError(f"{what} {times}")
-        output = pick_output(outputs[0], name, what)
+        output = pick_output(outputs[0], self.output, what)
         if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4) or len(output) != len(self.leaf):
-            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise TargetError(f"{what} returns {shape}; one row of units per image is needed")
+            raise TargetError(f"{what} returns {_described(output)}; one row of units per image is needed" + _hint(output))
         if not output.requires_grad:
             raise TargetError(
                 f"{what} ends in {self.mode.maker(output)}, a gate or a statistic that only scales the image's path: "
-                f"pick another layer, or tell with timm_bcos.declare what it is"
+                f"pick another layer, or say what it is with timm_bcos.declare"
             )
         return self.mode.seen(output)
 
@@ -97,7 +143,8 @@ class Linearised:
         elif x.ndim == 4:
             grid = Grid(maps.shape[2], maps.shape[3])
         else:
-            grid = Grid.of_tokens(maps.shape[2], getattr(self.model, "num_prefix_tokens", 0), size)
+            prefix = getattr(converted_part(self.model), "num_prefix_tokens", 0)
+            grid = Grid.of_tokens(maps.shape[2], prefix, size)
         return Outputs(maps.flatten(2), grid, what, size, layer is not None or x.ndim > 2)
 
     def by_position(self, x: Tensor) -> Tensor:
@@ -108,7 +155,7 @@ class Linearised:
         if x.ndim == 2:
             return x[:, :, None]
         module = self.model if layer is None else self.model.get_submodule(layer)
-        return x.movedim(channel_axis(module, x, self.model), 1)
+        return x.movedim(channel_axis(module, x, converted_part(self.model)), 1)
 
     def best_classes(self, top: int) -> Tensor:
         """(N, top) the classes with the highest logits, best first.
@@ -130,10 +177,17 @@ class Linearised:
             position: Where; None for where it is strongest.
             masks: Over what, as `check_region` returns it.
         """
-        with torch.enable_grad():
+        with ordinary_autograd(self.leaf.device):
             readout = self.outputs.read(target, versus, position, masks)
-            part = linear_part(readout.values.sum(), self.leaf, self.account)
-        return self.explanation(readout, part, self.layer)
+            part = self._taken_apart(readout.values.sum())
+            return self.explanation(readout, part, self.layer)
+
+    def _taken_apart(self, value: Tensor) -> LinearPart:
+        try:
+            return linear_part(value, self.leaf, self.account)
+        except CheckpointError:  # checkpointed parts of the model run again, which takes the mode
+            with active(self.mode):
+                return linear_part(value, self.leaf, self.account)
 
     def explain_classes(self, table: Tensor) -> list[Explanation]:
         """Explain T classes of each image, as many in one backward pass as memory allows.
@@ -141,30 +195,29 @@ class Linearised:
         Args:
             table: (N, T) classes.
         """
-        with torch.enable_grad():
+        with ordinary_autograd(self.leaf.device):
             readouts = [self.outputs.read(column, None, None, None) for column in table.T]
             values = torch.stack([readout.values.sum() for readout in readouts])
             parts = linear_parts(values, self.leaf, self.account)
-        found = zip(readouts, parts, strict=True)
-        return [self.explanation(readout, part, self.layer) for readout, part in found]
+            found = zip(readouts, parts, strict=True)
+            return [self.explanation(readout, part, self.layer) for readout, part in found]
 
-    def explanation(self, readout: Readout, part: "LinearPart", layer: str | None) -> Explanation:
+    def explanation(self, readout: Readout, part: LinearPart, layer: str | None) -> Explanation:
         """Of what has been taken apart.
 
         Args:
             readout: The numbers.
             part: Their weights and constants.
-            layer: Whose numbers they are; None for the network's outputs.
+            layer: Whose numbers they are; None for the model's outputs.
         """
         has_bias = layer is None and readout.versus is None
-        return Explanation(
+        found = Explanation(
             logits=readout.activations,
             target=readout.unit,
             weights=part.weights,
             inputs=self.inputs,
             bias=part.constant_bias + part.gate_bias,
             constant_bias=part.constant_bias,
-            defects=part.defects,
             logit_bias=_logit_bias(self.model) if has_bias else 0.0,
             layer=layer,
             position=readout.position,
@@ -173,72 +226,35 @@ class Linearised:
             direction=readout.direction,
             region=readout.region,
         )
+        return incomplete(found, (*part.defects, *self.defects), self.rounding)
 
 
-@dataclass
-class LinearPart:
-    """What an output is made of: weights · image + constants, and what should not be there.
-
-    Attributes:
-        weights: The gradient by the encoded images.
-        constant_bias: (N,) contribution of constants.
-        gate_bias: (N,) contribution of image-dependent values that are added.
-        defects: Where the network is not dynamic linear on the way to this output.
-    """
-
-    weights: Tensor
-    constant_bias: Tensor
-    gate_bias: Tensor
-    defects: tuple[Defect, ...]
+def is_encoding(x: Tensor, channels: int) -> bool:
+    """Whether images (N, 2C, H, W) are encoded ones: the second half is the first one's complement."""
+    if x.shape[1] != 2 * channels:
+        return False
+    first, second = x.chunk(2, 1)
+    return bool((first + second - 1).abs().max() <= max(1e-3, 4 * torch.finfo(x.dtype).eps))
 
 
-def linear_part(value: Tensor, leaf: Tensor, account: Account) -> LinearPart:
-    """Take an output apart, with one backward pass; the graph stays for others.
-
-    Args:
-        value: A scalar: the sum over images of an output each.
-        leaf: The encoded images.
-        account: Of the forward pass.
-    """
-    factors = _factors(leaf, account)
-    grads = torch.autograd.grad(value, factors, retain_graph=True, allow_unused=True)
-    return _part_of(grads, factors, account)
+def rows_of(extra: Mapping[str, object] | None, rows: slice, count: int) -> dict[str, object]:
+    """Other arguments of a model for some of the images: of tensors with a row per image, these rows."""
+    return {
+        name: value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
+        for name, value in (extra or {}).items()
+    }
 
 
-def linear_parts(values: Tensor, leaf: Tensor, account: Account) -> list[LinearPart]:
-    """The same of several outputs (T,), as many in one backward pass as memory and the network's functions allow."""
-    at_once = max(1, AT_ONCE // len(leaf))
-    return [part for some in values.split(at_once) for part in _together(some, leaf, account)]
+def _described(output: object) -> str:
+    return str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
 
 
-def _together(values: Tensor, leaf: Tensor, account: Account) -> list[LinearPart]:
-    if len(values) > 1:
-        factors, each = _factors(leaf, account), torch.eye(len(values)).to(values)
-        try:
-            grads = torch.autograd.grad(
-                values, factors, each, retain_graph=True, allow_unused=True, is_grads_batched=True
-            )
-        except RuntimeError:  # a function whose gradient cannot be taken for several outputs at once
-            pass
-        else:
-            rows = ([None if g is None else g[i] for g in grads] for i in range(len(values)))
-            return [_part_of(row, factors, account) for row in rows]
-    return [linear_part(value, leaf, account) for value in values]
-
-
-def _factors(leaf: Tensor, account: Account) -> list[Tensor]:
-    return [leaf, account.constants, *(factor for factor, _ in account.suspects)]
-
-
-def _part_of(grads: Sequence[Tensor | None], factors: Sequence[Tensor], account: Account) -> LinearPart:
-    weights, constants = (torch.zeros_like(f) if g is None else g for f, g in zip(factors[:2], grads[:2], strict=True))
-    reached = [
-        (defect, grad) for (_, defect), grad in zip(account.suspects, grads[2:], strict=True) if grad is not None
-    ]
-    added = [grad for defect, grad in reached if defect.kind == "added"]
-    gate_bias = torch.stack(added).sum(0) if added else torch.zeros_like(constants)
-    defects = tuple(dict.fromkeys([defect for defect, _ in reached] + account.certain))
-    return LinearPart(weights, constants, gate_bias, defects)
+def _hint(output: object) -> str:
+    if not isinstance(output, Tensor):
+        return ""
+    if output.ndim == 1:
+        return ": return one column per output, y[:, None]"
+    return ": name the output to explain with output=" if output.ndim == 0 else ""
 
 
 def _network_to_run(model: nn.Module, layer: str | None, outputs: list[object]) -> nn.Module:
@@ -246,17 +262,23 @@ def _network_to_run(model: nn.Module, layer: str | None, outputs: list[object]) 
 
     A compiled program holds no explanation mode, and the backward pass would run checkpointed parts without it.
     """
-    if layer is not None:
-        _check_layer(model, layer)
     changed = [name for name, m in model.named_modules() if _is_compiled(m) or _is_checkpointing(m)]
     if layer is None and not changed:
         return model
     network = isolate(model, [name for name in (*changed, layer) if name])
     for name in changed:
         network.get_submodule(name).grad_checkpointing = False  # type: ignore[assignment]
-    if layer is not None:
-        network.get_submodule(layer).register_forward_hook(lambda module, args, output: outputs.append(output))
+    if layer is not None:  # as it is now: functions that follow may work in place
+        network.get_submodule(layer).register_forward_hook(lambda module, args, output: outputs.append(_copied(output)))
     return network
+
+
+def _copied(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output.clone()
+    if isinstance(output, dict):
+        return {name: _copied(value) for name, value in output.items()}
+    return tuple(map(_copied, output)) if isinstance(output, list | tuple) else output
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -269,7 +291,7 @@ def _is_checkpointing(module: nn.Module) -> bool:
 
 def _check_layer(model: nn.Module, layer: str) -> None:
     if layer == "":
-        raise TargetError("layer='' is the network itself: leave `layer` out to explain its logits")
+        raise TargetError("layer='' is the model itself: leave `layer` out to explain its logits")
     names = dict(model.named_modules(remove_duplicate=False))
     if layer not in names:
         near = difflib.get_close_matches(layer, names, n=3)
@@ -277,13 +299,14 @@ def _check_layer(model: nn.Module, layer: str) -> None:
         raise TargetError(f"no layer {layer!r}; {hint}")
 
 
-def _logit_bias(model: Any) -> float:
-    found = model.get_classifier() if hasattr(model, "get_classifier") else None
+def _logit_bias(model: nn.Module) -> float:
+    part: Any = converted_part(model)
+    found = part.get_classifier() if hasattr(part, "get_classifier") else None
     heads = [found] if isinstance(found, nn.Module) else list(model.modules())
     biases = [m.logit_bias for m in heads if isinstance(m, BcosConvClassifier | BcosLinearClassifier)]
     return biases[-1] if biases else 0.0
 
 
 def _probability_kind(model: nn.Module) -> str:
-    config = getattr(model, "bcos_config", None)
+    config = getattr(converted_part(model), "bcos_config", None)
     return config.probability if config is not None else "sigmoid"

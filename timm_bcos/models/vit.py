@@ -13,7 +13,7 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from ..dynamic.table import SHAPED
+from ..dynamic.table import VALUES_FROM
 from ..nn.factory import Factory
 
 __all__ = ["SimpleVisionTransformer", "conv_stem_embed", "flatten_patches", "sincos_positions"]
@@ -44,7 +44,7 @@ def sincos_positions(x: Tensor, height: int, width: int, temperature: float = 10
     return torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=-1).flatten(0, 1).to(x.dtype)
 
 
-SHAPED.add(sincos_positions)
+VALUES_FROM[sincos_positions] = "none"
 
 
 class SimpleVisionTransformer(VisionTransformer):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import TargetError
 
-__all__ = ["clone", "first_output", "frozen_copy", "hooked", "isolate", "pick_output"]
+__all__ = ["clone", "converted_part", "first_output", "frozen_copy", "hooked", "isolate", "pick_output"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Hook = Callable[[nn.Module, tuple[Any, ...], Any], None]
@@ -78,6 +78,15 @@ def _tensors_in(value: object) -> Iterator[Tensor]:
     elif isinstance(value, dict | list | tuple):
         for part in list(value.values()) if isinstance(value, dict) else value:
             yield from _tensors_in(part)
+
+
+def converted_part(model: nn.Module) -> nn.Module:
+    """The converted model within wrappers (`DataParallel`, a Lightning module), which know what it is made of.
+
+    Args:
+        model: Returned as it is if nothing in it is a converted model.
+    """
+    return next((module for module in model.modules() if hasattr(module, "bcos_config")), model)
 
 
 def first_output(output: object) -> Any:

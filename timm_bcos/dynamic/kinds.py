@@ -1,0 +1,91 @@
+"""How a tensor depends on the image, remembered by the memory that holds it, so that views inherit it."""
+
+import weakref
+from dataclasses import dataclass
+from enum import IntEnum
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+__all__ = ["Kind", "Kinds"]
+
+
+class Kind(IntEnum):
+    """How a value depends on the image; of several operands the highest counts."""
+
+    CONSTANT = 0  # a parameter or buffer of the model, or made of such
+    UNVERIFIED = 1  # believed to be constant, since nothing shows that it depends on the image
+    GATE = 2  # depends on the image, off the linear path
+    PATH = 3  # on the linear path, behind what reads the image
+    IMAGE = 4  # on the linear path, before what reads the image
+
+
+class Kinds:
+    """The kind of what each storage holds.
+
+    A tensor that requires a gradient is on the linear path; one that shares memory with such a tensor, but requires no
+    gradient (`detach`, `torch.no_grad`), is a gate.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[int, _Content] = {}
+
+    def get(self, x: Tensor) -> Kind:
+        """Kind of a tensor; UNVERIFIED for one that nobody has set, or that was changed since."""
+        known = self._known(x)
+        stored = Kind.UNVERIFIED if known is None else known.kind
+        if x.requires_grad:
+            return Kind.IMAGE if stored is Kind.IMAGE else Kind.PATH
+        if stored is Kind.CONSTANT and not self.is_current(x):
+            return Kind.UNVERIFIED
+        return min(stored, Kind.GATE)
+
+    def is_current(self, x: Tensor) -> bool:
+        """Whether the kind of this memory is known, and nothing else has written to it since."""
+        known = self._known(x)
+        return known is not None and known.version == _version(x)
+
+    def set(self, x: Tensor, kind: Kind, maker: str = "") -> None:
+        """Say what a tensor's memory holds from now on, and which function has written it."""
+        self._found[memory_key(x)] = _Content(_reference(x), kind, maker, _version(x))
+
+    def maker(self, x: Tensor) -> str:
+        """Name of the function that wrote a tensor's memory."""
+        known = self._known(x)
+        return known.maker if known else ""
+
+    def _known(self, x: Tensor) -> "_Content | None":
+        known = self._found.get(memory_key(x))
+        if known is not None and isinstance(known.owner, weakref.ref) and known.owner() is not x:
+            return None
+        return known
+
+
+@dataclass(frozen=True)
+class _Content:
+    owner: StorageWeakRef | weakref.ref[Tensor]
+    kind: Kind
+    maker: str
+    version: int
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def memory_key(x: Tensor) -> int:
+    """The same for all tensors that share memory; of tensors without memory of their own (sparse ones), the object's.
+
+    Addresses are not used again while `Kinds` holds a weak reference to them.
+    """
+    try:
+        return int(x.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return id(x)
+
+
+def _reference(x: Tensor) -> StorageWeakRef | weakref.ref[Tensor]:
+    try:
+        return StorageWeakRef(x.untyped_storage())
+    except (NotImplementedError, RuntimeError):
+        return weakref.ref(x)
