@@ -25,7 +25,7 @@ from .boundaries import Boundary
 from .defects import Defect
 from .table import Function
 
-__all__ = ["Account", "AmbiguousBatch", "Noted", "changed_constants", "function_name"]
+__all__ = ["Account", "AmbiguousBatch", "Noted", "by_image", "changed_constants", "function_name"]
 
 
 class AmbiguousBatch(Exception):  # noqa: N818  (a signal: the images are explained one by one instead)
@@ -53,7 +53,7 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        return grad, _by_image(grad, ctx.addend, ctx.images), None
+        return grad, by_image(grad, ctx.addend, ctx.images), None
 
 
 class _Marked(torch.autograd.Function):
@@ -67,10 +67,10 @@ class _Marked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _Context, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
-        return None, _by_image(grad, ctx.addend, ctx.images)
+        return None, by_image(grad, ctx.addend, ctx.images)
 
 
-def _by_image(grad: Tensor, addend: Tensor, images: int) -> Tensor:
+def by_image(grad: Tensor, addend: Tensor, images: int) -> Tensor:
     """(N,) Σ grad · addend over all that belongs to an image, broadcasting the addend."""
     if grad.is_complex():  # torch's gradient of a real value by z is conjugate
         grad = grad.conj()

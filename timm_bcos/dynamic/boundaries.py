@@ -2,7 +2,7 @@
 
 What stands before (a shift, a crop, a mask, another order of the colors) maps the image x to P(x) = L x + p. The
 encoding that is read is [P(x), 1 - P(x)]; with its gradient [g⁺, g⁻] the row of W for the encoding [x, 1 - x] is
-[Lᵀg⁺, Lᵀg⁻]. What is left, g⁺ · p - g⁻ · p + g⁻ · (1 - L 1), comes from constants.
+[Lᵀg⁺, Lᵀg⁻]. What is left, (g⁺ - g⁻) · p + g⁻ · (1 - L 1), comes from constants, if L 1 does not depend on the image.
 """
 
 from functools import cached_property

@@ -43,11 +43,11 @@ class Kinds:
     def is_current(self, x: Tensor) -> bool:
         """Whether the kind of this memory is known, and nothing else has written to it since."""
         known = self._known(x)
-        return known is not None and known.version == _version(x)
+        return known is not None and known.version == _version(x) and known.on_path >= x.requires_grad
 
     def set(self, x: Tensor, kind: Kind, maker: str = "") -> None:
         """Say what a tensor's memory holds from now on, and which function has written it."""
-        self._found[memory_key(x)] = _Content(_reference(x), kind, maker, _version(x))
+        self._found[memory_key(x)] = _Content(_reference(x), kind, maker, _version(x), x.requires_grad)
 
     def maker(self, x: Tensor) -> str:
         """Name of the function that wrote a tensor's memory."""
@@ -67,6 +67,7 @@ class _Content:
     kind: Kind
     maker: str
     version: int
+    on_path: bool  # an autograd function of somebody's own computes off the path, and returns what is on it
 
 
 def _version(x: Tensor) -> int:

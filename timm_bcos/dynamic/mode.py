@@ -134,7 +134,9 @@ class DynamicLinearMode(TorchFunctionMode):
         if id(x) not in self._replaced:
             name = type(x.grad_fn).__name__.partition("Backward")[0]
             self._replaced[id(x)] = x, self.account.suspect(x, "unseen", name)
-            self.kinds.set(self._replaced[id(x)][1], Kind.PATH)
+            is_read = bool(self.account.boundaries)
+            self.kinds.set(self._replaced[id(x)][1], Kind.PATH if is_read else Kind.IMAGE)
+            self.account.needs_another_image |= not is_read
         return self._replaced[id(x)][1]
 
     def is_gate(self, x: object) -> bool:

@@ -292,7 +292,7 @@ PIECEWISE = """
     fractional_max_pool3d max_unpool1d max_unpool2d max_unpool3d
 """
 # Functions that are the same linear map for every image, where all other operands are constants.
-STATIC = frozenset(
+STATIC = {functional.encode_image} | frozenset(
     named(LINEAR + " add __add__ __radd__ sub __sub__ rsub __rsub__ __iadd__ __isub__ add_ sub_ mul __mul__ __rmul__ "
     "mul_ __imul__ div __truediv__ div_ __itruediv__ pad constant_pad_nd cat concat stack conv1d conv2d matmul linear "
     "__setitem__ zero_ fill_ masked_fill masked_fill_ copy_ batch_norm grid_sample")

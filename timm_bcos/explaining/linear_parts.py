@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..dynamic.account import Account
+from ..dynamic.account import Account, by_image
 from ..dynamic.defects import Defect
 
 __all__ = ["LinearPart", "linear_part", "linear_parts"]
@@ -95,6 +95,7 @@ def _to_image(grads: Grads, factors: list[Tensor], account: Account) -> tuple[Te
     The last reading comes first: it may depend on the ones before.
     """
     count = len(factors) - len(account.boundaries)
+    channels = factors[0].shape[1]
     direct: Tensor | None = None
     for index in reversed(range(count, len(factors))):
         boundary, grad = account.boundaries[index - count], grads[index]
@@ -109,8 +110,8 @@ def _to_image(grads: Grads, factors: list[Tensor], account: Account) -> tuple[Te
         direct = pulled if direct is None else direct + pulled
         for i in range(1, index):
             grads[i] = _sum(grads[i], shown[i], hidden[i])
-        lost = (second * boundary.lost).flatten(1).sum(1)
-        grads[1] = lost if grads[1] is None else grads[1] + lost
+        white = by_image(second, torch.ones(()).to(second), len(factors[0])) - pulled[:, channels:].flatten(1).sum(1)
+        grads[1] = white if grads[1] is None else grads[1] + white
     weights = torch.cat([torch.zeros_like(factors[0])] * 2, 1) if direct is None else direct
     return weights, grads
 
