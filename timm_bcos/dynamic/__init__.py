@@ -3,4 +3,4 @@
 import timm  # noqa: F401  (first of all: then our networks register, which import this room)
 
 # each enters its functions into the table
-from . import activations, attention, gates, images, layers, norms, products, recurrent, sums  # noqa: F401
+from . import activations, attention, gates, images, layers, norms, products, recurrent, sums, vision  # noqa: F401

@@ -163,12 +163,17 @@ class Account:
         return torch.ones(images, dtype=dtype, device=like.device).requires_grad_()
 
     def note(self, func: Function, values: Sequence[object], is_certain: bool) -> None:
-        """Remember a constant, to be compared with what another image gives."""
+        """Remember a constant, to be compared with what another image gives.
+
+        Args:
+            func: What adds it.
+            values: Tensors and numbers that it is made of; nobody changes them later.
+            is_certain: Whether it is made of parameters, buffers and literals alone.
+        """
         if self.has_escaped or not is_certain:
             self.needs_another_image = True
-        kept = tuple(v.detach().clone() if isinstance(v, Tensor) and not is_certain else v for v in values)
         place = self.place(func, "changes") if self._names_places else None
-        self.noted.append(Noted(function_name(func), kept, place))
+        self.noted.append(Noted(function_name(func), tuple(values), place))
 
     def tap(self, y: Tensor, addend: Tensor) -> Tensor:
         """Note that y, a result that nobody has seen yet, has a constant addend."""

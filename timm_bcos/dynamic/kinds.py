@@ -45,6 +45,10 @@ class Kinds:
         known = self._known(x)
         return known is not None and known.version == _version(x) and known.on_path >= x.requires_grad
 
+    def is_stale(self, x: Tensor) -> bool:
+        """Whether something else has written to this memory since its kind was set."""
+        return self._known(x) is not None and not self.is_current(x)
+
     def set(self, x: Tensor, kind: Kind, maker: str = "") -> None:
         """Say what a tensor's memory holds from now on, and which function has written it."""
         self._found[memory_key(x)] = _Content(_reference(x), kind, maker, _version(x), x.requires_grad)

@@ -11,7 +11,7 @@ entered it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -35,13 +35,14 @@ from .table import (
     Operand,
     declare,
     detached,
+    named,
     on_linear_path,
     out_of_place,
     reads_shape,
     tensors_in,
     writes_to,
 )
-from .views import as_single_views
+from .views import PARTS, as_single_views
 
 __all__ = ["DynamicLinearMode", "constant", "declare", "explanation_mode", "on_linear_path"]
 
@@ -91,17 +92,19 @@ class DynamicLinearMode(TorchFunctionMode):
         kind = max(map(self.kinds.get, values), default=Kind.CONSTANT)
         self._watch(func, args, kwargs, kind)
         if kind >= Kind.PATH:
-            result = self._rewritten(func, args, kwargs)
+            with without_saved_tensor_hooks():
+                result = self._rewritten(func, args, kwargs)
         else:
             if func in VALUES_FROM:  # the form may be taken from the path
                 args, kwargs = [*map(detached, args)], {name: detached(value) for name, value in kwargs.items()}
             result = func(*args, **kwargs)
-            result = as_single_views(args[0], result) if args and isinstance(args[0], Tensor) else result
+        if func in PARTS and isinstance(args[0], Tensor):
+            result = as_single_views(args[0], result)
         return self._noted(func, args, result, kind)
 
     def _rewritten(self, func: Function, args: Sequence[object], kwargs: dict[str, object]) -> object:
         """A function of the linear path, as the table has it."""
-        handler = self.table.get(func) or _in_place_handler(self.table, func)
+        handler = self.table.get(func) or _in_place_handler(self.table, func) or self.table.get(_of_aten(func))
         if handler is None:
             return self._suspected(func(*args, **kwargs), func, writes_to(func, args))
         try:
@@ -112,7 +115,9 @@ class DynamicLinearMode(TorchFunctionMode):
             if self.account is None:
                 raise
             if writes_to(func, args) is not None:
-                raise ModelStateError(f"{self.account.place(func)} cannot be explained: {error}") from error
+                place = self.account.place(func)
+                where = f"{place.module or 'the model itself'}: {place.function}"
+                raise ModelStateError(f"{where} cannot be explained as it is called here: {error}") from error
             return self._suspected(func(*args, **kwargs), func, None)  # raises the same where torch does
 
     def _frozen(self, value: object) -> object:
@@ -174,7 +179,7 @@ class DynamicLinearMode(TorchFunctionMode):
                 self.eps = max(self.eps, torch.finfo(x.dtype).eps)
             if memory_key(x) not in operands:
                 self.kinds.set(x, kind, name)
-            elif not self.kinds.is_current(x):  # `inplace=True`
+            elif self.kinds.is_stale(x):  # `inplace=True`
                 self.kinds.set(x, max(kind, self.kinds.get(x)), name)
         if written is not None:
             self.kinds.set(written, max(kind, self.kinds.get(written)), name)
@@ -236,8 +241,10 @@ class DynamicLinearMode(TorchFunctionMode):
             addend = y.detach().new_full((), addend)
         if kind >= Kind.GATE:
             return self.account.suspect(y, "added", func, addend.detach().clone()) if bool(addend.any()) else y
-        self.account.note(func, sources, kind is Kind.CONSTANT)
-        return self.account.tap(y, self._lasting(addend))
+        lasting = self._lasting(addend)
+        made_of = [lasting if v is addend else self._lasting(v) if isinstance(v, Tensor) else v for v in sources]
+        self.account.note(func, made_of, kind is Kind.CONSTANT)
+        return self.account.tap(y, lasting)
 
     def operand(self, value: Tensor, func: Function) -> Tensor:
         """Account for a whole operand that is joined to the linear path, as a class token is."""
@@ -247,9 +254,15 @@ class DynamicLinearMode(TorchFunctionMode):
         if kind is Kind.GATE:
             if not bool(value.any()):
                 return value
-            return self.account.suspect(value.detach().clone().requires_grad_() * 1, "added", func, value)
+            return self.written_gate(value, func)
+        value = self._lasting(value)
         self.account.note(func, (value,), kind is Kind.CONSTANT)
-        return self.account.mark(self._lasting(value))
+        return self.account.mark(value)
+
+    def written_gate(self, value: Tensor, func: Function) -> Tensor:
+        """A gate that is written into a part of the path, as an operand that is under suspicion."""
+        assert self.account is not None
+        return self.account.suspect(value.detach().clone().requires_grad_() * 1, "added", func, value)
 
     def _lasting(self, value: Tensor) -> Tensor:
         """Parameters and buffers as they are; a copy of what the forward pass may still change."""
@@ -266,6 +279,14 @@ def _values(func: Function, args: Sequence[object], kwargs: Mapping[str, object]
         return tensors_in([args[0] if args else kwargs.get("input")])
     found = [*args, *kwargs.values()]
     return tensors_in(found[1:] if source == "rest" else found)
+
+
+def _of_aten(func: Function) -> Function:
+    """The function in `torch` that an operator (`torch.ops.aten.relu`) is."""
+    packet = getattr(func, "overloadpacket", func)
+    if getattr(packet, "__module__", "") != "torch._ops.aten":
+        return func
+    return next((f for f in named(packet.__name__) if f in TABLE), func)
 
 
 def _in_place_handler(table: Mapping[Function, Handler], func: Function) -> Handler | None:
@@ -306,6 +327,13 @@ def active(mode: DynamicLinearMode) -> Iterator[DynamicLinearMode]:
             yield mode
     finally:
         _ACTIVE.reset(token)
+
+
+def without_saved_tensor_hooks() -> AbstractContextManager[object]:
+    """Keep what `torch.utils.checkpoint` would compute again in the backward pass, without the mode."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach(), lambda x: x)
 
 
 @contextmanager

@@ -60,6 +60,7 @@ def _join_base(mode: Mode, func: Function, target: Tensor) -> None:
     if base is None or mode.account is None or base.requires_grad or not bool(base.any()):
         return
     base.copy_(mode.operand(base, func))
+    assert target.grad_fn is not None  # autograd notices that a view's base has changed when it is asked
 
 
 @handles(functional.scale_and_offset)

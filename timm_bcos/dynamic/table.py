@@ -70,6 +70,9 @@ class Mode(Protocol):
     def operand(self, value: Tensor, func: Function) -> Tensor:
         """Account for a whole operand that is joined to the linear path."""
 
+    def written_gate(self, value: Tensor, func: Function) -> Tensor:
+        """A gate that is written into a part of the path, as an operand that is under suspicion."""
+
     def is_gate(self, x: object) -> bool:
         """Whether x depends on the image without being on its path."""
 

@@ -4,22 +4,32 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["as_single_views"]
+from .table import named
+
+__all__ = ["PARTS", "as_single_views"]
+
+# Functions that take a tensor apart.
+PARTS = frozenset(named("chunk split tensor_split split_with_sizes unbind hsplit vsplit dsplit unsafe_chunk"))
 
 
 def as_single_views(source: Tensor, result: Any) -> Any:
-    """The parts of a tensor (`chunk`, `split`, `unbind`), each as a view of its own; anything else as it is.
+    """The parts of a tensor, each as a view of its own.
 
     Args:
         source: What was taken apart.
         result: What torch returned.
     """
-    if not isinstance(result, list | tuple) or type(result) not in (list, tuple) or not result:
+    if not result or not all(part._is_view() for part in result):
         return result
-    if not all(isinstance(part, Tensor) and part._is_view() and part._base is _base(source) for part in result):
+    first, starts = result[0], [part.storage_offset() - source.storage_offset() for part in result]
+    if first.ndim < source.ndim:  # unbind
+        axis = next(d for d in range(source.ndim) if source.shape[:d] + source.shape[d + 1 :] == first.shape
+                    and source.stride()[:d] + source.stride()[d + 1 :] == first.stride())  # fmt: skip
+        return type(result)(source.select(axis, i) for i in range(len(result)))
+    axis = next((d for d in range(source.ndim) if source.shape[d] != first.shape[d]), None)
+    if axis is None or not source.stride(axis):
         return result
-    return type(result)(source.as_strided(part.shape, part.stride(), part.storage_offset()) for part in result)
-
-
-def _base(x: Tensor) -> Tensor:
-    return x if x._base is None else x._base
+    stride = source.stride(axis)
+    return type(result)(
+        source.narrow(axis, start // stride, part.shape[axis]) for start, part in zip(starts, result, strict=True)
+    )

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointError
 
 from ..dynamic.account import Account, AmbiguousBatch
 from ..dynamic.defects import Defect
@@ -179,15 +178,8 @@ class Linearised:
         """
         with ordinary_autograd(self.leaf.device):
             readout = self.outputs.read(target, versus, position, masks)
-            part = self._taken_apart(readout.values.sum())
+            part = linear_part(readout.values.sum(), self.leaf, self.account)
             return self.explanation(readout, part, self.layer)
-
-    def _taken_apart(self, value: Tensor) -> LinearPart:
-        try:
-            return linear_part(value, self.leaf, self.account)
-        except CheckpointError:  # checkpointed parts of the model run again, which takes the mode
-            with active(self.mode):
-                return linear_part(value, self.leaf, self.account)
 
     def explain_classes(self, table: Tensor) -> list[Explanation]:
         """Explain T classes of each image, as many in one backward pass as memory allows.

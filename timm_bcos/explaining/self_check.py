@@ -59,10 +59,15 @@ def compare_outputs(run: "Linearised", found: Tensor, plain: Tensor) -> list[Def
 
 
 def compare_images(run: "Linearised", plain: Tensor) -> list[Defect]:
-    """Hold the plain outputs for a batch against those for its first image alone."""
+    """Hold the plain outputs for a batch against those for its first and its last image alone."""
     if len(plain) < 2:
         return []
-    return _difference(plain[:1], run.plain(run.image, slice(0, 1)), run.rounding, "images")
+    for index in (0, len(plain) - 1):
+        alone = run.plain(run.image, slice(index, index + 1))
+        defects = _difference(plain[index : index + 1], alone, run.rounding, "images")
+        if defects:
+            return defects
+    return []
 
 
 def _difference(found: Tensor, expected: Tensor, rounding: Rounding, kind: str) -> list[Defect]:
@@ -81,9 +86,18 @@ def another_image(image: Tensor) -> Tensor:
 
 
 def compare_with_another_image(run: "Linearised") -> list[Defect]:
-    """Constants are the same for any image: run another one, and compare what was booked as constant."""
-    _, account, *_ = run._pass(another_image(run.image), names_places=True)
-    return changed_constants(run.account, account)
+    """Constants are the same for any image: run another one, and compare what was booked as constant.
+
+    Where numbers have left torch, with three others: a number may happen to be the same for two images.
+    """
+    others = [another_image(run.image)]
+    if run.account.has_escaped:
+        others += [torch.zeros_like(run.image), torch.ones_like(run.image)]
+    found: list[Defect] = []
+    for image in others:
+        _, account, *_ = run._pass(image, names_places=True)
+        found += changed_constants(run.account, account)
+    return list(dict.fromkeys(found))
 
 
 def incomplete(explanation: Explanation, defects: tuple[Defect, ...], rounding: Rounding) -> Explanation:
