@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import BcosError, ModelStateError
+from ..nn.functional import encode_image
 from .account import Account, AmbiguousBatch, function_name
 from .kinds import Kind, Kinds, memory_key
 from .table import (
@@ -91,7 +92,9 @@ class DynamicLinearMode(TorchFunctionMode):
         values = _values(func, args, kwargs)
         kind = max(map(self.kinds.get, values), default=Kind.CONSTANT)
         self._watch(func, args, kwargs, kind)
-        if kind >= Kind.PATH:
+        if func in ESCAPING:
+            result = func(*map(detached, args), **kwargs)
+        elif kind >= Kind.PATH:
             with without_saved_tensor_hooks():
                 result = self._rewritten(func, args, kwargs)
         else:
@@ -172,6 +175,8 @@ class DynamicLinearMode(TorchFunctionMode):
         assert self.account is not None
         if kind is Kind.CONSTANT and self.account.has_escaped:
             kind = Kind.UNVERIFIED
+        if func is encode_image:
+            kind = min(kind, Kind.PATH)
         name, written = function_name(func), writes_to(func, args)
         operands = {memory_key(x) for x in tensors_in(args)}
         for x in tensors_in([result]):

@@ -63,9 +63,7 @@ def _gru_cell(mode: Mode, func: Function, x: Tensor, state: State, weights: list
     biases = weights[2:4] if len(weights) > 3 else [None, None]
     from_input = _projected(mode, func, x, weights[0], biases[0]).chunk(3, 1)
     from_state = _projected(mode, func, h, weights[1], biases[1]).chunk(3, 1)
-    reset, update = (
-        (detached(a) + detached(b)).sigmoid() for a, b in zip(from_input[:2], from_state[:2], strict=True)
-    )
+    reset, update = ((detached(a) + detached(b)).sigmoid() for a, b in zip(from_input[:2], from_state[:2], strict=True))
     made_of = (h, *[b for b in biases if b is not None])
     inner = _sum(mode, func, (from_input[2], (x,)), (reset * from_state[2], made_of))
     return (_sum(mode, func, ((1 - update) * _tanh(mode, inner), (inner,)), _gated(mode, func, update, h)),)

@@ -113,14 +113,16 @@ def choose(mode: Mode, func: Function, /, condition: Tensor, *branches: Any, **o
     first, second = values
     condition = detached(condition)
     y = torch.where(condition, first, second)
-    for source, part in ((first, lambda: (first, 0)), (second, lambda: (0, second))):
-        if not on_linear_path(source):
-            y = mode.add(y, torch.where(condition, *_numbers(part(), y)), func, source)
+    zero = y.detach().new_zeros(())
+    if not on_linear_path(first):
+        y = mode.add(y, torch.where(condition, _tensor(first, y), zero), func, first)
+    if not on_linear_path(second):
+        y = mode.add(y, torch.where(condition, zero, _tensor(second, y)), func, second)
     return y
 
 
-def _numbers(branches: tuple[Operand, Operand], like: Tensor) -> list[Tensor]:
-    return [x.to(like.dtype) if isinstance(x, Tensor) else like.detach().new_tensor(x) for x in branches]
+def _tensor(value: Operand, like: Tensor) -> Tensor:
+    return value.to(like.dtype) if isinstance(value, Tensor) else like.detach().new_tensor(value)
 
 
 @handles(*named("maximum minimum fmax fmin"))
@@ -239,7 +241,7 @@ def _nothing(value: object) -> object:
 
 
 def _reduce(
-    mode: Mode, func: Function, /, input: Tensor, value: Tensor, run: Callable[[Tensor, object], Tensor], reduction: str
+    mode: Mode, func: Function, /, input: Tensor, value: Any, run: Callable[[Tensor, object], Tensor], reduction: str
 ) -> Tensor:
     """The largest or smallest of what meets: which one it is, is a constant of the linear map."""
     if reduction not in ("amax", "amin"):

@@ -249,10 +249,9 @@ def writes_to(func: Function, args: Sequence[object]) -> Tensor | None:
 
 
 ONE_BRANCH = frozenset(named("where"))
-AUGMENTED = frozenset(
-    "__setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __imatmul__ __iand__ "
-    "__ior__ __ixor__".split()
-)
+AUGMENTED = frozenset(f"__{name}__" for name in (
+    "setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor",
+))  # fmt: skip
 
 
 def out_of_place(func: Function) -> Function | None:
@@ -295,7 +294,7 @@ PIECEWISE = """
     fractional_max_pool3d max_unpool1d max_unpool2d max_unpool3d
 """
 # Functions that are the same linear map for every image, where all other operands are constants.
-STATIC = {functional.encode_image} | frozenset(
+STATIC = frozenset([functional.encode_image]) | frozenset(
     named(LINEAR + " add __add__ __radd__ sub __sub__ rsub __rsub__ __iadd__ __isub__ add_ sub_ mul __mul__ __rmul__ "
     "mul_ __imul__ div __truediv__ div_ __itruediv__ pad constant_pad_nd cat concat stack conv1d conv2d matmul linear "
     "__setitem__ zero_ fill_ masked_fill masked_fill_ copy_ batch_norm grid_sample")

@@ -26,10 +26,10 @@ def as_single_views(source: Tensor, result: Any) -> Any:
         axis = next(d for d in range(source.ndim) if source.shape[:d] + source.shape[d + 1 :] == first.shape
                     and source.stride()[:d] + source.stride()[d + 1 :] == first.stride())  # fmt: skip
         return type(result)(source.select(axis, i) for i in range(len(result)))
-    axis = next((d for d in range(source.ndim) if source.shape[d] != first.shape[d]), None)
-    if axis is None or not source.stride(axis):
+    changed = [d for d in range(source.ndim) if source.shape[d] != first.shape[d]]
+    if not changed or not source.stride(changed[0]):
         return result
-    stride = source.stride(axis)
+    axis, stride = changed[0], source.stride(changed[0])
     return type(result)(
         source.narrow(axis, start // stride, part.shape[axis]) for start, part in zip(starts, result, strict=True)
     )

@@ -17,7 +17,7 @@ from .forward import explain
 from .inputs import check_images, check_model
 from .linearised import Linearised, is_encoding
 from .self_check import another_image, compare_with_another_image
-from .tracing import first_break, first_difference, first_dead
+from .tracing import first_break, first_dead, first_difference
 
 __all__ = ["Check", "check", "random_image", "settle"]
 

@@ -180,9 +180,7 @@ def _explain_chunk(run: Run, ask: Ask, places: range) -> list[Explanation]:
     def with_defects(found: list[Explanation], defects: tuple[Defect, ...]) -> list[Explanation]:
         return [replace(e, defects=tuple(dict.fromkeys((*e.defects, *defects)))) for e in found]
 
-    return together_or_apart(
-        lambda images: ask(run(images), images), places, lambda found: found, stack, with_defects
-    )
+    return together_or_apart(lambda images: ask(run(images), images), places, lambda found: found, stack, with_defects)
 
 
 def together_or_apart(

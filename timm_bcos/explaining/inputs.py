@@ -1,6 +1,5 @@
 """What explaining asks of a model and of images, checked before anything runs."""
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, ModelStateError

@@ -62,7 +62,7 @@ def _together(values: Tensor, leaf: Tensor, account: Account) -> list[LinearPart
         except RuntimeError:  # a function whose gradient cannot be taken for several outputs at once
             pass
         else:
-            rows = ([None if g is None else g[i] for g in grads] for i in range(len(values)))
+            rows: list[Grads] = [[None if g is None else g[i] for g in grads] for i in range(len(values))]
             return [_part_of(row, factors, account) for row in rows]
     return [linear_part(value, leaf, account) for value in values]
 

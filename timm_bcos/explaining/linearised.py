@@ -1,7 +1,7 @@
 """A model at its images: one forward pass in explanation mode, from which any number of outputs are explained."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from .inputs import check_model
 from .linear_parts import LinearPart, linear_part, linear_parts
 from .places import Grid
 from .readout import Outputs, Readout
-from .self_check import Rounding, compare_images, compare_outputs, compare_with_another_image, incomplete
+from .self_check import Rounding, compare_outputs, compare_with_another_image, incomplete
 from .targets import Asked
 
 __all__ = ["Linearised"]
@@ -70,7 +70,7 @@ class Linearised:
             try:
                 self._run()
             except AmbiguousBatch as signal:
-                signal.defects = tuple(compare_images(self, self.plain(self.image))) if checks else ()
+                signal.defects = tuple(compare_outputs(self)) if checks else ()
                 raise
             self.defects = self._compared() if checks else ()
             self.outputs = self._outputs_of(self.tensor, self.layer)
@@ -82,7 +82,7 @@ class Linearised:
         self.rounding.eps = self.mode.eps
 
     def _pass(self, image: Tensor, names_places: bool = False) -> tuple[Any, ...]:
-        """One forward pass in explanation mode: the leaf, the account, the mode, what the model and the layer return."""
+        """One forward pass in explanation mode: the leaf, the account, the mode, what the model and layer return."""
         outputs: list[object] = []
         network = _network_to_run(self.model, self.layer, outputs)
         leaf = image.clone().requires_grad_()
@@ -102,10 +102,9 @@ class Linearised:
         return found
 
     def _compared(self) -> tuple[Defect, ...]:
-        plain = self.plain(self.image)
-        found = compare_outputs(self, self.tensor.detach(), plain) + compare_images(self, plain)
-        if self.rounding.is_narrow and plain.shape == self.tensor.shape:
-            self.tensor = self.tensor + (plain - self.tensor.detach())
+        found = compare_outputs(self, self.tensor.detach())
+        if self.rounding.is_narrow and not found:
+            self.tensor = self.tensor + (self.plain(self.image) - self.tensor.detach())
         if self.account.needs_another_image:
             found += compare_with_another_image(self)
         return tuple(found)
@@ -125,7 +124,8 @@ class Linearised:
             raise TargetError(f"{what} {times}")
         output = pick_output(outputs[0], self.output, what)
         if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4) or len(output) != len(self.leaf):
-            raise TargetError(f"{what} returns {_described(output)}; one row of units per image is needed" + _hint(output))
+            found = _described(output)
+            raise TargetError(f"{what} returns {found}; one row of units per image is needed{_hint(output)}")
         if not output.requires_grad:
             raise TargetError(
                 f"{what} ends in {self.mode.maker(output)}, a gate or a statistic that only scales the image's path: "

@@ -15,7 +15,14 @@ from .explanation import Explanation
 if TYPE_CHECKING:
     from .linearised import Linearised
 
-__all__ = ["Rounding", "another_image", "compare_images", "compare_outputs", "compare_with_another_image", "incomplete", "tolerance"]
+__all__ = [
+    "Rounding",
+    "another_image",
+    "compare_outputs",
+    "compare_with_another_image",
+    "incomplete",
+    "tolerance",
+]
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -53,21 +60,26 @@ class Rounding:
         return (self._outputs(other) - self._outputs(self._image)).abs().max().item()
 
 
-def compare_outputs(run: "Linearised", found: Tensor, plain: Tensor) -> list[Defect]:
-    """Hold the outputs in explanation mode against the plain ones."""
-    return _difference(found, plain, run.rounding, "shifted")
+def compare_outputs(run: "Linearised", found: Tensor | None = None) -> list[Defect]:
+    """Hold outputs in explanation mode against those outside of it, and a batch against its images in other company.
 
-
-def compare_images(run: "Linearised", plain: Tensor) -> list[Defect]:
-    """Hold the plain outputs for a batch against those for its first and its last image alone."""
-    if len(plain) < 2:
+    Args:
+        run: The model at its images.
+        found: The outputs in explanation mode; None compares the plain outputs of the batch.
+    """
+    apart = _apart(run)
+    if found is not None and not _difference(found, apart, run.rounding, "shifted"):
         return []
-    for index in (0, len(plain) - 1):
-        alone = run.plain(run.image, slice(index, index + 1))
-        defects = _difference(plain[index : index + 1], alone, run.rounding, "images")
-        if defects:
-            return defects
-    return []
+    together = run.plain(run.image)
+    defects = [] if found is None else _difference(found, together, run.rounding, "shifted")
+    return defects + _difference(together, apart, run.rounding, "images")
+
+
+def _apart(run: "Linearised") -> Tensor:
+    """The plain outputs of the first image alone, and of the others without it."""
+    if len(run.image) == 1:
+        return run.plain(run.image)
+    return torch.cat([run.plain(run.image, slice(0, 1)), run.plain(run.image, slice(1, None))])
 
 
 def _difference(found: Tensor, expected: Tensor, rounding: Rounding, kind: str) -> list[Defect]:
