@@ -260,9 +260,15 @@ def _network_to_run(model: nn.Module, layer: str | None, outputs: list[object]) 
     network = isolate(model, [name for name in (*changed, layer) if name])
     for name in changed:
         network.get_submodule(name).grad_checkpointing = False  # type: ignore[assignment]
-    if layer is not None:  # as it is now: functions that follow may work in place
-        network.get_submodule(layer).register_forward_hook(lambda module, args, output: outputs.append(_copied(output)))
+    if layer is not None:
+        network.get_submodule(layer).register_forward_hook(lambda module, args, output: _noted(output, outputs))
     return network
+
+
+def _noted(output: object, outputs: list[object]) -> object:
+    """A copy of what is noted is passed on: functions that follow may work in place."""
+    outputs.append(_copied(output))
+    return _copied(outputs[-1])
 
 
 def _copied(output: Any) -> Any:
