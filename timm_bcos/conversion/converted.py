@@ -7,6 +7,8 @@ from functools import cache, partial, wraps
 from inspect import signature
 from typing import Any, SupportsIndex
 
+import torch
+from timm.layers import BatchNormAct2d, SyncBatchNormAct
 from timm.models import Eva
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -20,7 +22,7 @@ from ..nn.modules import clone
 from .config import BcosConfig
 from .grey import responses_to_grey, take_shifts
 from .hooks import move_hooks
-from .plan import FOLDING, Plan, plan_conversion
+from .plan import FOLDING, Plan, convertible, plan_conversion
 from .positions import POSITIONED, Positions, on_grid_of
 from .rules import RULES, Rule
 
@@ -54,6 +56,7 @@ class BcosModel:
         if mode:
             for module in self.modules():  # type: ignore[attr-defined]
                 refuse_fused(module)
+        _keep_uncentred(self)
         return super().train(mode)  # type: ignore[misc,no-any-return]
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
@@ -95,6 +98,20 @@ def _link_heads(model: Any) -> None:
                 child.deferred = defers
 
 
+TRAINED_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct)
+
+
+def _keep_uncentred(model: Any) -> None:
+    """Convert batch norms that others have put in place of uncentred ones, and that subtract means once they are trained.
+
+    `timm.utils.unfreeze` makes plain ones of frozen ones, `convert_sync_batchnorm` synchronised ones of ours.
+    """
+    if not any(type(module) in TRAINED_NORMS for module in model.modules()):
+        return
+    if any(type(norm) in TRAINED_NORMS for _, norm in convertible(model, model.bcos_rules)):
+        bcosify(model, model.bcos_config, rules=model.bcos_rules)
+
+
 def _find(model: nn.Module, path: str) -> nn.Module | None:
     module: nn.Module | None = model
     for name in path.split(".") if path else ():
@@ -107,6 +124,8 @@ def _overrides(plain: Any) -> dict[str, Method]:
 
     def forward(self: Any, *args: object, **kwargs: object) -> object:
         _link_heads(self)
+        if self.training and not torch.compiler.is_compiling():
+            _keep_uncentred(self)
         return plain.forward(self, *args, **kwargs)
 
     def reset_classifier(self: Any, num_classes: int, *args: object, **kwargs: object) -> None:

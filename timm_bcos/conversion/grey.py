@@ -54,7 +54,7 @@ def responses_to_grey(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _is_gated(module: nn.Module) -> bool:
-    return type(module) in GATED_NORMS and not isinstance(module.act, nn.Identity)
+    return type(module) in GATED_NORMS and not isinstance(module.act, nn.Identity | ShiftedActivation)
 
 
 @torch.no_grad()

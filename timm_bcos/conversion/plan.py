@@ -19,7 +19,7 @@ from .positions import PositionedQkv, Positions, attention_paths
 from .problems import computed_weight_problem, config_problems, several_inputs, wrapper_problem
 from .rules import ADVICE, Rule, is_container, keep, keep_whole
 
-__all__ = ["FOLDING", "Plan", "plan_conversion"]
+__all__ = ["FOLDING", "Plan", "convertible", "plan_conversion"]
 
 Rules = dict[type[nn.Module], Rule]
 FOLDING = ("fuse", "reparameterize", "switch_to_deploy")  # methods that timm's `reparameterize_model` calls
@@ -223,6 +223,13 @@ def _walk(name: str, module: nn.Module, rules: Rules, done: dict[int, nn.Module]
         is_kept = getattr(kept, child_name, None) is child
         if child is not None and is_kept:
             yield from _walk(f"{name}.{child_name}" if name else child_name, child, rules, done)
+
+
+def convertible(model: nn.Module, rules: Rules) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a network, with their paths, that a conversion would replace if their config says so."""
+    for name, module in _walk("", model, rules, {id(m): m for m in model.modules()}):
+        if _rule_for(module, rules) not in (keep, keep_whole):
+            yield name, module
 
 
 def _rule_for(module: nn.Module, rules: Rules) -> Rule | None:

@@ -182,6 +182,8 @@ def replace_linear(linear: nn.Linear, place: Place, config: BcosConfig) -> BcosC
 
 def replace_batch_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, place: Place, config: BcosConfig) -> nn.Module:
     """One- and two-dimensional batch norms, and the synchronised one."""
+    if hasattr(norm, "act"):  # torch's `convert_sync_batchnorm` leaves the layers inside of timm's norms unused
+        return replace_batch_norm_act(norm, place, config)
     if config.norm == "remove":
         return nn.Identity()
     if _stays(norm, place, config):
@@ -190,7 +192,7 @@ def replace_batch_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, place: Place, conf
     return kind.from_batch_norm(_with_weight(norm))
 
 
-def replace_batch_norm_act(norm: timm_layers.BatchNormAct2d, place: Place, config: BcosConfig) -> nn.Module:
+def replace_batch_norm_act(norm: Any, place: Place, config: BcosConfig) -> nn.Module:
     """timm's batch norms with a drop and an activation layer behind them."""
     if config.norm == "remove":
         return _removed_norm_act(norm, config)
@@ -198,8 +200,9 @@ def replace_batch_norm_act(norm: timm_layers.BatchNormAct2d, place: Place, confi
         return norm
     new = UncentredBatchNormAct2d.from_batch_norm(_with_weight(norm))
     new.drop, new.act = norm.drop, norm.act
-    if config.bias == "gate" and not isinstance(norm.act, nn.Identity):
-        new.act = ShiftedActivation(norm.act, torch.zeros_like(new.weight))
+    if config.bias == "gate" and not isinstance(norm.act, nn.Identity | ShiftedActivation):
+        shift = torch.zeros_like(new.weight, requires_grad=new.weight.requires_grad)  # trained as the bias was
+        new.act = ShiftedActivation(norm.act, shift)
     return new
 
 
