@@ -25,6 +25,7 @@ from .hooks import move_hooks
 from .plan import FOLDING, Plan, convertible, plan_conversion
 from .positions import POSITIONED, Positions, on_grid_of
 from .rules import RULES, Rule
+from .settings import SETTINGS, encode_settings, refuse_contradictions
 
 __all__ = ["BcosModel", "bcosify"]
 
@@ -37,11 +38,13 @@ class BcosModel:
     Attributes:
         bcos_config: The conversion that made the network.
         bcos_rules: Its rule table.
+        bcos_settings: What it computes besides its weights, in their state dict (`timm_bcos.conversion.settings`).
         head_paths: Where pooling layers are, which let maps through while a B-cos classifier beside them pools.
     """
 
     bcos_config: BcosConfig
     bcos_rules: dict[type[nn.Module], Rule]
+    bcos_settings: Tensor
     head_paths: tuple[str, ...]
     positions: Positions
     _plain_class: type[nn.Module]
@@ -58,6 +61,18 @@ class BcosModel:
                 refuse_fused(module)
         _keep_uncentred(self)
         return super().train(mode)  # type: ignore[misc,no-any-return]
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        if not self.bcos_settings.is_meta:  # what layers have been told since, too
+            settings = encode_settings(self, self.bcos_config, self.bcos_settings.device)  # type: ignore[arg-type]
+            destination[prefix + SETTINGS] = settings
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        refuse_contradictions(self, self.bcos_config, state_dict, prefix)  # type: ignore[arg-type]
+        device = next(iter(state_dict.values())).device if state_dict else None
+        state_dict[prefix + SETTINGS] = encode_settings(self, self.bcos_config, device)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         return _rebuild, (self._plain_class, self._has_reader), self.__dict__
@@ -300,6 +315,9 @@ def _apply(plan: Plan) -> nn.Module:
             if hasattr(type(module), name):
                 setattr(module, name, partial(fuse_within, module))
     _link_heads(plan.root)
+    device = next((p.device for p in plan.root.parameters()), None)
+    settings = encode_settings(plan.root, plan.attributes["bcos_config"], device)  # type: ignore[arg-type]
+    plan.root.register_buffer(SETTINGS, settings)
     return plan.root
 
 

@@ -94,7 +94,7 @@ def _create(
     def build(**model_kwargs: object) -> nn.Module:
         model = network.build(config, **model_kwargs)
         if pretrained:  # timm's own loading verifies no hash, and knows nothing of encoded images
-            load_pretrained(model, cfg, convert_official_weights, cache_dir)
+            load_pretrained(model, cfg, convert_official_weights, cache_dir, changes)
         return model
 
     return build_model_with_cfg(build, name, False, pretrained_cfg=cfg, feature_cfg=dict(network.feature_cfg), **kwargs)
@@ -152,7 +152,7 @@ def _create_converted(
         original = copy.deepcopy(plain) if config.bias == "gate" and has_source else None
         model = convert(plain, config)
         if pretrained and has_source:
-            load_pretrained(model, cfg, partial(_convert_weights, original), cache_dir)
+            load_pretrained(model, cfg, partial(_convert_weights, original), cache_dir, changes)
         elif pretrained and any(plain_cfg.get(key) for key in WEIGHT_SOURCES):
             _warn_unless_preserved(arch, config)
         return model

@@ -1,7 +1,8 @@
 """Pretrained weights: from wherever a timm cfg says, verified, read safely, and refused with a reason."""
 
 import logging
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from timm.models import load_state_dict_from_hf
 from timm.models._hub import load_state_dict_from_path
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..conversion.settings import contradictions, in_words, is_settings
+from ..errors import CheckpointError, NotFineTunedWarning
 from ..files import first_line
 from .download import BY_HAND, download
 from .formats import adapt_image_channels, classifier_names
@@ -27,6 +29,7 @@ def load_pretrained(
     cfg: dict[str, Any],
     convert: Callable[[StateDict, nn.Module], StateDict],
     cache_dir: str | Path | None = None,
+    changed: Collection[str] = (),
 ) -> None:
     """Load what a pretrained cfg points at; a classifier for other classes than the cfg's stays fresh.
 
@@ -35,9 +38,11 @@ def load_pretrained(
         cfg: timm's pretrained cfg, as a dict.
         convert: Turns other formats into the model's.
         cache_dir: Where downloads go; None for torch's and the Hugging Face Hub's caches.
+        changed: Settings that the user has chosen for this network: other ones of the weights are no mistake then, but
+            the beginning of a training.
 
     Raises:
-        CheckpointError: If nothing can be had, verified or read, or it is of another network.
+        CheckpointError: If nothing can be had, verified or read, or it is of another network or another function.
     """
     source, weights = _read(cfg, cache_dir)
     image_channels = (cfg.get("input_size") or (3,))[0]
@@ -45,7 +50,24 @@ def load_pretrained(
     if model.num_classes == 0:
         weights = _without_head(weights, model, cfg.get("classifier"))
     fresh = set() if model.num_classes == cfg.get("num_classes") else _heads_of_other_size(weights, model)
-    load_exactly(model, {key: value for key, value in weights.items() if key not in fresh}, source, fresh)
+    weights = {key: value for key, value in weights.items() if key not in fresh}
+    load_exactly(model, _allow(weights, model, changed, source), source, fresh)
+
+
+def _allow(weights: StateDict, model: Any, changed: Collection[str], source: str) -> StateDict:
+    """The weights without their settings, if those differ only where the user has chosen so; that is told."""
+    found = contradictions(model, model.bcos_config, weights)
+    chosen = {*changed, *(("gamma",) if "gamma_scale" in changed else ())}
+    if not found or any(one.name not in chosen for one in found):
+        return weights
+    theirs, own = in_words(found, "theirs"), in_words(found, "own")
+    warnings.warn(
+        f"{source} was trained with {theirs}: with {own} it is another function, whose predictions are not those of "
+        f"the weights: fine-tune it",
+        NotFineTunedWarning,
+        stacklevel=2,
+    )
+    return {name: value for name, value in weights.items() if not is_settings(name)}
 
 
 def _without_head(weights: StateDict, model: nn.Module, names: str | tuple[str, ...] | None) -> StateDict:
