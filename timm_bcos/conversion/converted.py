@@ -1,18 +1,17 @@
 """What a converted network can do beyond timm's: explain itself, and stay B-cos when its head changes."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial, wraps
 from inspect import signature
 from typing import Any, SupportsIndex
 
 import torch
-from timm.layers import BatchNormAct2d, SyncBatchNormAct
-from timm.models import Eva
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from .._compat import timm_layers, timm_models
 from ..errors import InputError, ModelStateError
 from ..explaining.explanation import Explanation
 from ..explaining.forward import explain
@@ -24,7 +23,7 @@ from .grey import responses_to_grey, take_shifts
 from .hooks import move_hooks
 from .plan import FOLDING, Plan, convertible, plan_conversion
 from .positions import POSITIONED, Positions, on_grid_of
-from .rules import RULES, Rule
+from .rules import RULES, Rules
 from .settings import SETTINGS, encode_settings, refuse_contradictions
 
 __all__ = ["BcosModel", "bcosify"]
@@ -43,7 +42,7 @@ class BcosModel:
     """
 
     bcos_config: BcosConfig
-    bcos_rules: dict[type[nn.Module], Rule]
+    bcos_rules: Rules
     bcos_settings: Tensor
     head_paths: tuple[str, ...]
     positions: Positions
@@ -113,11 +112,17 @@ def _link_heads(model: Any) -> None:
                 child.deferred = defers
 
 
-TRAINED_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct)
+TRAINED_NORMS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.SyncBatchNorm,
+    timm_layers.BatchNormAct2d,
+    timm_layers.SyncBatchNormAct,
+)
 
 
 def _keep_uncentred(model: Any) -> None:
-    """Convert batch norms that others have put in place of uncentred ones, and that subtract means once they are trained.
+    """Convert batch norms that others have put in place of uncentred ones: trained, they would subtract means.
 
     `timm.utils.unfreeze` makes plain ones of frozen ones, `convert_sync_batchnorm` synchronised ones of ours.
     """
@@ -178,7 +183,9 @@ def _position_overrides(plain: Any) -> dict[str, Method]:
         if "_is_one_pass" in self.__dict__:
             self.blocks = on_grid_of(self.blocks, x)
         contents = self.pos_drop(self.positions.contents(x))
-        return (contents, plain._pos_embed(self, x)[1]) if issubclass(plain, Eva) else contents  # rotary positions
+        return (
+            (contents, plain._pos_embed(self, x)[1]) if issubclass(plain, timm_models.Eva) else contents
+        )  # rotary positions
 
     def in_one_pass(method: Method) -> Method:
         def call(self: Any, *args: object, **kwargs: object) -> object:
@@ -260,9 +267,7 @@ def _rebuild(plain: type, has_reader: bool) -> nn.Module:
     return new.__new__(new)
 
 
-def bcosify(
-    model: nn.Module, config: BcosConfig | None = None, *, rules: Mapping[type[nn.Module], Rule] | None = None
-) -> nn.Module:
+def bcosify(model: nn.Module, config: BcosConfig | None = None, *, rules: Rules | None = None) -> nn.Module:
     """Convert a network to its B-cos equivalent.
 
     All of it is planned before anything is changed: whatever is raised, the network is left as it was. Parameters are
@@ -273,7 +278,8 @@ def bcosify(
         model: Any timm model, or a network of your own. Changed in place.
         config: What to convert to; `BcosConfig()` fine-tunes pretrained weights at B = 2. None is that, or the config
             of a network that has been converted before.
-        rules: From exact module type to rule, `RULES` by default; extend the table with `RULES | {MyBlock: my_rule}`.
+        rules: From exact module type, or its qualified name, to rule; `RULES` by default. Extend the table with
+            `RULES | {MyBlock: my_rule}`.
 
     Returns:
         The converted network: the same object, unless the root itself has been replaced.
@@ -291,7 +297,7 @@ def bcosify(
         config = BcosConfig() if converted is None else converted.bcos_config
     if rules is None:
         rules = RULES if converted is None else converted.bcos_rules
-    plan = plan_conversion(model, config, dict(rules))
+    plan = plan_conversion(model, config, rules)
     responses = responses_to_grey(model) if config.bias == "gate" else {}
     network = _apply(plan)
     take_shifts(network, responses)

@@ -4,11 +4,9 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
-from timm.layers import SelectAdaptivePool2d
-from timm.models import FeatureDictNet, FeatureListNet
-from timm.models._features import FeatureGetterNet
 from torch import nn
 
+from .._compat import private, timm_layers, timm_models
 from ..errors import InputError, UnsupportedModuleError
 from ..nn.stems import BcosStem, ImageReader, image_channels
 from .config import BcosConfig
@@ -19,7 +17,11 @@ from .statistics import Stats, image_statistics, reads_image_itself
 __all__ = ["Places"]
 
 AUXILIARY = ("AuxLogits", "aux1", "aux2", "aux_classifier")  # what timm and torchvision call their auxiliary heads
-WITHOUT_CLASSIFIER = (FeatureDictNet, FeatureListNet, FeatureGetterNet)  # timm's backbones
+WITHOUT_CLASSIFIER = (
+    timm_models.FeatureDictNet,
+    timm_models.FeatureListNet,
+    private.FeatureGetterNet,
+)  # timm's backbones
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose2d)
 
 
@@ -73,7 +75,7 @@ class Places:
         gives_map = is_pooled_later or not hasattr(self.model, "get_classifier")
         if gives_map and isinstance(children[own], nn.Conv2d):
             return "map"
-        pools = [i for i, m in enumerate(children[:own]) if isinstance(m, SelectAdaptivePool2d)]
+        pools = [i for i, m in enumerate(children[:own]) if isinstance(m, timm_layers.SelectAdaptivePool2d)]
         if not pools or self.config.classify_positions == "never":
             return "classifier"
         pool: Any = children[pools[-1]]

@@ -17,11 +17,11 @@ from .hooks import has_hooks, has_state_hooks
 from .places import Places
 from .positions import PositionedQkv, Positions, attention_paths
 from .problems import computed_weight_problem, config_problems, several_inputs, wrapper_problem
-from .rules import ADVICE, Rule, is_container, keep, keep_whole
+from .rules import ADVICE, Rule, Rules, is_container, keep, keep_whole, resolve
 
 __all__ = ["FOLDING", "Plan", "convertible", "plan_conversion"]
 
-Rules = dict[type[nn.Module], Rule]
+RulesByType = dict[type[nn.Module], Rule]
 FOLDING = ("fuse", "reparameterize", "switch_to_deploy")  # methods that timm's `reparameterize_model` calls
 
 
@@ -54,14 +54,14 @@ def plan_conversion(model: nn.Module, config: BcosConfig, rules: Rules) -> Plan:
     Args:
         model: Stays as it is.
         config: What to convert to.
-        rules: From exact module type to rule.
+        rules: From exact module type, or its name, to rule.
 
     Raises:
         UnsupportedModuleError: With all that is in the way.
         InputError: For a mean or std of another number of channels than the image.
     """
     places = Places(model, config)
-    found = _Replacements(model, config, rules, places)
+    found = _Replacements(model, config, resolve(rules), places)
     network = found.by_path[""]
     is_read = any(isinstance(m, BcosStem | ImageReader) for m in found.modules())
     problems = [*config_problems(model, config), *places.problems, *found.problems]
@@ -106,7 +106,7 @@ class _Replacements:
 
     model: nn.Module
     config: BcosConfig
-    rules: Rules
+    rules: RulesByType
     places: "Places"
     by_path: dict[str, nn.Module] = field(default_factory=dict)
     changed: dict[str, nn.Module] = field(default_factory=dict)
@@ -213,7 +213,9 @@ def _traits(network: nn.Module, places: "Places", found: _Replacements) -> dict[
     return traits
 
 
-def _walk(name: str, module: nn.Module, rules: Rules, done: dict[int, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+def _walk(
+    name: str, module: nn.Module, rules: RulesByType, done: dict[int, nn.Module]
+) -> Iterator[tuple[str, nn.Module]]:
     """Modules with their paths, parents first, into whatever its rule has left in place."""
     yield name, module
     kept = done[id(module)]
@@ -227,12 +229,13 @@ def _walk(name: str, module: nn.Module, rules: Rules, done: dict[int, nn.Module]
 
 def convertible(model: nn.Module, rules: Rules) -> Iterator[tuple[str, nn.Module]]:
     """The modules of a network, with their paths, that a conversion would replace if their config says so."""
-    for name, module in _walk("", model, rules, {id(m): m for m in model.modules()}):
-        if _rule_for(module, rules) not in (keep, keep_whole):
+    by_type = resolve(rules)
+    for name, module in _walk("", model, by_type, {id(m): m for m in model.modules()}):
+        if _rule_for(module, by_type) not in (keep, keep_whole):
             yield name, module
 
 
-def _rule_for(module: nn.Module, rules: Rules) -> Rule | None:
+def _rule_for(module: nn.Module, rules: RulesByType) -> Rule | None:
     kind = type(module)
     if kind in rules:
         return rules[kind]

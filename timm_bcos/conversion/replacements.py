@@ -13,10 +13,9 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.nn.functional as F
-from timm import layers as timm_layers
-from timm.layers.pool2d_same import MaxPool2dSame
 from torch import Tensor, nn
 
+from .._compat import timm_layers
 from ..errors import UnsupportedModuleError
 from ..nn.activations import PassedSigmoid, ShiftedActivation
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, BcosPool2d
@@ -319,13 +318,13 @@ def replace_max_pool(pool: nn.MaxPool1d | nn.MaxPool2d, place: Place, config: Bc
         return antialiased_max_pool(pool) if config.antialias else pool
     if pool.return_indices or pool.dilation not in (1, (1,), (1, 1)):
         refuse(place, pool, "returns indices or is dilated, which average pooling cannot: write a rule for it")
-    if isinstance(pool, MaxPool2dSame):
-        return timm_layers.AvgPool2dSame(pool.kernel_size, pool.stride, ceil_mode=pool.ceil_mode)
+    if isinstance(pool, timm_layers.MaxPool2dSame):
+        return timm_layers.AvgPool2dSame(pool.kernel_size, pool.stride, ceil_mode=pool.ceil_mode)  # type: ignore[no-any-return]
     kind: Any = nn.AvgPool1d if isinstance(pool, nn.MaxPool1d) else nn.AvgPool2d
     return kind(pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)  # type: ignore[no-any-return]
 
 
-def replace_global_pool(pool: timm_layers.SelectAdaptivePool2d, place: Place, config: BcosConfig) -> nn.Module:
+def replace_global_pool(pool: Any, place: Place, config: BcosConfig) -> nn.Module:
     """timm's global average pooling, which a classifier after it may take over."""
     return BcosPool2d.from_pool(pool) if isinstance(pool.pool, nn.AdaptiveAvgPool2d) else pool
 

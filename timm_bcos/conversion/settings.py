@@ -19,7 +19,15 @@ from ..nn.layers import BcosConv2d, BcosLinear
 from ..nn.stems import BcosStem, ImageReader
 from .config import BcosConfig
 
-__all__ = ["SETTINGS", "Contradiction", "contradictions", "encode_settings", "in_words", "is_settings", "refuse_contradictions"]
+__all__ = [
+    "SETTINGS",
+    "Contradiction",
+    "contradictions",
+    "encode_settings",
+    "in_words",
+    "is_settings",
+    "refuse_contradictions",
+]
 
 SETTINGS = "bcos_settings"  # the entry of state dicts
 CONFIGURED = ("activation", "max_pool", "positions", "antialias", "normalize_weight", "max_out", "linear")
@@ -103,7 +111,9 @@ def contradictions(
     return [] if entry is None else list(_differences(_decode(entry), _describe(network, config), weights, prefix))
 
 
-def _differences(theirs: Settings, own: Settings, weights: Mapping[str, Tensor], prefix: str) -> Iterator[Contradiction]:
+def _differences(
+    theirs: Settings, own: Settings, weights: Mapping[str, Tensor], prefix: str
+) -> Iterator[Contradiction]:
     for name in ("b", "gamma"):
         their_set, own_set = set(theirs.get(name, ())), set(own[name])
         if not (their_set <= own_set or own_set <= their_set):  # a part of a network has fewer
@@ -139,8 +149,8 @@ def refuse_contradictions(
     if found:
         raise CheckpointError(
             f"{source}: these weights are of {in_words(found, 'theirs')}, while this network has "
-            f"{in_words(found, 'own')}: create it with the same, or remove {prefix + SETTINGS!r} from the state dict to "
-            f"start another function from these weights"
+            f"{in_words(found, 'own')}: create it with the same, or remove {prefix + SETTINGS!r} from the state dict "
+            f"to start another function from these weights"
         )
 
 

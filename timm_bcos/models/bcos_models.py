@@ -20,9 +20,9 @@ from timm.models import (
     resolve_pretrained_cfg,
     split_model_name_tag,
 )
-from timm.models._hub import load_model_config_from_path
 from torch import nn
 
+from .._compat import private
 from ..conversion.config import BcosConfig
 from ..conversion.converted import bcosify as convert
 from ..conversion.grey import responses_to_grey
@@ -223,7 +223,7 @@ def _read_config(name: str, kind: str, place: str, cache_dir: str | Path | None)
         if kind == "hf-hub":
             cfg, arch, kwargs = load_model_config_from_hf(place, cache_dir=cache_dir)
         else:
-            cfg, arch, kwargs = load_model_config_from_path(place)
+            cfg, arch, kwargs = private.load_model_config_from_path(place)
     except Exception as error:  # the Hub's client, its HTTP library and the system each raise their own
         raise CheckpointError(f"cannot read the config of {name}: {first_line(error)}") from error
     return _Source(arch, cfg, dict(kwargs or {}))

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 
+from .._compat import timm_layers
 from ..nn.functional import to_logits
 from .layers import BcosConv2d, BcosLinear
 
@@ -66,7 +66,7 @@ class BcosLinearClassifier(BcosLinear):
         return super().extra_repr() + f", temperature={self.temperature:g}, logit_bias={self.logit_bias:.4g}"
 
 
-class BcosPool2d(SelectAdaptivePool2d):
+class BcosPool2d(timm_layers.SelectAdaptivePool2d):  # type: ignore[misc]
     """timm's global pooling, which lets feature maps through while the classifier after it pools by itself.
 
     Attributes:
@@ -78,7 +78,7 @@ class BcosPool2d(SelectAdaptivePool2d):
         self.deferred = False
 
     @classmethod
-    def from_pool(cls, pool: SelectAdaptivePool2d) -> "BcosPool2d":
+    def from_pool(cls, pool: Any) -> "BcosPool2d":
         """Adopt the settings of timm's pooling layer."""
         size = getattr(pool.pool, "output_size", 1)
         new = cls(size, pool_type=pool.pool_type, flatten=isinstance(pool.flatten, nn.Flatten))

@@ -11,12 +11,11 @@ The classes are subclasses of torch's and timm's batch norms, so that whatever l
 from typing import Any
 
 import torch
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
+from .._compat import private, timm_layers
 from .deviation import divide_by_deviation
 from .synchronized import divide_by_shared_deviation, is_shared
 
@@ -25,27 +24,8 @@ __all__ = ["UncentredBatchNorm1d", "UncentredBatchNorm2d", "UncentredBatchNormAc
 CENTRED = ("running_mean", "bias")  # what uncentred norms lack, in the state dicts of others
 
 
-class _UncentredBatchNorm(_BatchNorm):
-    """Batch norm without its additive parts: y = weight · x / sqrt(var + eps).
-
-    `var` is the *centred* variance of the batch (biased) in training and the running one in evaluation.
-
-    Tools that put a norm of their own in its place get a `running_mean` and a `bias` of 0. A frozen norm then computes
-    the same. torch's trainable and synchronised norms would begin to subtract means: a converted network makes them
-    uncentred again when it is trained (`timm_bcos.conversion.converted`).
-
-    Args:
-        num_features: Channels C.
-        eps: Added to the variance.
-        momentum: Weight of the new batch in the running variance; None averages all batches, as in torch.
-
-    Attributes:
-        track_running_stats: False lets the running variance stay as it is, as Lightning freezes norms.
-        is_synchronized: Whether the variance is that of all processes' batches (`torch.nn.SyncBatchNorm`).
-        process_group: Of these processes; None for all.
-
-    Shape: (N, C, ...) to the same.
-    """
+class _UncentredBatchNorm(private.BatchNorm):  # type: ignore[misc]
+    """What the norms below have in common; see `UncentredBatchNorm2d`."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -75,7 +55,7 @@ class _UncentredBatchNorm(_BatchNorm):
         self.register_buffer("num_batches_tracked", torch.tensor(0, device=device, dtype=torch.long))
 
     @classmethod
-    def from_batch_norm(cls, norm: _BatchNorm) -> Self:
+    def from_batch_norm(cls, norm: Any) -> Self:
         """Adopt the weight and the running statistics of a batch norm; its bias and its mean are left behind."""
         new = cls(norm.num_features, norm.eps, norm.momentum, device="meta")  # no storage: everything is adopted
         for name in ("weight", "running_var", "num_batches_tracked"):
@@ -154,15 +134,34 @@ class _UncentredBatchNorm(_BatchNorm):
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}{synchronized}"
 
 
-class UncentredBatchNorm2d(_UncentredBatchNorm, nn.BatchNorm2d):  # type: ignore[misc]
-    __doc__ = _UncentredBatchNorm.__doc__
+class UncentredBatchNorm2d(_UncentredBatchNorm, nn.BatchNorm2d):  # type: ignore[misc,override]
+    """Batch norm without its additive parts: y = weight · x / sqrt(var + eps).
+
+    `var` is the *centred* variance of the batch (biased) in training and the running one in evaluation.
+
+    Tools that put a norm of their own in its place get a `running_mean` and a `bias` of 0. A frozen norm then computes
+    the same. torch's trainable and synchronised norms would begin to subtract means: a converted network makes them
+    uncentred again when it is trained (`timm_bcos.conversion.converted`).
+
+    Args:
+        num_features: Channels C.
+        eps: Added to the variance.
+        momentum: Weight of the new batch in the running variance; None averages all batches, as in torch.
+
+    Attributes:
+        track_running_stats: False lets the running variance stay as it is, as Lightning freezes norms.
+        is_synchronized: Whether the variance is that of all processes' batches (`torch.nn.SyncBatchNorm`).
+        process_group: Of these processes; None for all.
+
+    Shape: (N, C, ...) to the same.
+    """
 
 
-class UncentredBatchNorm1d(_UncentredBatchNorm, nn.BatchNorm1d):  # type: ignore[misc]
+class UncentredBatchNorm1d(_UncentredBatchNorm, nn.BatchNorm1d):  # type: ignore[misc,override]
     """The same for feature vectors (N, C) and sequences (N, C, L)."""
 
 
-class UncentredBatchNormAct2d(UncentredBatchNorm2d, BatchNormAct2d):  # type: ignore[misc]
+class UncentredBatchNormAct2d(UncentredBatchNorm2d, timm_layers.BatchNormAct2d):  # type: ignore[misc]
     """Uncentred batch norm with timm's drop and activation layers behind it (`timm.layers.BatchNormAct2d`)."""
 
     def __init__(

@@ -42,14 +42,14 @@ def _sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
 
 class _AllReduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values: Tensor, group: ProcessGroup | None) -> Tensor:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def forward(ctx, values: Tensor, group: ProcessGroup | None) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.group = group
         total = values.clone()
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def,override]  # noqa: ANN001
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def,override]
         total = grad.clone()
         dist.all_reduce(total, group=ctx.group)
         return total, None

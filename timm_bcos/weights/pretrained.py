@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from timm.models import load_state_dict_from_hf
-from timm.models._hub import load_state_dict_from_path
 from torch import Tensor, nn
 
+from .._compat import private
 from ..conversion.settings import contradictions, in_words, is_settings
 from ..errors import CheckpointError, NotFineTunedWarning
 from ..files import first_line
@@ -86,7 +86,7 @@ def _read(cfg: dict[str, Any], cache_dir: str | Path | None) -> tuple[str, State
     """The weights, and their source in words; which source counts is timm's order."""
     origin, file, hub_id = cfg.get("source"), cfg.get("file"), cfg.get("hf_hub_id")
     if origin == "local-dir":
-        return str(file), _told(str(file), lambda: load_state_dict_from_path(str(file)))
+        return str(file), _told(str(file), lambda: private.load_state_dict_from_path(str(file)))
     if origin != "hf-hub" and cfg.get("state_dict"):
         return "the given state dict", cfg["state_dict"]
     if origin != "hf-hub" and file:
