@@ -15,14 +15,19 @@ from .._compat import timm_layers, timm_models
 from ..errors import InputError, ModelStateError
 from ..explaining.explanation import Explanation
 from ..explaining.forward import explain
+from ..nn.factory import buffer_device
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosPool2d
 from ..nn.layers import BcosConv2d, BcosLinear, refuse_fused
+from ..nn.low_pass import LowPass2d
 from ..nn.modules import clone
+from ..nn.norms import UncentredBatchNorm1d, UncentredBatchNorm2d
+from ..nn.stems import BcosStem, ImageReader
 from .config import BcosConfig
 from .grey import responses_to_grey, take_shifts
 from .hooks import move_hooks
 from .plan import FOLDING, Plan, convertible, plan_conversion
 from .positions import POSITIONED, Positions, on_grid_of
+from .replacements import OFFSETS
 from .rules import RULES, Rules
 from .settings import SETTINGS, encode_settings, refuse_contradictions
 
@@ -60,6 +65,15 @@ class BcosModel:
                 refuse_fused(module)
         _keep_uncentred(self)
         return super().train(mode)  # type: ignore[misc,no-any-return]
+
+    def init_non_persistent_buffers(self) -> None:
+        """Make anew what no state dict holds, as timm calls it: the zeros in place of biases of timm's own modules."""
+        inherited = getattr(super(), "init_non_persistent_buffers", None)
+        if inherited is not None:
+            inherited()
+        for module in self.modules():  # type: ignore[attr-defined]
+            for name in module._non_persistent_buffers_set.intersection(OFFSETS):
+                module._buffers[name].zero_()
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
@@ -99,6 +113,7 @@ class BcosModel:
 LAYERS = (BcosConv2d, BcosLinear)
 POOLING = (BcosPool2d, BcosFlatten)
 CONTAINERS = (list, tuple, dict)
+OWN_BUFFERS = (BcosStem, ImageReader, LowPass2d, UncentredBatchNorm1d, UncentredBatchNorm2d)
 
 
 def _link_heads(model: Any) -> None:
@@ -130,6 +145,25 @@ def _keep_uncentred(model: Any) -> None:
         return
     if any(type(norm) in TRAINED_NORMS for _, norm in convertible(model, model.bcos_rules)):
         bcosify(model, model.bcos_config, rules=model.bcos_rules)
+
+
+def _make_buffers(model: BcosModel, *_: object) -> None:
+    """After a state dict has been loaded, make what it does not hold: the network may come from the meta device.
+
+    What a network of timm's own has of that kind is left to timm.
+    """
+    parameters: Any = model.parameters()  # type: ignore[attr-defined]
+    device = next((parameter.device for parameter in parameters if not parameter.is_meta), None)
+    if device is None:
+        return
+    for module in model.modules():  # type: ignore[attr-defined]
+        is_own = isinstance(module, OWN_BUFFERS)
+        for name in module._non_persistent_buffers_set if is_own else module._non_persistent_buffers_set & {*OFFSETS}:
+            if module._buffers[name].is_meta:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+        if is_own:
+            module.init_non_persistent_buffers()
+    model.init_non_persistent_buffers()
 
 
 def _find(model: nn.Module, path: str) -> nn.Module | None:
@@ -308,6 +342,7 @@ def _apply(plan: Plan) -> nn.Module:
     kind: Any = type(plan.root)
     if not issubclass(kind, BcosModel):
         plan.root.__class__ = _bcos_class(kind, plan.has_reader)  # comes first, because Python may refuse it
+        plan.root.register_load_state_dict_post_hook(_make_buffers)
     move_hooks(plan.model, plan.network)
     for path, new in plan.replacements.items():
         parent, _, child = path.rpartition(".")
@@ -321,7 +356,7 @@ def _apply(plan: Plan) -> nn.Module:
             if hasattr(type(module), name):
                 setattr(module, name, partial(fuse_within, module))
     _link_heads(plan.root)
-    device = next((p.device for p in plan.root.parameters()), None)
+    device = next((buffer_device(parameter) for parameter in plan.root.parameters()), None)
     settings = encode_settings(plan.root, plan.attributes["bcos_config"], device)  # type: ignore[arg-type]
     plan.root.register_buffer(SETTINGS, settings)
     return plan.root

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModuleError
+from ..nn.factory import buffer_device
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, BcosPool2d
 from ..nn.layers import BcosConv2d, BcosLinear
 from ..nn.stems import BcosStem, ImageReader
@@ -187,7 +188,7 @@ def _plan_positions(model: Any, config: BcosConfig, found: _Replacements, proble
 
 def _image_reader(model: nn.Module, places: "Places") -> ImageReader:
     like = next(model.parameters(), torch.empty(0))
-    reader = ImageReader(places.channels, places.mean, places.std, like.device, like.dtype)
+    reader = ImageReader(places.channels, places.mean, places.std, buffer_device(like), like.dtype)
     return reader.train(model.training)
 
 

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._compat import timm_layers
+from .._compat import Library, timm_layers
 from ..errors import UnsupportedModuleError
 from ..nn.activations import PassedSigmoid, ShiftedActivation
+from ..nn.factory import buffer_device
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, BcosPool2d
 from ..nn.layers import BcosConv2d, BcosLinear
 from ..nn.modules import clone
@@ -27,6 +28,8 @@ from .antialiasing import antialiased_max_pool, is_patchifying
 from .attention import WINDOWED, BcosAttention
 from .blocks import AVERAGED, BARE, WIDE, WIDE_NORM_ACTS, WIDE_NORMS
 from .config import BcosConfig
+
+pool2d_same: Any = Library("timm.layers.pool2d_same")
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def _adopt(
     layer.weight = weight if weight is old.weight else nn.Parameter(weight, old.weight.requires_grad)  # type: ignore[assignment]
     layer.bias = old.bias if config.adds_bias else None  # type: ignore[assignment]
     if isinstance(layer, BcosConv2d) and layer.low_pass is not None:
-        layer.low_pass.to_empty(device=old.weight.device).init_non_persistent_buffers()
+        layer.low_pass.to_empty(device=buffer_device(old.weight)).init_non_persistent_buffers()
     return layer.train(old.training)
 
 
@@ -275,7 +278,8 @@ def replace_offset(module: nn.Module, place: Place, config: BcosConfig) -> nn.Mo
     for name in owned:
         if "_" not in name:
             del new._parameters[name]
-            new.register_buffer(name, torch.zeros_like(getattr(module, name)), persistent=False)
+            zeros = torch.zeros_like(getattr(module, name), device=buffer_device(getattr(module, name)))
+            new.register_buffer(name, zeros, persistent=False)
     return new
 
 
@@ -318,7 +322,7 @@ def replace_max_pool(pool: nn.MaxPool1d | nn.MaxPool2d, place: Place, config: Bc
         return antialiased_max_pool(pool) if config.antialias else pool
     if pool.return_indices or pool.dilation not in (1, (1,), (1, 1)):
         refuse(place, pool, "returns indices or is dilated, which average pooling cannot: write a rule for it")
-    if isinstance(pool, timm_layers.MaxPool2dSame):
+    if isinstance(pool, pool2d_same.MaxPool2dSame):
         return timm_layers.AvgPool2dSame(pool.kernel_size, pool.stride, ceil_mode=pool.ceil_mode)  # type: ignore[no-any-return]
     kind: Any = nn.AvgPool1d if isinstance(pool, nn.MaxPool1d) else nn.AvgPool2d
     return kind(pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)  # type: ignore[no-any-return]

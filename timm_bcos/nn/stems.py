@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import has_torch_function_unary
 
-from .factory import Factory
+from .factory import Factory, buffer_device
 from .functional import encode_image, scale_and_offset
 from .input_norms import with_squares
 from .layers import BcosConv2d
@@ -46,7 +46,8 @@ class BcosStem(BcosConv2d):
         self.normalize_input = mean is not None and std is not None
         self.statistics = _statistics(mean, std) if self.normalize_input else _statistics(None, None)
         for name in ("input_scale", "input_offset"):
-            self.register_buffer(name, self.weight.new_empty(2 * image_channels, 1, 1), persistent=False)
+            empty = self.weight.new_empty(2 * image_channels, 1, 1, device=buffer_device(self.weight))
+            self.register_buffer(name, empty, persistent=False)
         self.init_non_persistent_buffers()
 
     @torch.jit.unused
