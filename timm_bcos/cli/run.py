@@ -3,18 +3,23 @@
 import os
 import runpy
 import sys
-from functools import partial
+from collections.abc import Callable, Iterable
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 import timm.task
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import InputError
+from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
 from ..training.tasks import DeletionClassificationTask, ExplanationDistillationTask
 
 __all__ = ["run_script"]
+
+CLASSIFIERS = (BcosConvClassifier, BcosLinearClassifier)
 
 
 def run_script(
@@ -35,6 +40,7 @@ def run_script(
     if not script.is_file():
         raise InputError(f"no script {script}: give the path of one of timm's scripts, which its repository has")
     _check_task(arguments, explanation_weight, delete_cells)
+    _clip_all_but_heads()
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.resolve().parent))
     if "WORLD_SIZE" in os.environ:  # set by torchrun
@@ -57,6 +63,25 @@ def _check_task(arguments: list[str], explanation_weight: float | None, delete_c
         raise InputError("--explanation-weight is for a distillation: give train.py a teacher with --kd-model-name")
     if delete_cells and has_teacher:
         raise InputError("--delete-cells is for a classification without a teacher: leave --kd-model-name out")
+
+
+def _clip_all_but_heads() -> None:
+    """timm's adaptive gradient clipping takes the last two parameters for the classifier's: B-cos ones have one."""
+    tasks = [kind for kind in vars(timm.task).values() if isinstance(kind, type)]
+    for kind in {base for task in tasks for base in task.__mro__ if "get_clip_parameters" in vars(base)}:
+        kind.get_clip_parameters = _without_heads(kind.get_clip_parameters)
+
+
+def _without_heads(original: Callable[..., Iterable[nn.Parameter]]) -> Callable[..., Iterable[nn.Parameter]]:
+    @wraps(original)
+    def get_clip_parameters(task: nn.Module, exclude_head: bool = False) -> Iterable[nn.Parameter]:
+        everything = list(original(task))
+        heads = {id(p) for m in task.modules() if isinstance(m, CLASSIFIERS) for p in m.parameters()}
+        left = [parameter for parameter in everything if id(parameter) not in heads]
+        is_bcos = len(left) < len(everything)
+        return left if exclude_head and is_bcos else original(task, exclude_head=exclude_head)
+
+    return get_clip_parameters
 
 
 class _DistributedDataParallel(DistributedDataParallel):

@@ -43,13 +43,14 @@ class BcosModel:
         bcos_config: The conversion that made the network.
         bcos_rules: Its rule table.
         bcos_settings: What it computes besides its weights, in their state dict (`timm_bcos.conversion.settings`).
-        head_paths: Where pooling layers are, which let maps through while a B-cos classifier beside them pools.
+        head_paths: Where pooling layers are, which let maps through while a B-cos classifier beside them pools; and
+            what that is called there.
     """
 
     bcos_config: BcosConfig
     bcos_rules: Rules
     bcos_settings: Tensor
-    head_paths: tuple[str, ...]
+    head_paths: dict[str, tuple[str, ...]]
     positions: Positions
     _plain_class: type[nn.Module]
     _has_reader: bool
@@ -118,13 +119,21 @@ OWN_BUFFERS = (BcosStem, ImageReader, LowPass2d, UncentredBatchNorm1d, Uncentred
 
 def _link_heads(model: Any) -> None:
     """Pooling layers let maps through exactly while a classifier beside them pools by itself, whatever was assigned."""
-    for path in model.head_paths:
+    for path, names in model.head_paths.items():
         head = _find(model, path)
-        children = () if head is None else head._modules.values()
-        defers = any(isinstance(m, BcosConvClassifier) for m in children)
-        for child in children:
+        children = {} if head is None else head._modules
+        defers = any(isinstance(child, BcosConvClassifier) for child in children.values())
+        defers = defers or any(_holds_classifier(children.get(name)) for name in names)
+        for child in children.values():
             if isinstance(child, POOLING) and child.deferred != defers:
                 child.deferred = defers
+
+
+def _holds_classifier(module: nn.Module | None) -> bool:
+    """Behind a dropout, in an adapter of PEFT's, compiled: what stands where the classifier stood may contain it."""
+    if module is None or isinstance(module, BcosConvClassifier):
+        return module is not None
+    return any(_holds_classifier(child) for child in module._modules.values())
 
 
 TRAINED_NORMS = (

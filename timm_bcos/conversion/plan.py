@@ -80,7 +80,9 @@ def plan_conversion(model: nn.Module, config: BcosConfig, rules: Rules) -> Plan:
         attributes=dict(
             bcos_config=config,
             bcos_rules=rules,
-            head_paths=tuple(f"network.{path}".strip(".") if is_wrapped else path for path in found.heads()),
+            head_paths={
+                f"network.{path}".strip(".") if is_wrapped else path: names for path, names in found.heads().items()
+            },
             **({} if reader is None or is_wrapped else dict(image_reader=reader)),
             **({} if positions is None else dict(positions=positions)),
             **_traits(network, places, found),
@@ -153,10 +155,17 @@ class _Replacements:
                 child_path = f"{path}.{name}" if path else name
                 yield from self._below(child_path, self.by_path.get(child_path, child))
 
-    def heads(self) -> list[str]:
-        """Paths of modules with pooling layers, which are to know whether a classifier beside them pools."""
+    def heads(self) -> dict[str, tuple[str, ...]]:
+        """Paths of modules with pooling layers, and what classifiers beside those are called there.
+
+        A classifier may have been wrapped since an earlier conversion: the names of then stay.
+        """
         pooling = [path for path, m in self.by_path.items() if isinstance(m, BcosPool2d | BcosFlatten)]
-        return list(dict.fromkeys(path.rpartition(".")[0] for path in pooling if path))
+        classifiers = [path for path, m in self.by_path.items() if isinstance(m, BcosConvClassifier)]
+        before = getattr(self.model, "head_paths", {})
+        parents = dict.fromkeys(path.rpartition(".")[0] for path in pooling if path)
+        names = {p: tuple(c.rpartition(".")[2] for c in classifiers if c.rpartition(".")[0] == p) for p in parents}
+        return {path: found or before.get(path, ()) for path, found in names.items()}
 
     def _lost_hooks(self) -> list[str]:
         hooked = [(name, m) for name, m in self.model.named_modules() if has_hooks(m) and id(m) not in self.by_id]

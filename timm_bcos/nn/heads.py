@@ -27,6 +27,8 @@ class BcosConvClassifier(BcosConv2d):
     Shape: (N, in_features, H, W) to (N, K).
     """
 
+    __jit_unused_properties__ = ("in_features", "out_features")
+
     def __init__(
         self, in_features: int, num_classes: int, *, temperature: float = 1.0, logit_bias: float = 0.0,
         pool: bool = True, **kwargs: Any,
@@ -35,6 +37,16 @@ class BcosConvClassifier(BcosConv2d):
         self.temperature = float(temperature)
         self.logit_bias = float(logit_bias)
         self.pool = pool
+
+    @property
+    def in_features(self) -> int:
+        """As of the linear layer that it stands for."""
+        return self.in_channels
+
+    @property
+    def out_features(self) -> int:
+        """Likewise, K."""
+        return self.out_channels
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.respond(x)  # (N, K, H, W)
