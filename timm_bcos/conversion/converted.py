@@ -360,6 +360,11 @@ def _apply(plan: Plan) -> nn.Module:
         setattr(owner, child, new)
     for name, value in plan.attributes.items():
         setattr(plan.root, name, value)
+    if not plan.has_reader and "image_reader" in plan.root._modules:  # of networks that run their layers in order
+        rest = dict(plan.root._modules)
+        first = {"image_reader": rest.pop("image_reader")}
+        plan.root._modules.clear()
+        plan.root._modules.update(first | rest)
     for module in plan.foldable:
         for name in FOLDING:
             if hasattr(type(module), name):

@@ -15,7 +15,7 @@ from ..nn.layers import BcosConv2d, BcosLinear
 from ..nn.stems import BcosStem, ImageReader
 from .config import BcosConfig
 from .hooks import has_hooks, has_state_hooks
-from .places import Places
+from .places import IN_ORDER, Places
 from .positions import PositionedQkv, Positions, attention_paths
 from .problems import computed_weight_problem, config_problems, several_inputs, wrapper_problem
 from .rules import ADVICE, Rule, Rules, is_container, keep, keep_whole, resolve
@@ -36,7 +36,7 @@ class Plan:
         root: `network`, or a Sequential of an `ImageReader` and the network.
         replacements: New modules by their path in `network`, parents first, itself excluded.
         attributes: What the root will say of itself, its config and its reader included.
-        has_reader: Its forward methods will read the image first.
+        has_reader: Its forward methods will read the image first; elsewhere the reader is one of its layers.
         foldable: Modules of which something would be folded into a B-cos layer.
     """
 
@@ -72,6 +72,7 @@ def plan_conversion(model: nn.Module, config: BcosConfig, rules: Rules) -> Plan:
         raise UnsupportedModuleError(problems)
     reader = None if is_read else _image_reader(model, places)
     is_wrapped = reader is not None and type(network).forward is nn.Sequential.forward  # would run it as a layer
+    runs_first = reader is not None and isinstance(network, IN_ORDER)  # will
     return Plan(
         model=model,
         network=network,
@@ -87,7 +88,7 @@ def plan_conversion(model: nn.Module, config: BcosConfig, rules: Rules) -> Plan:
             **({} if positions is None else dict(positions=positions)),
             **_traits(network, places, found),
         ),
-        has_reader=reader is not None and not is_wrapped,
+        has_reader=reader is not None and not is_wrapped and not runs_first,
         foldable=tuple(m for m in found.modules() if _is_foldable(m)),
     )
 

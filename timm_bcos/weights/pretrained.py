@@ -10,6 +10,7 @@ from timm.models import load_state_dict_from_hf
 from torch import Tensor, nn
 
 from .._compat import private
+from ..conversion.places import name_in_backbone
 from ..conversion.settings import contradictions, in_words, is_settings
 from ..errors import CheckpointError, NotFineTunedWarning
 from ..files import first_line
@@ -17,7 +18,7 @@ from .download import BY_HAND, download
 from .formats import adapt_image_channels, classifier_names
 from .readers import load_exactly, read_state_dict
 
-__all__ = ["load_pretrained"]
+__all__ = ["fill_backbone", "load_pretrained"]
 
 _logger = logging.getLogger(__name__)
 
@@ -80,6 +81,22 @@ def _heads_of_other_size(weights: StateDict, model: nn.Module) -> set[str]:
     own = model.state_dict()
     keys = {f"{name}.{kind}" for name in classifier_names(model) for kind in ("weight", "bias")}
     return {key for key in keys & own.keys() & weights.keys() if weights[key].shape != own[key].shape}
+
+
+def fill_backbone(backbone: nn.Module, network: nn.Module) -> None:
+    """Give one of timm's feature backbones the weights of the whole network, whose layers are called otherwise there.
+
+    Raises:
+        CheckpointError: If the network lacks some.
+    """
+    own = backbone.state_dict()
+    found = {
+        name_in_backbone(name, own): value for name, value in network.state_dict().items() if not is_settings(name)
+    }
+    missing = [name for name in own if name not in found and not is_settings(name)]
+    if missing:
+        raise CheckpointError(f"the whole {type(network).__name__} has no {missing[0]!r}, which its backbone needs")
+    backbone.load_state_dict({name: value for name, value in found.items() if name in own})
 
 
 def _read(cfg: dict[str, Any], cache_dir: str | Path | None) -> tuple[str, StateDict]:
