@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 SETTINGS = "bcos_settings"  # the entry of state dicts
+LENGTH = 4096  # bytes, spaces included: for transformers an entry of another length is one of another network
 CONFIGURED = ("activation", "max_pool", "positions", "antialias", "normalize_weight", "max_out", "linear")
 HEADS = (BcosConvClassifier, BcosLinearClassifier)
 
@@ -75,8 +76,9 @@ def _short(value: float) -> float:
 
 def encode_settings(network: nn.Module, config: BcosConfig, device: torch.device | str | None = None) -> Tensor:
     """The settings of a network whose conversion was `config`, as bytes (L,) of type uint8."""
-    text = json.dumps(_describe(network, config), separators=(",", ":"))
-    return torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    text = json.dumps(_describe(network, config), separators=(",", ":")).encode()
+    padded = text.ljust(-(-len(text) // LENGTH) * LENGTH)
+    return torch.tensor(list(padded), dtype=torch.uint8, device=device)
 
 
 def _decode(entry: Tensor) -> Settings:
