@@ -10,14 +10,14 @@ import timm
 import torch
 import torch.distributed as dist
 from literal import uncentred_batch_norm
-from timm.layers import convert_sync_batchnorm
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.utils import freeze, unfreeze
 from torch import Tensor, nn
 from torch.multiprocessing import start_processes
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
-from timm_bcos import BcosConfig, UncentredBatchNorm2d, bcosify, explain
+from timm_bcos import BcosConfig, UncentredBatchNorm2d, UnsupportedModuleError, bcosify, explain
 from timm_bcos.nn.norms import UncentredBatchNorm1d, UncentredBatchNormAct2d
 
 NETWORKS = {
@@ -170,6 +170,27 @@ def test_a_plain_network_that_is_synchronised_is_converted_to_one() -> None:
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     assert {type(norm) for norm in norms} == {UncentredBatchNormAct2d}
     assert all(norm.is_synchronized for norm in norms)
+
+
+def test_split_norms_are_refused_before_they_are_trained() -> None:
+    split = convert_splitbn_model(network("norms"))
+    with pytest.raises(UnsupportedModuleError, match=r"SplitBatchNorm2d subtracts the means .*--split-bn"):
+        split(images())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["norms", "gates", "norms of vectors"])
+def test_norms_are_trained_in_torchscript(name: str) -> None:
+    model, x = network(name), images()
+    scripted = torch.jit.script(copy.deepcopy(model))
+    y, expected = scripted(x), model(x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    y.square().mean().backward()
+    expected.square().mean().backward()
+    for one, other in zip(scripted.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-2, atol=1e-4)
+    for one, other in zip(scripted.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_norms_that_belong_to_the_network_stay_centred() -> None:

@@ -3,9 +3,11 @@
 import os
 import runpy
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial, wraps
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm.task
@@ -16,9 +18,20 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import InputError
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
 from ..training.tasks import DeletionClassificationTask, ExplanationDistillationTask
+from .autoload import HOOK
 
 __all__ = ["run_script"]
 
+# what Python would have imported in its place
+OTHER_CUSTOM = """
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
+
+sys.path.remove(__file__.rpartition("sitecustomize")[0][:-1])
+spec = PathFinder.find_spec("sitecustomize", sys.path)
+if spec is not None and spec.loader is not None:
+    spec.loader.exec_module(module_from_spec(spec))
+"""
 CLASSIFIERS = (BcosConvClassifier, BcosLinearClassifier)
 
 
@@ -50,7 +63,24 @@ def run_script(
         timm.task.LogitDistillationTask = task  # type: ignore[misc,assignment]
     if delete_cells:
         timm.task.ClassificationTask = DeletionClassificationTask  # type: ignore[misc]
-    runpy.run_path(str(script), run_name="__main__")
+    with _children_knowing_our_networks():
+        runpy.run_path(str(script), run_name="__main__")
+
+
+@contextmanager
+def _children_knowing_our_networks() -> Iterator[None]:
+    """Let Python processes that a script starts, as bulk_runner.py does, import this package after timm, too."""
+    before = os.environ.get("PYTHONPATH")
+    with TemporaryDirectory(prefix="timm-bcos-") as folder:
+        Path(folder, "sitecustomize.py").write_text(HOOK.read_text(encoding="utf-8") + OTHER_CUSTOM, encoding="utf-8")
+        os.environ["PYTHONPATH"] = os.pathsep.join([folder, *([before] if before else [])])
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["PYTHONPATH"]
+            else:
+                os.environ["PYTHONPATH"] = before
 
 
 def _check_task(arguments: list[str], explanation_weight: float | None, delete_cells: bool) -> None:

@@ -137,12 +137,9 @@ def _holds_classifier(module: nn.Module | None) -> bool:
 
 
 TRAINED_NORMS = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.SyncBatchNorm,
-    timm_layers.BatchNormAct2d,
-    timm_layers.SyncBatchNormAct,
-)
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, timm_layers.BatchNormAct2d, timm_layers.SyncBatchNormAct,
+    timm_layers.SplitBatchNorm2d,
+)  # fmt: skip
 
 
 def _keep_uncentred(model: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from .._compat import timm_layers
 from ..nn.activations import PassedSigmoid, ShiftedActivation
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, BcosPool2d
 from ..nn.layers import BcosConv2d, BcosLinear
@@ -71,6 +72,7 @@ PROBABILITIES = (nn.Sigmoid, nn.Softmax, nn.LogSoftmax)
 ADVICE: dict[type[nn.Module], str] = {
     nn.LogSoftmax: "gives log-probabilities, while explanations are of logits: replace it by nn.Identity() and take a "
     "loss on logits",
+    timm_layers.SplitBatchNorm2d: "subtracts the means of parts of a batch: train without them (--split-bn)",
     nn.TransformerEncoderLayer: "computes outside its own layers: take a timm or torchvision transformer",
 }
 

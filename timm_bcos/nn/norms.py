@@ -81,30 +81,35 @@ class _UncentredBatchNorm(private.BatchNorm):  # type: ignore[misc]
 
     def normalize_maps(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same."""
-        if not self.training:
-            return x * (self.weight * (self.running_var + self.eps).rsqrt()).reshape(1, -1, 1, 1).to(x.dtype)
-        return self.normalize_batch(x)
+        if self.training and not torch.jit.is_scripting():
+            return self.normalize_batch(x)
+        var = self.running_var
+        if self.training:
+            var = x.var([0, 2, 3], unbiased=False)
+            self.follow(var.detach())
+        return x * (self.weight * (var + self.eps).rsqrt()).reshape(1, -1, 1, 1).to(x.dtype)
 
-    @torch.jit.unused  # TorchScript serves inference
+    @torch.jit.unused
     def normalize_batch(self, x: Tensor) -> Tensor:
         """Normalise by the batch's own variance, and let the running one follow."""
         if self.is_synchronized and is_shared(self.process_group):
             y, var = divide_by_shared_deviation(x, self.weight, self.eps, self.process_group)
         else:
             y, var = divide_by_deviation(x, self.weight, self.eps)
-        if self.track_running_stats:
-            self._follow(var)
+        self.follow(var)
         return y
 
-    @torch.jit.unused
-    @torch.no_grad()
-    def _follow(self, var: Tensor) -> None:
+    def follow(self, var: Tensor) -> None:
+        """Let the running variance follow that of a batch, which carries no gradient."""
+        if not self.track_running_stats:
+            return
         self.num_batches_tracked.add_(1)
         new = var.to(self.running_var.dtype)
-        if self.momentum is None:
+        momentum = self.momentum
+        if momentum is None:
             self.running_var.lerp_(new, 1 / self.num_batches_tracked.to(new.dtype))
         else:
-            self.running_var.lerp_(new, self.momentum)
+            self.running_var.lerp_(new, momentum)
 
     def reset_running_stats(self) -> None:
         """Forget all batches."""
