@@ -160,15 +160,6 @@ def test_uncentred_norm_agrees_with_the_official_package() -> None:
     torch.testing.assert_close(ours.running_var, theirs.running_var)
 
 
-def test_survives_sync_batch_norm_conversion() -> None:
-    from timm.layers import convert_sync_batchnorm
-
-    model = torch.nn.Sequential(UncentredBatchNorm2d(3), torch.nn.BatchNorm2d(3))
-    converted = convert_sync_batchnorm(model)
-    assert type(converted[0]) is UncentredBatchNorm2d
-    assert type(converted[1]) is torch.nn.SyncBatchNorm
-
-
 def test_zero_patches_and_zero_rows() -> None:
     layer = BcosConv2d(3, 4, 3, padding=1)
     layer.weight.data[1] = 0

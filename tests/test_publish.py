@@ -62,7 +62,7 @@ for name in %r:
     output = python(load % list(NETWORKS))
     assert output.count("is back ['a', 'b', 'c', 'd'] [0.0, 0.0, 0.0]") == 3, output
     files = hub.repositories["org/registered"].files
-    assert sorted(files) == ["README.md", "config.json", "explanation.png", "model.safetensors"]
+    assert sorted(files) == ["README.md", "bcos_timm.py", "config.json", "explanation.png", "model.safetensors"]
     readme = files["README.md"].decode()
     for part in ("12.50 % top-1 on nothing", "no command", 'create_model("hf-hub:org/registered"', "bohle2022bcos"):
         assert part in readme
@@ -196,7 +196,8 @@ def test_what_timm_cannot_create_again(tmp_path: Path) -> None:
         timm_bcos.save_repository(bcosify(elsewhere).eval(), tmp_path / "config", "org/elsewhere")
     kept = timm.create_model(f"local-dir:{tmp_path / 'config'}", pretrained=True)
     assert torch.equal(kept.fc.weight, renormalised.fc.weight)
-    assert {file.name for file in (tmp_path / "config").iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    files = {"README.md", "bcos_timm.py", "config.json", "model.safetensors"}
+    assert {file.name for file in (tmp_path / "config").iterdir()} == files
     with pytest.raises(InputError, match="2 label names for a network of 1000"):
         timm_bcos.save_repository(renormalised, tmp_path / "labels", "org/labels", label_names=["a", "b"])
     assert not (tmp_path / "labels").exists()

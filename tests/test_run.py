@@ -51,6 +51,26 @@ def test_runs_a_script_with_the_networks_registered(script: Path) -> None:
     assert output.strip() == f"__main__ {[str(script), *arguments]} 8 7"
 
 
+CHILDREN = """
+import subprocess, sys, os
+code = "import timm, sys; print(timm.is_model('bcos_resnet18'), sys.argv[1], 'custom' in sys.modules)"
+print(subprocess.check_output([sys.executable, "-u", "-W", "ignore", "-c", code, "argument"], text=True).strip())
+"""
+
+
+def test_children_of_a_script_know_the_networks_too(tmp_path: Path) -> None:
+    """As those of timm's bulk_runner.py; what else Python imports when it starts it still does."""
+    (tmp_path / "bulk_runner.py").write_text(CHILDREN)
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "custom.py").touch()
+    (own / "sitecustomize.py").write_text("import custom")
+    path = os.pathsep.join([str(own), os.environ.get("PYTHONPATH", str(PHOTOS.parent.parent))])
+    script = str(tmp_path / "bulk_runner.py")
+    output = run(sys.executable, "-W", "ignore", "-m", "timm_bcos", "run", script, PYTHONPATH=path)
+    assert output.strip() == "True argument True"
+
+
 def test_a_missing_script_is_named(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["run", str(tmp_path / "none.py")])
     assert isinstance(result.exception, InputError)

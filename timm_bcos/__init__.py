@@ -10,6 +10,7 @@ Importing this package registers its networks with timm:
 
 __version__ = "0.1.0"
 
+import warnings
 from types import ModuleType
 
 import lazy_loader
@@ -21,4 +22,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 @wrapt.when_imported("timm")  # at once where timm has been imported before
 def _register_networks(timm: ModuleType) -> None:
-    from .models import bcos_models  # noqa: F401
+    try:
+        from .models import bcos_models  # noqa: F401
+    except Exception as error:  # `import timm` must not fail because of us
+        warnings.warn(f"timm_bcos cannot register its networks with timm {timm.__version__}: {error}", stacklevel=2)

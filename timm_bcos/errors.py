@@ -46,5 +46,9 @@ class MethodError(BcosError, ValueError):
     """An attribution method or metric that does not exist, lacks its library, or does not suit the architecture."""
 
 
+class MissingError(BcosError, ImportError):
+    """A part of timm, torch or another library that is needed, and that the installed version does not have."""
+
+
 class InexactWarning(UserWarning):
     """An explanation that is not exact, since explanation mode does not know a part of the network."""

@@ -1,10 +1,9 @@
 """captum's methods that hook activations, for the activations of timm's models."""
 
-from captum._utils.common import _register_backward_hook
 from captum.attr import DeepLift, GuidedBackprop
-from captum.attr._core.deep_lift import nonlinear
 from torch import Tensor, nn
 
+from .._compat import private
 from ..errors import MethodError
 
 __all__ = ["DeepLiftOfActivations", "GuidedBackpropOfRectifiers"]
@@ -32,7 +31,9 @@ class DeepLiftOfActivations(DeepLift):  # type: ignore[misc]
             raise MethodError(f"deeplift needs a module for each activation; one {type(module).__name__} runs twice")
         if super()._is_non_linear(module):
             return super()._backward_hook(module, grad_input, grad_output)
-        multipliers = nonlinear(module, module.input, module.output, grad_input, grad_output, eps=self.eps)
+        multipliers = private.deep_lift_nonlinear(
+            module, module.input, module.output, grad_input, grad_output, eps=self.eps
+        )
         del module.input, module.output
         return multipliers
 
@@ -51,4 +52,4 @@ class GuidedBackpropOfRectifiers(GuidedBackprop):  # type: ignore[misc]
 
     def _register_hooks(self, module: nn.Module) -> None:
         if isinstance(module, self.rectifiers):
-            self.backward_hooks.extend(_register_backward_hook(module, self._backward_hook, self))
+            self.backward_hooks.extend(private.register_backward_hook(module, self._backward_hook, self))

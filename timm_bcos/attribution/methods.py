@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame, activations
 from torch import Tensor, nn
 
+from .._compat import timm_layers
 from ..errors import MethodError
 from ..explaining.forward import explain, explain_targets
 from ..nn.channels import channel_axis
@@ -26,11 +26,13 @@ __all__: list[str] = []
 
 RECTIFIERS = (nn.ReLU, nn.ReLU6)
 WITHOUT_RELEVANCE = (
-    nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame,
+    nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, timm_layers.StdConv2d, timm_layers.StdConv2dSame,
+    timm_layers.ScaledStdConv2d, timm_layers.ScaledStdConv2dSame,
 )  # fmt: skip
+TIMM_ACTIVATIONS = vars(timm_layers.activations).values()
 ELEMENTWISE = (
     nn.ReLU6, nn.SiLU, nn.GELU, nn.Mish, nn.CELU, nn.SELU, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh,
-    *(kind for kind in vars(activations).values() if isinstance(kind, type) and issubclass(kind, nn.Module)),
+    *(kind for kind in TIMM_ACTIVATIONS if isinstance(kind, type) and issubclass(kind, nn.Module)),
 )  # fmt: skip
 # of 224 × 224 pixels in a pass, fewer of larger ones: gradients of 32 of 480 × 480 took 23 GB
 IMAGES_AT_ONCE = 32

@@ -3,18 +3,36 @@
 import os
 import runpy
 import sys
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial, wraps
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm.task
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import InputError
+from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
 from ..training.tasks import DeletionClassificationTask, ExplanationDistillationTask
+from .autoload import HOOK
 
 __all__ = ["run_script"]
+
+# what Python would have imported in its place
+OTHER_CUSTOM = """
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
+
+sys.path.remove(__file__.rpartition("sitecustomize")[0][:-1])
+spec = PathFinder.find_spec("sitecustomize", sys.path)
+if spec is not None and spec.loader is not None:
+    spec.loader.exec_module(module_from_spec(spec))
+"""
+CLASSIFIERS = (BcosConvClassifier, BcosLinearClassifier)
 
 
 def run_script(
@@ -35,6 +53,7 @@ def run_script(
     if not script.is_file():
         raise InputError(f"no script {script}: give the path of one of timm's scripts, which its repository has")
     _check_task(arguments, explanation_weight, delete_cells)
+    _clip_all_but_heads()
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.resolve().parent))
     if "WORLD_SIZE" in os.environ:  # set by torchrun
@@ -44,7 +63,24 @@ def run_script(
         timm.task.LogitDistillationTask = task  # type: ignore[misc,assignment]
     if delete_cells:
         timm.task.ClassificationTask = DeletionClassificationTask  # type: ignore[misc]
-    runpy.run_path(str(script), run_name="__main__")
+    with _children_knowing_our_networks():
+        runpy.run_path(str(script), run_name="__main__")
+
+
+@contextmanager
+def _children_knowing_our_networks() -> Iterator[None]:
+    """Let Python processes that a script starts, as bulk_runner.py does, import this package after timm, too."""
+    before = os.environ.get("PYTHONPATH")
+    with TemporaryDirectory(prefix="timm-bcos-") as folder:
+        Path(folder, "sitecustomize.py").write_text(HOOK.read_text(encoding="utf-8") + OTHER_CUSTOM, encoding="utf-8")
+        os.environ["PYTHONPATH"] = os.pathsep.join([folder, *([before] if before else [])])
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["PYTHONPATH"]
+            else:
+                os.environ["PYTHONPATH"] = before
 
 
 def _check_task(arguments: list[str], explanation_weight: float | None, delete_cells: bool) -> None:
@@ -57,6 +93,25 @@ def _check_task(arguments: list[str], explanation_weight: float | None, delete_c
         raise InputError("--explanation-weight is for a distillation: give train.py a teacher with --kd-model-name")
     if delete_cells and has_teacher:
         raise InputError("--delete-cells is for a classification without a teacher: leave --kd-model-name out")
+
+
+def _clip_all_but_heads() -> None:
+    """timm's adaptive gradient clipping takes the last two parameters for the classifier's: B-cos ones have one."""
+    tasks = [kind for kind in vars(timm.task).values() if isinstance(kind, type)]
+    for kind in {base for task in tasks for base in task.__mro__ if "get_clip_parameters" in vars(base)}:
+        kind.get_clip_parameters = _without_heads(kind.get_clip_parameters)
+
+
+def _without_heads(original: Callable[..., Iterable[nn.Parameter]]) -> Callable[..., Iterable[nn.Parameter]]:
+    @wraps(original)
+    def get_clip_parameters(task: nn.Module, exclude_head: bool = False) -> Iterable[nn.Parameter]:
+        everything = list(original(task))
+        heads = {id(p) for m in task.modules() if isinstance(m, CLASSIFIERS) for p in m.parameters()}
+        left = [parameter for parameter in everything if id(parameter) not in heads]
+        is_bcos = len(left) < len(everything)
+        return left if exclude_head and is_bcos else original(task, exclude_head=exclude_head)
+
+    return get_clip_parameters
 
 
 class _DistributedDataParallel(DistributedDataParallel):

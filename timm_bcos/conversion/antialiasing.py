@@ -3,10 +3,12 @@
 Paper: Making Convolutional Networks Shift-Invariant Again, https://arxiv.org/abs/1904.11486.
 """
 
-from timm.layers import to_2tuple
 from torch import nn
 
+from .._compat import timm_layers
 from ..nn.low_pass import LowPass2d
+
+to_2tuple = timm_layers.to_2tuple
 
 __all__ = ["antialiased_max_pool", "is_patchifying"]
 
@@ -25,7 +27,7 @@ def antialiased_max_pool(pool: nn.MaxPool1d | nn.MaxPool2d) -> nn.Module:
     """
     if type(pool) is not nn.MaxPool2d or not _is_expressible(pool):
         return pool
-    layers = [nn.MaxPool2d(pool.kernel_size, 1, pool.padding, pool.dilation), LowPass2d(stride=2)]
+    layers: list[nn.Module] = [nn.MaxPool2d(pool.kernel_size, 1, pool.padding, pool.dilation), LowPass2d(stride=2)]
     if pool.ceil_mode:  # the last window leaves the map: repeated pixels do not change its maximum
         layers.insert(0, nn.ReplicationPad2d((0, 1, 0, 1)))
     return nn.Sequential(*layers).train(pool.training)

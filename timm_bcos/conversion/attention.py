@@ -5,11 +5,15 @@ layer that holds them. Here the projections are layers that are called.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import swin_transformer
+
+from .._compat import Library
+
+swin_transformer: Any = Library("torchvision.models.swin_transformer")
 
 __all__ = ["WINDOWED", "BcosAttention"]
 

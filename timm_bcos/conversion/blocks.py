@@ -1,19 +1,24 @@
 """Blocks whose forward pass has to be written differently: tables from the class of timm or torchvision to ours."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from timm.layers import norm, norm_act
-from timm.models.efficientvit_mit import LiteMLA
-from timm.models.inception_v3 import InceptionB, InceptionD
 from torch import Tensor, nn
-from torchvision.models import inception
-from torchvision.models.googlenet import BasicConv2d as GoogLeNetConv
-from torchvision.models.googlenet import InceptionAux as GoogLeNetHead
+
+from .._compat import Library
+
+norm: Any = Library("timm.layers.norm")
+norm_act: Any = Library("timm.layers.norm_act")
+inception: Any = Library("torchvision.models.inception")
+googlenet: Any = Library("torchvision.models.googlenet")
+inception_v3: Any = Library("timm.models.inception_v3")
+efficientvit: Any = Library("timm.models.efficientvit_mit")
 
 __all__ = ["AVERAGED", "BARE", "WIDE", "WIDE_NORMS", "WIDE_NORM_ACTS"]
 
 
-class _AverageInceptionB(InceptionB):
+class _AverageInceptionB(inception_v3.InceptionB):
     """timm's block calls `max_pool2d` as a function; here its pooling branch averages."""
 
     def _forward(self, x: Tensor) -> list[Tensor]:
@@ -21,7 +26,7 @@ class _AverageInceptionB(InceptionB):
         return [self.branch3x3(x), double, F.avg_pool2d(x, kernel_size=3, stride=2)]
 
 
-class _AverageInceptionD(InceptionD):
+class _AverageInceptionD(inception_v3.InceptionD):
     """Likewise."""
 
     def _forward(self, x: Tensor) -> list[Tensor]:
@@ -48,14 +53,14 @@ class _BareInceptionConv(inception.BasicConv2d):
         return self.bn(self.conv(x))
 
 
-class _BareGoogLeNetConv(GoogLeNetConv):
+class _BareGoogLeNetConv(googlenet.BasicConv2d):
     """Likewise."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.conv(x))
 
 
-class _BareGoogLeNetHead(GoogLeNetHead):
+class _BareGoogLeNetHead(googlenet.InceptionAux):
     """Likewise for the head that only training runs."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,7 +68,7 @@ class _BareGoogLeNetHead(GoogLeNetHead):
         return self.fc2(self.dropout(self.fc1(x)))
 
 
-class _WideLiteMLA(LiteMLA):
+class _WideLiteMLA(efficientvit.LiteMLA):
     """timm's linear attention computes in float32, which is right for half precision and loses digits of float64."""
 
     def _attn(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -129,17 +134,17 @@ class _WideRmsNormAct2d(_Wide, norm_act.RmsNormAct2dFp32):
 Table = dict[type[nn.Module], type[nn.Module]]
 
 AVERAGED: Table = {
-    InceptionB: _AverageInceptionB,
-    InceptionD: _AverageInceptionD,
+    inception_v3.InceptionB: _AverageInceptionB,
+    inception_v3.InceptionD: _AverageInceptionD,
     inception.InceptionB: _AverageTorchvisionInceptionB,
     inception.InceptionD: _AverageTorchvisionInceptionD,
 }
 BARE: Table = {
     inception.BasicConv2d: _BareInceptionConv,
-    GoogLeNetConv: _BareGoogLeNetConv,
-    GoogLeNetHead: _BareGoogLeNetHead,
+    googlenet.BasicConv2d: _BareGoogLeNetConv,
+    googlenet.InceptionAux: _BareGoogLeNetHead,
 }
-WIDE: Table = {LiteMLA: _WideLiteMLA}
+WIDE: Table = {efficientvit.LiteMLA: _WideLiteMLA}
 WIDE_NORMS: Table = {
     norm.LayerNormFp32: _WideLayerNorm,
     norm.LayerNorm2dFp32: _WideLayerNorm2d,

@@ -1,28 +1,35 @@
 """What a converted network can do beyond timm's: explain itself, and stay B-cos when its head changes."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial, wraps
 from inspect import signature
 from typing import Any, SupportsIndex
 
-from timm.models import Eva
+import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from .._compat import timm_layers, timm_models
 from ..errors import InputError, ModelStateError
 from ..explaining.explanation import Explanation
 from ..explaining.forward import explain
+from ..nn.factory import buffer_device
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosPool2d
 from ..nn.layers import BcosConv2d, BcosLinear, refuse_fused
+from ..nn.low_pass import LowPass2d
 from ..nn.modules import clone
+from ..nn.norms import UncentredBatchNorm1d, UncentredBatchNorm2d
+from ..nn.stems import BcosStem, ImageReader
 from .config import BcosConfig
 from .grey import responses_to_grey, take_shifts
 from .hooks import move_hooks
-from .plan import FOLDING, Plan, plan_conversion
+from .plan import FOLDING, Plan, convertible, plan_conversion
 from .positions import POSITIONED, Positions, on_grid_of
-from .rules import RULES, Rule
+from .replacements import OFFSETS
+from .rules import RULES, Rules
+from .settings import SETTINGS, encode_settings, refuse_contradictions
 
 __all__ = ["BcosModel", "bcosify"]
 
@@ -35,12 +42,15 @@ class BcosModel:
     Attributes:
         bcos_config: The conversion that made the network.
         bcos_rules: Its rule table.
-        head_paths: Where pooling layers are, which let maps through while a B-cos classifier beside them pools.
+        bcos_settings: What it computes besides its weights, in their state dict (`timm_bcos.conversion.settings`).
+        head_paths: Where pooling layers are, which let maps through while a B-cos classifier beside them pools; and
+            what that is called there.
     """
 
     bcos_config: BcosConfig
-    bcos_rules: dict[type[nn.Module], Rule]
-    head_paths: tuple[str, ...]
+    bcos_rules: Rules
+    bcos_settings: Tensor
+    head_paths: dict[str, tuple[str, ...]]
     positions: Positions
     _plain_class: type[nn.Module]
     _has_reader: bool
@@ -54,7 +64,29 @@ class BcosModel:
         if mode:
             for module in self.modules():  # type: ignore[attr-defined]
                 refuse_fused(module)
+        _keep_uncentred(self)
         return super().train(mode)  # type: ignore[misc,no-any-return]
+
+    def init_non_persistent_buffers(self) -> None:
+        """Make anew what no state dict holds, as timm calls it: the zeros in place of biases of timm's own modules."""
+        inherited = getattr(super(), "init_non_persistent_buffers", None)
+        if inherited is not None:
+            inherited()
+        for module in self.modules():  # type: ignore[attr-defined]
+            for name in module._non_persistent_buffers_set.intersection(OFFSETS):
+                module._buffers[name].zero_()
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        if not self.bcos_settings.is_meta:  # what layers have been told since, too
+            settings = encode_settings(self, self.bcos_config, self.bcos_settings.device)  # type: ignore[arg-type]
+            destination[prefix + SETTINGS] = settings
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        refuse_contradictions(self, self.bcos_config, state_dict, prefix)  # type: ignore[arg-type]
+        device = next(iter(state_dict.values())).device if state_dict else None
+        state_dict[prefix + SETTINGS] = encode_settings(self, self.bcos_config, device)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
         return _rebuild, (self._plain_class, self._has_reader), self.__dict__
@@ -82,17 +114,62 @@ class BcosModel:
 LAYERS = (BcosConv2d, BcosLinear)
 POOLING = (BcosPool2d, BcosFlatten)
 CONTAINERS = (list, tuple, dict)
+OWN_BUFFERS = (BcosStem, ImageReader, LowPass2d, UncentredBatchNorm1d, UncentredBatchNorm2d)
 
 
 def _link_heads(model: Any) -> None:
     """Pooling layers let maps through exactly while a classifier beside them pools by itself, whatever was assigned."""
-    for path in model.head_paths:
+    for path, names in model.head_paths.items():
         head = _find(model, path)
-        children = () if head is None else head._modules.values()
-        defers = any(isinstance(m, BcosConvClassifier) for m in children)
-        for child in children:
+        children = {} if head is None else head._modules
+        defers = any(isinstance(child, BcosConvClassifier) for child in children.values())
+        defers = defers or any(_holds_classifier(children.get(name)) for name in names)
+        for child in children.values():
             if isinstance(child, POOLING) and child.deferred != defers:
                 child.deferred = defers
+
+
+def _holds_classifier(module: nn.Module | None) -> bool:
+    """Behind a dropout, in an adapter of PEFT's, compiled: what stands where the classifier stood may contain it."""
+    if module is None or isinstance(module, BcosConvClassifier):
+        return module is not None
+    return any(_holds_classifier(child) for child in module._modules.values())
+
+
+TRAINED_NORMS = (
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, timm_layers.BatchNormAct2d, timm_layers.SyncBatchNormAct,
+    timm_layers.SplitBatchNorm2d,
+)  # fmt: skip
+
+
+def _keep_uncentred(model: Any) -> None:
+    """Convert batch norms that others have put in place of uncentred ones: trained, they would subtract means.
+
+    `timm.utils.unfreeze` makes plain ones of frozen ones, `convert_sync_batchnorm` synchronised ones of ours.
+    """
+    if not any(type(module) in TRAINED_NORMS for module in model.modules()):
+        return
+    if any(type(norm) in TRAINED_NORMS for _, norm in convertible(model, model.bcos_rules)):
+        bcosify(model, model.bcos_config, rules=model.bcos_rules)
+
+
+def _make_buffers(model: BcosModel, *_: object) -> None:
+    """After a state dict has been loaded, make what it does not hold: the network may come from the meta device.
+
+    What a network of timm's own has of that kind is left to timm.
+    """
+    parameters: Any = model.parameters()  # type: ignore[attr-defined]
+    device = next((parameter.device for parameter in parameters if not parameter.is_meta), None)
+    if device is None:
+        return
+    for module in model.modules():  # type: ignore[attr-defined]
+        is_own = isinstance(module, OWN_BUFFERS)
+        for name in module._non_persistent_buffers_set if is_own else module._non_persistent_buffers_set & {*OFFSETS}:
+            if module._buffers[name].is_meta:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+        if is_own:
+            module.init_non_persistent_buffers()
+    model.init_non_persistent_buffers()
 
 
 def _find(model: nn.Module, path: str) -> nn.Module | None:
@@ -107,6 +184,8 @@ def _overrides(plain: Any) -> dict[str, Method]:
 
     def forward(self: Any, *args: object, **kwargs: object) -> object:
         _link_heads(self)
+        if self.training and not torch.compiler.is_compiling():
+            _keep_uncentred(self)
         return plain.forward(self, *args, **kwargs)
 
     def reset_classifier(self: Any, num_classes: int, *args: object, **kwargs: object) -> None:
@@ -144,7 +223,9 @@ def _position_overrides(plain: Any) -> dict[str, Method]:
         if "_is_one_pass" in self.__dict__:
             self.blocks = on_grid_of(self.blocks, x)
         contents = self.pos_drop(self.positions.contents(x))
-        return (contents, plain._pos_embed(self, x)[1]) if issubclass(plain, Eva) else contents  # rotary positions
+        return (
+            (contents, plain._pos_embed(self, x)[1]) if issubclass(plain, timm_models.Eva) else contents
+        )  # rotary positions
 
     def in_one_pass(method: Method) -> Method:
         def call(self: Any, *args: object, **kwargs: object) -> object:
@@ -226,9 +307,7 @@ def _rebuild(plain: type, has_reader: bool) -> nn.Module:
     return new.__new__(new)
 
 
-def bcosify(
-    model: nn.Module, config: BcosConfig | None = None, *, rules: Mapping[type[nn.Module], Rule] | None = None
-) -> nn.Module:
+def bcosify(model: nn.Module, config: BcosConfig | None = None, *, rules: Rules | None = None) -> nn.Module:
     """Convert a network to its B-cos equivalent.
 
     All of it is planned before anything is changed: whatever is raised, the network is left as it was. Parameters are
@@ -239,7 +318,8 @@ def bcosify(
         model: Any timm model, or a network of your own. Changed in place.
         config: What to convert to; `BcosConfig()` fine-tunes pretrained weights at B = 2. None is that, or the config
             of a network that has been converted before.
-        rules: From exact module type to rule, `RULES` by default; extend the table with `RULES | {MyBlock: my_rule}`.
+        rules: From exact module type, or its qualified name, to rule; `RULES` by default. Extend the table with
+            `RULES | {MyBlock: my_rule}`.
 
     Returns:
         The converted network: the same object, unless the root itself has been replaced.
@@ -257,7 +337,7 @@ def bcosify(
         config = BcosConfig() if converted is None else converted.bcos_config
     if rules is None:
         rules = RULES if converted is None else converted.bcos_rules
-    plan = plan_conversion(model, config, dict(rules))
+    plan = plan_conversion(model, config, rules)
     responses = responses_to_grey(model) if config.bias == "gate" else {}
     network = _apply(plan)
     take_shifts(network, responses)
@@ -268,6 +348,7 @@ def _apply(plan: Plan) -> nn.Module:
     kind: Any = type(plan.root)
     if not issubclass(kind, BcosModel):
         plan.root.__class__ = _bcos_class(kind, plan.has_reader)  # comes first, because Python may refuse it
+        plan.root.register_load_state_dict_post_hook(_make_buffers)
     move_hooks(plan.model, plan.network)
     for path, new in plan.replacements.items():
         parent, _, child = path.rpartition(".")
@@ -276,11 +357,19 @@ def _apply(plan: Plan) -> nn.Module:
         setattr(owner, child, new)
     for name, value in plan.attributes.items():
         setattr(plan.root, name, value)
+    if not plan.has_reader and "image_reader" in plan.root._modules:  # of networks that run their layers in order
+        rest = dict(plan.root._modules)
+        first = {"image_reader": rest.pop("image_reader")}
+        plan.root._modules.clear()
+        plan.root._modules.update(first | rest)
     for module in plan.foldable:
         for name in FOLDING:
             if hasattr(type(module), name):
                 setattr(module, name, partial(fuse_within, module))
     _link_heads(plan.root)
+    device = next((buffer_device(parameter) for parameter in plan.root.parameters()), None)
+    settings = encode_settings(plan.root, plan.attributes["bcos_config"], device)  # type: ignore[arg-type]
+    plan.root.register_buffer(SETTINGS, settings)
     return plan.root
 
 

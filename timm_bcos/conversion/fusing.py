@@ -9,8 +9,8 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
+from .._compat import private
 from ..dynamic.table import METADATA
 from ..explaining.checking import random_image
 from ..explaining.inputs import check_model
@@ -137,7 +137,7 @@ class _Flow(TorchFunctionMode):
 
     def read(self, values: object, reader: object) -> None:
         """Note that `reader` uses all tensors in `values`."""
-        for tensor in tree_leaves(values):
+        for tensor in private.tree_leaves(values):
             if isinstance(tensor, Tensor):
                 self._alive.append(tensor)
                 self.readers.setdefault(id(tensor), set()).add(reader)

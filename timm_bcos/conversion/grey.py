@@ -9,17 +9,16 @@ from collections.abc import Mapping
 from functools import partial
 
 import torch
-from timm import layers as timm_layers
 from timm.data import resolve_model_data_config
-from timm.layers import norm_act
 from torch import Tensor, nn
 
+from .._compat import timm_layers
 from ..nn.activations import ShiftedActivation
 from ..nn.modules import frozen_copy
 
 __all__ = ["responses_to_grey", "take_shifts"]
 
-GATED_NORMS = (timm_layers.BatchNormAct2d, norm_act.SyncBatchNormAct)
+GATED_NORMS = (timm_layers.BatchNormAct2d, timm_layers.SyncBatchNormAct)
 
 
 def responses_to_grey(model: nn.Module) -> dict[str, Tensor]:
@@ -54,7 +53,7 @@ def responses_to_grey(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _is_gated(module: nn.Module) -> bool:
-    return type(module) in GATED_NORMS and not isinstance(module.act, nn.Identity)
+    return type(module) in GATED_NORMS and not isinstance(module.act, nn.Identity | ShiftedActivation)
 
 
 @torch.no_grad()

@@ -1,14 +1,12 @@
 """The role of each module in a network: which reads the image, which gives the logits, which stay linear."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
-from timm.layers import SelectAdaptivePool2d
-from timm.models import FeatureDictNet, FeatureListNet
-from timm.models._features import FeatureGetterNet
 from torch import nn
 
+from .._compat import private, timm_layers, timm_models
 from ..errors import InputError, UnsupportedModuleError
 from ..nn.stems import BcosStem, ImageReader, image_channels
 from .config import BcosConfig
@@ -16,10 +14,12 @@ from .problems import unread_layers
 from .rules import PROBABILITIES, Place
 from .statistics import Stats, image_statistics, reads_image_itself
 
-__all__ = ["Places"]
+__all__ = ["IN_ORDER", "Places", "name_in_backbone"]
 
 AUXILIARY = ("AuxLogits", "aux1", "aux2", "aux_classifier")  # what timm and torchvision call their auxiliary heads
-WITHOUT_CLASSIFIER = (FeatureDictNet, FeatureListNet, FeatureGetterNet)  # timm's backbones
+# timm's backbones, of which the first two run what they contain one after the other
+IN_ORDER = (timm_models.FeatureDictNet, timm_models.FeatureHookNet)
+WITHOUT_CLASSIFIER = (*IN_ORDER, private.FeatureGetterNet)
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose2d)
 
 
@@ -70,10 +70,13 @@ class Places:
             )
             raise UnsupportedModuleError([problem])
         is_pooled_later = any(isinstance(m, nn.AdaptiveAvgPool2d) for m in children[own + 1 :])
-        gives_map = is_pooled_later or not hasattr(self.model, "get_classifier")
+        pools = [i for i, m in enumerate(children[:own]) if isinstance(m, timm_layers.SelectAdaptivePool2d)]
+        is_unpooled = bool(pools) and children[pools[-1]].is_identity()  # type: ignore[operator]
+        gives_map = is_pooled_later or is_unpooled or not hasattr(self.model, "get_classifier")
         if gives_map and isinstance(children[own], nn.Conv2d):
             return "map"
-        pools = [i for i, m in enumerate(children[:own]) if isinstance(m, SelectAdaptivePool2d)]
+        if is_unpooled and getattr(self.model, "output_fmt", "NCHW") != "NCHW":
+            return "classifier"  # which reads the last axis of maps
         if not pools or self.config.classify_positions == "never":
             return "classifier"
         pool: Any = children[pools[-1]]
@@ -90,7 +93,7 @@ class Places:
 
 def _classifier_ids(model: Any) -> set[int]:
     """timm models tell; elsewhere it is the last layer. Auxiliary heads count too."""
-    if isinstance(model, WITHOUT_CLASSIFIER):
+    if _is_backbone(model):
         return set()
     auxiliary = [child for name, child in model.named_children() if name in AUXILIARY]
     if hasattr(model, "get_classifier"):
@@ -101,6 +104,12 @@ def _classifier_ids(model: Any) -> set[int]:
         heads = [*_last_layers(m for m in model.modules() if id(m) not in theirs)]
     heads += [layer for child in auxiliary for layer in _last_layers(child.modules())]
     return {id(m) for m in heads if m is not None}
+
+
+def _is_backbone(model: nn.Module) -> bool:
+    """Of timm's `features_only=True`; some architectures have a class of their own for it."""
+    is_own = hasattr(model, "feature_info") and not hasattr(model, "get_classifier")
+    return is_own or isinstance(model, WITHOUT_CLASSIFIER)
 
 
 def _last_layers(modules: Iterable[nn.Module]) -> Sequence[nn.Module]:
@@ -121,9 +130,17 @@ def _stem_names(model: nn.Module, channels: int) -> tuple[str, ...]:
     names = (names,) if isinstance(names, str) else tuple(names)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LAYERS)}
     readers = [name for name, m in layers.items() if isinstance(m, nn.Conv2d) and m.in_channels == channels]
+    if _is_backbone(model):
+        names = tuple(name_in_backbone(name, layers) for name in names)
     if names:
         return names if set(names) <= set(readers) else ()
     return tuple(readers) if len(readers) == 1 and readers == list(layers)[:1] else ()
+
+
+def name_in_backbone(name: str, layers: Container[str]) -> str:
+    """What timm's backbones call a layer of the whole network: they hold it as a whole, or flatten its sequences."""
+    possible = (name, name.replace(".", "_", 1), f"model.{name}", f"body.{name}")
+    return next((candidate for candidate in possible if candidate in layers), name)
 
 
 def _channels_of(model: nn.Module, config: BcosConfig) -> int:

@@ -9,19 +9,20 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModuleError
+from ..nn.factory import buffer_device
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, BcosPool2d
 from ..nn.layers import BcosConv2d, BcosLinear
 from ..nn.stems import BcosStem, ImageReader
 from .config import BcosConfig
 from .hooks import has_hooks, has_state_hooks
-from .places import Places
+from .places import IN_ORDER, Places
 from .positions import PositionedQkv, Positions, attention_paths
 from .problems import computed_weight_problem, config_problems, several_inputs, wrapper_problem
-from .rules import ADVICE, Rule, is_container, keep, keep_whole
+from .rules import ADVICE, Rule, Rules, is_container, keep, keep_whole, resolve
 
-__all__ = ["FOLDING", "Plan", "plan_conversion"]
+__all__ = ["FOLDING", "Plan", "convertible", "plan_conversion"]
 
-Rules = dict[type[nn.Module], Rule]
+RulesByType = dict[type[nn.Module], Rule]
 FOLDING = ("fuse", "reparameterize", "switch_to_deploy")  # methods that timm's `reparameterize_model` calls
 
 
@@ -35,7 +36,7 @@ class Plan:
         root: `network`, or a Sequential of an `ImageReader` and the network.
         replacements: New modules by their path in `network`, parents first, itself excluded.
         attributes: What the root will say of itself, its config and its reader included.
-        has_reader: Its forward methods will read the image first.
+        has_reader: Its forward methods will read the image first; elsewhere the reader is one of its layers.
         foldable: Modules of which something would be folded into a B-cos layer.
     """
 
@@ -54,14 +55,14 @@ def plan_conversion(model: nn.Module, config: BcosConfig, rules: Rules) -> Plan:
     Args:
         model: Stays as it is.
         config: What to convert to.
-        rules: From exact module type to rule.
+        rules: From exact module type, or its name, to rule.
 
     Raises:
         UnsupportedModuleError: With all that is in the way.
         InputError: For a mean or std of another number of channels than the image.
     """
     places = Places(model, config)
-    found = _Replacements(model, config, rules, places)
+    found = _Replacements(model, config, resolve(rules), places)
     network = found.by_path[""]
     is_read = any(isinstance(m, BcosStem | ImageReader) for m in found.modules())
     problems = [*config_problems(model, config), *places.problems, *found.problems]
@@ -71,6 +72,7 @@ def plan_conversion(model: nn.Module, config: BcosConfig, rules: Rules) -> Plan:
         raise UnsupportedModuleError(problems)
     reader = None if is_read else _image_reader(model, places)
     is_wrapped = reader is not None and type(network).forward is nn.Sequential.forward  # would run it as a layer
+    runs_first = reader is not None and isinstance(network, IN_ORDER)  # will
     return Plan(
         model=model,
         network=network,
@@ -79,12 +81,14 @@ def plan_conversion(model: nn.Module, config: BcosConfig, rules: Rules) -> Plan:
         attributes=dict(
             bcos_config=config,
             bcos_rules=rules,
-            head_paths=tuple(f"network.{path}".strip(".") if is_wrapped else path for path in found.heads()),
+            head_paths={
+                f"network.{path}".strip(".") if is_wrapped else path: names for path, names in found.heads().items()
+            },
             **({} if reader is None or is_wrapped else dict(image_reader=reader)),
             **({} if positions is None else dict(positions=positions)),
             **_traits(network, places, found),
         ),
-        has_reader=reader is not None and not is_wrapped,
+        has_reader=reader is not None and not is_wrapped and not runs_first,
         foldable=tuple(m for m in found.modules() if _is_foldable(m)),
     )
 
@@ -106,7 +110,7 @@ class _Replacements:
 
     model: nn.Module
     config: BcosConfig
-    rules: Rules
+    rules: RulesByType
     places: "Places"
     by_path: dict[str, nn.Module] = field(default_factory=dict)
     changed: dict[str, nn.Module] = field(default_factory=dict)
@@ -152,10 +156,17 @@ class _Replacements:
                 child_path = f"{path}.{name}" if path else name
                 yield from self._below(child_path, self.by_path.get(child_path, child))
 
-    def heads(self) -> list[str]:
-        """Paths of modules with pooling layers, which are to know whether a classifier beside them pools."""
+    def heads(self) -> dict[str, tuple[str, ...]]:
+        """Paths of modules with pooling layers, and what classifiers beside those are called there.
+
+        A classifier may have been wrapped since an earlier conversion: the names of then stay.
+        """
         pooling = [path for path, m in self.by_path.items() if isinstance(m, BcosPool2d | BcosFlatten)]
-        return list(dict.fromkeys(path.rpartition(".")[0] for path in pooling if path))
+        classifiers = [path for path, m in self.by_path.items() if isinstance(m, BcosConvClassifier)]
+        before = getattr(self.model, "head_paths", {})
+        parents = dict.fromkeys(path.rpartition(".")[0] for path in pooling if path)
+        names = {p: tuple(c.rpartition(".")[2] for c in classifiers if c.rpartition(".")[0] == p) for p in parents}
+        return {path: found or before.get(path, ()) for path, found in names.items()}
 
     def _lost_hooks(self) -> list[str]:
         hooked = [(name, m) for name, m in self.model.named_modules() if has_hooks(m) and id(m) not in self.by_id]
@@ -187,7 +198,7 @@ def _plan_positions(model: Any, config: BcosConfig, found: _Replacements, proble
 
 def _image_reader(model: nn.Module, places: "Places") -> ImageReader:
     like = next(model.parameters(), torch.empty(0))
-    reader = ImageReader(places.channels, places.mean, places.std, like.device, like.dtype)
+    reader = ImageReader(places.channels, places.mean, places.std, buffer_device(like), like.dtype)
     return reader.train(model.training)
 
 
@@ -213,7 +224,9 @@ def _traits(network: nn.Module, places: "Places", found: _Replacements) -> dict[
     return traits
 
 
-def _walk(name: str, module: nn.Module, rules: Rules, done: dict[int, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+def _walk(
+    name: str, module: nn.Module, rules: RulesByType, done: dict[int, nn.Module]
+) -> Iterator[tuple[str, nn.Module]]:
     """Modules with their paths, parents first, into whatever its rule has left in place."""
     yield name, module
     kept = done[id(module)]
@@ -225,7 +238,15 @@ def _walk(name: str, module: nn.Module, rules: Rules, done: dict[int, nn.Module]
             yield from _walk(f"{name}.{child_name}" if name else child_name, child, rules, done)
 
 
-def _rule_for(module: nn.Module, rules: Rules) -> Rule | None:
+def convertible(model: nn.Module, rules: Rules) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a network, with their paths, that a conversion would replace if their config says so."""
+    by_type = resolve(rules)
+    for name, module in _walk("", model, by_type, {id(m): m for m in model.modules()}):
+        if _rule_for(module, by_type) not in (keep, keep_whole):
+            yield name, module
+
+
+def _rule_for(module: nn.Module, rules: RulesByType) -> Rule | None:
     kind = type(module)
     if kind in rules:
         return rules[kind]

@@ -15,18 +15,22 @@ Rotary positions (EVA-02, DINOv3) turn queries and keys and are added to nothing
 from collections.abc import Iterator
 from contextvars import ContextVar
 from types import NoneType
+from typing import Any
 
 import torch
-from timm.models import Eva, VisionTransformer
 from torch import Tensor, nn
 
+from .._compat import timm_models
 from ..errors import ModelStateError, UnsupportedModuleError
 from ..nn.layers import BcosLinear
 from ..nn.modules import clone, first_output
 
 __all__ = ["POSITIONED", "PositionedQkv", "Positions", "attention_paths", "on_grid_of"]
 
-POSITIONED = (VisionTransformer, Eva)  # networks that add constants to their tokens in `_pos_embed`
+POSITIONED = (
+    timm_models.VisionTransformer,
+    timm_models.Eva,
+)  # networks that add constants to their tokens in `_pos_embed`
 
 Grid = tuple[int, int]
 _GRID: ContextVar[Grid] = ContextVar("grid of the tokens that the running block has")
@@ -40,7 +44,7 @@ class Positions:
             grid it asks for, and rotary positions. Dropout acts on the tokens' contents, outside.
     """
 
-    def __init__(self, model: VisionTransformer | Eva) -> None:
+    def __init__(self, model: Any) -> None:
         self.embedding = clone(model)
         self.embedding.__dict__["_parameters"] = model._parameters
         asked = ("patch_embed", "rope")  # for the grid, and for rotary positions

@@ -13,12 +13,12 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.nn.functional as F
-from timm import layers as timm_layers
-from timm.layers.pool2d_same import MaxPool2dSame
 from torch import Tensor, nn
 
+from .._compat import Library, timm_layers
 from ..errors import UnsupportedModuleError
 from ..nn.activations import PassedSigmoid, ShiftedActivation
+from ..nn.factory import buffer_device
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, BcosPool2d
 from ..nn.layers import BcosConv2d, BcosLinear
 from ..nn.modules import clone
@@ -28,6 +28,8 @@ from .antialiasing import antialiased_max_pool, is_patchifying
 from .attention import WINDOWED, BcosAttention
 from .blocks import AVERAGED, BARE, WIDE, WIDE_NORM_ACTS, WIDE_NORMS
 from .config import BcosConfig
+
+pool2d_same: Any = Library("timm.layers.pool2d_same")
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def _adopt(
     layer.weight = weight if weight is old.weight else nn.Parameter(weight, old.weight.requires_grad)  # type: ignore[assignment]
     layer.bias = old.bias if config.adds_bias else None  # type: ignore[assignment]
     if isinstance(layer, BcosConv2d) and layer.low_pass is not None:
-        layer.low_pass.to_empty(device=old.weight.device).init_non_persistent_buffers()
+        layer.low_pass.to_empty(device=buffer_device(old.weight)).init_non_persistent_buffers()
     return layer.train(old.training)
 
 
@@ -182,6 +184,8 @@ def replace_linear(linear: nn.Linear, place: Place, config: BcosConfig) -> BcosC
 
 def replace_batch_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, place: Place, config: BcosConfig) -> nn.Module:
     """One- and two-dimensional batch norms, and the synchronised one."""
+    if hasattr(norm, "act"):  # torch's `convert_sync_batchnorm` leaves the layers inside of timm's norms unused
+        return replace_batch_norm_act(norm, place, config)
     if config.norm == "remove":
         return nn.Identity()
     if _stays(norm, place, config):
@@ -190,7 +194,7 @@ def replace_batch_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, place: Place, conf
     return kind.from_batch_norm(_with_weight(norm))
 
 
-def replace_batch_norm_act(norm: timm_layers.BatchNormAct2d, place: Place, config: BcosConfig) -> nn.Module:
+def replace_batch_norm_act(norm: Any, place: Place, config: BcosConfig) -> nn.Module:
     """timm's batch norms with a drop and an activation layer behind them."""
     if config.norm == "remove":
         return _removed_norm_act(norm, config)
@@ -198,8 +202,9 @@ def replace_batch_norm_act(norm: timm_layers.BatchNormAct2d, place: Place, confi
         return norm
     new = UncentredBatchNormAct2d.from_batch_norm(_with_weight(norm))
     new.drop, new.act = norm.drop, norm.act
-    if config.bias == "gate" and not isinstance(norm.act, nn.Identity):
-        new.act = ShiftedActivation(norm.act, torch.zeros_like(new.weight))
+    if config.bias == "gate" and not isinstance(norm.act, nn.Identity | ShiftedActivation):
+        shift = torch.zeros_like(new.weight, requires_grad=new.weight.requires_grad)  # trained as the bias was
+        new.act = ShiftedActivation(norm.act, shift)
     return new
 
 
@@ -273,7 +278,8 @@ def replace_offset(module: nn.Module, place: Place, config: BcosConfig) -> nn.Mo
     for name in owned:
         if "_" not in name:
             del new._parameters[name]
-            new.register_buffer(name, torch.zeros_like(getattr(module, name)), persistent=False)
+            zeros = torch.zeros_like(getattr(module, name), device=buffer_device(getattr(module, name)))
+            new.register_buffer(name, zeros, persistent=False)
     return new
 
 
@@ -316,13 +322,13 @@ def replace_max_pool(pool: nn.MaxPool1d | nn.MaxPool2d, place: Place, config: Bc
         return antialiased_max_pool(pool) if config.antialias else pool
     if pool.return_indices or pool.dilation not in (1, (1,), (1, 1)):
         refuse(place, pool, "returns indices or is dilated, which average pooling cannot: write a rule for it")
-    if isinstance(pool, MaxPool2dSame):
-        return timm_layers.AvgPool2dSame(pool.kernel_size, pool.stride, ceil_mode=pool.ceil_mode)
+    if isinstance(pool, pool2d_same.MaxPool2dSame):
+        return timm_layers.AvgPool2dSame(pool.kernel_size, pool.stride, ceil_mode=pool.ceil_mode)  # type: ignore[no-any-return]
     kind: Any = nn.AvgPool1d if isinstance(pool, nn.MaxPool1d) else nn.AvgPool2d
     return kind(pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)  # type: ignore[no-any-return]
 
 
-def replace_global_pool(pool: timm_layers.SelectAdaptivePool2d, place: Place, config: BcosConfig) -> nn.Module:
+def replace_global_pool(pool: Any, place: Place, config: BcosConfig) -> nn.Module:
     """timm's global average pooling, which a classifier after it may take over."""
     return BcosPool2d.from_pool(pool) if isinstance(pool.pool, nn.AdaptiveAvgPool2d) else pool
 

@@ -1,24 +1,22 @@
 """The conversion rules: a table from module type to what replaces it (`timm_bcos.conversion.replacements`).
 
+Types of other libraries stand in it by their names, 'timm.models.csatv2.Dct1d', and are looked up when a network is
+converted (`resolve`): a name that the installed version does not have is the name of no module in the network either.
+
 Keys are *exact* types, because subclasses hide things: timm's `BatchNormAct2d` is a batch norm with an activation
 inside. A type without a row is kept only where nothing is lost by it (`is_container`): it holds other modules, which
 have rows of their own, is no variety of a type that has a rule, and owns no parameters but those that `OWNED` names:
 scales, tokens, positions and tables of attention, which explanation mode covers. All else is refused, whoever wrote it.
 """
 
+import sys
 from collections.abc import Mapping
 from fnmatch import fnmatch
+from typing import Any, TypeAlias
 
-from timm import layers as timm_layers
-from timm import models as timm_models
-from timm.layers import norm, norm_act
-from timm.models import iformer
-from timm.models.csatv2 import Dct1d
 from torch import nn
-from torchvision import ops
-from torchvision.models import convnext, maxvit
-from torchvision.models import densenet as torchvision_densenet
 
+from .._compat import timm_layers
 from ..nn.activations import PassedSigmoid, ShiftedActivation
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, BcosPool2d
 from ..nn.layers import BcosConv2d, BcosLinear
@@ -32,7 +30,12 @@ from .positions import PositionedQkv
 from .replacements import Place, Rule, keep, keep_whole, pass_sigmoid
 from .statistics import NORMALISERS
 
-__all__ = ["ADVICE", "PROBABILITIES", "RULES", "Place", "Rule", "is_container", "keep", "keep_whole", "pass_sigmoid"]
+__all__ = [
+    "ADVICE", "PROBABILITIES", "RULES", "Place", "Rule", "Rules", "is_container", "keep", "keep_whole", "pass_sigmoid",
+    "resolve",
+]  # fmt: skip
+
+Rules: TypeAlias = Mapping[type[nn.Module] | str, Rule]  # by exact type, or the type's qualified name
 
 
 # Parameters that a container may own directly: explanation mode covers how they are used.
@@ -69,131 +72,192 @@ PROBABILITIES = (nn.Sigmoid, nn.Softmax, nn.LogSoftmax)
 ADVICE: dict[type[nn.Module], str] = {
     nn.LogSoftmax: "gives log-probabilities, while explanations are of logits: replace it by nn.Identity() and take a "
     "loss on logits",
+    timm_layers.SplitBatchNorm2d: "subtracts the means of parts of a batch: train without them (--split-bn)",
     nn.TransformerEncoderLayer: "computes outside its own layers: take a timm or torchvision transformer",
 }
 
 
-def _table(rule: Rule, *types: type[nn.Module]) -> dict[type[nn.Module], Rule]:
-    return dict.fromkeys(types, rule)
+def resolve(rules: Rules) -> dict[type[nn.Module], Rule]:
+    """A table of rules by type alone; what stands under a type comes before what stands under its name.
+
+    Only modules that have been imported are asked: a network has no layers of others.
+    """
+    named = {_type_called(key): rule for key, rule in rules.items() if isinstance(key, str)}
+    typed = {key: rule for key, rule in rules.items() if not isinstance(key, str)}
+    return {kind: rule for kind, rule in (named | typed).items() if kind is not None}
 
 
-RULES: dict[type[nn.Module], Rule] = {
-    **_table(to.replace_conv, nn.Conv2d, timm_layers.Conv2dSame),
-    **_table(
+def _type_called(name: str) -> type[nn.Module] | None:
+    module, _, attribute = name.rpartition(".")
+    kind = getattr(sys.modules.get(module), attribute, None)
+    return kind if isinstance(kind, type) else None
+
+
+def _named(rule: Rule, names: str) -> dict[str, Rule]:
+    return dict.fromkeys(names.split(), rule)
+
+
+class RuleTable(dict[Any, Rule]):
+    """A table of rules that finds those under names by type too: `RULES[torch.nn.Conv2d]`."""
+
+    def __missing__(self, kind: type[nn.Module]) -> Rule:
+        return resolve({key: rule for key, rule in self.items() if isinstance(key, str)})[kind]
+
+    def __or__(self, other: Rules) -> "RuleTable":  # type: ignore[override]
+        return RuleTable({**self, **other})
+
+
+RULES = RuleTable({
+    **_named(to.replace_conv, "torch.nn.Conv2d timm.layers.Conv2dSame"),
+    **_named(
         to.replace_standardised_conv,
-        timm_layers.StdConv2d, timm_layers.StdConv2dSame, timm_layers.ScaledStdConv2d, timm_layers.ScaledStdConv2dSame,
+        """
+        timm.layers.StdConv2d timm.layers.StdConv2dSame timm.layers.ScaledStdConv2d timm.layers.ScaledStdConv2dSame
+        """,
     ),
-    **_table(
+    **_named(
         to.replace_linear,
-        nn.Linear, timm_layers.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear,
+        """
+        torch.nn.Linear timm.layers.Linear torch.nn.modules.linear.NonDynamicallyQuantizableLinear
+        """,
     ),
-    **_table(to.replace_linear_layer, nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d),
-    **_table(to.replace_lstm, nn.LSTM),
-    **_table(to.replace_multihead_attention, nn.MultiheadAttention),
-    **_table(to.replace_window_attention, *WINDOWED),
+    **_named(
+        to.replace_linear_layer,
+        """
+        torch.nn.Conv1d torch.nn.Conv3d torch.nn.ConvTranspose1d torch.nn.ConvTranspose2d
+        """,
+    ),
+    **_named(to.replace_lstm, "torch.nn.LSTM"),
+    **_named(to.replace_multihead_attention, "torch.nn.MultiheadAttention"),
+    **dict.fromkeys((*WINDOWED,), to.replace_window_attention),
     # norms
-    **_table(to.replace_batch_norm, nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm),
-    **_table(to.replace_batch_norm_act, timm_layers.BatchNormAct2d, norm_act.SyncBatchNormAct),
-    **_table(to.replace_frozen_batch_norm, ops.FrozenBatchNorm2d, norm_act.FrozenBatchNormAct2d),
-    **_table(
+    **_named(to.replace_batch_norm, "torch.nn.BatchNorm1d torch.nn.BatchNorm2d torch.nn.SyncBatchNorm"),
+    **_named(to.replace_batch_norm_act, "timm.layers.BatchNormAct2d timm.layers.SyncBatchNormAct"),
+    **_named(to.replace_frozen_batch_norm, "torchvision.ops.FrozenBatchNorm2d timm.layers.FrozenBatchNormAct2d"),
+    **_named(
         to.replace_norm,
-        nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, norm.LayerNorm, norm.LayerNorm2d, norm.LayerNormExp2d, norm.GroupNorm,
-        norm.GroupNorm1, norm.RmsNorm, norm.RmsNorm2d, norm.SimpleNorm, norm.SimpleNorm2d,
-        timm_models.metaformer.GroupNorm1NoBias, timm_models.metaformer.LayerNorm2dNoBias,
-        timm_models.metaformer.LayerNormNoBias, convnext.LayerNorm2d, *WIDE_NORMS,
+        """
+        torch.nn.LayerNorm torch.nn.GroupNorm torch.nn.RMSNorm timm.layers.LayerNorm timm.layers.LayerNorm2d
+        timm.layers.norm.LayerNormExp2d timm.layers.GroupNorm timm.layers.GroupNorm1 timm.layers.RmsNorm
+        timm.layers.RmsNorm2d timm.layers.SimpleNorm timm.layers.SimpleNorm2d
+        timm.models.metaformer.GroupNorm1NoBias timm.models.metaformer.LayerNorm2dNoBias
+        timm.models.metaformer.LayerNormNoBias torchvision.models.convnext.LayerNorm2d
+        """,
     ),
-    **_table(
+    **dict.fromkeys((*WIDE_NORMS,), to.replace_norm),
+    **_named(
         to.replace_norm_act,
-        norm_act.GroupNormAct, norm_act.GroupNorm1Act, norm_act.LayerNormAct, norm_act.LayerNormAct2d,
-        norm_act.RmsNormAct, norm_act.RmsNormAct2d, *WIDE_NORM_ACTS,
+        """
+        timm.layers.GroupNormAct timm.layers.GroupNorm1Act timm.layers.LayerNormAct timm.layers.LayerNormAct2d
+        timm.layers.RmsNormAct timm.layers.RmsNormAct2d
+        """,
     ),
-    **_table(
+    **dict.fromkeys((*WIDE_NORM_ACTS,), to.replace_norm_act),
+    **_named(
         to.replace_fused_norm_act,
-        timm_layers.evo_norm.EvoNorm2dS0, timm_layers.evo_norm.EvoNorm2dS0a,
-        timm_layers.filter_response_norm.FilterResponseNormTlu2d,
+        """
+        timm.layers.EvoNorm2dS0 timm.layers.EvoNorm2dS0a timm.layers.FilterResponseNormTlu2d
+        """,
     ),
     # activations
-    **_table(
+    **_named(
         to.replace_activation,
-        nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.SiLU, nn.Mish, nn.Hardswish, nn.ELU, nn.GELU, nn.Tanh,
-        timm_layers.activations.GELU, timm_layers.activations.GELUTanh, timm_layers.activations.QuickGELU,
-        timm_layers.activations.Swish, timm_layers.activations.Tanh, timm_layers.activations.Mish,
-        timm_layers.activations.HardSwish, timm_layers.activations.HardMish, timm_layers.activations.PReLU, nn.CELU,
-        nn.SELU, nn.Softplus, nn.Hardtanh, nn.Softsign, timm_models.nfnet.GammaAct,
+        """
+        torch.nn.ReLU torch.nn.ReLU6 torch.nn.LeakyReLU torch.nn.PReLU torch.nn.SiLU torch.nn.Mish
+        torch.nn.Hardswish torch.nn.ELU torch.nn.GELU torch.nn.Tanh timm.layers.GELU timm.layers.GELUTanh
+        timm.layers.QuickGELU timm.layers.Swish timm.layers.Tanh timm.layers.Mish timm.layers.HardSwish
+        timm.layers.HardMish timm.layers.PReLU torch.nn.CELU torch.nn.SELU torch.nn.Softplus torch.nn.Hardtanh
+        torch.nn.Softsign timm.models.nfnet.GammaAct
+        """,
     ),
-    **_table(to.replace_activation_with_offset, timm_models.metaformer.StarReLU),
-    **_table(to.replace_bare, *BARE),
-    **_table(to.keep_unless_bare, torchvision_densenet.DenseNet),
+    **_named(to.replace_activation_with_offset, "timm.models.metaformer.StarReLU"),
+    **dict.fromkeys((*BARE,), to.replace_bare),
+    **_named(to.keep_unless_bare, "torchvision.models.densenet.DenseNet"),
     # pooling
-    **_table(to.replace_max_pool, nn.MaxPool1d, nn.MaxPool2d, timm_layers.pool2d_same.MaxPool2dSame),
-    **_table(to.replace_global_pool, timm_layers.SelectAdaptivePool2d),
-    **_table(to.replace_flatten, nn.Flatten),
-    **_table(to.replace_averaged, *AVERAGED),
-    **_table(to.replace_wide, *WIDE),
+    **_named(to.replace_max_pool, "torch.nn.MaxPool1d torch.nn.MaxPool2d timm.layers.pool2d_same.MaxPool2dSame"),
+    **_named(to.replace_global_pool, "timm.layers.SelectAdaptivePool2d"),
+    **_named(to.replace_flatten, "torch.nn.Flatten"),
+    **dict.fromkeys((*AVERAGED,), to.replace_averaged),
+    **dict.fromkeys((*WIDE,), to.replace_wide),
     # owners of an additive bias
-    **_table(
+    **_named(
         to.replace_offset,
-        timm_layers.grn.GlobalResponseNorm, timm_models.hgnet.LearnableAffineBlock, timm_models.mlp_mixer.Affine,
-        timm_models.beit.Attention, timm_models.eva.EvaAttention, timm_models.swin_transformer_v2.WindowAttention,
-        timm_models.vision_transformer.ParallelScalingBlock, timm_models.vision_transformer.DiffParallelScalingBlock,
+        """
+        timm.layers.grn.GlobalResponseNorm timm.models.hgnet.LearnableAffineBlock timm.models.mlp_mixer.Affine
+        timm.models.beit.Attention timm.models.eva.EvaAttention timm.models.swin_transformer_v2.WindowAttention
+        timm.models.vision_transformer.ParallelScalingBlock timm.models.vision_transformer.DiffParallelScalingBlock
+        """,
     ),
     # gates and statistics
-    **_table(
+    **_named(
         keep_whole,
-        nn.Sigmoid, nn.Softmax, nn.Hardsigmoid, timm_layers.activations.Sigmoid, timm_layers.activations.HardSigmoid,
-        timm_layers.split_attn.RadixSoftmax, timm_layers.SEModule, timm_layers.SqueezeExcite,
-        timm_models._efficientnet_blocks.SqueezeExcite, timm_layers.EcaModule, timm_layers.GlobalContext,
-        ops.SqueezeExcitation,
+        """
+        torch.nn.Sigmoid torch.nn.Softmax torch.nn.Hardsigmoid timm.layers.Sigmoid timm.layers.HardSigmoid
+        timm.layers.split_attn.RadixSoftmax timm.layers.SEModule timm.layers.SqueezeExcite
+        timm.models._efficientnet_blocks.SqueezeExcite timm.layers.EcaModule timm.layers.GlobalContext
+        torchvision.ops.SqueezeExcitation
+        """,
     ),
-    **_table(to.pass_gates, iformer.SHMA),
-    **_table(to.replace_sequential, nn.Sequential),
+    **_named(to.pass_gates, "timm.models.iformer.SHMA"),
+    **_named(to.replace_sequential, "torch.nn.Sequential"),
     # linear or piecewise linear as they are, or without effect in evaluation
-    **_table(
+    **_named(
         keep,
-        nn.Identity, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.Unflatten, nn.Dropout,
-        nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d,
-        nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d,
-        nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.Unfold, nn.Fold, nn.PixelShuffle,
-        nn.PixelUnshuffle, nn.ChannelShuffle, timm_layers.AvgPool2dSame, timm_layers.BlurPool2d, timm_layers.DropPath,
-        timm_layers.DropBlock2d, timm_layers.PatchDropout, timm_layers.SpaceToDepth, timm_layers.DepthToSpace,
-        timm_layers.adaptive_avgmax_pool.FastAdaptiveAvgPool, timm_layers.adaptive_avgmax_pool.FastAdaptiveMaxPool,
-        timm_layers.adaptive_avgmax_pool.FastAdaptiveAvgMaxPool,
-        timm_layers.adaptive_avgmax_pool.FastAdaptiveCatAvgMaxPool,
-        timm_layers.adaptive_avgmax_pool.AdaptiveAvgMaxPool2d, timm_layers.adaptive_avgmax_pool.AdaptiveCatAvgMaxPool2d,
-        Dct1d, timm_models.efficientformer.Flat, timm_models.gemma4_vit.Gemma4VisionPooler, timm_models.hiera.Reroll,
-        timm_models.hiera.Unroll, timm_models.levit.Downsample, timm_models.selecsls.SelectSeq, ops.Permute,
-        ops.StochasticDepth, ops.DropBlock2d, maxvit.SwapAxes, maxvit.WindowPartition, maxvit.WindowDepartition,
-        *NORMALISERS,
+        """
+        torch.nn.Identity torch.nn.ModuleList torch.nn.ModuleDict torch.nn.ParameterList torch.nn.Unflatten
+        torch.nn.Dropout torch.nn.Dropout1d torch.nn.Dropout2d torch.nn.AlphaDropout torch.nn.AvgPool1d
+        torch.nn.AvgPool2d torch.nn.AdaptiveAvgPool1d torch.nn.AdaptiveAvgPool2d torch.nn.AdaptiveMaxPool2d
+        torch.nn.Upsample torch.nn.UpsamplingNearest2d torch.nn.UpsamplingBilinear2d torch.nn.ZeroPad2d
+        torch.nn.ConstantPad2d torch.nn.ReflectionPad2d torch.nn.ReplicationPad2d torch.nn.Unfold torch.nn.Fold
+        torch.nn.PixelShuffle torch.nn.PixelUnshuffle torch.nn.ChannelShuffle timm.layers.AvgPool2dSame
+        timm.layers.BlurPool2d timm.layers.DropPath timm.layers.DropBlock2d timm.layers.PatchDropout
+        timm.layers.SpaceToDepth timm.layers.DepthToSpace timm.layers.adaptive_avgmax_pool.FastAdaptiveAvgPool
+        timm.layers.adaptive_avgmax_pool.FastAdaptiveMaxPool timm.layers.adaptive_avgmax_pool.FastAdaptiveAvgMaxPool
+        timm.layers.adaptive_avgmax_pool.FastAdaptiveCatAvgMaxPool timm.layers.AdaptiveAvgMaxPool2d
+        timm.layers.adaptive_avgmax_pool.AdaptiveCatAvgMaxPool2d timm.models.csatv2.Dct1d
+        timm.models.efficientformer.Flat timm.models.gemma4_vit.Gemma4VisionPooler timm.models.hiera.Reroll
+        timm.models.hiera.Unroll timm.models.levit.Downsample timm.models.selecsls.SelectSeq torchvision.ops.Permute
+        torchvision.ops.StochasticDepth torchvision.ops.DropBlock2d torchvision.models.maxvit.SwapAxes
+        torchvision.models.maxvit.WindowPartition torchvision.models.maxvit.WindowDepartition
+        """,
     ),
+    **dict.fromkeys((*NORMALISERS,), keep),
     # owners of scales
-    **_table(
+    **_named(
         keep,
-        timm_layers.LayerScale, timm_layers.LayerScale2d, timm_models.fastvit.LayerScale2d,
-        timm_models.swiftformer.LayerScale2d, timm_models.metaformer.Scale, timm_models.efficientvim.EfficientViM,
-        timm_models.efficientvim.EfficientViMDistilled, timm_models.efficientvim.HSMSSD,
-        timm_models.swiftformer.EfficientAdditiveAttention,
+        """
+        timm.layers.LayerScale timm.layers.LayerScale2d timm.models.fastvit.LayerScale2d
+        timm.models.swiftformer.LayerScale2d timm.models.metaformer.Scale timm.models.efficientvim.EfficientViM
+        timm.models.efficientvim.EfficientViMDistilled timm.models.efficientvim.HSMSSD
+        timm.models.swiftformer.EfficientAdditiveAttention
+        """,
     ),
     # what gives attention its positions
-    **_table(
+    **_named(
         keep,
-        timm_layers.bottleneck_attn.PosEmbedRel, timm_layers.halo_attn.PosEmbedRel,
-        timm_layers.pos_embed_rel.RelPosBias, timm_layers.pos_embed_rel.RelPosBiasTf,
-        timm_layers.pos_embed_sincos.FourierEmbed, timm_layers.pos_embed_sincos.RotaryEmbedding,
-        timm_layers.pos_embed_sincos.RotaryEmbeddingCat, timm_layers.pos_embed_sincos.RotaryEmbeddingMixed,
-        timm_layers.pos_embed_sincos.RotaryEmbeddingDinoV3, timm_models.gemma4_vit.Gemma4RotaryEmbedding2D,
+        """
+        timm.layers.bottleneck_attn.PosEmbedRel timm.layers.halo_attn.PosEmbedRel timm.layers.RelPosBias
+        timm.layers.RelPosBiasTf timm.layers.FourierEmbed timm.layers.RotaryEmbedding timm.layers.RotaryEmbeddingCat
+        timm.layers.RotaryEmbeddingMixed timm.layers.RotaryEmbeddingDinoV3
+        timm.models.gemma4_vit.Gemma4RotaryEmbedding2D
+        """,
     ),
     # linear maps that explanation mode covers, without a B-cos form yet
-    **_table(keep_whole, timm_layers.CondConv2d),
+    **_named(keep_whole, "timm.layers.CondConv2d"),
     # this package's own
-    **_table(
+    **dict.fromkeys(
+        (
+            BcosConv2d, BcosStem, ImageReader, BcosConvClassifier, BcosLinear, BcosLinearClassifier, BcosPool2d,
+            BcosFlatten, UncentredBatchNorm1d, UncentredBatchNorm2d, LowPass2d, PositionedQkv, PassedSigmoid,
+            ShiftedActivation,
+        ),
         keep_whole,
-        BcosConv2d, BcosStem, ImageReader, BcosConvClassifier, BcosLinear, BcosLinearClassifier, BcosPool2d,
-        BcosFlatten, UncentredBatchNorm1d, UncentredBatchNorm2d, LowPass2d, PositionedQkv, PassedSigmoid,
-        ShiftedActivation,
     ),
-    **_table(
+    **dict.fromkeys(
+        (
+            BcosAttention, UncentredBatchNormAct2d, *(own for table in (AVERAGED, BARE, WIDE, WIDE_NORMS,
+            WIDE_NORM_ACTS, WINDOWED) for own in table.values()),
+        ),
         keep,
-        BcosAttention, UncentredBatchNormAct2d, *(own for table in (AVERAGED, BARE, WIDE, WIDE_NORMS, WIDE_NORM_ACTS,
-        WINDOWED) for own in table.values()),
     ),
-}  # fmt: skip
+})  # fmt: skip

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from .._compat import private
 from ..dynamic.mode import explanation_mode
 from ..errors import InputError, ModelStateError
 from ..nn.functional import encode_image
@@ -50,7 +50,9 @@ def export_explainer(model: nn.Module, x: Tensor) -> ExportedProgram:
         raise InputError(f"example images of shape {tuple(x.shape)}: give (N, C, H, W) with N of at least 2")
     target = torch.full((len(x),), -1, device=x.device)
     batch = Dim("batch", min=1)
-    traced = make_fx(_explained(frozen_copy(model)), tracing_mode="symbolic", _allow_non_fake_inputs=True)(x, target)
+    traced = private.make_fx(_explained(frozen_copy(model)), tracing_mode="symbolic", _allow_non_fake_inputs=True)(
+        x, target
+    )
     return torch.export.export(traced, (x, target), dynamic_shapes=({0: batch}, {0: batch}))
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
@@ -18,9 +19,11 @@ from ..errors import InputError, ModelStateError
 from ..explaining.checking import random_image
 from ..models.interface import BcosNetwork
 from ..models.loading import load_model
+from ..models.networks import NETWORKS
 from ..nn.modules import first_output
 from .card import Card, write_card
 from .origin import find_base_model
+from .remote_code import AUTO_MAP, write_module
 from .upload import upload_folder
 
 __all__ = ["publish", "save_network", "save_repository"]
@@ -78,6 +81,8 @@ def save_repository(
 ) -> None:
     """Write what `publish` uploads: `model.safetensors`, `config.json`, `README.md` and its picture.
 
+    And `bcos_timm.py`, which transformers asks for with `trust_remote_code=True`.
+
     `timm.create_model('local-dir:FOLDER', pretrained=True)` loads it; that is tried, and must give the same weights.
 
     Args:
@@ -103,6 +108,7 @@ def save_repository(
         label_names,
         dtype,
         lambda again, unfinished: write_card(again, unfinished, repo_id, card),
+        licence=card.licence,
     )
 
 
@@ -113,7 +119,9 @@ def save_network(
     label_names: list[str] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write `model.safetensors` and `config.json` alone, which `timm.create_model('local-dir:FOLDER')` loads.
+    """Write `model.safetensors`, `config.json` and `bcos_timm.py` alone.
+
+    `timm.create_model('local-dir:FOLDER', pretrained=True)` loads them.
 
     Args:
         network: A B-cos network that timm can create again by name.
@@ -134,22 +142,37 @@ def _save(
     label_names: list[str] | None,
     dtype: torch.dtype | None,
     add: Callable[[BcosNetwork, Path], None],
+    licence: str | None = None,
 ) -> None:
     """Files are made, with those that `add` makes of the network loaded again, then moved into the folder together."""
     architecture = _architecture(network)
     stored = copy.deepcopy(network).eval().to(dtype=dtype)
     stored.pretrained_cfg = {**network.pretrained_cfg, "architecture": architecture.pop("architecture")}
+    own_labels = network.pretrained_cfg.get("label_names")
+    if not label_names and own_labels and len(own_labels) == network.num_classes:
+        label_names = list(own_labels)
     if label_names and len(label_names) != network.num_classes:
         raise InputError(f"{len(label_names)} label names for a network of {network.num_classes} classes")
-    labels = dict(label_names=label_names) if label_names else None
+    more: dict[str, Any] = dict(auto_map=AUTO_MAP, **(dict(label_names=label_names) if label_names else {}))
+    if licence is not None:
+        more["pretrained_cfg"] = dict(license=licence)
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
-        timm.models.save_for_hf(stored, unfinished, labels, model_args=architecture, safe_serialization=True)
+        timm.models.save_for_hf(stored, unfinished, more, model_args=architecture, safe_serialization=True)
+        _leave_classes_to_the_config(Path(unfinished) / "config.json")
+        write_module(Path(unfinished))
         again = _load_again(Path(unfinished))
         _compare(_with_weights_of(network, stored), again)
         add(again.to(next(network.parameters()).device), Path(unfinished))
         for file in sorted(Path(unfinished).iterdir()):
             file.replace(folder / file.name)
+
+
+def _leave_classes_to_the_config(path: Path) -> None:
+    """timm reads the number of classes there, and transformers passes it on beside the arguments: once is enough."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.get("model_args", {}).pop("num_classes", None)
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _architecture(model: nn.Module) -> dict[str, object]:
@@ -159,13 +182,13 @@ def _architecture(model: nn.Module) -> dict[str, object]:
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")
     if name.startswith("bcos"):
         _refuse_local(getattr(model, "_model_args", None) or {})
-        return dict(architecture=name)
+        return dict(architecture=name, **_changes(model.bcos_config, name))
     if not timm.is_model(name):
         raise ModelStateError(
             f"timm cannot create a {type(model).__name__} by name: register its function with "
             f"timm.models.register_model, then convert it"
         )
-    return dict(architecture="bcosify", arch=name, **_changes(model.bcos_config))
+    return dict(architecture="bcosify", arch=name, **_changes(model.bcos_config, "bcosify"))
 
 
 def _refuse_local(arguments: dict[str, object]) -> None:
@@ -174,10 +197,10 @@ def _refuse_local(arguments: dict[str, object]) -> None:
         raise ModelStateError(f"nobody else has {arch}: create the network with arch= its architecture's own name")
 
 
-def _changes(config: BcosConfig) -> dict[str, object]:
-    """What `bcosify` has to be told beside its defaults."""
-    default = dataclasses.asdict(BcosConfig.finetune(b=config.b, bias=config.bias))
-    chosen = dataclasses.asdict(config)
+def _changes(config: BcosConfig, name: str) -> dict[str, object]:
+    """What a registered network has to be told beside its defaults; tags, which transformers drops, tell nothing."""
+    own = NETWORKS[name].config if name in NETWORKS else BcosConfig.finetune(b=config.b, bias=config.bias)
+    default, chosen = dataclasses.asdict(own), dataclasses.asdict(config)
     return {key: chosen[key] for key in chosen if key in ("b", "bias") or chosen[key] != default[key]}
 
 

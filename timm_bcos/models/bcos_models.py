@@ -20,9 +20,9 @@ from timm.models import (
     resolve_pretrained_cfg,
     split_model_name_tag,
 )
-from timm.models._hub import load_model_config_from_path
 from torch import nn
 
+from .._compat import private
 from ..conversion.config import BcosConfig
 from ..conversion.converted import bcosify as convert
 from ..conversion.grey import responses_to_grey
@@ -31,7 +31,7 @@ from ..weights.catalogue import PUBLISHED, hub_addresses
 from ..weights.download import first_line
 from ..weights.embedded import EMBEDDED
 from ..weights.formats import StateDict, convert_official_weights, convert_plain_weights
-from ..weights.pretrained import load_pretrained
+from ..weights.pretrained import fill_backbone, load_pretrained
 from .networks import FINETUNED, NETWORKS, SECOND_PAPER, Network
 
 PAPER_CFG = dict(
@@ -94,12 +94,14 @@ def _create(
     def build(**model_kwargs: object) -> nn.Module:
         model = network.build(config, **model_kwargs)
         if pretrained:  # timm's own loading verifies no hash, and knows nothing of encoded images
-            load_pretrained(model, cfg, convert_official_weights, cache_dir)
+            load_pretrained(model, cfg, convert_official_weights, cache_dir, changes)
         return model
 
     return build_model_with_cfg(build, name, False, pretrained_cfg=cfg, feature_cfg=dict(network.feature_cfg), **kwargs)
 
 
+BACKBONE_ARGUMENTS = ("features_only", "out_indices", "feature_cls")  # of timm's create_model
+HEAD_CFG = ("num_classes", "classifier", "global_pool")  # what a backbone's cfg does not say
 WEIGHT_SOURCES = ("file", "url", "state_dict", "hf_hub_id")
 
 
@@ -131,6 +133,7 @@ def _create_converted(
 
     Examples:
         >>> timm.create_model("bcosify", arch="resnet50", pretrained=True, b=1, bias=True)  # computes the same
+        >>> timm.create_model("bcosify", arch="swin_tiny_patch4_window7_224", features_only=True)  # timm's own maps
         >>> timm.create_model("bcosify", arch="test_resnet", arch_kwargs=dict(norm_layer="groupnorm"))
     """
     changes, kwargs = BcosConfig.split(kwargs)
@@ -152,15 +155,24 @@ def _create_converted(
         original = copy.deepcopy(plain) if config.bias == "gate" and has_source else None
         model = convert(plain, config)
         if pretrained and has_source:
-            load_pretrained(model, cfg, partial(_convert_weights, original), cache_dir)
+            load_pretrained(model, cfg, partial(_convert_weights, original), cache_dir, changes)
         elif pretrained and any(plain_cfg.get(key) for key in WEIGHT_SOURCES):
             _warn_unless_preserved(arch, config)
         return model
 
-    return build_model_with_cfg(
-        build, "bcosify", False, pretrained_cfg=cfg, feature_cfg=dict(feature_cls="getter", out_indices=None),
-        **{**source.kwargs, **kwargs},
-    )  # fmt: skip
+    def build_whole(**model_kwargs: object) -> nn.Module:
+        return build_model_with_cfg(build, "bcosify", False, pretrained_cfg=cfg, **{**source.kwargs, **model_kwargs})  # type: ignore[no-any-return]
+
+    if not kwargs.get("features_only") or kwargs.get("feature_cls") == "fx":  # which traces the converted network
+        return build_whole(**kwargs)
+    entry = partial(model_entrypoint(source.name), pretrained=own_weights, cache_dir=cache_dir)
+    arguments = {**source.kwargs, **kwargs, **source.remembered(), **(arch_kwargs or {})}
+    backbone = convert(entry(pretrained_cfg=source.cfg, **arguments), config)
+    if pretrained and has_source:
+        fill_backbone(backbone, build_whole(**{k: v for k, v in kwargs.items() if k not in BACKBONE_ARGUMENTS}))
+    backbone.pretrained_cfg = {key: value for key, value in cfg.items() if key not in HEAD_CFG}  # type: ignore[assignment]
+    backbone.default_cfg = backbone.pretrained_cfg
+    return backbone
 
 
 def _convert_weights(original: nn.Module | None, state_dict: StateDict, model: nn.Module) -> StateDict:
@@ -223,7 +235,7 @@ def _read_config(name: str, kind: str, place: str, cache_dir: str | Path | None)
         if kind == "hf-hub":
             cfg, arch, kwargs = load_model_config_from_hf(place, cache_dir=cache_dir)
         else:
-            cfg, arch, kwargs = load_model_config_from_path(place)
+            cfg, arch, kwargs = private.load_model_config_from_path(place)
     except Exception as error:  # the Hub's client, its HTTP library and the system each raise their own
         raise CheckpointError(f"cannot read the config of {name}: {first_line(error)}") from error
     return _Source(arch, cfg, dict(kwargs or {}))

@@ -5,12 +5,14 @@ Only the plain architecture stands here, with timm's model interface; `bcos_mode
 
 import torch
 import torch.nn.functional as F
-from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from .._compat import private
 from ..nn.factory import Factory
 from .pooled import PooledCnn
+
+checkpoint_seq = private.checkpoint_seq
 
 __all__ = ["CifarResNet"]
 

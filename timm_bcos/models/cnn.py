@@ -4,11 +4,13 @@ Only its plain architecture stands here, with timm's model interface; `bcos_mode
 """
 
 import torch
-from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
+from .._compat import private
 from ..nn.factory import Factory
 from .pooled import PooledCnn
+
+checkpoint_seq = private.checkpoint_seq
 
 __all__ = ["Cnn9"]
 

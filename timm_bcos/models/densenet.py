@@ -7,10 +7,12 @@ do the parameter counts of its Tab. B1 come out (https://arxiv.org/abs/2205.1026
 from typing import Any
 
 from timm.layers import create_classifier, get_device_dtype
-from timm.models.densenet import DenseBlock, DenseTransition
 from torch import nn
 
+from .._compat import Library
 from ..nn.factory import Factory
+
+densenet: Any = Library("timm.models.densenet")
 
 __all__ = ["restore_stem_width"]
 
@@ -40,18 +42,22 @@ def restore_stem_width(model: Any, width: int) -> None:
 def _rebuild_blocks(model: Any, channels: int, dd: Factory) -> int:
     """Replace each block and transition by one for its new number of input channels; returns the last output's."""
     for name, module in list(model.features.named_children()):
-        if isinstance(module, DenseBlock):
+        if isinstance(module, densenet.DenseBlock):
             first: Any = module.denselayer1
             growth = first.conv2.out_channels
             bottleneck = first.conv1.out_channels // growth
-            block = DenseBlock(
+            block = densenet.DenseBlock(
                 len(module), channels, bottleneck, growth, type(first.norm1), first.drop_rate,
                 first.grad_checkpointing, **dd,
             )  # fmt: skip
             setattr(model.features, name, block)
             channels += len(module) * growth
-        elif isinstance(module, DenseTransition):
-            setattr(model.features, name, DenseTransition(channels, channels // 2, type(model.features.norm5), **dd))
+        elif isinstance(module, densenet.DenseTransition):
+            setattr(
+                model.features,
+                name,
+                densenet.DenseTransition(channels, channels // 2, type(model.features.norm5), **dd),
+            )
             channels //= 2
     model.features.norm5 = type(model.features.norm5)(channels, **dd)
     return channels
@@ -60,7 +66,7 @@ def _rebuild_blocks(model: Any, channels: int, dd: Factory) -> int:
 def _width_at(model: Any, name: str, stem_width: int) -> int:
     """Output channels of a child of `features`."""
     module = getattr(model.features, name)
-    if not isinstance(module, DenseBlock):
+    if not isinstance(module, densenet.DenseBlock):
         return stem_width if name == "norm0" else model.num_features
     last: Any = list(module.children())[-1]
     return last.conv1.in_channels + last.conv2.out_channels

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from timm.layers import PatchEmbed
 from timm.models import model_entrypoint
 from torch import nn
 
+from .._compat import timm_layers
 from ..conversion.config import BcosConfig
 from ..conversion.converted import bcosify
 from ..nn.layers import BcosConv2d, BcosLinear
@@ -119,7 +119,7 @@ def _vit(size: str, stem: tuple[int, ...] = ()) -> Network:
     kwargs: dict[str, object] = dict(
         patch_size=1 if stem else 16, embed_dim=width, depth=depth, num_heads=heads, qkv_bias=False,
         class_token=False, global_pool="avg", pos_embed="none", norm_layer=nn.LayerNorm,
-        embed_layer=partial(conv_stem_embed, widths=stem) if stem else PatchEmbed,
+        embed_layer=partial(conv_stem_embed, widths=stem) if stem else timm_layers.PatchEmbed,
     )  # fmt: skip
     first_conv = "patch_embed.backbone.0.conv" if stem else "patch_embed.proj"
     cfg = dict(input_size=(3, 224, 224), fixed_input_size=True, first_conv=first_conv, classifier="head")

@@ -3,13 +3,14 @@
 from typing import Any
 
 import torch
-from timm.layers import SelectAdaptivePool2d, create_classifier, get_device_dtype
-from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint
+from timm.layers import create_classifier, get_device_dtype
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from .._compat import private
 from ..nn.factory import Factory
+
+checkpoint = private.checkpoint
 
 __all__ = ["PooledCnn"]
 
@@ -27,7 +28,7 @@ class PooledCnn(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.grad_checkpointing = False
-        self.global_pool: SelectAdaptivePool2d
+        self.global_pool: Any
         self.feature_info: list[dict[str, Any]]
 
     @torch.jit.ignore
@@ -85,7 +86,7 @@ class PooledCnn(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt={output_fmt!r}: this network's maps are NCHW")
         stages = self._stages()
-        take, last = feature_take_indices(len(stages), indices)
+        take, last = private.feature_take_indices(len(stages), indices)
         maps = []
         for i, stage in enumerate(stages[: last + 1] if stop_early else stages):
             x = checkpoint(stage, x) if self.grad_checkpointing and not torch.jit.is_scripting() else stage(x)
@@ -97,7 +98,7 @@ class PooledCnn(nn.Module):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the layers behind the last map wanted, and the head."""
-        take, last = feature_take_indices(len(self.feature_info), indices)
+        take, last = private.feature_take_indices(len(self.feature_info), indices)
         pruned = last < len(self.feature_info) - 1
         if pruned:
             self._keep_stages(last + 1)

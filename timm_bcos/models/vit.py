@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import GroupNorm1, HybridEmbed
-from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from .._compat import timm_layers, timm_models
 from ..dynamic.table import VALUES_FROM
 from ..nn.factory import Factory
 
@@ -47,7 +46,7 @@ def sincos_positions(x: Tensor, height: int, width: int, temperature: float = 10
 VALUES_FROM[sincos_positions] = "none"
 
 
-class SimpleVisionTransformer(VisionTransformer):
+class SimpleVisionTransformer(timm_models.VisionTransformer):  # type: ignore[misc]
     """timm's vision transformer with fixed positions, computed for whatever grid its input has."""
 
     def _pos_embed(self, x: Tensor) -> Tensor:
@@ -60,7 +59,7 @@ class SimpleVisionTransformer(VisionTransformer):
         return x + sincos_positions(x, height, width)
 
 
-def conv_stem_embed(in_chans: int, widths: Sequence[int], **kwargs: Any) -> HybridEmbed:
+def conv_stem_embed(in_chans: int, widths: Sequence[int], **kwargs: Any) -> nn.Module:
     """timm's patch embedding behind a stem of 3×3 convolutions with one-group group norms.
 
     Args:
@@ -75,10 +74,10 @@ def conv_stem_embed(in_chans: int, widths: Sequence[int], **kwargs: Any) -> Hybr
         layer = nn.Sequential()
         stride = 2 if width > before else 1
         layer.add_module("conv", nn.Conv2d(before or in_chans, width, 3, stride, padding=1, bias=False, **dd))
-        layer.add_module("norm", GroupNorm1(width, **dd))
+        layer.add_module("norm", timm_layers.GroupNorm1(width, **dd))
         stem.append(layer)
         before = width
-    return HybridEmbed(stem, in_chans=in_chans, **kwargs)
+    return timm_layers.HybridEmbed(stem, in_chans=in_chans, **kwargs)
 
 
 def flatten_patches(model: Any) -> None:

@@ -1,8 +1,8 @@
 """Where a module's output has its channels: formats change inside networks."""
 
-from timm import layers
 from torch import Tensor, nn
 
+from .._compat import timm_layers as layers
 from .norms import UncentredBatchNorm2d
 
 __all__ = ["channel_axis"]

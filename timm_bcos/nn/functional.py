@@ -8,10 +8,10 @@ it, and why `torch.fx` traces it as one node.
 
 import torch
 import torch.nn.functional as F
-from timm.layers import pad_same
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
+from .._compat import timm_layers
 from ..errors import InputError
 
 __all__ = [
@@ -23,6 +23,9 @@ __all__ = [
     "shifted_activation",
     "to_logits",
 ]
+
+
+pad_same = timm_layers.pad_same
 
 
 def encode_image(image: Tensor, in_chans: int) -> Tensor:

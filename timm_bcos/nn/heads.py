@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 
+from .._compat import timm_layers
 from ..nn.functional import to_logits
 from .layers import BcosConv2d, BcosLinear
 
@@ -27,6 +27,8 @@ class BcosConvClassifier(BcosConv2d):
     Shape: (N, in_features, H, W) to (N, K).
     """
 
+    __jit_unused_properties__ = ("in_features", "out_features")
+
     def __init__(
         self, in_features: int, num_classes: int, *, temperature: float = 1.0, logit_bias: float = 0.0,
         pool: bool = True, **kwargs: Any,
@@ -35,6 +37,16 @@ class BcosConvClassifier(BcosConv2d):
         self.temperature = float(temperature)
         self.logit_bias = float(logit_bias)
         self.pool = pool
+
+    @property
+    def in_features(self) -> int:
+        """As of the linear layer that it stands for."""
+        return self.in_channels
+
+    @property
+    def out_features(self) -> int:
+        """Likewise, K."""
+        return self.out_channels
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.respond(x)  # (N, K, H, W)
@@ -66,7 +78,7 @@ class BcosLinearClassifier(BcosLinear):
         return super().extra_repr() + f", temperature={self.temperature:g}, logit_bias={self.logit_bias:.4g}"
 
 
-class BcosPool2d(SelectAdaptivePool2d):
+class BcosPool2d(timm_layers.SelectAdaptivePool2d):  # type: ignore[misc]
     """timm's global pooling, which lets feature maps through while the classifier after it pools by itself.
 
     Attributes:
@@ -78,7 +90,7 @@ class BcosPool2d(SelectAdaptivePool2d):
         self.deferred = False
 
     @classmethod
-    def from_pool(cls, pool: SelectAdaptivePool2d) -> "BcosPool2d":
+    def from_pool(cls, pool: Any) -> "BcosPool2d":
         """Adopt the settings of timm's pooling layer."""
         size = getattr(pool.pool, "output_size", 1)
         new = cls(size, pool_type=pool.pool_type, flatten=isinstance(pool.flatten, nn.Flatten))

@@ -4,15 +4,15 @@ Paper: Making Convolutional Networks Shift-Invariant Again, https://arxiv.org/ab
 """
 
 import torch
-from timm.layers import BlurPool2d
 from torch import Tensor
 
+from .._compat import timm_layers
 from .functional import low_pass
 
 __all__ = ["LowPass2d"]
 
 
-class LowPass2d(BlurPool2d):
+class LowPass2d(timm_layers.BlurPool2d):  # type: ignore[misc]
     """timm's binomial filter [1, 2, 1] / 4 over height and width, for maps of any size.
 
     It removes the highest frequency, of period 2, and halves the one of period 4.

@@ -3,33 +3,34 @@
 Paper: B-cos Alignment for Inherently Interpretable CNNs and Vision Transformers (TPAMI 2024),
 https://arxiv.org/abs/2306.10898, section 3.3. torch's other norms need no class of their own: explanation mode treats
 their statistics as constants (`timm_bcos.dynamic`), and subtracting a mean over the features of x itself is linear.
+
+The classes are subclasses of torch's and timm's batch norms, so that whatever looks for those finds them: freezing,
+`torch.optim.swa_utils.update_bn`, Lightning, transformers. What such tools read, a mean and a bias, is there, and 0.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from typing_extensions import Self
 
+from .._compat import private, timm_layers
 from .deviation import divide_by_deviation
+from .synchronized import divide_by_shared_deviation, is_shared
 
 __all__ = ["UncentredBatchNorm1d", "UncentredBatchNorm2d", "UncentredBatchNormAct2d"]
 
+CENTRED = ("running_mean", "bias")  # what uncentred norms lack, in the state dicts of others
 
-class UncentredBatchNorm2d(nn.Module):
-    """Batch norm without its additive parts: y = weight · x / sqrt(var + eps).
 
-    `var` is the *centred* variance of the batch (biased) in training and the running one in evaluation. It is no
-    subclass of torch's batch norm on purpose: `convert_sync_batchnorm` would silently replace it by a centred one.
+class _UncentredBatchNorm(private.BatchNorm):  # type: ignore[misc]
+    """What the norms below have in common; see `UncentredBatchNorm2d`."""
 
-    Args:
-        num_features: Channels C.
-        eps: Added to the variance.
-        momentum: Weight of the new batch in the running variance; None averages all batches, as in torch.
-
-    Shape: (N, C, H, W) to the same.
-    """
-
+    running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
+    __jit_unused_properties__ = ("bias",)
 
     def __init__(
         self,
@@ -39,66 +40,133 @@ class UncentredBatchNorm2d(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # torch's norms would register a bias
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
+        self.affine = True
+        self.track_running_stats = True
+        self.is_synchronized = False
+        self.process_group: ProcessGroup | None = None
         self.weight = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
+        zeros = torch.zeros(num_features, device=device, dtype=dtype)
+        self.register_buffer("running_mean", zeros, persistent=False)
         self.register_buffer("running_var", torch.ones(num_features, device=device, dtype=dtype))
         self.register_buffer("num_batches_tracked", torch.tensor(0, device=device, dtype=torch.long))
 
     @classmethod
-    def from_batch_norm(cls, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> Self:
-        """Adopt the weight and the running statistics of a batch norm; its bias is left behind."""
+    def from_batch_norm(cls, norm: Any) -> Self:
+        """Adopt the weight and the running statistics of a batch norm; its bias and its mean are left behind."""
         new = cls(norm.num_features, norm.eps, norm.momentum, device="meta")  # no storage: everything is adopted
         for name in ("weight", "running_var", "num_batches_tracked"):
             setattr(new, name, getattr(norm, name))
+        new.running_mean = torch.zeros_like(new.running_var)
+        new.is_synchronized = isinstance(norm, nn.SyncBatchNorm)
+        new.process_group = getattr(norm, "process_group", None)
         return new.train(norm.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.normalize(x)
+    @property
+    def bias(self) -> nn.Parameter:  # type: ignore[override]
+        """Zeros, which nothing reads but tools that copy a norm. No parameter of this module."""
+        return nn.Parameter(torch.zeros_like(self.weight), requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.normalize(input)
 
     def normalize(self, x: Tensor) -> Tensor:
         """The norm itself; a method of its own because TorchScript has no `super()`."""
-        if not self.training:
-            return x * (self.weight * (self.running_var + self.eps).rsqrt()).reshape(1, -1, 1, 1).to(x.dtype)
-        return self.normalize_batch(x)
+        if x.dim() != 4:  # feature vectors (N, C), sequences (N, C, L)
+            return self.normalize_maps(x.reshape(x.shape[0], x.shape[1], -1, 1)).reshape(x.shape)
+        return self.normalize_maps(x)
 
-    @torch.jit.unused  # TorchScript serves inference
+    def normalize_maps(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same."""
+        if self.training and not torch.jit.is_scripting():
+            return self.normalize_batch(x)
+        var = self.running_var
+        if self.training:
+            var = x.var([0, 2, 3], unbiased=False)
+            self.follow(var.detach())
+        return x * (self.weight * (var + self.eps).rsqrt()).reshape(1, -1, 1, 1).to(x.dtype)
+
+    @torch.jit.unused
     def normalize_batch(self, x: Tensor) -> Tensor:
         """Normalise by the batch's own variance, and let the running one follow."""
-        y, var = divide_by_deviation(x, self.weight, self.eps)
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            new = var.to(self.running_var.dtype)
-            if self.momentum is None:
-                self.running_var.lerp_(new, 1 / self.num_batches_tracked.to(new.dtype))
-            else:
-                self.running_var.lerp_(new, self.momentum)
+        if self.is_synchronized and is_shared(self.process_group):
+            y, var = divide_by_shared_deviation(x, self.weight, self.eps, self.process_group)
+        else:
+            y, var = divide_by_deviation(x, self.weight, self.eps)
+        self.follow(var)
         return y
+
+    def follow(self, var: Tensor) -> None:
+        """Let the running variance follow that of a batch, which carries no gradient."""
+        if not self.track_running_stats:
+            return
+        self.num_batches_tracked.add_(1)
+        new = var.to(self.running_var.dtype)
+        momentum = self.momentum
+        if momentum is None:
+            self.running_var.lerp_(new, 1 / self.num_batches_tracked.to(new.dtype))
+        else:
+            self.running_var.lerp_(new, momentum)
 
     def reset_running_stats(self) -> None:
         """Forget all batches."""
+        self.init_non_persistent_buffers()
         self.running_var.fill_(1)
         self.num_batches_tracked.zero_()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Make anew what no state dict holds, after `to_empty`."""
+        self.running_mean.zero_()
 
     def reset_parameters(self) -> None:
         """Begin anew, as torch's batch norms do."""
         self.reset_running_stats()
         nn.init.ones_(self.weight)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """A norm that was frozen when it was saved has a mean and a bias of 0."""
+        for name in CENTRED:
+            value = state_dict.get(prefix + name)
+            if value is not None and not value.is_meta and not value.any():
+                del state_dict[prefix + name]
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+
     def extra_repr(self) -> str:
-        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}"
+        synchronized = ", is_synchronized=True" if self.is_synchronized else ""
+        return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}{synchronized}"
 
 
-class UncentredBatchNorm1d(UncentredBatchNorm2d):
+class UncentredBatchNorm2d(_UncentredBatchNorm, nn.BatchNorm2d):  # type: ignore[misc,override]
+    """Batch norm without its additive parts: y = weight · x / sqrt(var + eps).
+
+    `var` is the *centred* variance of the batch (biased) in training and the running one in evaluation.
+
+    Tools that put a norm of their own in its place get a `running_mean` and a `bias` of 0. A frozen norm then computes
+    the same. torch's trainable and synchronised norms would begin to subtract means: a converted network makes them
+    uncentred again when it is trained (`timm_bcos.conversion.converted`).
+
+    Args:
+        num_features: Channels C.
+        eps: Added to the variance.
+        momentum: Weight of the new batch in the running variance; None averages all batches, as in torch.
+
+    Attributes:
+        track_running_stats: False lets the running variance stay as it is, as Lightning freezes norms.
+        is_synchronized: Whether the variance is that of all processes' batches (`torch.nn.SyncBatchNorm`).
+        process_group: Of these processes; None for all.
+
+    Shape: (N, C, ...) to the same.
+    """
+
+
+class UncentredBatchNorm1d(_UncentredBatchNorm, nn.BatchNorm1d):  # type: ignore[misc,override]
     """The same for feature vectors (N, C) and sequences (N, C, L)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.normalize(x.reshape(x.shape[0], x.shape[1], -1, 1)).reshape(x.shape)
 
-
-class UncentredBatchNormAct2d(UncentredBatchNorm2d):
+class UncentredBatchNormAct2d(UncentredBatchNorm2d, timm_layers.BatchNormAct2d):  # type: ignore[misc]
     """Uncentred batch norm with timm's drop and activation layers behind it (`timm.layers.BatchNormAct2d`)."""
 
     def __init__(
@@ -109,5 +177,5 @@ class UncentredBatchNormAct2d(UncentredBatchNorm2d):
         self.drop: nn.Module = nn.Identity()
         self.act: nn.Module = nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.drop(self.normalize(x)))
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(self.drop(self.normalize(input)))

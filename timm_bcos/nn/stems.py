@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import has_torch_function_unary
 
-from .factory import Factory
+from .factory import Factory, buffer_device
 from .functional import encode_image, scale_and_offset
 from .input_norms import with_squares
 from .layers import BcosConv2d
@@ -44,16 +44,21 @@ class BcosStem(BcosConv2d):
         super().__init__(2 * image_channels, *args, **kwargs)
         self.image_channels = image_channels
         self.normalize_input = mean is not None and std is not None
-        if mean is None or std is None:
-            mean, std = (0.0,), (1.0,)
-        self._set_normalization(torch.as_tensor(mean, dtype=torch.float64), torch.as_tensor(std, dtype=torch.float64))
+        self.statistics = _statistics(mean, std) if self.normalize_input else _statistics(None, None)
+        for name in ("input_scale", "input_offset"):
+            empty = self.weight.new_empty(2 * image_channels, 1, 1, device=buffer_device(self.weight))
+            self.register_buffer(name, empty, persistent=False)
+        self.init_non_persistent_buffers()
 
-    def _set_normalization(self, mean: Tensor, std: Tensor) -> None:
-        mean, std = (v.expand(self.image_channels).to(self.weight) for v in (mean, std))
-        scale = (1 / std).repeat(2).reshape(-1, 1, 1)
-        offset = -torch.cat([mean, 1 - mean]).reshape(-1, 1, 1) * scale
-        self.register_buffer("input_scale", scale, persistent=False)
-        self.register_buffer("input_offset", offset, persistent=False)
+    @torch.jit.unused
+    @torch.no_grad()
+    def init_non_persistent_buffers(self) -> None:
+        """Make anew what no state dict holds, after `to_empty`; timm's convention."""
+        mean = _per_channel(self.statistics["mean"] or (0.0,), self.image_channels)
+        std = _per_channel(self.statistics["std"] or (1.0,), self.image_channels)
+        scale = (1 / std).repeat(2)
+        self.input_scale.copy_(scale.reshape(-1, 1, 1))
+        self.input_offset.copy_((-torch.cat([mean, 1 - mean]) * scale).reshape(-1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         encoded = encode_image(x, self.image_channels)
@@ -110,11 +115,20 @@ class ImageReader(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.image_channels = image_channels
-        per_channel = Factory(device=device, dtype=dtype)
-        scale = 1 / torch.tensor(std or (1.0,), **per_channel).expand(image_channels)
-        offset = (1 - 2 * torch.tensor(mean or (0.5,), **per_channel).expand(image_channels)) * scale / 2
-        self.register_buffer("scale", scale.reshape(-1, 1, 1).clone(), persistent=False)
-        self.register_buffer("offset", offset.reshape(-1, 1, 1).clone(), persistent=False)
+        self.statistics = _statistics(mean, std)
+        for name in ("scale", "offset"):
+            empty = torch.empty(image_channels, 1, 1, **Factory(device=device, dtype=dtype))
+            self.register_buffer(name, empty, persistent=False)
+        self.init_non_persistent_buffers()
+
+    @torch.jit.unused
+    @torch.no_grad()
+    def init_non_persistent_buffers(self) -> None:
+        """Make anew what no state dict holds, after `to_empty`; timm's convention."""
+        mean = _per_channel(self.statistics["mean"] or (0.5,), self.image_channels)
+        std = _per_channel(self.statistics["std"] or (1.0,), self.image_channels)
+        self.scale.copy_((1 / std).reshape(-1, 1, 1))
+        self.offset.copy_(((0.5 - mean) / std).reshape(-1, 1, 1))
 
     @property
     def weight(self) -> Tensor:
@@ -124,6 +138,19 @@ class ImageReader(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         image, complement = encode_image(x, self.image_channels).chunk(2, dim=1)
         return (image - complement) * (self.scale / 2) + self.offset
+
+
+Statistics = dict[str, tuple[float, ...] | None]
+
+
+def _statistics(mean: Sequence[float] | None, std: Sequence[float] | None) -> Statistics:
+    """As numbers, which outlast the meta device."""
+    given = dict(mean=mean, std=std)
+    return {name: None if values is None else tuple(map(float, values)) for name, values in given.items()}
+
+
+def _per_channel(values: Sequence[float], channels: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device="cpu").expand(channels)
 
 
 def image_channels(model: nn.Module) -> int | None:

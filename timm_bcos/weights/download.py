@@ -6,8 +6,8 @@ from http.client import HTTPException
 from pathlib import Path
 
 import torch
-from timm.models._hub import get_cache_dir
 
+from .._compat import private
 from ..errors import CheckpointError
 from ..files import first_line, sha256
 
@@ -34,7 +34,7 @@ def download(url: str | tuple[str, str], cache_dir: str | Path | None = None) ->
         CheckpointError: Without network, or for a file with other contents, which is removed.
     """
     address, name = (url, url.rpartition("/")[2]) if isinstance(url, str) else url
-    path = Path(cache_dir or get_cache_dir()) / name
+    path = Path(cache_dir or private.get_cache_dir()) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         _logger.info("Downloading %s to %s", address, path)

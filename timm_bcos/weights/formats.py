@@ -13,6 +13,7 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from ..conversion.settings import is_settings
 from ..nn.activations import ShiftedActivation
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
 from ..nn.layers import BcosConv2d, BcosLinear
@@ -96,16 +97,18 @@ def convert_official_weights(state_dict: StateDict, model: nn.Module) -> StateDi
     Returns:
         A state dict in our format; names that nothing is known about stay as they are.
     """
-    own = model.state_dict()
+    settings = {name: value for name, value in state_dict.items() if is_settings(name)}
+    state_dict = {name: value for name, value in state_dict.items() if name not in settings}
+    own = {name: value for name, value in model.state_dict().items() if not is_settings(name)}
     if state_dict.keys() == own.keys():
-        return state_dict
+        return state_dict | settings
     is_nine_layers = all(re.fullmatch(r"\d\.(linear\.)?weight", name) for name in state_dict)
     family = NINE_LAYERS if is_nine_layers else next((f for f in FAMILIES if f.ours in own), Family(""))
     weights = {_rename(name, family): value for name, value in _strip(state_dict, own, is_nine_layers).items()}
     if family.ordered is not None:
         weights = _match_in_order(weights, own, *family.ordered)
     weights = {name: _reshape(value, own[name]) if name in own else value for name, value in weights.items()}
-    return {name: value for name, value in own.items() if name.endswith(COUNTER)} | weights
+    return {name: value for name, value in own.items() if name.endswith(COUNTER)} | weights | settings
 
 
 COUNTER = "num_batches_tracked"
@@ -173,6 +176,8 @@ def convert_plain_weights(state_dict: StateDict, model: nn.Module) -> StateDict:
     """
     stems = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, BcosStem)}
     own = model.state_dict()
+    if any(map(is_settings, state_dict)):
+        return state_dict
     if all(key not in state_dict or state_dict[key].shape == own[key].shape for key in stems):
         return state_dict
     layers = {name: m for name, m in model.named_modules() if isinstance(m, BcosConv2d | BcosLinear)}

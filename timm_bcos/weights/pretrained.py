@@ -1,21 +1,24 @@
 """Pretrained weights: from wherever a timm cfg says, verified, read safely, and refused with a reason."""
 
 import logging
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from timm.models import load_state_dict_from_hf
-from timm.models._hub import load_state_dict_from_path
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from .._compat import private
+from ..conversion.places import name_in_backbone
+from ..conversion.settings import contradictions, in_words, is_settings
+from ..errors import CheckpointError, NotFineTunedWarning
 from ..files import first_line
 from .download import BY_HAND, download
 from .formats import adapt_image_channels, classifier_names
 from .readers import load_exactly, read_state_dict
 
-__all__ = ["load_pretrained"]
+__all__ = ["fill_backbone", "load_pretrained"]
 
 _logger = logging.getLogger(__name__)
 
@@ -27,6 +30,7 @@ def load_pretrained(
     cfg: dict[str, Any],
     convert: Callable[[StateDict, nn.Module], StateDict],
     cache_dir: str | Path | None = None,
+    changed: Collection[str] = (),
 ) -> None:
     """Load what a pretrained cfg points at; a classifier for other classes than the cfg's stays fresh.
 
@@ -35,9 +39,11 @@ def load_pretrained(
         cfg: timm's pretrained cfg, as a dict.
         convert: Turns other formats into the model's.
         cache_dir: Where downloads go; None for torch's and the Hugging Face Hub's caches.
+        changed: Settings that the user has chosen for this network: other ones of the weights are no mistake then, but
+            the beginning of a training.
 
     Raises:
-        CheckpointError: If nothing can be had, verified or read, or it is of another network.
+        CheckpointError: If nothing can be had, verified or read, or it is of another network or another function.
     """
     source, weights = _read(cfg, cache_dir)
     image_channels = (cfg.get("input_size") or (3,))[0]
@@ -45,7 +51,24 @@ def load_pretrained(
     if model.num_classes == 0:
         weights = _without_head(weights, model, cfg.get("classifier"))
     fresh = set() if model.num_classes == cfg.get("num_classes") else _heads_of_other_size(weights, model)
-    load_exactly(model, {key: value for key, value in weights.items() if key not in fresh}, source, fresh)
+    weights = {key: value for key, value in weights.items() if key not in fresh}
+    load_exactly(model, _allow(weights, model, changed, source), source, fresh)
+
+
+def _allow(weights: StateDict, model: Any, changed: Collection[str], source: str) -> StateDict:
+    """The weights without their settings, if those differ only where the user has chosen so; that is told."""
+    found = contradictions(model, model.bcos_config, weights)
+    chosen = {*changed, *(("gamma",) if "gamma_scale" in changed else ())}
+    if not found or any(one.name not in chosen for one in found):
+        return weights
+    theirs, own = in_words(found, "theirs"), in_words(found, "own")
+    warnings.warn(
+        f"{source} was trained with {theirs}: with {own} it is another function, whose predictions are not those of "
+        f"the weights: fine-tune it",
+        NotFineTunedWarning,
+        stacklevel=2,
+    )
+    return {name: value for name, value in weights.items() if not is_settings(name)}
 
 
 def _without_head(weights: StateDict, model: nn.Module, names: str | tuple[str, ...] | None) -> StateDict:
@@ -60,11 +83,27 @@ def _heads_of_other_size(weights: StateDict, model: nn.Module) -> set[str]:
     return {key for key in keys & own.keys() & weights.keys() if weights[key].shape != own[key].shape}
 
 
+def fill_backbone(backbone: nn.Module, network: nn.Module) -> None:
+    """Give one of timm's feature backbones the weights of the whole network, whose layers are called otherwise there.
+
+    Raises:
+        CheckpointError: If the network lacks some.
+    """
+    own = backbone.state_dict()
+    found = {
+        name_in_backbone(name, own): value for name, value in network.state_dict().items() if not is_settings(name)
+    }
+    missing = [name for name in own if name not in found and not is_settings(name)]
+    if missing:
+        raise CheckpointError(f"the whole {type(network).__name__} has no {missing[0]!r}, which its backbone needs")
+    backbone.load_state_dict({name: value for name, value in found.items() if name in own})
+
+
 def _read(cfg: dict[str, Any], cache_dir: str | Path | None) -> tuple[str, StateDict]:
     """The weights, and their source in words; which source counts is timm's order."""
     origin, file, hub_id = cfg.get("source"), cfg.get("file"), cfg.get("hf_hub_id")
     if origin == "local-dir":
-        return str(file), _told(str(file), lambda: load_state_dict_from_path(str(file)))
+        return str(file), _told(str(file), lambda: private.load_state_dict_from_path(str(file)))
     if origin != "hf-hub" and cfg.get("state_dict"):
         return "the given state dict", cfg["state_dict"]
     if origin != "hf-hub" and file:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..conversion.converted import BcosModel
+from ..conversion.settings import is_settings, refuse_contradictions
 from ..errors import CheckpointError
 from ..files import first_line
 from .formats import convert_official_weights, convert_plain_weights
@@ -35,7 +37,12 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         if value.layout != torch.strided or value.is_meta or value.is_quantized:
             kind = "a meta tensor, without values" if value.is_meta else f"a {value.layout} {value.dtype} tensor"
             raise CheckpointError(f"{path} has {name!r} as {kind}: save plain dense tensors")
-    return {name.removeprefix("module."): value for name, value in content.items()}
+    return {_without_wrappers(name): value for name, value in content.items()}
+
+
+def _without_wrappers(name: str) -> str:
+    """Without what DataParallel and torch.compile, of the network or of parts of it, put into names."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
 def _is_named_tensor(item: tuple[object, object]) -> bool:
@@ -109,6 +116,8 @@ def load_state(model: nn.Module, weights: dict[str, Tensor], source: str) -> Non
     Raises:
         CheckpointError: If a name or shape differs, naming the first.
     """
+    names = {_without_wrappers(name): name for name in model.state_dict()}  # of the model, which may be compiled itself
+    weights = {names.get(name, name): value for name, value in weights.items()}
     try:
         converted = convert_plain_weights(convert_official_weights(weights, model), model)
     except (IndexError, RuntimeError, ValueError) as error:  # names that fit, and shapes that do not
@@ -128,10 +137,14 @@ def load_exactly(model: nn.Module, weights: dict[str, Tensor], source: str, fres
         fresh: Names that may be missing, and keep their initial values.
 
     Raises:
-        CheckpointError: Naming the first difference.
+        CheckpointError: Naming the first difference, or the settings if weights are of another function.
     """
+    if isinstance(model, BcosModel):
+        refuse_contradictions(model, model.bcos_config, weights, source=source)
     own, kind = model.state_dict(), type(model).__name__
     for name, value in own.items():
+        if is_settings(name):
+            continue  # which older files lack
         # files written before torch 0.4.1 lack the counters of batch norms
         if name in fresh or (name not in weights and name.endswith("num_batches_tracked")):
             continue
@@ -141,7 +154,7 @@ def load_exactly(model: nn.Module, weights: dict[str, Tensor], source: str, fres
             found, wanted = tuple(weights[name].shape), tuple(value.shape)
             raise CheckpointError(f"{source} has {name!r} of shape {found}, this {kind} needs {wanted}")
         _refuse_wrong_numbers(weights[name], value, f"{source} has {name!r}")
-    unknown = [name for name in weights if name not in own]
+    unknown = [name for name in weights if name not in own and not is_settings(name)]
     if unknown:
         raise CheckpointError(f"{source} has {unknown[0]!r}, which this {kind} does not know: another architecture?")
     model.load_state_dict(weights, strict=False)

@@ -1,0 +1,102 @@
+"""What this package uses of other libraries' insides, in one place, and what becomes of it where it is missing.
+
+timm, torch and captum rename, move and remove what is not documented, and timm its layers too. An import of such a name
+would let all of this package fail with it, and, since `import timm` imports our networks, timm as well. So every such
+name is looked up here. What the installed version lacks is replaced by a stand-in: a class that nothing is an instance
+of, and that says what is missing when it is called. Whatever does not need it goes on working.
+"""
+
+import importlib
+import importlib.metadata
+from functools import cache
+from typing import Any, NoReturn
+
+from torch import nn
+
+from .errors import MissingError
+
+__all__ = ["Library", "find", "private", "timm_layers", "timm_models"]
+
+
+def find(name: str) -> Any:
+    """A class or function of another library.
+
+    Args:
+        name: Qualified, 'timm.layers.LayerNorm2d'.
+
+    Returns:
+        It, or a stand-in.
+    """
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError):
+        return _stand_in(name)
+
+
+@cache
+def _stand_in(name: str) -> type[nn.Module]:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        library = name.partition(".")[0]
+        raise MissingError(
+            f"{library} {_version(library)} has no {name}, which is needed here: install another version of {library}, "
+            f"or report this to timm_bcos"
+        )
+
+    return type(name.rpartition(".")[2], (nn.Module,), {"__init__": refuse, "__module__": __name__})
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+class Library:
+    """A module of another library whose attributes are always there: see `find`.
+
+    Examples:
+        >>> Library("timm.layers").LayerNorm2d
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return find(f"{self._name}.{name}")
+
+
+timm_layers: Any = Library("timm.layers")
+timm_models: Any = Library("timm.models")
+
+
+class _Private:
+    """Names that their libraries do not document, looked up when they are asked for: see `PRIVATE`."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in PRIVATE:
+            raise AttributeError(name)
+        return find(PRIVATE[name])
+
+
+# The private ones, by what they are called here.
+PRIVATE = {
+    "checkpoint": "timm.models._manipulate.checkpoint",
+    "checkpoint_seq": "timm.models._manipulate.checkpoint_seq",
+    "FeatureGetterNet": "timm.models._features.FeatureGetterNet",
+    "feature_take_indices": "timm.models._features.feature_take_indices",
+    "get_cache_dir": "timm.models._hub.get_cache_dir",
+    "load_model_config_from_path": "timm.models._hub.load_model_config_from_path",
+    "load_state_dict_from_path": "timm.models._hub.load_state_dict_from_path",
+    "BatchNorm": "torch.nn.modules.batchnorm._BatchNorm",
+    "make_fx": "torch.fx.experimental.proxy_tensor.make_fx",
+    "tree_leaves": "torch.utils._pytree.tree_leaves",
+    "WeakIdKeyDictionary": "torch.utils.weak.WeakIdKeyDictionary",
+    "register_backward_hook": "captum._utils.common._register_backward_hook",
+    "deep_lift_nonlinear": "captum.attr._core.deep_lift.nonlinear",
+}
+
+private: Any = _Private()
