@@ -142,6 +142,8 @@ RULES = RuleTable({
         timm.layers.RmsNorm2d timm.layers.SimpleNorm timm.layers.SimpleNorm2d
         timm.models.metaformer.GroupNorm1NoBias timm.models.metaformer.LayerNorm2dNoBias
         timm.models.metaformer.LayerNormNoBias torchvision.models.convnext.LayerNorm2d
+        transformers.models.convnext.modeling_convnext.ConvNextLayerNorm
+        transformers.models.convnextv2.modeling_convnextv2.ConvNextV2LayerNorm
         """,
     ),
     **dict.fromkeys((*WIDE_NORMS,), to.replace_norm),
@@ -167,7 +169,10 @@ RULES = RuleTable({
         torch.nn.Hardswish torch.nn.ELU torch.nn.GELU torch.nn.Tanh timm.layers.GELU timm.layers.GELUTanh
         timm.layers.QuickGELU timm.layers.Swish timm.layers.Tanh timm.layers.Mish timm.layers.HardSwish
         timm.layers.HardMish timm.layers.PReLU torch.nn.CELU torch.nn.SELU torch.nn.Softplus torch.nn.Hardtanh
-        torch.nn.Softsign timm.models.nfnet.GammaAct
+        torch.nn.Softsign timm.models.nfnet.GammaAct torch.nn.RReLU transformers.activations.GELUActivation
+        transformers.activations.NewGELUActivation transformers.activations.FastGELUActivation
+        transformers.activations.QuickGELUActivation transformers.activations.SiLUActivation
+        transformers.activations.MishActivation transformers.activations.GELUTanh
         """,
     ),
     **_named(to.replace_activation_with_offset, "timm.models.metaformer.StarReLU"),
@@ -230,6 +235,19 @@ RULES = RuleTable({
         timm.models.swiftformer.LayerScale2d timm.models.metaformer.Scale timm.models.efficientvim.EfficientViM
         timm.models.efficientvim.EfficientViMDistilled timm.models.efficientvim.HSMSSD
         timm.models.swiftformer.EfficientAdditiveAttention
+        """,
+    ),
+    # of transformers: scales, stochastic depth, positions
+    **_named(
+        keep,
+        """
+        transformers.models.dinov2.modeling_dinov2.Dinov2LayerScale
+        transformers.models.dinov2.modeling_dinov2.Dinov2DropPath
+        transformers.models.swin.modeling_swin.SwinDropPath
+        transformers.models.swin.modeling_swin.SwinRelativePositionBias
+        transformers.models.convnext.modeling_convnext.ConvNextDropPath
+        transformers.models.convnextv2.modeling_convnextv2.ConvNextV2DropPath
+        transformers.models.beit.modeling_beit.BeitDropPath
         """,
     ),
     # what gives attention its positions
