@@ -170,7 +170,7 @@ def localisation(
         model: A B-cos network or a plain timm model, in eval mode; or one that is `Disconnected`.
         dataset: What the grid's indices are of.
         grid: From `sample_grids`.
-        method: Of `timm_bcos.attribution.METHODS`.
+        method: Of `timm_bcos.attribution.registry.METHODS`.
         smooth: Windows, as in `cell_shares`; the maps are made once for all.
         options: Of `attribute`.
 
