@@ -1,6 +1,8 @@
 """What bounds the memory of attribution methods: few pixels in a pass, and cosines that are not kept for backward."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +33,12 @@ class RecomputedCosines(TorchFunctionMode):
         self,
         func: Callable[..., object],
         types: Sequence[type],
-        args: Sequence[object] = (),
-        kwargs: dict[str, object] | None = None,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> object:
         given = kwargs or {}
         needs_graph = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
         if func is scale_by_cosine and needs_graph:
-            return checkpoint(func, *args, use_reentrant=False, preserve_rng_state=False, **given)
+            run = partial(func, **given)
+            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
         return func(*args, **given)
