@@ -16,7 +16,7 @@ from .config import BcosConfig
 from .hooks import has_hooks, has_state_hooks
 from .places import Places
 from .positions import PositionedQkv, Positions, attention_paths
-from .problems import computed_weight_problem, config_problems, several_inputs, wrapper_problem
+from .problems import computed_weight_problem, config_problems, reads_no_image, several_inputs, wrapper_problem
 from .rules import ADVICE, Rule, is_container, keep, keep_whole
 
 __all__ = ["FOLDING", "Plan", "plan_conversion"]
@@ -65,7 +65,7 @@ def plan_conversion(model: nn.Module, config: BcosConfig, rules: Rules) -> Plan:
     network = found.by_path[""]
     is_read = any(isinstance(m, BcosStem | ImageReader) for m in found.modules())
     problems = [*config_problems(model, config), *places.problems, *found.problems]
-    problems += [] if is_read else several_inputs(network)
+    problems += [] if is_read else [*several_inputs(network), *reads_no_image(model, places.channels)]
     positions = _plan_positions(model, config, found, problems)
     if problems:
         raise UnsupportedModuleError(problems)
