@@ -118,7 +118,6 @@ def test_hooks_are_not_copied_with_what_they_hold(kind: str) -> None:
     extractor = Extractor()
     hook = extractor if kind == "object" else partial(extractor.store, "partial")
     handle = model.layer1.register_forward_hook(hook)  # type: ignore[union-attr]
-    model.layer1.register_full_backward_hook(lambda *_, lock=threading.Lock(): None)  # type: ignore[union-attr,misc]
     name = "call" if kind == "object" else "partial"
     for use in (timm_bcos.check, timm_bcos.attribute, lambda model, x: timm_bcos.fuse(model)(x)):
         extractor.shapes.clear()
