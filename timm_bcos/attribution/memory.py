@@ -13,13 +13,20 @@ from ..nn.cosine import scale_by_cosine
 
 __all__ = ["RecomputedCosines", "images_at_once"]
 
-# Nine images of 224 × 224, or one 3×3 grid of such images. The default model's gradient takes about 1 GB for as many.
-PIXELS_AT_ONCE = 672 * 672
+# Pixels of a pass. With a graph: nine images of 224 × 224, or one 3×3 grid of such images.
+WITH_GRAPH = 672 * 672
+WITHOUT_GRAPH = 32 * 224 * 224
 
 
-def images_at_once(x: Tensor) -> int:
-    """How many images of the size of x (N, C, H, W) a pass takes, so that memory does not grow with their size."""
-    return max(PIXELS_AT_ONCE // (x.shape[-2] * x.shape[-1]), 1)
+def images_at_once(x: Tensor, has_graph: bool = True) -> int:
+    """How many images of the size of x (N, C, H, W) a pass takes, so that memory does not grow with their size.
+
+    Args:
+        x: Images.
+        has_graph: Whether the pass is differentiated.
+    """
+    pixels = WITH_GRAPH if has_graph else WITHOUT_GRAPH
+    return max(pixels // (x.shape[-2] * x.shape[-1]), 1)
 
 
 class RecomputedCosines(TorchFunctionMode):

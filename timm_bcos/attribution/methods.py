@@ -19,6 +19,7 @@ from ..errors import MethodError, ModelStateError
 from ..explaining.forward import explain, explain_targets
 from ..nn.channels import channel_axis
 from ..nn.modules import first_output, hooked
+from .deep_lift import multiplied_contributions
 from .memory import images_at_once
 from .registry import Subject, check_counts, register
 
@@ -104,8 +105,7 @@ def integrated_gradients(subject: Subject, x: Tensor, targets: Tensor, *, n_step
 @register("deeplift")
 def deep_lift(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
     """DeepLIFT from a baseline of zeros: the rescale rule for activations, the gradient for B-cos layers and norms."""
-    method = _library(".hooked_methods").DeepLiftOfActivations(subject, ELEMENTWISE)
-    return method.attribute(subject.leaf(x), target=targets).sum(1)
+    return multiplied_contributions(subject, subject.leaf(x), targets, ELEMENTWISE).sum(1)
 
 
 @register("smoothgrad")
@@ -185,7 +185,7 @@ def lime(
     masks[0] = 1
     answers = [
         subject.probability(torch.where(some[:, segments].bool()[:, None], x[0], background))[:, targets]
-        for some in masks.split(images_at_once(x))
+        for some in masks.split(images_at_once(x, has_graph=False))
     ]
     weights: Tensor = superpixels.local_weights(masks, torch.cat(answers), features)
     return weights[:, segments].to(x)
@@ -200,7 +200,7 @@ def rise(subject: Subject, x: Tensor, targets: Tensor, *, masks: int = 500, cell
     total = torch.zeros_like(x[:, 0])
     for start in range(0, masks, 32):
         some = rise_masks(min(32, masks - start), cells, p, x.shape[-2:], subject.generator).to(x)
-        parts = some.split(images_at_once(x))
+        parts = some.split(images_at_once(x, has_graph=False))
         probability = torch.cat([subject.probability(x[0] * part[:, None]) for part in parts])[:, targets]
         total += torch.einsum("mk,mhw->khw", probability, some)
     return total / (masks * p)
