@@ -247,24 +247,16 @@ def test_deep_lift_passes_max_pooling(pool: nn.Module) -> None:
     torch.testing.assert_close(attribute(model, x, 3, "deeplift").sum((1, 2)), difference)
 
 
-def test_deep_lift_is_captum_s_where_no_window_overlaps() -> None:
-    """And no input is that of the baseline, where captum takes the first image's gradient."""
+def test_deep_lift_is_captum_s_where_nothing_is_tied() -> None:
+    """Neither windows that overlap, nor activations of the baseline that rounding would rank before pooling."""
     captum = pytest.importorskip("captum.attr")
-    layers = (
-        nn.Conv2d(3, 6, 3),
-        nn.Softplus(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(6, 5, 3),
-        nn.ELU(),
-        nn.Flatten(),
-        nn.LazyLinear(4),
-    )
+    layers = nn.Conv2d(3, 6, 3), nn.MaxPool2d(2), nn.Conv2d(6, 5, 3), nn.ELU(), nn.Flatten(), nn.LazyLinear(4)
     model: Any = nn.Sequential(*layers)
     model(torch.zeros(1, 3, 14, 14))
     model.double().eval()
     model.num_classes, model.pretrained_cfg = 4, dict(mean=(0.4,) * 3, std=(0.2,) * 3)
     x = torch.rand(2, 3, 14, 14, dtype=torch.double)
-    expected = captum.DeepLift(model).attribute((x - 0.4) / 0.2, target=3).sum(1)
+    expected = captum.DeepLift(model).attribute(((x - 0.4) / 0.2).requires_grad_(), target=3).sum(1)
     torch.testing.assert_close(attribute(model, x, 3, "deeplift"), expected)
 
 
