@@ -58,7 +58,7 @@ class Grid:
 
 
 def confidences(
-    model: nn.Module, dataset: LabelledImages, *, start: int = 0, batch_size: int = 64, progress: bool = True
+    model: nn.Module, dataset: LabelledImages, *, start: int = 0, batch_size: int = 32, progress: bool = True
 ) -> Iterator[Confidence]:
     """What a model says of every image of a labelled data set, as it comes.
 
