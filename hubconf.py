@@ -5,6 +5,9 @@
 
 from timm_bcos.models.bcos_models import ENTRY_POINTS as _ENTRY_POINTS
 
-dependencies = ["torch", "torchvision", "timm", "huggingface_hub", "safetensors"]
+dependencies = [
+    "timm", "torch", "torchvision", "huggingface_hub", "lazy_loader", "safetensors", "matplotlib", "numpy", "PIL",
+    "tqdm", "typer", "typing_extensions", "wrapt",
+]  # fmt: skip
 
 globals().update(_ENTRY_POINTS)

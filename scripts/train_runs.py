@@ -12,19 +12,24 @@ resumes.
 
 import argparse
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import tomllib
 from timm_training import train
 from tqdm import tqdm
 
 from timm_bcos import InputError
 from timm_bcos.cli.failures import exit_status
 from timm_bcos.judging.settings import remember_settings
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pip install tomli
 
 
 @dataclass(frozen=True)

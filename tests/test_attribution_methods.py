@@ -55,12 +55,12 @@ def test_integrated_gradients_sum_up_to_the_difference(plain: nn.Module) -> None
                                                  ("rise", dict(masks=10))])  # fmt: skip
 @pytest.mark.parametrize("size", [64, 480])
 def test_large_images_pass_few_at_a_time(plain: nn.Module, method: str, options: dict[str, int], size: int) -> None:
-    """As many pixels as 32 images of 224 × 224 have."""
+    """As many pixels as 32 images of 224 × 224 have, or as 9, where gradients are taken."""
     x, seen = real_image(size), []
     handle = plain.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     attribute(plain, x, 1, method, **options)
     handle.remove()
-    assert max(seen) == (10 if size == 64 else 32 * 224**2 // size**2)
+    assert max(seen) == (10 if size == 64 else (9 if method == "ig" else 32) * 224**2 // size**2)
 
 
 def test_deep_lift_sums_up_to_the_difference() -> None:
@@ -213,6 +213,51 @@ def test_smooth_grad_literally(plain: nn.Module) -> None:
         gradients.append(noisy.grad.sum(1))
     found = attribute(plain, x, 1, "smoothgrad", samples=2, stdev=0.2, seed=3)
     torch.testing.assert_close(found, sum(gradients) / 2)
+
+
+def test_deep_lift_literally() -> None:
+    first, second = nn.Linear(12, 9, dtype=torch.double), nn.Linear(9, 2, dtype=torch.double)
+    model: Any = nn.Sequential(nn.Flatten(1), first, nn.SiLU(inplace=True), second).eval()
+    model.num_classes, model.pretrained_cfg = 2, dict(mean=(0.0,) * 3, std=(0.5,) * 3)
+    x = torch.rand(2, 3, 2, 2, dtype=torch.double)
+    expected = torch.zeros(2, 12, dtype=torch.double)
+    for n, target in enumerate((1, 0)):
+        z = x[n].flatten() / 0.5
+        for unit in range(9):
+            before, now = first.bias[unit], first.bias[unit] + first.weight[unit] @ z
+            multiplier = (F.silu(now) - F.silu(before)) / (now - before)
+            expected[n] += (second.weight[target, unit] * multiplier * first.weight[unit] * z).detach()
+    found = attribute(model, x, [1, 0], "deeplift")
+    torch.testing.assert_close(found, expected.reshape(2, 3, 2, 2).sum(1))
+    assert model[2].inplace
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2, ceil_mode=True)])
+def test_deep_lift_passes_max_pooling(pool: nn.Module) -> None:
+    """Overlapping windows, too: contributions sum up to the difference."""
+    layers = nn.Conv2d(3, 6, 3), nn.ReLU(), pool, nn.Conv2d(6, 5, 3), nn.Sigmoid(), nn.Flatten(), nn.LazyLinear(4)
+    model: Any = nn.Sequential(*layers)
+    model(torch.zeros(1, 3, 13, 13))
+    model.double().eval()
+    model.num_classes, model.pretrained_cfg = 4, dict(mean=(0.4,) * 3, std=(0.2,) * 3)
+    x = torch.rand(2, 3, 13, 13, dtype=torch.double)
+    with torch.no_grad():
+        z = (x - 0.4) / 0.2
+        difference = (model(z) - model(torch.zeros_like(z)))[:, 3]
+    torch.testing.assert_close(attribute(model, x, 3, "deeplift").sum((1, 2)), difference)
+
+
+def test_deep_lift_is_captum_s_where_nothing_is_tied() -> None:
+    """Neither windows that overlap, nor activations of the baseline that rounding would rank before pooling."""
+    captum = pytest.importorskip("captum.attr")
+    layers = nn.Conv2d(3, 6, 3), nn.MaxPool2d(2), nn.Conv2d(6, 5, 3), nn.ELU(), nn.Flatten(), nn.LazyLinear(4)
+    model: Any = nn.Sequential(*layers)
+    model(torch.zeros(1, 3, 14, 14))
+    model.double().eval()
+    model.num_classes, model.pretrained_cfg = 4, dict(mean=(0.4,) * 3, std=(0.2,) * 3)
+    x = torch.rand(2, 3, 14, 14, dtype=torch.double)
+    expected = captum.DeepLift(model).attribute(((x - 0.4) / 0.2).requires_grad_(), target=3).sum(1)
+    torch.testing.assert_close(attribute(model, x, 3, "deeplift"), expected)
 
 
 def test_deep_lift_refuses_a_module_that_runs_twice() -> None:

@@ -1,10 +1,13 @@
 """Helpers for modules: where the channels of what a module returns are."""
 
+import threading
+from functools import partial
 from typing import Any
 
 import pytest
 import timm
 import torch
+from conftest import enliven, real_image
 from torch import Tensor, nn
 
 import timm_bcos
@@ -90,3 +93,57 @@ def test_without_a_network_or_a_known_type() -> None:
     assert channel_axis(nn.LayerNorm((3, 4, 5)), torch.rand(2, 3, 4, 5)) == 1
     assert channel_axis(nn.LayerNorm(5), torch.rand(2, 3, 4, 5)) == 3
     assert channel_axis(nn.Identity(), torch.rand(2, 3)) == 1
+
+
+class Extractor:
+    """What stores activations, and cannot be copied."""
+
+    def __init__(self) -> None:
+        self.lock, self.shapes = threading.Lock(), []
+
+    def __call__(self, module: nn.Module, args: object, output: Tensor) -> None:
+        self.store("call", module, args, output)
+
+    def store(self, name: str, module: nn.Module, args: object, output: Tensor) -> None:
+        with self.lock:
+            self.shapes.append((name, tuple(output.shape)))
+
+
+@pytest.mark.parametrize("kind", ["object", "partial"])
+def test_hooks_are_not_copied_with_what_they_hold(kind: str) -> None:
+    model, x = (
+        enliven(timm.create_model("bcosify", arch="test_resnet", num_classes=4), real_image(64, 2)),
+        real_image(64),
+    )
+    extractor = Extractor()
+    hook = extractor if kind == "object" else partial(extractor.store, "partial")
+    handle = model.layer1.register_forward_hook(hook)  # type: ignore[union-attr]
+    name = "call" if kind == "object" else "partial"
+    for use in (timm_bcos.check, timm_bcos.attribute, lambda model, x: timm_bcos.fuse(model)(x)):
+        extractor.shapes.clear()
+        use(model, x)
+        assert extractor.shapes and {found for found, _ in extractor.shapes} == {name}
+    handle.remove()
+
+
+class Remembering(nn.Module):
+    """A network whose own hook fills what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.seen = nn.Conv2d(3, 4, 1), []
+        self.conv.register_forward_hook(self._see)
+
+    def _see(self, module: nn.Module, args: object, output: Tensor) -> None:
+        self.seen.append(output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.conv(x)
+        return self.seen.pop()  # type: ignore[no-any-return]
+
+
+def test_hooks_of_the_network_itself_are_those_of_the_copy() -> None:
+    model = Remembering()
+    new, x = frozen_copy(model), torch.rand(1, 3, 2, 2)
+    torch.testing.assert_close(new(x), model.conv(x))
+    assert len(model.seen) == 1 and not new.seen

@@ -96,7 +96,6 @@ PRIVATE = {
     "tree_leaves": "torch.utils._pytree.tree_leaves",
     "WeakIdKeyDictionary": "torch.utils.weak.WeakIdKeyDictionary",
     "register_backward_hook": "captum._utils.common._register_backward_hook",
-    "deep_lift_nonlinear": "captum.attr._core.deep_lift.nonlinear",
 }
 
 private: Any = _Private()

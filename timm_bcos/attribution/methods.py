@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._compat import timm_layers
-from ..errors import MethodError
+from ..errors import MethodError, ModelStateError
 from ..explaining.forward import explain, explain_targets
 from ..nn.channels import channel_axis
 from ..nn.modules import first_output, hooked
+from .deep_lift import multiplied_contributions
+from .memory import images_at_once
 from .registry import Subject, check_counts, register
 
 __all__: list[str] = []
@@ -34,8 +36,6 @@ ELEMENTWISE = (
     nn.ReLU6, nn.SiLU, nn.GELU, nn.Mish, nn.CELU, nn.SELU, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh,
     *(kind for kind in TIMM_ACTIVATIONS if isinstance(kind, type) and issubclass(kind, nn.Module)),
 )  # fmt: skip
-# of 224 × 224 pixels in a pass, fewer of larger ones: gradients of 32 of 480 × 480 took 23 GB
-IMAGES_AT_ONCE = 32
 
 
 @cache
@@ -51,11 +51,6 @@ def _captum() -> ModuleType:
     return _library("captum.attr")
 
 
-def _images_at_once(x: Tensor) -> int:
-    """How many images of the size of (N, C, H, W) a pass takes."""
-    return min(max(IMAGES_AT_ONCE * 224**2 // (x.shape[-2] * x.shape[-1]), 1), IMAGES_AT_ONCE)
-
-
 @register("bcos")
 def bcos(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
     """The network's own explanation, W(x) · x."""
@@ -64,9 +59,17 @@ def bcos(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
             f"{subject.kind} is no B-cos network and has no explanation of its own: convert it with bcosify"
         )
     if len(x) > 1 and bool((x[1:] == x[:1]).all()):  # classes of one image, from one forward pass
-        several = explain_targets(subject.model, subject.prepare(x[:1]), targets[None])
-        return torch.cat([explanation.contribution_map for explanation in several])
-    return explain(subject.model, subject.prepare(x), targets).contribution_map
+        image = subject.prepare(x[:1])
+        parts = [explain_targets(subject.model, image, some[None]) for some in targets.split(images_at_once(x))]
+        found = [explanation for part in parts for explanation in part]
+    else:
+        found = [explain(subject.model, subject.prepare(x), targets)]
+    if found[0].position is not None:
+        raise ModelStateError(
+            f"{subject.kind} returns maps: attribution needs logits (N, K); explain one position with "
+            f"timm_bcos.explain(model, x, target, position=(row, column))"
+        )
+    return torch.cat([explanation.contribution_map for explanation in found])
 
 
 class _OfPixels(nn.Module):
@@ -97,15 +100,14 @@ def integrated_gradients(subject: Subject, x: Tensor, targets: Tensor, *, n_step
     """Integrated Gradients from a baseline of zeros."""
     check_counts(n_steps=n_steps)
     method = _captum().IntegratedGradients(subject)
-    at_once = max(len(x), _images_at_once(x))
+    at_once = max(len(x), images_at_once(x))
     return method.attribute(subject.prepare(x), target=targets, n_steps=n_steps, internal_batch_size=at_once).sum(1)
 
 
 @register("deeplift")
 def deep_lift(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
     """DeepLIFT from a baseline of zeros: the rescale rule for activations, the gradient for B-cos layers and norms."""
-    method = _library(".hooked_methods").DeepLiftOfActivations(subject, ELEMENTWISE)
-    return method.attribute(subject.leaf(x), target=targets).sum(1)
+    return multiplied_contributions(subject, subject.leaf(x), targets, ELEMENTWISE).sum(1)
 
 
 @register("smoothgrad")
@@ -133,7 +135,7 @@ def grad_cam(subject: Subject, x: Tensor, targets: Tensor, *, layer: str | None 
     model = subject.model
     if hasattr(model, "num_prefix_tokens") or getattr(model, "output_fmt", "NCHW") != "NCHW":
         raise MethodError(f"gradcam needs maps (N, C, H, W), which {subject.kind} does not compute with")
-    z = subject.leaf(x)
+    z = subject.prepare(x)  # no leaf: nothing before the layer needs a graph
     module = _last_spatial_layer(subject, z) if layer is None else _named_layer(subject, z, layer)
     maps = _captum().LayerGradCam(subject, module).attribute(z, targets)
     return F.interpolate(maps, x.shape[-2:], mode="bilinear").sum(1)
@@ -185,7 +187,7 @@ def lime(
     masks[0] = 1
     answers = [
         subject.probability(torch.where(some[:, segments].bool()[:, None], x[0], background))[:, targets]
-        for some in masks.split(_images_at_once(x))
+        for some in masks.split(images_at_once(x, has_graph=False))
     ]
     weights: Tensor = superpixels.local_weights(masks, torch.cat(answers), features)
     return weights[:, segments].to(x)
@@ -200,7 +202,7 @@ def rise(subject: Subject, x: Tensor, targets: Tensor, *, masks: int = 500, cell
     total = torch.zeros_like(x[:, 0])
     for start in range(0, masks, 32):
         some = rise_masks(min(32, masks - start), cells, p, x.shape[-2:], subject.generator).to(x)
-        parts = some.split(_images_at_once(x))
+        parts = some.split(images_at_once(x, has_graph=False))
         probability = torch.cat([subject.probability(x[0] * part[:, None]) for part in parts])[:, targets]
         total += torch.einsum("mk,mhw->khw", probability, some)
     return total / (masks * p)

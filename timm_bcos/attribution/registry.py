@@ -20,6 +20,7 @@ from ..errors import InputError, MethodError, ModelStateError, TargetError
 from ..nn.functional import encode_image
 from ..nn.modules import first_output, frozen_copy
 from ..nn.stems import BcosStem, ImageReader
+from .memory import RecomputedCosines, images_at_once
 
 __all__ = [
     "METHODS", "Method", "Subject", "Targets", "attribute", "check_counts", "check_methods", "checked_images",
@@ -27,6 +28,7 @@ __all__ = [
 ]  # fmt: skip
 
 Targets = Sequence[int] | Tensor | int | None
+ROUNDING = 1e-4  # by which pixels may lie outside of [0, 1], as in `explain`: resizing rounds
 
 
 class Subject(nn.Module):
@@ -95,7 +97,8 @@ class Subject(nn.Module):
         logits = first_output(self.model(prepared))
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ModelStateError(f"{self.kind} returns {found}: attribution needs logits (N, K)")
+            hint = "; let it return output[:, None]" if isinstance(logits, Tensor) and logits.ndim == 1 else ""
+            raise ModelStateError(f"{self.kind} returns {found}: attribution needs logits (N, K){hint}")
         return logits
 
     def probability(self, x: Tensor) -> Tensor:
@@ -105,21 +108,23 @@ class Subject(nn.Module):
         config = getattr(self.model, "bcos_config", None)
         return logits.sigmoid() if config and config.probability == "sigmoid" else logits.softmax(1)
 
-    def classes(self, x: Tensor, targets: Targets, batch_size: int = 32) -> Tensor:
+    def classes(self, x: Tensor, targets: Targets, batch_size: int | None = None) -> Tensor:
         """(N,) the classes asked for, or the predicted ones.
 
         Raises:
             TargetError: For what is no class of the model.
         """
         if targets is None:
-            return torch.cat([self.probability(images).argmax(1) for images in x.split(batch_size)])
+            return torch.cat(
+                [self.probability(images).argmax(1) for images in x.split(batch_size or images_at_once(x))]
+            )
         count = self._count_classes(x)
         wanted = f"give {len(x)} classes, whole numbers from 0 to {count - 1}"
         try:
             classes = torch.as_tensor(targets, device=x.device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TargetError(f"targets {targets!r}: {wanted}") from error
-        if isinstance(targets, int):
+        if classes.ndim == 0:
             classes = classes.expand(len(x))
         has_bool = isinstance(targets, Sequence) and any(isinstance(target, bool) for target in targets)
         is_whole = not (has_bool or classes.dtype == torch.bool or classes.is_floating_point() or classes.is_complex())
@@ -156,7 +161,7 @@ class Method:
 METHODS: dict[str, Method] = {}
 
 
-def register(name: str, *, slow: bool = False) -> Callable[[Attribute], Attribute]:
+def register(name: str, *, slow: bool = False, replace: bool = False) -> Callable[[Attribute], Attribute]:
     """Add a method: a function of (subject, images (N, C, H, W) in [0, 1], targets (N,), **options) to (N, H, W).
 
     It may hook, replace and switch the modules of `subject`, but not write into their numbers, whose memory is shared.
@@ -167,9 +172,15 @@ def register(name: str, *, slow: bool = False) -> Callable[[Attribute], Attribut
         name: What `attribute` calls it.
         slow: It looks at many changed copies of an image: it is handed one image at a time, repeated for each of its
             targets, and need change only the first.
+        replace: Register it instead of the method that has this name.
+
+    Raises:
+        MethodError: If there is a method of this name, unless `replace` is set.
     """
 
     def add(function: Attribute) -> Attribute:
+        if name in METHODS and not replace:
+            raise MethodError(f"there is a method {name!r}: choose another name, or pass register(..., replace=True)")
         METHODS[name] = Method(name, function, slow)
         return function
 
@@ -182,7 +193,7 @@ def attribute(
     targets: Targets = None,
     method: str = "bcos",
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     seed: int = 0,
     progress: bool = False,
     **options: Any,
@@ -196,7 +207,8 @@ def attribute(
         x: Images (N, C, H, W) in [0, 1], for plain models too: their cfg says how to normalise.
         targets: A class per image, one for all, or None for the predicted ones.
         method: A key of `METHODS`.
-        batch_size: Images at a time; slow methods take one, and neighbours that are the same image together.
+        batch_size: Images per pass. None takes as many as `images_at_once`, which bounds the memory. Slow methods take
+            one image at a time, with all of its classes.
         seed: Of the methods that draw random numbers; the same seed gives the same maps, in batches of any size.
         progress: Show a bar.
         options: Of the method, for instance `n_steps` of 'ig'.
@@ -211,16 +223,18 @@ def attribute(
         ModelStateError: For a model in training mode, or a plain one without normalisation.
     """
     check_methods([method])
-    check_counts(batch_size=batch_size)
+    if batch_size is not None:
+        check_counts(batch_size=batch_size)
     chosen = METHODS[method]
     _check_options(chosen, options)
     subject = Subject(model)
     x = checked_images(model, x)
+    batch_size = batch_size or images_at_once(x)
     classes = subject.classes(x, targets, batch_size)
     sizes = _runs(x) if chosen.slow else batch_size
     batches = list(zip(x.split(sizes), classes.split(sizes), strict=True))
     maps = []
-    with torch.enable_grad():
+    with torch.enable_grad(), RecomputedCosines():
         for images, wanted in tqdm(batches, chosen.name, disable=None if progress else True):
             subject.generator.manual_seed(seed)
             maps.append(chosen.function(subject, images, wanted, **options).detach())
@@ -260,7 +274,7 @@ def checked_images(model: nn.Module, x: Tensor) -> Tensor:
         raise InputError(f"expected images (N, C, H, W) of floating point, got {found}")
     if torch.is_inference_mode_enabled() or x.is_inference():
         raise InputError("torch.inference_mode() rules gradients out: use torch.no_grad(), and clone() tensors of it")
-    if not bool(x.isfinite().all()) or x.min() < 0 or x.max() > 1:
+    if not bool(x.isfinite().all()) or x.min() < -ROUNDING or x.max() > 1 + ROUNDING:
         raise InputError("images must be in [0, 1] and finite, without mean/std normalisation")
     like = next((p for p in model.parameters() if p.is_floating_point()), x)
     if x.device != like.device:

@@ -25,8 +25,8 @@ NETWORK, DATA = "Network", "Data"  # panels of the help
 Model = Annotated[
     str | None,
     typer.Option(
-        help="A B-cos network, or a timm model, converted to one that computes the same. Without a model and a "
-        "checkpoint: a network for clothes that comes with the package.",
+        help="Name of a B-cos model, or of a timm model, which is converted to one that computes the same. Without a "
+        "model and a checkpoint: bcos_efficientnet_lite0.in1k, whose weights come with the package.",
         rich_help_panel=NETWORK,
     ),
 ]

@@ -5,16 +5,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .._compat import private
 from ..dynamic.table import METADATA
+from ..errors import ModelStateError
 from ..explaining.checking import random_image
 from ..explaining.inputs import check_model
+from ..files import first_line
 from ..nn.fused import FoldedNorm, fuse_layer, norm_scale
+from ..nn.image_size import image_size
 from ..nn.layers import BcosConv2d, BcosLinear
 from ..nn.modules import frozen_copy
 from ..nn.norms import UncentredBatchNorm2d
@@ -26,7 +28,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 LAYERS = (BcosConv2d, BcosLinear)
 
 
-def fuse(model: ModelT) -> ModelT:
+def fuse(model: ModelT, x: Tensor | None = None) -> ModelT:
     """A copy of a B-cos network for inference, which computes the same logits and the same explanations faster.
 
     Weights are normalised once. Uncentred batch norms move into the layers before or behind them, wherever nothing else
@@ -34,12 +36,15 @@ def fuse(model: ModelT) -> ModelT:
 
     Args:
         model: A converted network in evaluation mode. Not changed.
+        x: Images (N, C, H, W) that it takes, to see how its layers and norms are connected; None makes a random one of
+            the model's input size.
 
     Returns:
         The copy. It exports as the network does, and refuses training.
 
     Raises:
-        ModelStateError: For a network in training mode, one that is no B-cos network, or one that has been fused.
+        ModelStateError: For a network in training mode, one that is no B-cos network, one that has been fused, or one
+            that does not run on images of the size that it says.
 
     Examples:
         >>> fast = timm_bcos.fuse(model)
@@ -48,7 +53,7 @@ def fuse(model: ModelT) -> ModelT:
     check_model(model)
     fused = frozen_copy(model)
     names = {module: name for name, module in fused.named_modules()}
-    folds = _find_folds(fused, list(names))
+    folds = _find_folds(fused, list(names), x)
     for layer in [module for module in names if isinstance(module, LAYERS)]:
         scales = [norm_scale(norm) if norm else None for norm in (folds.after.get(layer), folds.before.get(layer))]
         _replace(fused, names[layer], fuse_layer(layer, *scales))
@@ -66,27 +71,37 @@ class _Folds:
 
 
 @torch.no_grad()
-def _flow_through(model: nn.Module, modules: Sequence[nn.Module]) -> "_Flow":
-    """Watch an image pass through a network's layers and norms."""
+def _flow_through(model: nn.Module, modules: Sequence[nn.Module], x: Tensor | None) -> "_Flow":
+    """Watch images pass through a network's layers and norms."""
     flow = _Flow()
     watched = [module for module in modules if isinstance(module, (*LAYERS, UncentredBatchNorm2d))]
     seen = {module for module in watched if not module._forward_hooks and not module._forward_pre_hooks}
     handles = [module.register_forward_pre_hook(flow.enter) for module in seen]
     handles += [module.register_forward_hook(flow.leave) for module in seen]
-    parameter = next(model.parameters())
-    size = timm.data.resolve_model_data_config(model)["input_size"][-2:]
-    x = random_image(image_channels(model) or 3, size).to(parameter)
+    images = (_own_image(model) if x is None else x).to(next(model.parameters()))
     try:
         with flow:
-            flow.read(model(x), "the caller")
+            flow.read(model(images), "the caller")
+    except Exception as error:  # of any kind: it is the network's
+        if x is not None:
+            raise
+        size = " × ".join(map(str, images.shape[2:]))
+        raise ModelStateError(
+            f"{type(model).__name__} does not run on images of {size} pixels ({first_line(error)}): pass images that "
+            f"it takes, fuse(model, x)"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
     return flow
 
 
-def _find_folds(model: nn.Module, modules: Sequence[nn.Module]) -> _Folds:
-    flow, folds = _flow_through(model, modules), _Folds()
+def _own_image(model: nn.Module) -> Tensor:
+    return random_image(image_channels(model) or 3, image_size(model))
+
+
+def _find_folds(model: nn.Module, modules: Sequence[nn.Module], x: Tensor | None) -> _Folds:
+    flow, folds = _flow_through(model, modules, x), _Folds()
     for norm in [m for m in modules if isinstance(m, UncentredBatchNorm2d) and flow.runs[m] == 1]:
         maker, readers = flow.makers.get(flow.inputs[norm]), flow.readers[flow.outputs[norm]]
         if isinstance(maker, BcosConv2d) and flow.runs[maker] == 1 and flow.readers[flow.inputs[norm]] == {norm}:

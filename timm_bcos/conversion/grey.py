@@ -13,7 +13,10 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from .._compat import timm_layers
+from ..errors import InputError
+from ..files import first_line
 from ..nn.activations import ShiftedActivation
+from ..nn.image_size import image_size
 from ..nn.modules import frozen_copy
 
 __all__ = ["responses_to_grey", "take_shifts"]
@@ -24,13 +27,17 @@ GATED_NORMS = (timm_layers.BatchNormAct2d, timm_layers.SyncBatchNormAct)
 def responses_to_grey(model: nn.Module) -> dict[str, Tensor]:
     """What activations inside of batch norms are given in the middle of a grey image.
 
-    The image is twice as large as the network's own, so that its middle hardly sees the borders.
+    The image is twice as large as the network's own, so that its middle hardly sees the borders; or of the network's
+    own size, where it takes no other.
 
     Args:
         model: A plain network. Not changed.
 
     Returns:
         (C,) by the name of the norm; nothing on the meta device, and for a norm that has not run.
+
+    Raises:
+        InputError: For a network that does not run on images of the size that it says.
     """
     found: dict[str, Tensor] = {}
     parameter = next(model.parameters(), None)
@@ -44,12 +51,21 @@ def responses_to_grey(model: nn.Module) -> dict[str, Tensor]:
     for name, module in network.named_modules():
         if _is_gated(module):
             module.act.register_forward_pre_hook(partial(keep, name))
-    channels, height, width = resolve_model_data_config(network)["input_size"]
-    channels = getattr(network, "in_chans", channels)
+    channels: int = getattr(network, "in_chans", resolve_model_data_config(network)["input_size"][0])
+    height, width = image_size(network)
     see = getattr(network, "forward_features", network)  # a head without pooling takes no map
-    with torch.no_grad():
-        see(parameter.new_zeros(1, channels, 2 * height, 2 * width))
-    return found
+    for scale in (2, 1):
+        try:
+            with torch.no_grad():
+                see(parameter.new_zeros(1, channels, scale * height, scale * width))
+            return found
+        except Exception as error:  # networks of a fixed size raise errors of every kind
+            found.clear()
+            failure = error
+    raise InputError(
+        f"bias='gate' needs the network's answer to a grey image, but {type(model).__name__} does not run on one of "
+        f"{height} × {width} pixels ({first_line(failure)}): tell its size, model.pretrained_cfg = dict(input_size=...)"
+    ) from failure
 
 
 def _is_gated(module: nn.Module) -> bool:

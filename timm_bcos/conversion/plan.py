@@ -17,7 +17,7 @@ from .config import BcosConfig
 from .hooks import has_hooks, has_state_hooks
 from .places import IN_ORDER, Places
 from .positions import PositionedQkv, Positions, attention_paths
-from .problems import computed_weight_problem, config_problems, several_inputs, wrapper_problem
+from .problems import computed_weight_problem, config_problems, reads_no_image, several_inputs, wrapper_problem
 from .rules import ADVICE, Rule, Rules, is_container, keep, keep_whole, resolve
 
 __all__ = ["FOLDING", "Plan", "convertible", "plan_conversion"]
@@ -66,7 +66,7 @@ def plan_conversion(model: nn.Module, config: BcosConfig, rules: Rules) -> Plan:
     network = found.by_path[""]
     is_read = any(isinstance(m, BcosStem | ImageReader) for m in found.modules())
     problems = [*config_problems(model, config), *places.problems, *found.problems]
-    problems += [] if is_read else several_inputs(network)
+    problems += [] if is_read else [*several_inputs(network), *reads_no_image(model, places.channels)]
     positions = _plan_positions(model, config, found, problems)
     if problems:
         raise UnsupportedModuleError(problems)

@@ -1,18 +1,30 @@
 """What stands in the way of a conversion, besides modules without a rule: one line each, which says how to mend it."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import fields
+from functools import partial
 from inspect import Parameter, signature
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from ..nn.image_size import image_size
+from ..nn.modules import frozen_copy
 from .config import BcosConfig
 
-__all__ = ["computed_weight_problem", "config_problems", "several_inputs", "unread_layers", "wrapper_problem"]
+__all__ = [
+    "computed_weight_problem", "config_problems", "reads_no_image", "several_inputs", "unread_layers",
+    "wrapper_problem",
+]  # fmt: skip
 
+# Dimensions of what layers of sequences and of volumes take.
+DIMENSIONS: dict[type[nn.Module], int] = {
+    nn.Conv1d: 3, nn.ConvTranspose1d: 3, nn.Conv3d: 5, nn.ConvTranspose3d: 5,
+}  # fmt: skip
 # torch's wrappers of networks, by the name of their class, which it would take seconds to import.
 WRAPPERS = {
     "DataParallel": "wraps a network: convert that one, DataParallel(bcosify(model.module))",
@@ -71,6 +83,38 @@ def unread_layers(model: nn.Module, channels: int) -> Iterator[str]:
     for name, module in model.named_modules():
         if type(module) is nn.Conv2d and module.in_channels == channels:
             yield f"{name}: may read images beside a part that has been converted: convert the whole plain network"
+
+
+def reads_no_image(model: nn.Module, channels: int) -> Iterator[str]:
+    """In a network of 1-D or 3-D layers alone, the first of them that does not take what an image becomes.
+
+    Networks that make a sequence or a volume of an image themselves are fine, so the network is run to see.
+
+    Args:
+        model: Not changed.
+        channels: Of its images.
+    """
+    kinds = tuple(DIMENSIONS)
+    names = {name for name, module in model.named_modules() if isinstance(module, kinds)}
+    if not names or any(isinstance(module, nn.Conv2d | nn.ConvTranspose2d) for module in model.modules()):
+        return
+    network = frozen_copy(model).eval()
+    problems: list[str | None] = []
+
+    def read(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        wanted = next(count for kind, count in DIMENSIONS.items() if isinstance(module, kind))
+        problem = (
+            f"{name}: a {type(module).__name__} takes {wanted} dimensions and gets images, which have 4: networks of "
+            f"sequences or volumes cannot be converted, unless their forward makes those of an image"
+        )
+        problems.append(None if args[0].ndim == wanted else problem)
+
+    for name in names:
+        network.get_submodule(name).register_forward_pre_hook(partial(read, name))
+    like = next(network.parameters())
+    with suppress(Exception), torch.no_grad():  # other errors are no concern of ours
+        network(like.new_zeros(1, channels, *image_size(network)))
+    yield from filter(None, problems[:1])
 
 
 def several_inputs(network: nn.Module) -> Iterator[str]:

@@ -12,6 +12,7 @@ from ..dynamic.defects import Defect
 from ..errors import BcosError, InexactWarning, InputError
 from ..nn.channels import channel_axis
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
+from ..nn.image_size import image_size
 from ..nn.modules import converted_part, first_output, frozen_copy, pick_output
 from .forward import explain
 from .inputs import check_images, check_model
@@ -94,7 +95,7 @@ def check(
     """
     stem = check_model(model)
     if x is None:
-        image = random_image(stem.image_channels, _input_size(model)).to(stem.weight.device)
+        image = random_image(stem.image_channels, image_size(model)).to(stem.weight.device)
         x = image if extra else torch.cat([image, another_image(image)])
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise InputError(f"expected a tensor of pixels in [0, 1], got {getattr(x, 'dtype', type(x).__name__)}")
@@ -110,17 +111,6 @@ def check(
 
 
 Extra = Mapping[str, object]
-
-
-def _input_size(model: nn.Module) -> Sequence[int]:
-    """Height and width of the images that a model takes."""
-    part = converted_part(model)
-    embed = getattr(part, "patch_embed", None)
-    size = getattr(embed, "img_size", None)
-    if size is not None and not getattr(part, "dynamic_img_size", False):
-        return (size, size) if isinstance(size, int) else tuple(size)
-    cfg: Mapping[str, Sequence[int]] = getattr(part, "pretrained_cfg", None) or {}
-    return tuple(cfg.get("input_size", (3, 224, 224)))[-2:]
 
 
 def _widened(

@@ -16,7 +16,7 @@ from ..errors import InexactWarning, InputError, TargetError
 from .explanation import Explanation
 from .inputs import check_images, check_model
 from .linearised import Linearised, rows_of
-from .places import Position, Region, check_region
+from .places import Position, Region, check_region, position_pairs
 from .targets import Asked, Targets, check_table, check_target, of_images
 
 __all__ = [
@@ -49,7 +49,8 @@ def explain(
         layer: Path of an inner module, as in `model.named_modules()`, to explain one of its neurons.
         output: Which of several outputs, by key or index, if the network (or the layer) returns more than one; None
             takes the first.
-        position: Of a layer's or an output's map, the (row, column), or the index for token sequences; None takes
+        position: Of a layer's or an output's map, the (row, column), or the index for token sequences; or one pair for
+            each image, as in `Explanation.position`. None takes
             where the target is most active.
         region: The mean over a part of the map instead: a mask (H, W) or (N, H, W) of weights, at the size of the
             image or of the map; or a box (left, top, right, bottom) in pixels of the image, or N boxes. A tensor (N, 4)
@@ -94,7 +95,8 @@ def check_place(position: Position, region: Region, x: Tensor) -> Place:
     """
     if position is not None and region is not None:
         raise TargetError("give a position or a region, not both")
-    return Place(position, check_region(region, len(x), (x.shape[2], x.shape[3])))
+    pairs = position_pairs(position, len(x))
+    return Place(position if pairs is None else pairs, check_region(region, len(x), (x.shape[2], x.shape[3])))
 
 
 def explain_readout(
@@ -113,7 +115,10 @@ def explain_readout(
 
     def ask(part: Linearised, images: slice) -> list[Explanation]:
         masks = None if place.masks is None else place.masks[images]
-        return [part.explain(of_images(target, images), of_images(versus, images), place.position, masks)]
+        position = place.position
+        if position_pairs(position, len(x)) is not None:
+            position = position[images]  # type: ignore[index]
+        return [part.explain(of_images(target, images), of_images(versus, images), position, masks)]
 
     def run(images: slice) -> Linearised:
         return Linearised(model, x[images], layer, output, rows_of(extra, images, len(x)))

@@ -52,13 +52,16 @@ def map_to_rgba(contribution_map: Tensor, percentile: float = 99.5) -> Tensor:
     """Contribution maps in diverging colours, red for and blue against, over a range symmetric about 0 (white).
 
     Args:
-        contribution_map: (N, H, W).
+        contribution_map: (N, H, W), or a single (H, W).
         percentile: Of |contribution| at which colours saturate, per map.
 
     Returns:
-        (N, H, W, 4) in [0, 1].
+        (N, H, W, 4) in [0, 1]; (H, W, 4) for a single map.
     """
     from matplotlib import colormaps
+
+    if contribution_map.ndim == 2:
+        return map_to_rgba(contribution_map[None], percentile)[0]
 
     full = contribution_map.abs().double().flatten(1).quantile(percentile / 100, dim=1).clamp_min(EPS)
     unit = (contribution_map.double() / full[:, None, None]).clamp(-1, 1) / 2 + 0.5

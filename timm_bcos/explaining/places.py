@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TypeGuard
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from ..errors import TargetError
 
-__all__ = ["Grid", "Position", "Region", "check_region", "position_index", "region_weights"]
+__all__ = ["Grid", "Position", "Region", "check_region", "position_indices", "position_pairs", "region_weights"]
 
-Position = int | tuple[int, int] | None
+Position = int | tuple[int, int] | Sequence[Sequence[int]] | Tensor | None
 Region = Tensor | Sequence[float] | Sequence[Sequence[float]] | None
 
 
@@ -53,16 +54,44 @@ class Grid:
         return 0 if self.rows > 1 else self.prefix
 
 
-def position_index(position: object, grid: Grid) -> int:
-    """The number of a position, row by row.
+def position_indices(position: object, grid: Grid, images: int) -> Tensor:
+    """(N,) the numbers of positions, row by row.
+
+    Args:
+        position: (row, column) for all images, or an index of a token sequence; N pairs, as in `Explanation.position`.
+        grid: The positions.
+        images: N.
 
     Raises:
-        TargetError: For a position that does not exist, or is none.
+        TargetError: For positions that do not exist, or are none.
     """
-    is_index = isinstance(position, int) and not isinstance(position, bool) and grid.rows == 1
+    pairs = position_pairs(position, images)
+    if pairs is None:
+        return torch.full((images,), _position_index(position, grid))
+    return torch.tensor([_position_index((row, column), grid) for row, column in pairs.tolist()])
+
+
+def position_pairs(position: object, images: int) -> Tensor | None:
+    """(N, 2) where one position is given for each of N images; None for anything else."""
+    try:
+        table = torch.as_tensor(position)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if table.is_floating_point() or table.dtype is torch.bool or table.shape != (images, 2):
+        return None
+    return table.detach().cpu()
+
+
+def _position_index(position: object, grid: Grid) -> int:
+    if isinstance(position, Tensor) and position.ndim == 1:
+        position = position.tolist()
+    is_index = isinstance(position, Integral) and not isinstance(position, bool) and grid.rows == 1
     place: object = (0, position) if is_index else position
-    if not isinstance(place, tuple | list) or len(place) != 2:
-        raise TargetError(f"position={position!r}: give (row, column); for token sequences an index will do")
+    if not isinstance(place, tuple | list) or len(place) != 2 or not all(isinstance(i, Integral) for i in place):
+        raise TargetError(
+            f"position={position!r}: give (row, column), or one pair for each image; for token sequences an index will "
+            f"do"
+        )
     row, column = map(int, place)
     if not (0 <= row < grid.rows and 0 <= column < grid.columns):
         raise TargetError(f"position={position!r}: the map has {grid.rows} rows and {grid.columns} columns")
@@ -83,6 +112,7 @@ def check_region(region: object, images: int, size: tuple[int, int]) -> Tensor |
     """
     if region is None:
         return None
+    region = torch.as_tensor(region) if hasattr(region, "__array__") and not isinstance(region, Tensor) else region
     masks = _masks(region, images) if _is_mask(region, images) else _boxes(region, images, size)
     empty = (masks == 0).flatten(1).all(1).nonzero()
     if len(empty):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .places import Grid, position_index, region_weights
+from .places import Grid, position_indices, region_weights
 from .targets import Asked, as_direction, check_units
 
 __all__ = ["Outputs", "Readout"]
@@ -64,7 +64,7 @@ class Outputs:
         peaks, direction = self.maps.detach(), self._direction(target, versus)
         at, weights = None, None
         if masks is None:
-            place = None if position is None else position_index(position, self.grid)
+            place = None if position is None else position_indices(position, self.grid, len(peaks)).to(peaks.device)
             at = self._strongest(peaks, target, direction, place)
             pooled = self.maps[torch.arange(len(at), device=at.device), :, at]
         else:
@@ -100,11 +100,11 @@ class Outputs:
         check_units(units, pooled.shape[1], self.what)
         return units.to(pooled.device)
 
-    def _strongest(self, peaks: Tensor, target: Asked, direction: Tensor | None, place: int | None) -> Tensor:
+    def _strongest(self, peaks: Tensor, target: Asked, direction: Tensor | None, place: Tensor | None) -> Tensor:
         """(N,) where what is asked for is largest, unless a place is given."""
         rows = torch.arange(len(peaks), device=peaks.device)
         if place is not None:
-            return torch.full_like(rows, place)
+            return place
         if direction is not None:
             return (peaks * direction[:, :, None]).sum(1).argmax(1)
         return peaks[rows, self._units(target, peaks.amax(2), None)].argmax(1)

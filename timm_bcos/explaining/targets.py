@@ -1,6 +1,7 @@
 """What may be asked of outputs: classes, sets of classes, directions; all of them linear in the outputs."""
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -88,9 +89,9 @@ def check_units(units: Tensor, count: int, what: str) -> None:
 
 
 def _check_set(target: set[int] | frozenset[int], name: str) -> frozenset[int]:
-    if not target or not all(isinstance(unit, int) and not isinstance(unit, bool) for unit in target):
+    if not target or not all(isinstance(unit, Integral) and not isinstance(unit, bool) for unit in target):
         raise TargetError(f"{name}={set(target) or 'set()'}: a set of classes holds at least one int, and only ints")
-    return frozenset(target)
+    return frozenset(map(int, target))
 
 
 def _check_direction(direction: Tensor, images: int, name: str) -> Tensor:

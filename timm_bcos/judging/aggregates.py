@@ -61,7 +61,7 @@ def plot_bins(
         model: A B-cos network or a plain timm model, in eval mode, or a `Disconnected` one.
         dataset: What the grids' indices are of.
         grids: Of one size.
-        methods: Of `timm_bcos.attribution.METHODS`.
+        methods: Of `timm_bcos.attribution.registry.METHODS`.
         smooth: Window of a mean filter, as in `cell_shares`.
 
     Returns:

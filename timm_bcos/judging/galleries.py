@@ -61,7 +61,7 @@ def plot_methods(
         model: A B-cos network or a plain timm model, in eval mode.
         x: Images (N, C, H, W) in [0, 1].
         targets: A class per image.
-        methods: Of `timm_bcos.attribution.METHODS`.
+        methods: Of `timm_bcos.attribution.registry.METHODS`.
         class_names: For the titles.
     """
     check_methods(methods)

@@ -49,7 +49,7 @@ def evaluate_all(
         model: A B-cos network or a plain timm model, in eval mode.
         dataset: Labelled images.
         metrics: Of `timm_bcos.judging.metrics.METRICS`.
-        methods: Of `timm_bcos.attribution.METHODS`.
+        methods: Of `timm_bcos.attribution.registry.METHODS`.
         folder: Of the results.
         images: How many, evenly spread over the data set.
         regions: Where the objects are, as `region_loader` takes it, for the metrics that need it.

@@ -243,7 +243,7 @@ def evaluate(
         x: Images (N, C, H, W) in [0, 1].
         targets: As in `attribute`.
         metric: Of `METRICS`.
-        method: Of `timm_bcos.attribution.METHODS`.
+        method: Of `timm_bcos.attribution.registry.METHODS`.
         masks: (N, H, W) 1 inside the object or its box, 0 outside, for the metrics in `NEEDING_MASKS`.
         seed: Of what the metric draws at random.
         options: Of `attribute`.

@@ -58,7 +58,7 @@ class Grid:
 
 
 def confidences(
-    model: nn.Module, dataset: LabelledImages, *, start: int = 0, batch_size: int = 64, progress: bool = True
+    model: nn.Module, dataset: LabelledImages, *, start: int = 0, batch_size: int = 32, progress: bool = True
 ) -> Iterator[Confidence]:
     """What a model says of every image of a labelled data set, as it comes.
 
@@ -170,7 +170,7 @@ def localisation(
         model: A B-cos network or a plain timm model, in eval mode; or one that is `Disconnected`.
         dataset: What the grid's indices are of.
         grid: From `sample_grids`.
-        method: Of `timm_bcos.attribution.METHODS`.
+        method: Of `timm_bcos.attribution.registry.METHODS`.
         smooth: Windows, as in `cell_shares`; the maps are made once for all.
         options: Of `attribute`.
 

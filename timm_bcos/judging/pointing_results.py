@@ -69,7 +69,7 @@ def play_all(
         model: A B-cos network or a plain timm model, in eval mode.
         dataset: What the grids' indices are of.
         samples: Grids of one size each.
-        methods: Of `timm_bcos.attribution.METHODS`.
+        methods: Of `timm_bcos.attribution.registry.METHODS`.
         folder: Of the results.
         disconnect: 'full' or 'part': play with the model as `Disconnected` makes it.
         options: Of `play`.
@@ -101,7 +101,7 @@ def play(
     folder: Path,
     *,
     smooth: Sequence[int] = (1, 15),
-    batch_size: int = 9,
+    batch_size: int | None = None,
 ) -> None:
     """Play the grids that the folder has no values of.
 
@@ -109,10 +109,10 @@ def play(
         model: A B-cos network or a plain timm model, in eval mode.
         dataset: What the grids' indices are of.
         grids: Of one size.
-        method: Of `timm_bcos.attribution.METHODS`.
+        method: Of `timm_bcos.attribution.registry.METHODS`.
         folder: Of the results.
         smooth: Windows, as in `timm_bcos.judging.pointing_game.cell_shares`.
-        batch_size: Classes of a grid at a time.
+        batch_size: Classes of a grid per pass, as in `attribute`; None takes as many as memory allows.
 
     Raises:
         MethodError: If the method does not suit the model.

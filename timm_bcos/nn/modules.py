@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -56,10 +57,11 @@ def frozen_copy(model: ModuleT) -> ModuleT:
     """A private copy of a network: modules of its own, the same numbers in memory, no parameter that learns.
 
     What is done to the copy (hooks, modes, replaced modules) no other user of the network can see. Tensors that modules
-    keep besides (weight norm's product, activations that a hook has stored) are shared too, without their graphs. The
-    copy recomputes nothing in the backward pass, if the network did (gradient checkpointing).
+    keep besides (weight norm's product, activations that a hook has stored) are shared too, without their graphs. Hooks
+    are shared with what they hold, unless they belong to the network. The copy recomputes nothing in the backward pass,
+    if the network did (gradient checkpointing).
     """
-    memo: dict[int, object] = {}
+    memo: dict[int, object] = {id(hook): hook for hook in _foreign_hooks(model)}
     for module in model.modules():
         for tensor in _tensors_in(vars(module)):
             detached = tensor.detach()
@@ -70,6 +72,22 @@ def frozen_copy(model: ModuleT) -> ModuleT:
         if getattr(module, "grad_checkpointing", False) is True:
             module.grad_checkpointing = False  # type: ignore[assignment]
     return new
+
+
+def _foreign_hooks(model: nn.Module) -> Iterator[object]:
+    """Hooks that neither modules of the network nor what they hold have registered."""
+    own = {id(value) for module in model.modules() for value in (module, *vars(module).values())}
+    for module in model.modules():
+        for name, hooks in vars(module).items():
+            if name.endswith(("_hooks", "_hooks_with_kwargs")):
+                yield from (hook for hook in hooks.values() if id(_owner(hook)) not in own)
+
+
+def _owner(hook: object) -> object:
+    """What a bound method, or a partial one, belongs to."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    return getattr(hook, "__self__", hook)
 
 
 def _tensors_in(value: object) -> Iterator[Tensor]:

@@ -42,7 +42,10 @@ def pointing_game(
         typer.Option(help="Logits for each cell: of a network of its own (full, DiFull) or of a head (part, DiPart)."),
     ] = Disconnect.NONE,
     seed: Annotated[int, typer.Option(help="Of the choice of classes.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Classes of a grid at a time; fewer take less memory.")] = 9,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Classes of a grid per pass. By default as many as fit into about 3 GB of memory."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Directory for the results; a run resumes there.")] = Path("pointing_game"),
 ) -> None:
     """Play the grid pointing game: how much of a class's attribution lies in the cell of its image?

@@ -1,0 +1,216 @@
+"""PEFT's adapters for B-cos layers: low-rank updates of the weight, so that merging them changes nothing.
+
+PEFT adds an adapter's response to its layer's, Wx + BAx, which for a linear layer is (W + BA)x. A B-cos layer is not
+linear in its weight: here the adapter changes the weight itself, and the layer responds with W + BA, before and after
+merging. LoRA (arXiv 2106.09685), LoHa (2108.06098) and LoKr (2212.10650) do so; other adapters can be trained but not
+merged.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners import loha, lokr, lora
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+from ..errors import InputError, ModelStateError
+from ..nn.layers import BcosConv2d, BcosLinear
+from ..nn.modules import clone
+
+__all__ = ["register"]
+
+LAYERS = (BcosConv2d, BcosLinear)
+Base: Any = BaseTunerLayer if TYPE_CHECKING else object
+
+
+def plain_twin(layer: nn.Module) -> nn.Module:
+    """A plain layer with the weight of a B-cos layer, of one group and without MaxOut: what PEFT takes its shape from.
+
+    Raises:
+        InputError: For a layer that has an adapter of another kind.
+    """
+    if not isinstance(layer, LAYERS):
+        raise InputError(f"a {type(layer).__name__} around a B-cos layer: use one kind of adapter for each layer")
+    rows, columns, *kernel = layer.weight.shape
+    twin: nn.Module
+    if isinstance(layer, BcosConv2d):
+        twin = nn.Conv2d(columns, rows, kernel, bias=False, device="meta")  # type: ignore[arg-type]
+    else:
+        twin = nn.Linear(columns, rows, bias=False, device="meta")
+    twin.weight = layer.weight
+    return twin
+
+
+class AdaptedWeight(Base):
+    """A B-cos layer whose weight an adapter changes; comes before one of PEFT's classes of adapted layers.
+
+    Attributes:
+        base_layer: The B-cos layer.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+        super().__init__(plain_twin(base_layer), adapter_name, **kwargs)
+        self.base_layer = base_layer
+
+    @contextmanager
+    def _as_plain(self) -> Iterator[None]:
+        """For PEFT's methods that look at the layer's shape, or write to its weight."""
+        layer = self.base_layer
+        self.base_layer = layer if type(layer) in (nn.Conv2d, nn.Linear) else plain_twin(layer)
+        try:
+            yield
+        finally:
+            self.base_layer = layer
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        with self._as_plain():
+            super().update_layer(*args, **kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        with self._as_plain():
+            super().merge(safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        with self._as_plain():
+            super().unmerge()
+
+    def get_delta_weight(self, adapter_name: str, **kwargs: Any) -> Tensor:
+        """What an adapter adds to the weight; in its shape."""
+        if isinstance(self.base_layer, LAYERS):  # a clone, since other threads may run this layer
+            plain: Any = clone(self, base_layer=plain_twin(self.base_layer))  # type: ignore[type-var]
+            return plain.get_delta_weight(adapter_name, **kwargs)  # type: ignore[no-any-return]
+        return super().get_delta_weight(adapter_name, **kwargs)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        if adapter_names is not None:
+            raise InputError("adapter_names: the weights of B-cos layers are adapted for a whole batch, not by image")
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = [name for name in self.active_adapters if name in self._available_adapters]
+        if self.disable_adapters or self.merged or not names:
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        layer: Any = clone(self.base_layer)
+        weight = layer.weight
+        for name in names:
+            weight = weight + self._update(name).to(weight.dtype)
+        layer._parameters["weight"] = weight  # computed, and so no parameter
+        return layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def _update(self, name: str) -> Tensor:
+        """What an adapter adds to the weight in a forward pass: with dropout, in training."""
+        raise NotImplementedError
+
+
+class AdaptedByLora(AdaptedWeight):
+    """LoRA; its dropout leaves out inputs of the update, the same ones for all images of a batch."""
+
+    @property
+    def _available_adapters(self) -> set[str]:
+        return {*self.lora_A}
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        rows, columns = module.weight.shape[:2]  # type: ignore[union-attr,index]
+        return columns, rows
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], None]:
+        return {(): None}
+
+    def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> None:
+        if config.lora_bias:
+            raise InputError("lora_bias=True: B-cos layers have no bias that an adapter's could be merged into")
+        try:
+            return super().resolve_lora_variant(config=config, **kwargs)  # type: ignore[no-any-return]
+        except ValueError as error:
+            chosen = "DoRA" if config.use_dora else "a variant of LoRA"
+            raise InputError(
+                f"{chosen} has no meaning for B-cos layers, whose weights have unit norm: use plain LoRA, as with "
+                f"use_dora=False"
+            ) from error
+
+    def _update(self, name: str) -> Tensor:
+        update = self.get_delta_weight(name)
+        dropout: Any = self.lora_dropout[name]
+        if not self.training or not isinstance(dropout, nn.Dropout):
+            return update
+        shape = [1, update.shape[1]] + [1] * (update.ndim - 2)
+        return update * F.dropout(update.new_ones(shape), dropout.p)
+
+
+class AdaptedByLycoris(AdaptedWeight):
+    """LoHa and LoKr."""
+
+    def _update(self, name: str) -> Tensor:
+        drops_ranks = self.training and bool(self.rank_dropout[name])
+        update = self.get_delta_weight(name, apply_rank_dropout=drops_ranks)
+        is_left_out = self.training and torch.rand(()).item() < self.module_dropout[name]
+        return torch.zeros_like(update) if is_left_out else update
+
+
+class BcosLoraLinear(AdaptedByLora, lora.Linear):  # type: ignore[misc]
+    """A `BcosLinear` with LoRA."""
+
+
+class BcosLoraConv2d(AdaptedByLora, lora.Conv2d):  # type: ignore[misc]
+    """A `BcosConv2d` with LoRA."""
+
+
+class BcosLoHaLinear(AdaptedByLycoris, loha.Linear):  # type: ignore[misc]
+    """A `BcosLinear` with LoHa."""
+
+
+class BcosLoHaConv2d(AdaptedByLycoris, loha.Conv2d):  # type: ignore[misc]
+    """A `BcosConv2d` with LoHa."""
+
+
+class BcosLoKrLinear(AdaptedByLycoris, lokr.Linear):  # type: ignore[misc]
+    """A `BcosLinear` with LoKr."""
+
+
+class BcosLoKrConv2d(AdaptedByLycoris, lokr.Conv2d):  # type: ignore[misc]
+    """A `BcosConv2d` with LoKr."""
+
+
+def register() -> None:
+    """Tell PEFT: in every `LoraConfig`, in the tables of LoHa and LoKr, and where it asks whether it may merge."""
+    loras = {BcosLinear: BcosLoraLinear, BcosConv2d: BcosLoraConv2d}
+    _then(lora.LoraConfig, "__post_init__", lambda config: config._register_custom_module(loras))
+    tables = ((loha.LoHaModel, BcosLoHaLinear, BcosLoHaConv2d), (lokr.LoKrModel, BcosLoKrLinear, BcosLoKrConv2d))
+    for tuner, linear, convolution in tables:
+        ours = {BcosLinear: linear, BcosConv2d: convolution}
+        tuner.layers_mapping = ours | tuner.layers_mapping  # the first that fits is taken
+    _then(BaseTuner, "_check_merge_allowed", _refuse_merge)
+
+
+def _then(kind: type, name: str, also: Callable[[Any], None]) -> None:
+    """Let a method of a class do something else after it."""
+    method = getattr(kind, name)
+
+    @wraps(method)
+    def both(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = method(self, *args, **kwargs)
+        also(self)
+        return found
+
+    setattr(kind, name, both)
+
+
+def _refuse_merge(tuner: Any) -> None:
+    """Refuse to merge adapters that add to the response of a B-cos layer.
+
+    Raises:
+        ModelStateError: Naming the layer.
+    """
+    for name, module in tuner.model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, AdaptedWeight):
+            layer = module.get_base_layer()
+            if isinstance(layer, LAYERS):
+                raise ModelStateError(
+                    f"{name}: {type(tuner).__name__.removesuffix('Model')} adds to the response of a "
+                    f"{type(layer).__name__}, which is not linear in its weight: merging would change the outputs. "
+                    f"Keep the adapter unmerged, or use LoRA, LoHa or LoKr"
+                )
