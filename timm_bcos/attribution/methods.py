@@ -132,7 +132,7 @@ def guided_backprop(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
 @register("gradcam")
 def grad_cam(subject: Subject, x: Tensor, targets: Tensor, *, layer: str | None = None) -> Tensor:
     """Grad-CAM of the last layer with spatial positions before the classifier, or of a named one, upsampled."""
-    model = subject.model
+    model = subject.part
     if hasattr(model, "num_prefix_tokens") or getattr(model, "output_fmt", "NCHW") != "NCHW":
         raise MethodError(f"gradcam needs maps (N, C, H, W), which {subject.kind} does not compute with")
     z = subject.prepare(x)  # no leaf: nothing before the layer needs a graph
@@ -234,7 +234,7 @@ def _named_layer(subject: Subject, z: Tensor, name: str) -> nn.Module:
         subject(z[:1])
     if not outputs or not isinstance(outputs[0], Tensor):
         raise MethodError(f"layer {name!r} returns no tensor for this input: name one that does")
-    if outputs[0].ndim != 4 or channel_axis(module, outputs[0], subject.model) != 1:
+    if outputs[0].ndim != 4 or channel_axis(module, outputs[0], subject.part) != 1:
         raise MethodError(f"gradcam needs maps (N, C, H, W): layer {name!r} returns {tuple(outputs[0].shape)}")
     return module
 
@@ -245,7 +245,7 @@ def _last_spatial_layer(subject: Subject, z: Tensor) -> nn.Module:
     A map has the image's proportions, but for rounding; heads × tokens × features inside attention has not.
     """
     found: list[nn.Module] = []
-    heads = {id(m) for m in _classifiers(subject.model)}
+    heads = {id(m) for m in _classifiers(subject.part)}
 
     def record(module: nn.Module, args: object, output: object) -> None:
         if isinstance(output, Tensor) and output.ndim == 4 and len(output) == 1 and id(module) not in heads:

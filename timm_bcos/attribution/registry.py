@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..errors import InputError, MethodError, ModelStateError, TargetError
+from ..dynamic.mode import ordinary_autograd
+from ..errors import BcosError, InputError, MethodError, ModelStateError, TargetError
 from ..nn.functional import encode_image
-from ..nn.modules import first_output, frozen_copy
+from ..nn.modules import converted_part, first_output, frozen_copy
 from ..nn.stems import BcosStem, ImageReader
 from .memory import RecomputedCosines, images_at_once
 
@@ -56,9 +57,11 @@ class Subject(nn.Module):
             raise ModelStateError("the model is in training mode: call model.eval() first")
         self.model = frozen_copy(model)
         self.kind = type(model).__name__
+        self.part: Any = converted_part(self.model)
         stems = [module for module in model.modules() if isinstance(module, BcosStem | ImageReader)]
         self.is_bcos = bool(stems)
         self.channels: int | None = stems[0].image_channels if stems else getattr(model, "in_chans", None)
+        self._reads_at_once: bool | None = None
         self.generator = torch.Generator()
         self.eval()
 
@@ -72,16 +75,28 @@ class Subject(nn.Module):
         if self.channels not in (None, x.shape[1]):
             raise InputError(f"images have {x.shape[1]} channels, {self.kind} takes {self.channels}")
         if self.is_bcos:
-            return encode_image(x, x.shape[1])
+            return encode_image(x, x.shape[1]) if self._takes_encoding(x) else x
         mean, std = (torch.tensor(values).to(x).reshape(1, -1, 1, 1) for values in self._statistics(x.shape[1]))
         return (x - mean) / std
+
+    @torch.no_grad()
+    def _takes_encoding(self, x: Tensor) -> bool:
+        """Whether the encoding reaches the first layer as the image does: not if the model changes images before."""
+        if self._reads_at_once is None:
+            try:
+                found, expected = (first_output(self.model(z)) for z in (encode_image(x[:1], x.shape[1]), x[:1]))
+            except (RuntimeError, BcosError):
+                self._reads_at_once = False
+            else:
+                self._reads_at_once = bool(torch.allclose(found, expected, rtol=1e-2, atol=1e-4))
+        return self._reads_at_once
 
     def leaf(self, x: Tensor) -> Tensor:
         """The same as a leaf, to be differentiated by."""
         return self.prepare(x).detach().requires_grad_()
 
     def _statistics(self, channels: int) -> list[Any]:
-        cfg = getattr(self.model, "pretrained_cfg", None) or {}
+        cfg = getattr(self.part, "pretrained_cfg", None) or {}
         found = [cfg.get(name) for name in ("mean", "std")]
         found = [values[:1] if values and len(set(values)) == 1 else values for values in found]
         if any(values is None or len(values) not in (1, channels) for values in found):
@@ -105,7 +120,7 @@ class Subject(nn.Module):
         """(N, K) of images (N, C, H, W) in [0, 1]: softmax, or sigmoid where the network's config says so."""
         with torch.no_grad():
             logits = self(self.prepare(x))
-        config = getattr(self.model, "bcos_config", None)
+        config = getattr(self.part, "bcos_config", None)
         return logits.sigmoid() if config and config.probability == "sigmoid" else logits.softmax(1)
 
     def classes(self, x: Tensor, targets: Targets, batch_size: int | None = None) -> Tensor:
@@ -134,7 +149,7 @@ class Subject(nn.Module):
 
     def _count_classes(self, x: Tensor) -> int:
         """A network that does not say is asked with one image."""
-        stated = getattr(self.model, "num_classes", None)
+        stated = getattr(self.part, "num_classes", None)
         if isinstance(stated, int) and stated > 0:
             return stated
         return self.probability(x[:1]).shape[1]
@@ -227,14 +242,14 @@ def attribute(
         check_counts(batch_size=batch_size)
     chosen = METHODS[method]
     _check_options(chosen, options)
-    subject = Subject(model)
     x = checked_images(model, x)
     batch_size = batch_size or images_at_once(x)
-    classes = subject.classes(x, targets, batch_size)
-    sizes = _runs(x) if chosen.slow else batch_size
-    batches = list(zip(x.split(sizes), classes.split(sizes), strict=True))
     maps = []
-    with torch.enable_grad(), RecomputedCosines():
+    with ordinary_autograd(x.device), RecomputedCosines():
+        subject, x = Subject(model), x.clone()
+        classes = subject.classes(x, targets, batch_size)
+        sizes = _runs(x) if chosen.slow else batch_size
+        batches = list(zip(x.split(sizes), classes.split(sizes), strict=True))
         for images, wanted in tqdm(batches, chosen.name, disable=None if progress else True):
             subject.generator.manual_seed(seed)
             maps.append(chosen.function(subject, images, wanted, **options).detach())
@@ -272,8 +287,6 @@ def checked_images(model: nn.Module, x: Tensor) -> Tensor:
     if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point() or 0 in x.shape:
         found = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
         raise InputError(f"expected images (N, C, H, W) of floating point, got {found}")
-    if torch.is_inference_mode_enabled() or x.is_inference():
-        raise InputError("torch.inference_mode() rules gradients out: use torch.no_grad(), and clone() tensors of it")
     if not bool(x.isfinite().all()) or x.min() < -ROUNDING or x.max() > 1 + ROUNDING:
         raise InputError("images must be in [0, 1] and finite, without mean/std normalisation")
     like = next((p for p in model.parameters() if p.is_floating_point()), x)

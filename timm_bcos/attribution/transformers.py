@@ -29,7 +29,7 @@ def attention_rollout(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
     rolled = identity = torch.eye(layers[0].shape[-1]).to(x)
     for attention in layers:
         rolled = (attention.mean(1) + identity) / 2 @ rolled
-    return _map_of_patches(subject.model, rolled, x)
+    return _map_of_patches(subject.part, rolled, x)
 
 
 @register("chefer")
@@ -47,7 +47,7 @@ def chefer(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
     for attention, gradient in zip(layers, gradients, strict=True):
         raising = (gradient * attention.detach()).clamp(min=0).mean(1)
         gathered = gathered + raising + raising @ gathered
-    return _map_of_patches(subject.model, gathered, x)
+    return _map_of_patches(subject.part, gathered, x)
 
 
 @register("attnlrp")
@@ -141,7 +141,7 @@ def _wanted(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _check_transformer(subject: Subject, method: str) -> None:
-    if not all(hasattr(subject.model, name) for name in ("num_prefix_tokens", "patch_embed", "blocks")):
+    if not all(hasattr(subject.part, name) for name in ("num_prefix_tokens", "patch_embed", "blocks")):
         raise MethodError(f"{method} is for vision transformers, not for {subject.kind}")
 
 
@@ -154,7 +154,7 @@ def _logits_and_attention(subject: Subject, prepared: Tensor) -> tuple[Tensor, l
     layers: list[Tensor] = []
     with hooked(dropouts, lambda module, args, output: layers.append(output)):
         logits = subject(prepared)
-    model: Any = subject.model
+    model: Any = subject.part
     tokens = model.num_prefix_tokens + math.prod(model.patch_embed.grid_size)
     if not layers or any(attention.shape[-2:] != (tokens, tokens) for attention in layers):
         raise MethodError(f"{subject.kind} does not show in each layer how its {tokens} tokens attend to each other")
