@@ -78,7 +78,7 @@ class Answers:
             with self.decoding:
                 image = network.read(address)
             visit, explanation = self.photos.ask(network, image)
-            return visit, visits.document_of(visit, explanation)
+            return visit, self.work.render(lambda: visits.document_of(visit, explanation))
 
     def take_network(self, label: str, address: object) -> tuple[Any, ...]:
         """Another network; one of the examples gives way to one that suits it.

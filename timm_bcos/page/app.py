@@ -65,7 +65,7 @@ class App(gr.Blocks):
             for number, function in self.fns.items()
             if function.fn is not None
         }
-        return Calls(functions, set(self.blocks))
+        return Calls(functions)
 
 
 def page_networks(

@@ -66,11 +66,10 @@ class Calls:
 
     Args:
         functions: By the numbers that Gradio gives them, what their arguments are called and what they may be.
-        components: Numbers of what may have triggered a call.
     """
 
-    def __init__(self, functions: Mapping[int, Sequence[tuple[str, Kind]]], components: Collection[int]) -> None:
-        self.functions, self.components = functions, components
+    def __init__(self, functions: Mapping[int, Sequence[tuple[str, Kind]]]) -> None:
+        self.functions = functions
 
     def join(self, body: bytes) -> bytes:
         """A call of a function, with nothing in it but what has been checked.
@@ -88,11 +87,11 @@ class Calls:
         for (name, kind), value in zip(kinds, arguments, strict=True):
             if problem := kind(value):
                 raise InputError(f"{name} {problem}")
-        if trigger is not None and not (type(trigger) is int and trigger in self.components):
+        if trigger is not None and type(trigger) is not int:
             raise InputError("trigger_id is no number of a component")
         if call.get("event_data") or call.get("event_id"):
             raise InputError("event_data and event_id stay empty")
-        checked = {"data": arguments, "fn_index": number, "trigger_id": trigger}
+        checked = {"data": arguments, "fn_index": number}
         return json.dumps({**checked, "session_hash": _name(call, "session_hash")}).encode()
 
     def cancel(self, body: bytes) -> bytes:

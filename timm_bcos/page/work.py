@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 from ..errors import BcosError
-from .limits import BATCH, PATIENCE, SLOW_AT_ONCE, SLOW_WAITING
+from .limits import BATCH, PATIENCE, RENDERING, SLOW_AT_ONCE, SLOW_WAITING
 
 __all__ = ["CLOSING", "BusyError", "ClosedError", "Collector", "SlowJob", "Work", "release_memory"]
 
@@ -68,9 +68,11 @@ class Work:
 
     def __init__(self) -> None:
         self._quick = ThreadPoolExecutor(1, "quick")
+        self._rendering = ThreadPoolExecutor(RENDERING, "rendering")
         self._slow = ThreadPoolExecutor(SLOW_AT_ONCE, "slow")
         self._changed = threading.Condition()
-        self._asked = 0  # quick steps that are asked for and not yet answered
+        self._asked = 0  # visitors who wait for quick steps
+        self._queued = 0  # quick steps that are not yet computed
         self._jobs: set[SlowJob] = set()
         self._is_closed = False
 
@@ -92,7 +94,20 @@ class Work:
         with self._changed:
             if self._is_closed:
                 raise ClosedError(CLOSING)
-            return self._quick.submit(_then_release_memory, step)
+            self._queued += 1
+            return self._quick.submit(self._run_quick, step)
+
+    def render(self, step: Callable[[], T]) -> T:
+        """What a step returns that only writes down what has been computed.
+
+        Raises:
+            ClosedError: If the page is being closed.
+        """
+        with self._changed:
+            if self._is_closed:
+                raise ClosedError(CLOSING)
+            future = self._rendering.submit(step)
+        return self.result(future)
 
     def result(self, future: Future[T]) -> T:
         """What `submit` promised.
@@ -149,8 +164,17 @@ class Work:
             for job in self._jobs:
                 job.stop.set()
             self._changed.notify_all()
-        for pool in (self._quick, self._slow):
+        for pool in (self._quick, self._slow, self._rendering):
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _run_quick(self, step: Callable[[], T]) -> T:
+        try:
+            return step()
+        finally:
+            with self._changed:
+                self._queued -= 1
+            if not self._queued:  # while there are others, they take the memory that this one has left
+                release_memory()
 
     def _run_slow(self, job: SlowJob, step: Callable[[Callable[[int], None]], T]) -> T:
         def before_batch(images: int) -> None:
@@ -230,13 +254,6 @@ class _Question(Generic[Key, Item, Answer]):
     def __init__(self, key: Key, item: Item) -> None:
         self.key, self.item = key, item
         self.answer: Future[Answer] = Future()
-
-
-def _then_release_memory(step: Callable[[], T]) -> T:
-    try:
-        return step()
-    finally:
-        release_memory()
 
 
 def release_memory() -> None:
