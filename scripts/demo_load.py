@@ -11,6 +11,7 @@ import argparse
 import base64
 import http.client
 import json
+import os
 import re
 import socket
 import statistics
@@ -127,12 +128,14 @@ def free_port() -> int:
 
 
 @contextmanager
-def demo(*arguments: str) -> Iterator[tuple["subprocess.Popen[str]", int]]:
+def demo(*arguments: str, **environment: str) -> Iterator[tuple["subprocess.Popen[str]", int]]:
     """`timm-bcos demo` in a process of its own, and its port."""
     port = free_port()
     code = "from timm_bcos.cli.main import main; main()"
     command = [sys.executable, "-W", "ignore", "-c", code, "demo", "--port", str(port), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout is not None
         process.stdout.readline()
