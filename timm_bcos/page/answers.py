@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from threading import BoundedSemaphore
 from typing import Any, TypeVar
@@ -140,7 +140,7 @@ class Answers:
 
     def _slow_map(
         self, step: Callable[..., Picture], method: str, request: gr.Request | None, progress: gr.Progress
-    ) -> Iterator[Any]:
+    ) -> Generator[Any, None, tuple[Picture | None, str]]:
         """Updates that change nothing, by which Gradio notices that a visitor has gone; then the map and a sentence."""
         began = time.monotonic()
         try:

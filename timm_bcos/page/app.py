@@ -128,7 +128,9 @@ def build_app(networks: Sequence[PageNetwork]) -> App:
         with gr.Tab("Other methods"):
             with gr.Row():
                 target = gr.Dropdown(classes, value=None, label="Class", scale=1, elem_id="target")
-                methods = gr.Dropdown(OTHERS, multiselect=True, value=AT_FIRST, label="Methods", info=SLOW, scale=3)
+                methods = gr.Dropdown(
+                    OTHERS, multiselect=True, value=AT_FIRST, label="Methods", info=SLOW, scale=3, elem_id="methods"
+                )
             compare = gr.Button("Compare", variant="primary", elem_id="compare")
             maps = gr.HTML(elem_id="maps", min_height=60)
         with gr.Tab("Inner neurons"):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from ..errors import InputError
+from .calls import NAME
 from .limits import CONNECTIONS, HELD, LARGEST_CALL, LINES_A_MINUTE, SECONDS_OF_A_BODY
 from .work import CLOSING
 
@@ -23,7 +24,6 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 Check = Callable[[bytes], bytes]
 
-SESSION = r"(?P<session>[A-Za-z0-9_-]{1,64})"
 FILE = r"(?:[A-Za-z0-9_@-][A-Za-z0-9_.@-]*/)*[A-Za-z0-9_@-][A-Za-z0-9_.@-]*"  # no part of it begins with a dot
 
 BUSY = "the page is busy: try again in a minute"
@@ -63,7 +63,7 @@ ROUTES = (
     Route("GET", r"/manifest\.json"),
     Route("GET", "/gradio_api/app_id/?"),  # by which a browser notices that the page has been started again
     Route("GET", "/gradio_api/startup-events"),  # asked for once, by Gradio's own start
-    Route("GET", rf"/gradio_api/heartbeat/{SESSION}", is_stream=True),
+    Route("GET", rf"/gradio_api/heartbeat/{NAME}", is_stream=True),
     Route("GET", "/gradio_api/queue/data", query=("session_hash",), is_stream=True),
     Route("POST", "/gradio_api/queue/join", largest=LARGEST_CALL),
     Route("POST", "/gradio_api/cancel", largest=1_000),
@@ -151,7 +151,7 @@ class Guard:
         asked = parse_qsl(scope["query_string"].decode("latin-1"), max_num_fields=20) if route.query else []
         query = {name: value for name, value in asked if name in route.query}
         scope = dict(scope, query_string="&".join(f"{name}={value}" for name, value in query.items()).encode())
-        if not all(re.fullmatch(SESSION, value) for value in query.values()) or len(query) < len(route.query):
+        if not all(re.fullmatch(NAME, value) for value in query.values()) or len(query) < len(route.query):
             raise Refused(422, "a session's name is 1 to 64 letters and digits")
         if route.is_stream:
             return await self._stream(scope, receive, send, query.get("session_hash"))

@@ -14,7 +14,10 @@ __all__ = ["CLOSING", "BusyError", "ClosedError", "Collector", "SlowJob", "Work"
 
 CLOSING = "the page is being closed: try again later"
 
-Key, Item, Answer, T = TypeVar("Key"), TypeVar("Item"), TypeVar("Answer"), TypeVar("T")
+Key = TypeVar("Key")
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+T = TypeVar("T")
 
 
 class BusyError(BcosError, RuntimeError):
@@ -213,7 +216,7 @@ class Collector(Generic[Key, Item, Answer]):
         self, work: Work, answer: Callable[[Key, Sequence[Item]], Sequence[Answer]], most: int = BATCH
     ) -> None:
         self.work, self.answer, self.most = work, answer, most
-        self._waiting: list[tuple[Key, Item, Future[Answer]]] = []
+        self._waiting: list[_Question[Key, Item, Answer]] = []
         self._lock = threading.Lock()
 
     def ask(self, key: Key, item: Item) -> Answer:
@@ -222,7 +225,7 @@ class Collector(Generic[Key, Item, Answer]):
         Raises:
             ClosedError: If the page is being closed.
         """
-        question = _Question(key, item)
+        question: _Question[Key, Item, Answer] = _Question(key, item)
         with self.work.asking():
             with self._lock:  # turns come in the order of the questions: at its own, if not before, each is answered
                 self._waiting.append(question)
