@@ -24,12 +24,14 @@ from .uploads import encode_file
 from .visits import Picture, Visit
 from .work import ClosedError, Collector, SlowJob, Work
 
-__all__ = ["Answers"]
+__all__ = ["Answers", "is_slow"]
 
 T = TypeVar("T")
 
 NO_VISIT = "choose a photo first"
-LOOKED_AT = {"rise": 500, "lime": 500, "occlusion": 226}  # images, by slow method, with its default options
+# Images that a method looks at, with its default options, and how many passes one of them costs.
+LOOKED_AT = {"rise": 500, "lime": 500, "occlusion": 226, "ig": 50, "smoothgrad": 25}
+GRADIENT_COST, GRADIENTS = 4, ("ig", "smoothgrad")
 
 _logger = logging.getLogger(__name__)
 
@@ -125,17 +127,17 @@ class Answers:
             yield notice(NO_VISIT)
             return
         found: list[Picture] = []
-        left = sorted(["bcos", *methods], key=lambda method: METHODS[method].slow)
+        left = sorted(["bcos", *methods], key=is_slow)
         while left:
             method, *left = left
             step = partial(visits.map_of_method, visit, target, method)
-            if METHODS[method].slow:
+            if is_slow(method):
                 yield pictures_side_by_side([*found, *(_announced(visit, name) for name in (method, *left))])
                 picture, problem = yield from self._slow_map(step, method, request, progress)
             else:
                 picture, problem = _attempt(lambda step=step: self.work.run(step))  # type: ignore[misc]
             found.append(picture or Picture(method, None, problem))
-            if not left or not METHODS[left[0]].slow:
+            if not left or not is_slow(left[0]):
                 yield pictures_side_by_side(found)
 
     def _slow_map(
@@ -172,12 +174,18 @@ class Answers:
         return pictures_side_by_side(pictures) if pictures else notice(problem)
 
 
+def is_slow(method: str) -> bool:
+    """Whether a method looks at many images."""
+    return METHODS[method].slow or method in LOOKED_AT
+
+
 def _announced(visit: Visit, method: str) -> Picture:
     """In the place of a slow method's map, how long it will take."""
     seconds, images = visit.network.seconds_per_image, LOOKED_AT.get(method)
     if seconds is None or images is None:
         return Picture(method, None, "takes long")
-    return Picture(method, None, f"takes about {_in_words(seconds * images)}, longer while others wait for theirs")
+    seconds *= images * (GRADIENT_COST if method in GRADIENTS else 1)
+    return Picture(method, None, f"takes about {_in_words(seconds)}, longer while others wait for theirs")
 
 
 def _in_words(seconds: float) -> str:

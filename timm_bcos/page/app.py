@@ -16,7 +16,7 @@ from ..attribution.registry import METHODS
 from ..errors import InputError
 from ..models.classes import class_names
 from ..models.loading import load_model
-from .answers import Answers
+from .answers import Answers, is_slow
 from .calls import Calls, Kind, a_photo, one_of, several_of, the_visit, whole_number_below
 from .components import frame, photo_zone, static
 from .guard import Guard
@@ -35,7 +35,7 @@ LEAD = (
 )
 OTHERS = [name for name in METHODS if name != "bcos"]
 AT_FIRST = ["ixg", "guided_backprop", "gradcam"]
-SLOW = "Maps are computed in this order; " + ", ".join(n for n, m in METHODS.items() if m.slow) + " take long."
+SLOW = "Those that take long come last: " + ", ".join(filter(is_slow, OTHERS)) + "."
 
 # Calls are checked before Gradio reads them (`timm_bcos.page.calls`); its own check answers with all the choices.
 EVENT: dict[str, Any] = dict(preprocess=False, api_visibility="private")
