@@ -22,7 +22,7 @@ from timm_bcos.models.classes import read_class_names
 from timm_bcos.page.app import App, build_app, serving
 from timm_bcos.page.calls import Calls, a_photo, one_of, several_of, the_visit, whole_number_below
 from timm_bcos.page.guard import find_route
-from timm_bcos.page.limits import LINES_A_MINUTE
+from timm_bcos.page.limits import LINES_A_MINUTE, REMEMBERED, UNHEARD
 from timm_bcos.page.networks import embedded_networks
 
 load = load_script("demo_load")
@@ -137,17 +137,19 @@ def test_web_sockets_are_refused(port: int) -> None:
 
 
 def test_large_requests_are_cut_off_whatever_they_state(port: int, visitor: Any) -> None:
-    assert visitor.request("POST", "/gradio_api/cancel", bytes(2_000))[0] == 413
+    json_kind = {"Content-Type": "application/json"}
+    assert visitor.request("POST", "/gradio_api/cancel", bytes(2_000), **json_kind)[0] == 413
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
         connection.request("POST", "/gradio_api/queue/join", iter([bytes(1_000_000)] * 40), encode_chunked=True,
-                           headers={"Transfer-Encoding": "chunked"})  # fmt: skip
+                           headers={"Transfer-Encoding": "chunked", **json_kind})  # fmt: skip
         assert connection.getresponse().status == 413
     except (BrokenPipeError, ConnectionError):
         pass  # it hangs up while the flood still comes
     finally:
         connection.close()
     assert visitor.request("GET", "/gradio_api/startup-events", b"x" * 100)[0] == 413
+    assert visitor.request("POST", "/gradio_api/queue/join", b"{}", **{"Content-Type": "text/plain"})[0] == 415
     assert visitor.request("GET", "/")[0] == 200
 
 
@@ -325,7 +327,7 @@ def test_nothing_reaches_the_disk(visitor: Any, folder: Path) -> None:
     visitor.take_photo(PHOTOS / "clothes" / "hat.jpg")
     assert set(recordings(visitor)) == {404}
     form = {"Content-Type": "multipart/form-data; boundary=x"}
-    assert visitor.request("POST", "/gradio_api/queue/join", b"--x\r\n\r\n--x--", **form)[0] == 422
+    assert visitor.request("POST", "/gradio_api/queue/join", b"--x\r\n\r\n--x--", **form)[0] == 415
     assert not files_in(folder)
 
 
@@ -357,3 +359,12 @@ def test_a_door_for_every_function(app: App) -> None:
     functions: dict[int, Callable[..., Any]] = {i: one.fn for i, one in app.fns.items() if one.fn is not None}
     assert app.calls.functions.keys() == functions.keys()
     assert not app.api_open and not any(one.preprocess for one in app.fns.values() if one.fn is not None)
+
+
+def test_gradio_keeps_no_more_than_the_limits(app: App, port: int) -> None:
+    kept = app._queue.pending_messages_per_session
+    for number in range(UNHEARD + 5):
+        kept[f"session {number}"] = None
+    assert len(kept) == UNHEARD
+    kept.clear()
+    assert app.app.state_holder.capacity == REMEMBERED

@@ -29,6 +29,7 @@ __all__ = ["Answers", "is_slow"]
 T = TypeVar("T")
 
 NO_VISIT = "choose a photo first"
+NOBODY = "nobody waits for this any more"
 # Images that a method looks at, with its default options, and how many passes one of them costs.
 LOOKED_AT = {"rise": 500, "lime": 500, "occlusion": 226, "ig": 50, "smoothgrad": 25}
 GRADIENT_COST, GRADIENTS = 4, ("ig", "smoothgrad")
@@ -126,14 +127,16 @@ class Answers:
         if visit is None or target is None:
             yield notice(NO_VISIT)
             return
-        found: list[Picture] = []
+        began, found = time.monotonic(), list[Picture]()
         left = sorted(["bcos", *methods], key=is_slow)
         while left:
             method, *left = left
             step = partial(visits.map_of_method, visit, target, method)
             if is_slow(method):
                 yield pictures_side_by_side([*found, *(_announced(visit, name) for name in (method, *left))])
-                picture, problem = yield from self._slow_map(step, method, request, progress)
+                picture, problem = yield from self._slow_map(step, method, request, began, progress)
+                if self._is_given_up(request, began):
+                    return
             else:
                 picture, problem = _attempt(lambda step=step: self.work.run(step))  # type: ignore[misc]
             found.append(picture or Picture(method, None, problem))
@@ -141,23 +144,24 @@ class Answers:
                 yield pictures_side_by_side(found)
 
     def _slow_map(
-        self, step: Callable[..., Picture], method: str, request: gr.Request | None, progress: gr.Progress
+        self, step: Callable[..., Picture], method: str, request: gr.Request | None, began: float, progress: gr.Progress
     ) -> Generator[Any, None, tuple[Picture | None, str]]:
         """Updates that change nothing, by which Gradio notices that a visitor has gone; then the map and a sentence."""
-        began = time.monotonic()
         try:
             with self.work.slow(lambda before_batch: step(before_batch=before_batch)) as job:
                 while not job.is_done(TICK):
-                    if self._has_gone(request) and time.monotonic() - began > GRACE:
-                        raise ClosedError("nobody waits for this any more")
+                    if self._is_given_up(request, began):
+                        return None, NOBODY
                     progress(*_progress_of(job, method))
                     yield gr.skip()
                 return _attempt(job.result)
         except BcosError as error:
             return None, str(error)
 
-    def _has_gone(self, request: gr.Request | None) -> bool:
-        return request is not None and str(request.session_hash) not in self.listeners
+    def _is_given_up(self, request: gr.Request | None, began: float) -> bool:
+        """Whether a call's visitor does not listen, some seconds after it began."""
+        is_heard = request is None or str(request.session_hash) in self.listeners
+        return not is_heard and time.monotonic() - began > GRACE
 
     def show_neurons(self, visit: Visit | None, layer: str | None, request: gr.Request | None = None) -> str:
         """A layer's strongest neurons."""
@@ -166,8 +170,8 @@ class Answers:
         began = time.monotonic()
 
         def run(step: Callable[[], T]) -> T:
-            if self._has_gone(request) and time.monotonic() - began > GRACE:
-                raise ClosedError("nobody waits for this any more")
+            if self._is_given_up(request, began):
+                raise ClosedError(NOBODY)
             return self.work.run(step)
 
         pictures, problem = _attempt(lambda: visits.strongest_neurons(visit, layer, run))

@@ -20,7 +20,16 @@ from .answers import Answers, is_slow
 from .calls import Calls, Kind, a_photo, one_of, several_of, the_visit, whole_number_below
 from .components import frame, photo_zone, static
 from .guard import Guard
-from .limits import IN_QUEUE, LARGEST_PHOTO, REMEMBERED, SECONDS_OF_A_VISIT, SLOW_AT_ONCE, SLOW_WAITING, WAITING_AT_ONCE
+from .limits import (
+    IN_QUEUE,
+    LARGEST_PHOTO,
+    REMEMBERED,
+    SECONDS_OF_A_VISIT,
+    SLOW_AT_ONCE,
+    SLOW_WAITING,
+    UNHEARD,
+    WAITING_AT_ONCE,
+)
 from .networks import PageNetwork, embedded_networks
 from .theme import page_theme
 from .uploads import encode_file
@@ -200,6 +209,7 @@ def serving(app: App, port: int | None = None, share: bool = False) -> Iterator[
         raise InputError(
             f"the page cannot be served at {where}, which is taken: choose a free one with --port"
         ) from error
+    app._queue.pending_messages_per_session.max_size = UNHEARD  # Gradio keeps 2000 and has no option for it
     try:
         if share and not app.share_url:
             raise InputError("Gradio gives no public address now: check the connection, or leave --share out")

@@ -158,6 +158,8 @@ class Guard:
         if not route.largest:
             _refuse_body(scope)
             return await self.app(scope, receive, send)
+        if not dict(scope["headers"]).get(b"content-type", b"").lower().startswith(b"application/json"):
+            raise Refused(415, "send JSON")  # other sites' pages may send other kinds without asking
         with _Held(self) as held:
             body = await self._read(scope, receive, route.largest, held)
             try:

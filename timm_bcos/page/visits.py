@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..attribution.registry import Subject, attribute
 from ..errors import InputError
@@ -16,6 +17,7 @@ from ..explaining.forward import explain, explain_targets
 from ..explaining.pictures import map_to_rgba
 from ..judging.neurons import peak_activations
 from ..nn.modules import frozen_copy
+from .limits import SLOW_BATCH
 from .networks import PageNetwork
 from .viewer import viewer_html
 
@@ -129,15 +131,15 @@ def map_of_method(visit: Visit, target: int, method: str, before_batch: Callable
         visit: The photo and the network.
         target: The class.
         method: Of `timm_bcos.attribution.registry.METHODS`.
-        before_batch: Called before each pass through the network, with the number of images; what it raises ends the
-            method.
+        before_batch: For methods that look at many images: called before each pass through the network, which then
+            takes few at a time, with their number. What it raises ends the method.
 
     Raises:
         MethodError: If there is no such method, or it does not suit the network.
         TargetError: For a class that the network does not have.
     """
     model = visit.network.model
-    maps = attribute(model if before_batch is None else _watched(model, before_batch), visit.image, [target], method)
+    maps = attribute(model if before_batch is None else _InParts(model, before_batch), visit.image, [target], method)
     return Picture(method, map_to_rgba(maps)[0, ..., :3])
 
 
@@ -171,11 +173,26 @@ def _pictures_of_units(model: nn.Module, images: Tensor, units: Tensor, layer: s
     return list(_on_photo(explain(model, images, units, layer=layer)))
 
 
-def _watched(model: nn.Module, before_batch: Callable[[int], None]) -> nn.Module:
-    """A copy that tells of every pass; copies of it do too."""
-    copy = frozen_copy(model)
-    copy.register_forward_pre_hook(lambda module, args: before_batch(len(args[0])))
-    return copy
+class _InParts(nn.Module):
+    """A network that takes few images at a time, gradients included, and tells of each time.
+
+    Where gradients are asked for it computes every part a second time, and so holds the activations of one part only.
+    """
+
+    def __init__(self, model: nn.Module, before_batch: Callable[[int], None]) -> None:
+        super().__init__()
+        self.model, self.before_batch = frozen_copy(model), before_batch
+        for name in ("bcos_config", "in_chans", "num_classes", "pretrained_cfg"):
+            if hasattr(model, name):
+                setattr(self, name, getattr(model, name))
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = []
+        for part in x.split(SLOW_BATCH):
+            self.before_batch(len(part))
+            outputs.append(checkpoint(self.model, part, use_reentrant=False))
+        return torch.cat(outputs)
 
 
 def _on_photo(explanation: Explanation) -> Tensor:
