@@ -84,7 +84,7 @@ def filled(path: str) -> str:
 
 SERVED = {
     ("GET", "/"), ("HEAD", "/"), ("GET", "/assets/x"), ("GET", "/static/x"), ("GET", "/theme.css"),
-    ("GET", "/gradio_api/theme.css"), ("GET", "/favicon.ico"), ("GET", "/robots.txt"), ("GET", "/manifest.json"),
+    ("GET", "/gradio_api/theme.css"), ("GET", "/favicon.ico"), ("GET", "/robots.txt"), ("GET", "/manifest.json"), ("GET", "/config"),
     ("GET", "/gradio_api/app_id"), ("GET", "/gradio_api/app_id/"), ("GET", "/gradio_api/startup-events"),
     ("GET", "/gradio_api/heartbeat/x"), ("GET", "/gradio_api/queue/data"), ("POST", "/gradio_api/queue/join"),
     ("POST", "/gradio_api/cancel"),
@@ -109,7 +109,7 @@ def test_every_route_of_the_running_app_is_in_the_table_or_not_there(app: App, v
         "/gradio_api/%2575pload", "//gradio_api/upload", "/GRADIO_API/upload", "/gradio_api/queue/join/../../upload",
         "/assets/../../etc/passwd", "/assets/%2e%2e/%2e%2e/etc/passwd", "/static/.hidden",
         "/gradio_api/file=/etc/passwd",
-        "/gradio_api/proxy=http://127.0.0.1/", "/config", "/config/?deep_link=x", "/gradio_api/info", "/monitoring",
+        "/gradio_api/proxy=http://127.0.0.1/", "/config/?deep_link=x", "/gradio_api/info", "/monitoring",
         "/gradio_api/queue/join;x", "/gradio_api/run/predict", "/gradio_api/api/take_photo", "/gradio_api/call/compare",
         "/gradio_api/heartbeat/a/b", "/gradio_api/queue/status", "/docs", "/openapi.json", "/gradio_api/openapi.json",
     ],
@@ -124,6 +124,7 @@ def test_the_page_itself_takes_no_parameters(visitor: Any) -> None:
     for query in ("deep_link=" + "a" * 43, "page=nowhere", "__theme=dark&deep_link=../x", "all_endpoints=1"):
         status, page = visitor.request("GET", f"/?{query}")
         assert status == 200 and page == plain
+    assert visitor.request("GET", "/config?deep_link=x")[1] == visitor.request("GET", "/config")[1]
 
 
 def test_web_sockets_are_refused(port: int) -> None:

@@ -61,6 +61,7 @@ ROUTES = (
     Route("GET", r"/favicon\.ico"),
     Route("GET", r"/robots\.txt"),
     Route("GET", r"/manifest\.json"),
+    Route("GET", "/config"),  # what `/` holds too, for programs
     Route("GET", "/gradio_api/app_id/?"),  # by which a browser notices that the page has been started again
     Route("GET", "/gradio_api/startup-events"),  # asked for once, by Gradio's own start
     Route("GET", rf"/gradio_api/heartbeat/{NAME}", is_stream=True),
