@@ -84,10 +84,10 @@ def filled(path: str) -> str:
 
 SERVED = {
     ("GET", "/"), ("HEAD", "/"), ("GET", "/assets/x"), ("GET", "/static/x"), ("GET", "/theme.css"),
-    ("GET", "/gradio_api/theme.css"), ("GET", "/favicon.ico"), ("GET", "/robots.txt"), ("GET", "/manifest.json"), ("GET", "/config"),
+    ("GET", "/gradio_api/theme.css"), ("GET", "/favicon.ico"), ("GET", "/robots.txt"), ("GET", "/manifest.json"),
     ("GET", "/gradio_api/app_id"), ("GET", "/gradio_api/app_id/"), ("GET", "/gradio_api/startup-events"),
     ("GET", "/gradio_api/heartbeat/x"), ("GET", "/gradio_api/queue/data"), ("POST", "/gradio_api/queue/join"),
-    ("POST", "/gradio_api/cancel"),
+    ("POST", "/gradio_api/cancel"), ("GET", "/config"),
 }  # fmt: skip
 
 
