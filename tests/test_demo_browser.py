@@ -167,6 +167,8 @@ def test_examples_networks_and_further_classes(demo: Demo) -> None:
 
 def choose(menu: "Locator", name: str) -> None:
     """In one of Gradio's menus."""
+    menu.scroll_into_view_if_needed()
+    menu.page.wait_for_timeout(300)  # as in `press`
     menu.click()
     menu.page.get_by_role("option", name=re.compile(name)).click()
 
@@ -210,20 +212,48 @@ def test_two_pages_at_once(chromium: "Browser", address: str) -> None:
             assert next(iter(first.probabilities())) == mine
 
 
+def test_a_new_photo_ends_a_comparison(chromium: "Browser", address: str) -> None:
+    with opened(chromium, address) as demo:
+        choose(demo.page.locator("#methods input"), "rise")
+        demo.page.keyboard.press("Escape")
+        demo.press("#compare")
+        demo.page.locator("#maps .missing", has_text="takes about").wait_for()
+        demo.upload(CLOTHES / "pants.jpg")
+        demo.wait_for("pants")
+        demo.page.locator("#maps figure").first.wait_for(state="detached")
+
+
 def test_nobody_else_is_asked_and_nothing_is_kept(
     chromium: "Browser", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A visit that uses every control."""
     from timm_bcos.page.app import build_app, serving
     from timm_bcos.page.networks import embedded_networks
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
-    with serving(build_app(embedded_networks()[1:]), free_port()) as address, opened(chromium, address) as demo:
-        demo.upload(CLOTHES / "hat.jpg")
-        demo.wait_for("hat")
-        demo.press("#compare")
-        demo.page.locator("#maps figure").nth(3).wait_for()
-        kept = [path for path in tmp_path.rglob("*") if path.is_file()]
-        hosts = {urlparse(url).hostname for url in demo.asked if not url.startswith(("data:", "blob:", "about:"))}
+    with serving(build_app(embedded_networks()[1:]), free_port()) as address:
+        with opened(chromium, address) as demo:
+            demo.upload(CLOTHES / "hat.jpg")
+            demo.wait_for("hat")
+            choose(demo.page.locator("#more input"), "pants")
+            demo.page.keyboard.press("Escape")
+            demo.explanation.locator("#bars .name", has_text="pants").wait_for()
+            choose(demo.page.locator("#target input"), "shoes")
+            demo.press("#compare")
+            demo.page.locator("#maps figure").nth(3).wait_for()
+            demo.page.get_by_role("tab", name="Inner neurons").click()
+            choose(demo.page.locator("#layer input"), "blocks.2")
+            demo.press("#show")
+            demo.page.locator("#neurons figure").nth(5).wait_for()
+            demo.page.locator("#photo .examples button[title=shoes]").scroll_into_view_if_needed()
+            demo.press("#photo .examples button[title=shoes]")
+            demo.wait_for("shoes")
+            choose(demo.page.locator("#network input"), "bcos_cifar_resnet20")
+            demo.wait_for("cat")
+            kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+            hosts = {urlparse(url).hostname for url in demo.asked if not url.startswith(("data:", "blob:", "about:"))}
+        kept += [path for path in tmp_path.rglob("*") if path.is_file()]
+    kept += [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not kept
     assert hosts == {urlparse(address).hostname}

@@ -37,12 +37,20 @@ def read_class_names(path: Path, count: int) -> list[str]:
         InputError: If there is neither, or with another number of classes than `count`.
     """
     try:
-        names = _class_directories(path) if path.is_dir() else path.read_text(encoding="utf-8").splitlines()
+        names = _class_directories(path) if path.is_dir() else _lines(path.read_bytes().decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"no class names in {path}: {error}") from error
     if len(names) != count:
         raise InputError(f"{path} names {len(names)} classes, the model has {count}")
     return names
+
+
+def _lines(text: str) -> list[str]:
+    """Lines ended by a line feed, or by a carriage return and a line feed; the last one perhaps by nothing.
+
+    `str.splitlines` would also split names at U+2028 and other separators.
+    """
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 
 def _class_directories(path: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,12 +16,23 @@ from ..attribution.registry import METHODS
 from ..errors import InputError
 from ..models.classes import class_names
 from ..models.loading import load_model
-from .answers import Answers
+from .answers import Answers, is_slow
+from .calls import Calls, Kind, a_photo, one_of, several_of, the_visit, whole_number_below
 from .components import frame, photo_zone, static
 from .guard import Guard
+from .limits import (
+    IN_QUEUE,
+    LARGEST_PHOTO,
+    REMEMBERED,
+    SECONDS_OF_A_VISIT,
+    SLOW_AT_ONCE,
+    SLOW_WAITING,
+    UNHEARD,
+    WAITING_AT_ONCE,
+)
 from .networks import PageNetwork, embedded_networks
 from .theme import page_theme
-from .uploads import LARGEST, encode_file
+from .uploads import encode_file
 from .visits import MOST_CLASSES
 
 __all__ = ["build_app", "launch", "page_networks", "serving"]
@@ -32,12 +44,37 @@ LEAD = (
 )
 OTHERS = [name for name in METHODS if name != "bcos"]
 AT_FIRST = ["ixg", "guided_backprop", "gradcam"]
-SLOW = "Maps are computed in this order; " + ", ".join(n for n, m in METHODS.items() if m.slow) + " take long."
+SLOW = "Those that take long come last: " + ", ".join(filter(is_slow, OTHERS)) + "."
 
-AT_ONCE, WAITING, VISITORS = 2, 32, 200  # answers computed, answers waited for, visits remembered
-SHARED: dict[str, Any] = dict(concurrency_id="answers", api_visibility="private")  # by all events: one limit for all
-SECONDS = 3600  # that a visit is remembered
-REQUEST = LARGEST * 4 // 3 + 1_000_000  # bytes: a photo as a data address, and what goes with it
+# Calls are checked before Gradio reads them (`timm_bcos.page.calls`); its own check answers with all the choices.
+EVENT: dict[str, Any] = dict(preprocess=False, api_visibility="private")
+PHOTOS = EVENT | dict(concurrency_id="photos", concurrency_limit=WAITING_AT_ONCE)
+SEARCHES = EVENT | dict(concurrency_id="searches", concurrency_limit=2)
+# one more than find a place: the last is told at once that there is none
+COMPARISONS = EVENT | dict(concurrency_id="comparisons", concurrency_limit=SLOW_AT_ONCE + SLOW_WAITING + 1)
+
+
+class App(gr.Blocks):
+    """The page.
+
+    Args:
+        answers: What it does.
+    """
+
+    def __init__(self, answers: Answers) -> None:
+        super().__init__(title="timm_bcos", analytics_enabled=False, fill_width=True)
+        self.answers = answers
+        self.kinds: dict[int, tuple[str, Kind]] = {}  # by component, what an argument is called and may be
+
+    @property
+    def calls(self) -> Calls:
+        """The calls that it answers."""
+        functions = {
+            number: [self.kinds[component._id] for component in function.inputs]
+            for number, function in self.fns.items()
+            if function.fn is not None
+        }
+        return Calls(functions)
 
 
 def page_networks(
@@ -72,20 +109,20 @@ def page_networks(
     return networks
 
 
-def build_app(networks: Sequence[PageNetwork]) -> gr.Blocks:
+def build_app(networks: Sequence[PageNetwork]) -> App:
     """The page.
 
     Args:
         networks: To choose from, the first being chosen at first.
 
     Returns:
-        A Gradio app, whose queue limits how many answers are computed at once.
+        A Gradio app, whose queues limit how many answers are computed at once.
     """
     answers, first = Answers(networks), networks[0]
     classes = [(name, index) for index, name in enumerate(first.names)]
-    with gr.Blocks(title="timm_bcos", analytics_enabled=False, fill_width=True) as app:
+    with App(answers) as app:
         gr.HTML(f"<h1>{TITLE}</h1><p>{LEAD}</p>", elem_classes="bcos-title")
-        visit = gr.State(time_to_live=SECONDS)
+        visit = gr.State(time_to_live=SECONDS_OF_A_VISIT)
         with gr.Row():
             with gr.Column(scale=5, min_width=300):
                 photo = photo_zone(_first_photo(first), first.examples, elem_id="photo")
@@ -100,7 +137,9 @@ def build_app(networks: Sequence[PageNetwork]) -> gr.Blocks:
         with gr.Tab("Other methods"):
             with gr.Row():
                 target = gr.Dropdown(classes, value=None, label="Class", scale=1, elem_id="target")
-                methods = gr.Dropdown(OTHERS, multiselect=True, value=AT_FIRST, label="Methods", info=SLOW, scale=3)
+                methods = gr.Dropdown(
+                    OTHERS, multiselect=True, value=AT_FIRST, label="Methods", info=SLOW, scale=3, elem_id="methods"
+                )
             compare = gr.Button("Compare", variant="primary", elem_id="compare")
             maps = gr.HTML(elem_id="maps", min_height=60)
         with gr.Tab("Inner neurons"):
@@ -108,19 +147,30 @@ def build_app(networks: Sequence[PageNetwork]) -> gr.Blocks:
             show = gr.Button("Show the strongest units", variant="primary", elem_id="show")
             neurons = gr.HTML(elem_id="neurons", min_height=60)
 
-        comparison = compare.click(answers.compare, [visit, target, methods], maps, **SHARED)
-        search = show.click(answers.show_neurons, [visit, layer], neurons, **SHARED)
-        taking = SHARED | dict(
+        comparison = compare.click(answers.compare, [visit, target, methods], maps, **COMPARISONS)
+        search = show.click(answers.show_neurons, [visit, layer], neurons, **SEARCHES)
+        taking = PHOTOS | dict(
             fn=answers.take_photo,
             inputs=[label, photo],
             outputs=[told, explanation, visit, more, target, maps, neurons],
             cancels=[comparison, search],
         )
         photo.input(**taking, trigger_mode="always_last")
-        label.input(answers.take_network, [label, photo], [photo, more, target, layer], **SHARED).then(**taking)
+        label.input(answers.take_network, [label, photo], [photo, more, target, layer], **PHOTOS).then(**taking)
         app.load(**taking)
-        more.input(answers.add_classes, [visit, more], [told, explanation], trigger_mode="always_last", **SHARED)
-    return app.queue(max_size=WAITING, default_concurrency_limit=AT_ONCE)
+        more.input(answers.add_classes, [visit, more], [told, explanation], trigger_mode="always_last", **PHOTOS)
+
+    a_class = whole_number_below(max(len(network.names) for network in networks), or_none=True)
+    app.kinds = {
+        visit._id: ("the visit", the_visit),
+        photo._id: ("the photo", a_photo),
+        label._id: ("the network", one_of(answers.networks)),
+        more._id: ("the list of further classes", several_of(a_class)),
+        target._id: ("the class", a_class),
+        methods._id: ("the list of methods", several_of(one_of(OTHERS))),
+        layer._id: ("the layer", one_of({name for network in networks for name in network.layers}, or_none=True)),
+    }
+    return app.queue(max_size=IN_QUEUE, api_open=False)  # type: ignore[return-value]  # it returns itself
 
 
 def _first_photo(network: PageNetwork) -> str:
@@ -128,7 +178,7 @@ def _first_photo(network: PageNetwork) -> str:
 
 
 @contextlib.contextmanager
-def serving(app: gr.Blocks, port: int | None = None, share: bool = False) -> Iterator[str]:
+def serving(app: App, port: int | None = None, share: bool = False) -> Iterator[str]:
     """Serve a page until the block ends.
 
     Args:
@@ -142,24 +192,31 @@ def serving(app: gr.Blocks, port: int | None = None, share: bool = False) -> Ite
     Raises:
         InputError: If it cannot be served there.
     """
+    closing, calls = threading.Event(), app.calls
+    checks = {"/gradio_api/queue/join": calls.join, "/gradio_api/cancel": calls.cancel}
+    guard = Middleware(Guard, checks=checks, listeners=app.answers.listeners, closing=closing)
+    app.answers.open()
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # Gradio's advice; the caller says what there is to say
             app.launch(
                 server_port=port, share=share, inbrowser=False, prevent_thread_lock=True, quiet=True, inline=False,
                 theme=page_theme(), css=static("page.css"), footer_links=["gradio"], run_history=False,
-                enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, max_file_size=LARGEST,
-                state_session_capacity=VISITORS, app_kwargs=dict(middleware=[Middleware(Guard, largest=REQUEST)]),
+                enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, max_file_size=LARGEST_PHOTO,
+                state_session_capacity=REMEMBERED, app_kwargs=dict(middleware=[guard]),
             )  # fmt: skip
     except OSError as error:
         where = f"port {port}" if port is not None else "any port from 7860 on"
         raise InputError(
             f"the page cannot be served at {where}, which is taken: choose a free one with --port"
         ) from error
+    app._queue.pending_messages_per_session.max_size = UNHEARD  # Gradio keeps 2000 and has no option for it
     try:
         if share and not app.share_url:
             raise InputError("Gradio gives no public address now: check the connection, or leave --share out")
         yield str(app.share_url or app.local_url)
     finally:
+        closing.set()
+        app.answers.close()
         app.close(verbose=False)
 
 

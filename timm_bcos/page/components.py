@@ -9,7 +9,8 @@ from pathlib import Path
 
 import gradio as gr
 
-from .uploads import LARGEST, encode_file
+from .limits import LARGEST_PHOTO
+from .uploads import encode_file
 
 __all__ = ["example_props", "frame", "framed", "photo_zone", "static"]
 
@@ -27,7 +28,7 @@ def photo_zone(value: str, examples: Sequence[Path], elem_id: str) -> gr.HTML:
         css_template=static("photo.css"),
         js_on_load=static("photo.js"),
         elem_id=elem_id,
-        largest=LARGEST,
+        largest=LARGEST_PHOTO,
         examples=example_props(examples),
     )
 

@@ -38,6 +38,7 @@ class PageNetwork:
     Attributes:
         layers: Paths of the modules whose neurons the page explains.
         layer: The one that it explains first; None if there are none.
+        seconds_per_image: That a pass took when a photo was shown to it last; None before the first.
 
     Raises:
         InputError: For a network that takes neither grey nor coloured images.
@@ -46,6 +47,7 @@ class PageNetwork:
     def __init__(self, label: str, model: BcosNetwork, names: Sequence[str], examples: Sequence[Path] = ()) -> None:
         self.label, self.model, self.names, self.examples = label, model, list(names), list(examples)
         self.mode, self.transform = photo_transform(model)
+        self.seconds_per_image: float | None = None
         self.layers = _layers_with_positions(model)
         stages = [stage["module"] for stage in getattr(model, "feature_info", None) or [] if "module" in stage]
         self.layer = next((name for name in reversed([*self.layers, *stages[:-1]]) if name in self.layers), None)

@@ -13,10 +13,10 @@ from torch import Tensor
 from ..data.photos import open_photo
 from ..errors import InputError
 from ..files import first_line
+from .limits import LARGEST_PHOTO
 
-__all__ = ["LARGEST", "decode_photo", "encode_file", "encode_picture"]
+__all__ = ["decode_photo", "encode_file", "encode_picture"]
 
-LARGEST = 20_000_000  # bytes of an upload
 MOST_PIXELS = 60_000_000  # of an upload: more than phones take, and 180 MB once decoded
 # what strangers may send; Pillow knows formats that start other programs (EPS), or that few browsers could show anyway
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -59,8 +59,10 @@ def _decode(address: object) -> bytes:
         raise InputError(f"this is no photo: send {KINDS}")
     text = address[address.index(",") + 1 :]
     size = len(text) * 3 // 4
-    if size > LARGEST:
-        raise InputError(f"the file has {size / 1e6:.0f} MB, the page takes {LARGEST / 1e6:.0f}: send a smaller one")
+    if size > LARGEST_PHOTO:
+        raise InputError(
+            f"the file has {size / 1e6:.0f} MB, the page takes {LARGEST_PHOTO / 1e6:.0f}: send a smaller one"
+        )
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
