@@ -288,6 +288,19 @@ def replace_activation(act: nn.Module, place: Place, config: BcosConfig) -> nn.M
     return nn.Identity() if config.activation == "remove" else act
 
 
+# Forms with an autograd function of their own, by the names of their types, and the same activations without.
+PLAIN_FORMS: dict[str, type[nn.Module]] = {
+    "SwishMe": nn.SiLU, "MishMe": nn.Mish, "HardSwishMe": nn.Hardswish, "HardSigmoidMe": nn.Hardsigmoid,
+    "HardMishMe": timm_layers.HardMish,
+}  # fmt: skip
+
+
+def replace_memory_efficient(act: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
+    """timm's memory-efficient activations compute inside autograd functions, where explanation mode cannot look."""
+    plain = PLAIN_FORMS[type(act).__name__]().train(act.training)
+    return plain if type(plain) is nn.Hardsigmoid else replace_activation(plain, place, config)
+
+
 def replace_activation_with_offset(act: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
     """An activation that adds a constant of its own."""
     return nn.Identity() if config.activation == "remove" else replace_offset(act, place, config)

@@ -137,7 +137,8 @@ RULES = RuleTable({
     **_named(
         to.replace_norm,
         """
-        torch.nn.LayerNorm torch.nn.GroupNorm torch.nn.RMSNorm timm.layers.LayerNorm timm.layers.LayerNorm2d
+        torch.nn.LayerNorm torch.nn.GroupNorm torch.nn.RMSNorm torch.nn.InstanceNorm1d torch.nn.InstanceNorm2d
+        torch.nn.InstanceNorm3d timm.layers.LayerNorm timm.layers.LayerNorm2d
         timm.layers.norm.LayerNormExp2d timm.layers.GroupNorm timm.layers.GroupNorm1 timm.layers.RmsNorm
         timm.layers.RmsNorm2d timm.layers.SimpleNorm timm.layers.SimpleNorm2d
         timm.models.metaformer.GroupNorm1NoBias timm.models.metaformer.LayerNorm2dNoBias
@@ -169,10 +170,18 @@ RULES = RuleTable({
         torch.nn.Hardswish torch.nn.ELU torch.nn.GELU torch.nn.Tanh timm.layers.GELU timm.layers.GELUTanh
         timm.layers.QuickGELU timm.layers.Swish timm.layers.Tanh timm.layers.Mish timm.layers.HardSwish
         timm.layers.HardMish timm.layers.PReLU torch.nn.CELU torch.nn.SELU torch.nn.Softplus torch.nn.Hardtanh
-        torch.nn.Softsign timm.models.nfnet.GammaAct torch.nn.RReLU transformers.activations.GELUActivation
+        torch.nn.Softsign torch.nn.Hardshrink torch.nn.Softshrink torch.nn.Tanhshrink torch.nn.Threshold
+        timm.models.nfnet.GammaAct torch.nn.RReLU transformers.activations.GELUActivation
         transformers.activations.NewGELUActivation transformers.activations.FastGELUActivation
         transformers.activations.QuickGELUActivation transformers.activations.SiLUActivation
         transformers.activations.MishActivation transformers.activations.GELUTanh
+        """,
+    ),
+    **_named(
+        to.replace_memory_efficient,
+        """
+        timm.layers.activations_me.SwishMe timm.layers.activations_me.MishMe timm.layers.activations_me.HardSwishMe
+        timm.layers.activations_me.HardMishMe timm.layers.activations_me.HardSigmoidMe
         """,
     ),
     **_named(to.replace_activation_with_offset, "timm.models.metaformer.StarReLU"),
@@ -197,7 +206,7 @@ RULES = RuleTable({
     **_named(
         keep_whole,
         """
-        torch.nn.Sigmoid torch.nn.Softmax torch.nn.Hardsigmoid timm.layers.Sigmoid timm.layers.HardSigmoid
+        torch.nn.Sigmoid torch.nn.Softmax torch.nn.Softmax2d torch.nn.Hardsigmoid torch.nn.LocalResponseNorm timm.layers.Sigmoid timm.layers.HardSigmoid
         timm.layers.split_attn.RadixSoftmax timm.layers.SEModule timm.layers.SqueezeExcite
         timm.models._efficientnet_blocks.SqueezeExcite timm.layers.EcaModule timm.layers.GlobalContext
         torchvision.ops.SqueezeExcitation
@@ -214,7 +223,7 @@ RULES = RuleTable({
         torch.nn.AvgPool2d torch.nn.AdaptiveAvgPool1d torch.nn.AdaptiveAvgPool2d torch.nn.AdaptiveMaxPool2d
         torch.nn.Upsample torch.nn.UpsamplingNearest2d torch.nn.UpsamplingBilinear2d torch.nn.ZeroPad2d
         torch.nn.ConstantPad2d torch.nn.ReflectionPad2d torch.nn.ReplicationPad2d torch.nn.Unfold torch.nn.Fold
-        torch.nn.PixelShuffle torch.nn.PixelUnshuffle torch.nn.ChannelShuffle timm.layers.AvgPool2dSame
+        torch.nn.CircularPad2d torch.nn.PixelShuffle torch.nn.PixelUnshuffle torch.nn.ChannelShuffle timm.layers.AvgPool2dSame
         timm.layers.BlurPool2d timm.layers.DropPath timm.layers.DropBlock2d timm.layers.PatchDropout
         timm.layers.SpaceToDepth timm.layers.DepthToSpace timm.layers.adaptive_avgmax_pool.FastAdaptiveAvgPool
         timm.layers.adaptive_avgmax_pool.FastAdaptiveMaxPool timm.layers.adaptive_avgmax_pool.FastAdaptiveAvgMaxPool
