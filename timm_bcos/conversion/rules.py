@@ -207,7 +207,8 @@ RULES = RuleTable({
         keep_whole,
         """
         torch.nn.Sigmoid torch.nn.Softmax torch.nn.Softmax2d torch.nn.Hardsigmoid torch.nn.LocalResponseNorm
-        timm.layers.Sigmoid timm.layers.HardSigmoid timm.layers.split_attn.RadixSoftmax timm.layers.SEModule timm.layers.SqueezeExcite
+        timm.layers.Sigmoid timm.layers.HardSigmoid timm.layers.split_attn.RadixSoftmax timm.layers.SEModule
+        timm.layers.SqueezeExcite
         timm.models._efficientnet_blocks.SqueezeExcite timm.layers.EcaModule timm.layers.GlobalContext
         torchvision.ops.SqueezeExcitation
         """,
@@ -224,7 +225,8 @@ RULES = RuleTable({
         torch.nn.Upsample torch.nn.UpsamplingNearest2d torch.nn.UpsamplingBilinear2d torch.nn.ZeroPad2d
         torch.nn.ConstantPad2d torch.nn.ReflectionPad2d torch.nn.ReplicationPad2d torch.nn.Unfold torch.nn.Fold
         torch.nn.CircularPad2d torch.nn.PixelShuffle torch.nn.PixelUnshuffle torch.nn.ChannelShuffle
-        timm.layers.AvgPool2dSame timm.layers.BlurPool2d timm.layers.DropPath timm.layers.DropBlock2d timm.layers.PatchDropout
+        timm.layers.AvgPool2dSame timm.layers.BlurPool2d timm.layers.DropPath timm.layers.DropBlock2d
+        timm.layers.PatchDropout
         timm.layers.SpaceToDepth timm.layers.DepthToSpace timm.layers.adaptive_avgmax_pool.FastAdaptiveAvgPool
         timm.layers.adaptive_avgmax_pool.FastAdaptiveMaxPool timm.layers.adaptive_avgmax_pool.FastAdaptiveAvgMaxPool
         timm.layers.adaptive_avgmax_pool.FastAdaptiveCatAvgMaxPool timm.layers.AdaptiveAvgMaxPool2d
