@@ -83,7 +83,7 @@ def by_image(grad: Tensor, addend: Tensor, images: int) -> Tensor:
     repeated = [d for d in range(1, grad.ndim) if addend.shape[d] == 1 != grad.shape[d]]
     if repeated:  # first, so that the product is small
         grad = grad.sum(repeated, keepdim=True)
-    product = grad * addend
+    product = torch.where(grad == 0, 0, grad * addend)  # infinities that nobody has taken
     return (product.real if product.is_complex() else product).reshape(images, -1).sum(1)
 
 

@@ -1,5 +1,7 @@
 """Gates and statistics: what they return depends on the image, but only scales the linear path."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ __all__: list[str] = []
 
 GATES = """
     sigmoid hardsigmoid softmax softmin gumbel_softmax log_softmax logsigmoid logit logsumexp special_logit
-    var std var_mean std_mean norm vector_norm matrix_norm renorm cov corrcoef pairwise_distance pdist cdist dist
+    var std norm vector_norm matrix_norm renorm cov corrcoef pairwise_distance pdist cdist dist
     sqrt rsqrt exp exp2 expm1 log log1p log2 log10 erf erfc erfinv expit sin cos tan asin acos atan atan2 sinh cosh
     asinh acosh arctan arctan2 sinc i0 lgamma digamma gamma reciprocal __rtruediv__ __rdiv__ __rpow__ angle
     sign sgn signum heaviside floor ceil round trunc fix argmax argmin argsort argwhere nonzero one_hot bucketize
@@ -26,6 +28,15 @@ IN_PLACE = """
 @handles(*named(GATES))
 def _gate(mode: Mode, func: Function, /, *args: object, **kwargs: object) -> object:
     return func(*map(detached, args), **{name: detached(value) for name, value in kwargs.items()})
+
+
+@handles(*named("var_mean std_mean"))
+def _moments(mode: Mode, func: Function, /, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """The spread is a statistic, the mean a linear map."""
+    dim = kwargs.get("dim", args[0] if args and not isinstance(args[0], bool) else None)
+    keepdim = kwargs.get("keepdim", len(args) > 2 and args[2])
+    mean = input.mean() if dim is None else input.mean(dim, keepdim=keepdim)
+    return func(detached(input), *args, **kwargs)[0], mean.reshape(func(detached(input), *args, **kwargs)[1].shape)
 
 
 @handles(with_squares, with_feature_norm)

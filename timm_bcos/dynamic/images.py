@@ -14,7 +14,7 @@ __all__: list[str] = []
 @handles(functional.encode_image)
 def _encode_image(mode: Mode, func: Function, /, image: Tensor, in_chans: int) -> Tensor:
     """The encoding of the image is a boundary; that of features, or where nobody keeps account, a sum and a join."""
-    if mode.account is None:
+    if mode.account is None or not torch.is_grad_enabled():
         return _checked(mode, func(image, in_chans))
     encoded: Tensor = func(detached(image), in_chans)
     first, second = encoded.chunk(2, 1)

@@ -24,9 +24,13 @@ from ..nn.functional import encode_image
 from .account import Account, AmbiguousBatch, function_name
 from .kinds import Kind, Kinds, memory_key
 from .table import (
+    COUNTING,
+    EMPTY,
     ESCAPING,
+    FIXED,
     JOINING,
     METADATA,
+    OVERWRITING,
     STATIC,
     STREAMS,
     TABLE,
@@ -67,13 +71,14 @@ class DynamicLinearMode(TorchFunctionMode):
         super().__init__()
         self.leaf, self.account, self.table = leaf, account, table
         self.kinds = Kinds()
+        self.heeds_hooks = False  # of saved tensors
         self.eps = 0.0 if leaf is None else torch.finfo(leaf.dtype).eps  # of the narrowest type on the path
-        self._registered: set[int] = set()
+        self._parameters: set[int] = set()
         self._replaced: dict[int, tuple[Tensor, Tensor]] = {}
         if account is not None and leaf is not None:
             for tensor in (*account.model.parameters(), *account.model.buffers()):
                 self.kinds.set(tensor, Kind.CONSTANT)
-                self._registered.add(memory_key(tensor))
+            self._parameters.update(map(memory_key, account.model.parameters()))
             self.kinds.set(leaf, Kind.IMAGE)
 
     def __torch_function__(
@@ -95,7 +100,7 @@ class DynamicLinearMode(TorchFunctionMode):
         if func in ESCAPING:
             result = func(*map(detached, args), **kwargs)
         elif kind >= Kind.PATH:
-            with without_saved_tensor_hooks():
+            with nullcontext() if self.heeds_hooks else without_saved_tensor_hooks():
                 result = self._rewritten(func, args, kwargs)
         else:
             if func in VALUES_FROM:  # the form may be taken from the path
@@ -103,6 +108,11 @@ class DynamicLinearMode(TorchFunctionMode):
             result = func(*args, **kwargs)
         if func in PARTS and isinstance(args[0], Tensor):
             result = as_single_views(args[0], result)
+        if func in EMPTY:  # what memory happens to hold is no constant
+            for made in tensors_in([result]):
+                made.zero_()
+        if not values and func not in FIXED:
+            kind = max(kind, Kind.UNVERIFIED)  # of numbers, which may have been computed from the image
         return self._noted(func, args, result, kind)
 
     def _rewritten(self, func: Function, args: Sequence[object], kwargs: dict[str, object]) -> object:
@@ -187,7 +197,8 @@ class DynamicLinearMode(TorchFunctionMode):
             elif self.kinds.is_stale(x):  # `inplace=True`
                 self.kinds.set(x, max(kind, self.kinds.get(x)), name)
         if written is not None:
-            self.kinds.set(written, max(kind, self.kinds.get(written)), name)
+            covers = func in OVERWRITING and written.nbytes == written.untyped_storage().nbytes()
+            self.kinds.set(written, kind if covers else max(kind, self.kinds.get(written)), name)
         return result
 
     def _into(self, out: object, func: Function, args: Sequence[object], kwargs: dict[str, object]) -> object:
@@ -248,7 +259,8 @@ class DynamicLinearMode(TorchFunctionMode):
             return self.account.suspect(y, "added", func, addend.detach().clone()) if bool(addend.any()) else y
         lasting = self._lasting(addend)
         made_of = [lasting if v is addend else self._lasting(v) if isinstance(v, Tensor) else v for v in sources]
-        self.account.note(func, made_of, kind is Kind.CONSTANT)
+        counts = func in COUNTING and any(isinstance(v, int | float) for v in sources)
+        self.account.note(func, made_of, kind is Kind.CONSTANT and not counts)
         return self.account.tap(y, lasting)
 
     def operand(self, value: Tensor, func: Function) -> Tensor:
@@ -270,9 +282,9 @@ class DynamicLinearMode(TorchFunctionMode):
         return self.account.suspect(value.detach().clone().requires_grad_() * 1, "added", func, value)
 
     def _lasting(self, value: Tensor) -> Tensor:
-        """Parameters and buffers as they are; a copy of what the forward pass may still change."""
+        """Parameters as they are; a copy of what the forward pass may still change."""
         value = value.detach()
-        return value if memory_key(value) in self._registered else value.clone()
+        return value if memory_key(value) in self._parameters else value.clone()
 
 
 def _values(func: Function, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor]:

@@ -38,12 +38,31 @@ def _batch_norm(
                 func(detached(input), running_mean, running_var, None, None, True, momentum, eps)  # which follow
         dims = [0, *range(2, input.ndim)]
         return _affine(mode, func, _normed(input, dims, eps), weight, bias, shape)
-    sources = [s for s in (running_mean, running_var, weight, bias) if s is not None]
+    sources = [s for s in (running_mean, running_var, weight, bias, eps) if s is not None]
     scale = (running_var + eps).rsqrt() if weight is None else weight * (running_var + eps).rsqrt()
     shift = -running_mean * scale if bias is None else bias - running_mean * scale
     scale, shift = scale.reshape(shape).to(input.dtype), shift.reshape(shape).to(input.dtype)
     # not torch's own, whose gradient is wrong for one image whose gradient has an odd stride (torch 2.14 on CPUs)
     return mode.add(share(torch.mul, [input, scale]) + shift, shift, func, *sources)
+
+
+@handles(torch.batch_norm)
+def _native_batch_norm(
+    mode: Mode, func: Function, /, input: Tensor, weight: Tensor | None, bias: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, training: bool, momentum: float, eps: float, *_: bool,
+) -> Tensor:  # fmt: skip
+    return _batch_norm(mode, F.batch_norm, input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+@handles(torch.instance_norm)
+def _native_instance_norm(
+    mode: Mode, func: Function, /, input: Tensor, weight: Tensor | None, bias: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, use_input_stats: bool, momentum: float, eps: float,
+    *_: bool,
+) -> Tensor:  # fmt: skip
+    return _instance_norm(
+        mode, F.instance_norm, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+    )
 
 
 def _normed(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:

@@ -71,18 +71,18 @@ def _sum_and_product(
 ) -> Tensor:  # fmt: skip
     operands = [*factors, *named_factors.values()]
     product = share(_product_of(func), operands) * (value * alpha)
-    return _sum(mode, func, input if beta else None, beta, product, operands)
+    return _sum(mode, func, input if beta else None, beta, product, [*operands, value, alpha])
 
 
 def _sum(
-    mode: Mode, func: Function, input: Tensor | None, beta: float, term: Tensor, sources: Sequence[Tensor]
+    mode: Mode, func: Function, input: Tensor | None, beta: float, term: Tensor, sources: Sequence[Operand]
 ) -> Tensor:
     """beta · input + term; as in torch, an input times 0 does not count, be it infinite."""
     if input is None:
         return term
     scaled = input if beta == 1 else input * beta
     y = scaled + term
-    for part, made_of in ((scaled, (input,)), (term, sources)):
+    for part, made_of in ((scaled, (input, beta)), (term, sources)):
         if not on_linear_path(part):
             y = mode.add(y, part, func, *made_of)
     return y
@@ -115,7 +115,7 @@ def _sum_and_quotient(
     mode: Mode, func: Function, /, input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1
 ) -> Tensor:
     quotient = _quotient(mode, torch.div, tensor1, tensor2) * value
-    return _sum(mode, func, input, 1, quotient, [tensor1, tensor2])
+    return _sum(mode, func, input, 1, quotient, [tensor1, tensor2, value])
 
 
 @handles(*named("grid_sample affine_grid"))

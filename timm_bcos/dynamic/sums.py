@@ -42,7 +42,7 @@ def add(mode: Mode, func: Function, /, input: Operand, other: Operand, *, alpha:
     y = func(input, other) if alpha == 1 else func(input, other, alpha=alpha)
     if mode.account is not None and on_linear_path(y):
         for operand, addend, kind in addends:
-            y = mode.add_kind(y, addend, func, (operand,), kind)
+            y = mode.add_kind(y, addend, func, (operand,) if alpha == 1 else (operand, alpha), kind)
     return y
 
 
@@ -105,11 +105,16 @@ def _as_type(mode: Mode, value: Tensor, dtype: torch.dtype) -> Tensor:
 @handles(*named("where"))
 def choose(mode: Mode, func: Function, /, condition: Tensor, *branches: Any, **options: Any) -> Tensor:
     """Which of the two it is, is a constant of the linear map."""
+    if func is Tensor.where:  # x.where(condition, other)
+        branches = (condition, *branches)
+        condition, branches = (
+            (options.pop("condition"), branches)
+            if "condition" in options
+            else (branches[1], (branches[0], *branches[2:]))
+        )
     values = [*branches, *options.values()]
     if not values:
         return func(detached(condition))
-    if func is Tensor.where:  # x.where(condition, other)
-        condition, values[0] = values[0], condition
     first, second = values
     condition = detached(condition)
     y = torch.where(condition, first, second)
@@ -184,7 +189,7 @@ WRITTEN = {
     3: "scatter scatter_ scatter_add scatter_add_ index_copy index_copy_ index_add index_add_ index_fill index_fill_ "
     "scatter_reduce scatter_reduce_ index_reduce index_reduce_",
 }
-AFTER = "slice_scatter select_scatter diagonal_scatter"
+AFTER = "slice_scatter select_scatter diagonal_scatter as_strided_scatter"
 POSITIONS = {
     **{function: place for place, names in WRITTEN.items() for function in named(names)},
     **dict.fromkeys(named(AFTER), 1),
@@ -211,16 +216,23 @@ def write(mode: Mode, func: Function, /, input: Tensor, *args: Any, **kwargs: An
     reduction = kwargs.get("reduce", places[2] if len(places) > 2 and isinstance(places[2], str) else None)
     if reduction is not None and reduction not in LINEAR_REDUCTIONS:
         return _reduce(mode, func, input, value, run, str(reduction))
-    return _write(mode, func, input, value, run)
+    return _write(mode, func, input, value, run, kwargs)
 
 
 def _write(
-    mode: Mode, func: Function, /, input: Tensor, value: Any, run: Callable[[Tensor, object], Tensor]
+    mode: Mode,
+    func: Function,
+    /,
+    input: Tensor,
+    value: Any,
+    run: Callable[[Tensor, object], Tensor],
+    options: dict[str, Any],
 ) -> Tensor | None:
     in_place = _changes(func) or func is Tensor.__setitem__
     if in_place and not on_linear_path(input):
         _join_base(mode, func, input)
     parts: list[tuple[object, Tensor, Any]] = []
+    numbers = [number for number in options.values() if isinstance(number, int | float)]
     if mode.account is not None:
         if not on_linear_path(input):
             parts.append((input.clone(), run(input.detach().clone(), _nothing(value)), mode.kind_of(input)))
@@ -232,7 +244,7 @@ def _write(
     if on_linear_path(y):
         for source, part, kind in parts:
             if bool(part.any()):
-                y = mode.add_kind(y, part, func, (source,), kind)
+                y = mode.add_kind(y, part, func, (source, *numbers), kind)
     return None if func is Tensor.__setitem__ else y
 
 

@@ -17,9 +17,13 @@ from ..nn import functional
 from .kinds import Kind
 
 __all__ = [
+    "COUNTING",
+    "EMPTY",
     "ESCAPING",
+    "FIXED",
     "JOINING",
     "METADATA",
+    "OVERWRITING",
     "STATIC",
     "STREAMS",
     "TABLE",
@@ -191,10 +195,10 @@ def pass_on(functions: Iterable[Function]) -> None:
 METADATA = frozenset([torch.autograd.grad, torch.autograd.backward, Tensor.backward]) | frozenset(
     named(
         "shape ndim dtype device layout requires_grad grad_fn is_leaf is_cuda is_cpu is_meta is_sparse is_quantized "
-        "is_mps is_xpu names itemsize nbytes size dim stride numel nelement element_size storage_offset data_ptr "
+        "is_mps is_xpu names itemsize nbytes size dim stride numel nelement element_size storage_offset "
         "get_device is_contiguous is_floating_point is_complex is_inference is_pinned __len__ __hash__ grad _version "
         "is_nested is_sparse_csr is_mkldnn output_nr requires_grad_ retain_grad _backward_hooks is_signed "
-        "sparse_dim dense_dim is_coalesced is_shared is_same_size is_tensor untyped_storage _is_view _base"
+        "sparse_dim dense_dim is_coalesced is_shared is_same_size is_tensor _is_view _base"
     )
 )
 # Whose values a result depends on, where it is not all operands: the others only lend their form.
@@ -213,13 +217,28 @@ VALUES_FROM: dict[Function, str] = {
 ESCAPING = frozenset(
     named(
         "item tolist numpy __float__ __int__ __index__ __bool__ __complex__ __array__ __array_wrap__ __dlpack__ "
-        "to_dlpack is_nonzero __contains__ equal allclose storage apply_ map_ numpy_T"
+        "to_dlpack is_nonzero __contains__ equal allclose storage untyped_storage data_ptr apply_ map_"
     )
 )
 # What makes a tensor whose shape depends on values.
 SHAPE_OF_VALUES = frozenset(named("nonzero argwhere masked_select unique unique_consecutive bincount nonzero_static"))
 # Operands that choose where to read; with boolean ones, how much is read depends on their values.
 INDEXING = frozenset(named("__getitem__ repeat_interleave"))
+
+
+# What makes a tensor without content.
+EMPTY = frozenset(named("empty empty_like new_empty empty_strided new_empty_strided empty_permuted"))
+# What makes a tensor of numbers that say nothing of an image.
+FIXED = EMPTY | frozenset(named("zeros ones zeros_like ones_like new_zeros new_ones eye arange linspace"))
+# What adds or writes a number that somebody has computed.
+COUNTING = frozenset(
+    named(
+        "add sub rsub __add__ __radd__ __sub__ __rsub__ __iadd__ __isub__ add_ sub_ fill_ fill __setitem__ masked_fill "
+        "masked_fill_ index_fill index_fill_ addcmul addmm addmv baddbmm addcdiv where"
+    )
+)
+# What overwrites all of a tensor.
+OVERWRITING = frozenset(named("copy_ zero_ fill_"))
 
 
 def tensors_in(values: object) -> list[Tensor]:
@@ -269,7 +288,8 @@ def out_of_place(func: Function) -> Function | None:
 
 # Positions: each output is an input, or a sum of inputs.
 LINEAR = """
-    reshape view view_as reshape_as permute transpose transpose_ t T mT H mH adjoint swapaxes swapdims movedim
+    reshape view view_as reshape_as permute t_ swapaxes_ swapdims_ gradient stft istft conv_tbc transpose transpose_
+    t T mT H mH adjoint swapaxes swapdims movedim
     moveaxis flatten ravel unflatten squeeze squeeze_ unsqueeze unsqueeze_ expand expand_as broadcast_to
     broadcast_tensors repeat tile repeat_interleave chunk split tensor_split hsplit vsplit dsplit
     split_with_sizes unbind unsafe_chunk unsafe_split select narrow index_select gather take take_along_dim
@@ -291,7 +311,7 @@ PIECEWISE = """
     max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices
     adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d adaptive_max_pool1d_with_indices
     adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices fractional_max_pool2d
-    fractional_max_pool3d max_unpool1d max_unpool2d max_unpool3d
+    fractional_max_pool3d max_unpool1d max_unpool2d max_unpool3d lp_pool1d lp_pool2d lp_pool3d copysign
 """
 # Functions that are the same linear map for every image, where all other operands are constants.
 STATIC = frozenset([functional.encode_image]) | frozenset(

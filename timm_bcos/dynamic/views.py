@@ -27,7 +27,9 @@ def as_single_views(source: Tensor, result: Any) -> Any:
                     and source.stride()[:d] + source.stride()[d + 1 :] == first.stride())  # fmt: skip
         return type(result)(source.select(axis, i) for i in range(len(result)))
     changed = [d for d in range(source.ndim) if source.shape[d] != first.shape[d]]
-    if not changed or not source.stride(changed[0]):
+    if not changed:
+        return type(result)([source.narrow(0, 0, source.shape[0])])
+    if not source.stride(changed[0]):
         return result
     axis, stride = changed[0], source.stride(changed[0])
     return type(result)(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dynamic.defects import Defect
+from ..dynamic.mode import ordinary_autograd
 from ..errors import BcosError, InexactWarning, InputError
 from ..nn.channels import channel_axis
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
@@ -16,7 +17,7 @@ from ..nn.image_size import image_size
 from ..nn.modules import converted_part, first_output, frozen_copy, pick_output
 from .forward import explain
 from .inputs import check_images, check_model
-from .linearised import Linearised, is_encoding
+from .linearised import Linearised, is_encoding, rows_of
 from .self_check import another_image, compare_with_another_image
 from .tracing import first_break, first_dead, first_difference
 
@@ -134,7 +135,9 @@ def _measure(model: nn.Module, x: Tensor, tolerance: float, output: str | int | 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InexactWarning)  # the verdict says it
         explanation = explain(model, x, output=output, extra=extra)
-        changed = compare_with_another_image(Linearised(model, x, None, output, extra, checks=False))
+        first = Linearised(model, x[:1], None, output, rows_of(extra, slice(0, 1), len(x)), checks=False)
+        with ordinary_autograd(x.device):
+            changed = compare_with_another_image(first)
     logits = partial(_logits, model, output=output, position=explanation.position, extra=extra)
     image = x[:, : x.shape[1] // 2] if is_encoding(x, check_model(model).image_channels) else x
     plain, again = logits(image), logits(image)

@@ -1,8 +1,9 @@
 """A model at its images: one forward pass in explanation mode, from which any number of outputs are explained."""
 
 import difflib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ..dynamic.account import Account, AmbiguousBatch
 from ..dynamic.defects import Defect
 from ..dynamic.mode import DynamicLinearMode, active, ordinary_autograd
-from ..errors import TargetError
+from ..errors import BcosError, ModelStateError, TargetError
 from ..nn.channels import channel_axis
 from ..nn.functional import encode_image
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
@@ -20,10 +21,12 @@ from .inputs import check_model
 from .linear_parts import LinearPart, linear_part, linear_parts
 from .places import Grid
 from .readout import Outputs, Readout
-from .self_check import Rounding, compare_outputs, compare_with_another_image, incomplete
+from .self_check import compare_outputs, compare_with_another_image, incomplete, measure_rounding
 from .targets import Asked
 
 __all__ = ["Linearised"]
+
+T = TypeVar("T")
 
 
 class Linearised:
@@ -56,6 +59,7 @@ class Linearised:
     ) -> None:
         self.model, self.layer, self.output = getattr(model, "_orig_mod", model), layer, output  # of `torch.compile`
         self.extra = dict(extra or {})
+        self._saves_copies = False
         stem = check_model(model)
         self.image_channels = stem.image_channels
         if layer is not None:
@@ -64,9 +68,8 @@ class Linearised:
             x = x.detach().clone()
             is_encoded = is_encoding(x, self.image_channels)
             channels = x.shape[1] // 2 if is_encoded else x.shape[1]
-            self.inputs = encode_image(x, channels).to(stem.weight.dtype, copy=True)
+            self.inputs = encode_image(x.to(stem.weight.dtype), channels).clone()
             self.image = self.inputs[:, :channels].contiguous()
-            self.rounding = Rounding(self.plain, self.image)
             try:
                 self._run()
             except AmbiguousBatch as signal:
@@ -79,7 +82,22 @@ class Linearised:
         self.leaf, self.account, self.mode, whole, outputs = self._pass(self.image)
         self._whole = whole
         self.tensor = self._checked([whole] if self.layer is None else outputs)
-        self.rounding.eps = self.mode.eps
+        self.outputs = self._outputs_of(self.tensor, self.layer)
+
+    @property
+    def eps(self) -> float:
+        """Of the narrowest type on the image's path."""
+        return self.mode.eps
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether a part of the model computes in a narrower type than its input's."""
+        return self.eps > torch.finfo(self.image.dtype).eps
+
+    @cached_property
+    def rounding(self) -> float | None:
+        """As `measure_rounding` finds it, once it is asked for."""
+        return measure_rounding(self)
 
     def _pass(self, image: Tensor, names_places: bool = False) -> tuple[Any, ...]:
         """One forward pass in explanation mode: the leaf, the account, the mode, what the model and layer return."""
@@ -88,8 +106,15 @@ class Linearised:
         leaf = image.clone().requires_grad_()
         account = Account(network, len(image), leaf, names_places)
         mode = DynamicLinearMode(leaf, account)
-        with active(mode):
-            whole = network(leaf.clone(), **self.extra)  # a clone, in which it may write
+        mode.heeds_hooks = self._saves_copies
+        try:
+            with active(mode):
+                whole = network(leaf.clone(), **self.extra)  # a clone, in which it may write
+        except (BcosError, AmbiguousBatch):
+            raise
+        except Exception as error:
+            self.plain(image)  # raises the same where the model itself is at fault
+            raise ModelStateError(f"{type(self.model).__name__} cannot be explained: {error}") from error
         return leaf, account, mode, whole, outputs
 
     def plain(self, image: Tensor, rows: slice = slice(None)) -> Tensor:
@@ -103,7 +128,7 @@ class Linearised:
 
     def _compared(self) -> tuple[Defect, ...]:
         found = compare_outputs(self, self.tensor.detach())
-        if self.rounding.is_narrow and not found:
+        if self.is_narrow and not found:
             self.tensor = self.tensor + (self.plain(self.image) - self.tensor.detach())
         if self.account.needs_another_image:
             found += compare_with_another_image(self)
@@ -176,10 +201,13 @@ class Linearised:
             position: Where; None for where it is strongest.
             masks: Over what, as `check_region` returns it.
         """
-        with ordinary_autograd(self.leaf.device):
+
+        def explain() -> Explanation:
             readout = self.outputs.read(target, versus, position, masks)
             part = linear_part(readout.values.sum(), self.leaf, self.account)
             return self.explanation(readout, part, self.layer)
+
+        return self.backward(explain)
 
     def explain_classes(self, table: Tensor) -> list[Explanation]:
         """Explain T classes of each image, as many in one backward pass as memory allows.
@@ -187,12 +215,32 @@ class Linearised:
         Args:
             table: (N, T) classes.
         """
-        with ordinary_autograd(self.leaf.device):
+
+        def explain() -> list[Explanation]:
             readouts = [self.outputs.read(column, None, None, None) for column in table.T]
             values = torch.stack([readout.values.sum() for readout in readouts])
             parts = linear_parts(values, self.leaf, self.account)
             found = zip(readouts, parts, strict=True)
             return [self.explanation(readout, part, self.layer) for readout, part in found]
+
+        return self.backward(explain)
+
+    def backward(self, function: Callable[[], T]) -> T:
+        """Run what takes backward passes; a second time, on copies, where the model has written over saved tensors.
+
+        Raises:
+            ModelStateError: For a model that autograd cannot differentiate.
+        """
+        with ordinary_autograd(self.leaf.device):
+            try:
+                return function()
+            except RuntimeError as error:
+                if "modified by an inplace operation" not in str(error):
+                    raise ModelStateError(f"{type(self.model).__name__} cannot be explained: {error}") from error
+            with torch.autograd.graph.allow_mutation_on_saved_tensors():
+                self._saves_copies = True
+                self._run()
+                return function()
 
     def explanation(self, readout: Readout, part: LinearPart, layer: str | None) -> Explanation:
         """Of what has been taken apart.
@@ -218,7 +266,7 @@ class Linearised:
             direction=readout.direction,
             region=readout.region,
         )
-        return incomplete(found, (*part.defects, *self.defects), self.rounding)
+        return incomplete(self, found, (*part.defects, *self.defects))
 
 
 def is_encoding(x: Tensor, channels: int) -> bool:
