@@ -123,7 +123,7 @@ class Noted:
 
 def _is_same(one: object, other: object) -> bool:
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return type(one) is type(other) and one == other
+        return type(one) is type(other) and (one == other or (one != one and other != other))  # NaN
     if one.shape == other.shape:
         return torch.equal(one.nan_to_num(), other.nan_to_num())
     values = torch.cat([one.reshape(-1), other.reshape(-1)])

@@ -197,8 +197,11 @@ class DynamicLinearMode(TorchFunctionMode):
             elif self.kinds.is_stale(x):  # `inplace=True`
                 self.kinds.set(x, max(kind, self.kinds.get(x)), name)
         if written is not None:
-            covers = func in OVERWRITING and written.nbytes == written.untyped_storage().nbytes()
-            self.kinds.set(written, kind if covers else max(kind, self.kinds.get(written)), name)
+            if func in OVERWRITING and written.nbytes == written.untyped_storage().nbytes():
+                kind = max(map(self.kinds.get, tensors_in(args[1:])), default=Kind.UNVERIFIED)
+            else:
+                kind = max(kind, self.kinds.get(written))
+            self.kinds.set(written, kind, name)
         return result
 
     def _into(self, out: object, func: Function, args: Sequence[object], kwargs: dict[str, object]) -> object:

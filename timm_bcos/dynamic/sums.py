@@ -103,19 +103,17 @@ def _as_type(mode: Mode, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @handles(*named("where"))
-def choose(mode: Mode, func: Function, /, condition: Tensor, *branches: Any, **options: Any) -> Tensor:
+def choose(mode: Mode, func: Function, /, *args: Any, **kwargs: Any) -> Tensor:
     """Which of the two it is, is a constant of the linear map."""
-    if func is Tensor.where:  # x.where(condition, other)
-        branches = (condition, *branches)
-        condition, branches = (
-            (options.pop("condition"), branches)
-            if "condition" in options
-            else (branches[1], (branches[0], *branches[2:]))
-        )
-    values = [*branches, *options.values()]
-    if not values:
-        return func(detached(condition))
-    first, second = values
+    values = list(args)
+    if "condition" in kwargs:
+        values.insert(1 if func is Tensor.where else 0, kwargs.pop("condition"))
+    values += kwargs.values()
+    if func is Tensor.where and len(values) > 1:  # x.where(condition, other)
+        values[:2] = values[1], values[0]
+    if len(values) == 1:
+        return func(detached(values[0]))
+    condition, first, second = values
     condition = detached(condition)
     y = torch.where(condition, first, second)
     zero = y.detach().new_zeros(())

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..dynamic.defects import Defect
-from ..dynamic.mode import ordinary_autograd
 from ..errors import BcosError, InexactWarning, InputError
 from ..nn.channels import channel_axis
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
@@ -136,8 +135,7 @@ def _measure(model: nn.Module, x: Tensor, tolerance: float, output: str | int | 
         warnings.simplefilter("ignore", InexactWarning)  # the verdict says it
         explanation = explain(model, x, output=output, extra=extra)
         first = Linearised(model, x[:1], None, output, rows_of(extra, slice(0, 1), len(x)), checks=False)
-        with ordinary_autograd(x.device):
-            changed = compare_with_another_image(first)
+        changed = first.backward(lambda: compare_with_another_image(first))
     logits = partial(_logits, model, output=output, position=explanation.position, extra=extra)
     image = x[:, : x.shape[1] // 2] if is_encoding(x, check_model(model).image_channels) else x
     plain, again = logits(image), logits(image)

@@ -75,7 +75,7 @@ class Linearised:
             except AmbiguousBatch as signal:
                 signal.defects = tuple(compare_outputs(self)) if checks else ()
                 raise
-            self.defects = self._compared() if checks else ()
+            self.defects = self.backward(self._compared) if checks else ()
             self.outputs = self._outputs_of(self.tensor, self.layer)
 
     def _run(self) -> None:
@@ -232,11 +232,12 @@ class Linearised:
             ModelStateError: For a model that autograd cannot differentiate.
         """
         with ordinary_autograd(self.leaf.device):
-            try:
-                return function()
-            except RuntimeError as error:
-                if "modified by an inplace operation" not in str(error):
-                    raise ModelStateError(f"{type(self.model).__name__} cannot be explained: {error}") from error
+            if not self._saves_copies:
+                try:
+                    return function()
+                except RuntimeError as error:
+                    if "modified by an inplace operation" not in str(error):
+                        raise ModelStateError(f"{type(self.model).__name__} cannot be explained: {error}") from error
             with torch.autograd.graph.allow_mutation_on_saved_tensors():
                 self._saves_copies = True
                 self._run()
