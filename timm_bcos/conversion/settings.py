@@ -39,7 +39,7 @@ Settings = dict[str, Any]
 
 def is_settings(name: str) -> bool:
     """Whether a state dict's entry of that name is no weight."""
-    return name.rpartition(".")[2] == SETTINGS
+    return SETTINGS in name.split(".")
 
 
 def _describe(network: nn.Module, config: BcosConfig) -> Settings:
