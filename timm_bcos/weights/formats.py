@@ -13,7 +13,7 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from ..conversion.settings import is_settings
+from ..conversion.settings import decode_settings, is_settings
 from ..nn.activations import ShiftedActivation
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
 from ..nn.layers import BcosConv2d, BcosLinear
@@ -97,7 +97,7 @@ def convert_official_weights(state_dict: StateDict, model: nn.Module) -> StateDi
     Returns:
         A state dict in our format; names that nothing is known about stay as they are.
     """
-    settings = {name: value for name, value in state_dict.items() if is_settings(name)}
+    settings = {name: value for name, value in state_dict.items() if is_settings(name) or _says_settings(value)}
     state_dict = {name: value for name, value in state_dict.items() if name not in settings}
     if any(INNER.search(name) for name in state_dict):
         settings = {}  # releases have none
@@ -111,6 +111,11 @@ def convert_official_weights(state_dict: StateDict, model: nn.Module) -> StateDi
         weights = _match_in_order(weights, own, *family.ordered)
     weights = {name: _reshape(value, own[name]) if name in own else value for name, value in weights.items()}
     return {name: value for name, value in own.items() if name.endswith(COUNTER)} | weights | settings
+
+
+def _says_settings(value: Tensor) -> bool:
+    """Under whatever name: weights are no bytes."""
+    return value.dtype == torch.uint8 and bool(decode_settings(value))
 
 
 INNER = re.compile(r"\.linear\.weight$")  # how the releases' names of convolutions' weights end
