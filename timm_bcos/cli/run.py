@@ -97,7 +97,7 @@ def _check_task(arguments: list[str], explanation_weight: float | None, delete_c
 
 def _clip_all_but_heads() -> None:
     """timm's adaptive gradient clipping takes the last two parameters for the classifier's: B-cos ones have one."""
-    tasks = [kind for kind in vars(timm.task).values() if isinstance(kind, type)]
+    tasks: list[Any] = [kind for kind in vars(timm.task).values() if isinstance(kind, type)]
     for kind in {base for task in tasks for base in task.__mro__ if "get_clip_parameters" in vars(base)}:
         setattr(kind, "get_clip_parameters", _without_heads(vars(kind)["get_clip_parameters"]))  # noqa: B010
 

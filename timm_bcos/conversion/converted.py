@@ -76,12 +76,6 @@ class BcosModel:
             for name in module._non_persistent_buffers_set.intersection(OFFSETS):
                 module._buffers[name].zero_()
 
-    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
-        if not self.bcos_settings.is_meta:  # what layers have been told since, too
-            settings = encode_settings(self, self.bcos_config, self.bcos_settings.device)  # type: ignore[arg-type]
-            destination[prefix + SETTINGS] = settings
-
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         refuse_contradictions(self, self.bcos_config, state_dict, prefix)  # type: ignore[arg-type]
         device = next(iter(state_dict.values())).device if state_dict else None
@@ -151,6 +145,12 @@ def _keep_uncentred(model: Any) -> None:
         return
     if any(type(norm) in TRAINED_NORMS for _, norm in convertible(model, model.bcos_rules)):
         bcosify(model, model.bcos_config, rules=model.bcos_rules)
+
+
+def _put_settings_last(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, _: object) -> None:
+    """Behind the weights, whose order others may rely on."""
+    if prefix + SETTINGS in state_dict:
+        state_dict[prefix + SETTINGS] = state_dict.pop(prefix + SETTINGS)
 
 
 def _make_buffers(model: BcosModel, *_: object) -> None:
@@ -349,6 +349,7 @@ def _apply(plan: Plan) -> nn.Module:
     if not issubclass(kind, BcosModel):
         plan.root.__class__ = _bcos_class(kind, plan.has_reader)  # comes first, because Python may refuse it
         plan.root.register_load_state_dict_post_hook(_make_buffers)
+        plan.root.register_state_dict_post_hook(_put_settings_last)
     move_hooks(plan.model, plan.network)
     for path, new in plan.replacements.items():
         parent, _, child = path.rpartition(".")

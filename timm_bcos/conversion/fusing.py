@@ -21,6 +21,7 @@ from ..nn.layers import BcosConv2d, BcosLinear
 from ..nn.modules import frozen_copy
 from ..nn.norms import UncentredBatchNorm2d
 from ..nn.stems import image_channels
+from .settings import SETTINGS, encode_settings
 
 __all__ = ["fuse"]
 
@@ -59,6 +60,10 @@ def fuse(model: ModelT, x: Tensor | None = None) -> ModelT:
         _replace(fused, names[layer], fuse_layer(layer, *scales))
     for norm in {*folds.after.values(), *folds.before.values()}:
         _replace(fused, names[norm], FoldedNorm(norm))
+    for network in fused.modules():
+        if SETTINGS in network._buffers:  # whose weights are others now
+            device = network.get_buffer(SETTINGS).device
+            network.register_buffer(SETTINGS, encode_settings(network, network.bcos_config, device))  # type: ignore[arg-type]
     return fused
 
 

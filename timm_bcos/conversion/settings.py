@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
-from ..nn.layers import BcosConv2d, BcosLinear
 from ..nn.stems import BcosStem, ImageReader
 from .config import BcosConfig
 
@@ -31,7 +30,12 @@ __all__ = [
 
 SETTINGS = "bcos_settings"  # the entry of state dicts
 LENGTH = 4096  # bytes, spaces included: for transformers an entry of another length is one of another network
-CONFIGURED = ("activation", "max_pool", "positions", "antialias", "normalize_weight", "max_out", "linear")
+# Fields of the conversion that no name or shape of a weight shows; the second ones matter where a classifier is loaded.
+FIELDS = (
+    "b", "gamma", "gamma_scale", "normalize_weight", "max_out", "activation", "max_pool", "positions", "antialias",
+    "linear",
+)  # fmt: skip
+HEAD_FIELDS = ("temperature", "logit_bias")
 HEADS = (BcosConvClassifier, BcosLinearClassifier)
 
 Settings = dict[str, Any]
@@ -39,39 +43,26 @@ Settings = dict[str, Any]
 
 def is_settings(name: str) -> bool:
     """Whether a state dict's entry of that name is no weight."""
-    return name.rpartition(".")[2] == SETTINGS
+    return SETTINGS in name.split(".")
 
 
 def _describe(network: nn.Module, config: BcosConfig) -> Settings:
-    """Taken from the layers themselves wherever they know; in JSON's types."""
+    """In JSON's types."""
     named = list(network.named_modules())
-    hidden: list[Any] = [m for _, m in named if isinstance(m, BcosConv2d | BcosLinear) and not isinstance(m, HEADS)]
-    exponents = {m.b for m in hidden} - {1.0} or {m.b for m in hidden}  # layers that stay linear aside
     settings = dict(
-        b=sorted(exponents),
-        gamma=sorted({_short(m.gamma) for m in hidden}),
-        fused=any(m.is_fused for m in hidden),
-        heads={name: _head(m) for name, m in named if isinstance(m, HEADS)},
+        {name: getattr(config, name) for name in (*FIELDS, *HEAD_FIELDS)},
+        fused=any(getattr(module, "is_fused", False) for _, module in named),
         images={name: _statistics(m) for name, m in named if isinstance(m, BcosStem | ImageReader)},
-        **{name: getattr(config, name) for name in CONFIGURED},
     )
     return json.loads(json.dumps(settings))  # type: ignore[no-any-return]
-
-
-def _head(module: Any) -> Settings:
-    return {name: _short(getattr(module, name)) for name in ("b", "gamma", "temperature", "logit_bias")}
 
 
 def _statistics(module: Any) -> Settings:
     channels = module.image_channels
     return {
-        name: None if values is None else [_short(value) for value in values] * (channels if len(values) == 1 else 1)
+        name: None if values is None else [float(f"{value:.6g}") for value in values] * (channels // len(values))
         for name, values in module.statistics.items()
     }
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")
 
 
 def encode_settings(network: nn.Module, config: BcosConfig, device: torch.device | str | None = None) -> Tensor:
@@ -81,11 +72,11 @@ def encode_settings(network: nn.Module, config: BcosConfig, device: torch.device
     return torch.tensor(list(padded), dtype=torch.uint8, device=device)
 
 
-def _decode(entry: Tensor) -> Settings:
+def decode_settings(entry: Tensor) -> Settings:
     """What an entry says; nothing if it says nothing that can be read, as after `to_empty`."""
     try:
         found = json.loads(bytes(entry.detach().cpu().round().long().tolist()))  # averages are floats
-    except (ValueError, RuntimeError, NotImplementedError):
+    except (ValueError, TypeError, RuntimeError, NotImplementedError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -110,17 +101,19 @@ def contradictions(
         prefix: Of the network's names in it.
     """
     entry = weights.get(prefix + SETTINGS)
-    return [] if entry is None else list(_differences(_decode(entry), _describe(network, config), weights, prefix))
+    return (
+        []
+        if entry is None
+        else list(_differences(network, decode_settings(entry), _describe(network, config), weights, prefix))
+    )
 
 
 def _differences(
-    theirs: Settings, own: Settings, weights: Mapping[str, Tensor], prefix: str
+    network: nn.Module, theirs: Settings, own: Settings, weights: Mapping[str, Tensor], prefix: str
 ) -> Iterator[Contradiction]:
-    for name in ("b", "gamma"):
-        their_set, own_set = set(theirs.get(name, ())), set(own[name])
-        if not (their_set <= own_set or own_set <= their_set):  # a part of a network has fewer
-            yield Contradiction(name, _single(theirs[name]), _single(own[name]))
-    for name in ("fused", *CONFIGURED):
+    heads = [name for name, module in network.named_modules() if isinstance(module, HEADS)]
+    has_head = any(f"{prefix}{name}.weight" in weights for name in heads)  # else the network keeps its own
+    for name in ("fused", *FIELDS, *(HEAD_FIELDS if has_head else ())):
         if name in theirs and theirs[name] != own[name]:
             yield Contradiction(name, theirs[name], own[name])
     for path, statistics in own["images"].items():
@@ -128,15 +121,6 @@ def _differences(
             fits = not values or not statistics[name] or len(values) == len(statistics[name])  # colour, or grey
             if fits and values != statistics[name]:
                 yield Contradiction(name, values, statistics[name])
-    for path, head in own["heads"].items():
-        if f"{prefix}{path}.weight" in weights:  # else the network keeps its own classifier
-            found = theirs.get("heads", {}).get(path, {})
-            yield from (Contradiction(name, found[name], head[name]) for name in found if found[name] != head.get(name))
-
-
-def _single(values: list[float]) -> object:
-    """One value as itself, many by their ends."""
-    return values[0] if len(values) == 1 else values if len(values) < 4 else [values[0], ..., values[-1]]
 
 
 def refuse_contradictions(

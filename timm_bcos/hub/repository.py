@@ -15,7 +15,7 @@ from torch import nn
 
 from ..conversion.config import BcosConfig
 from ..conversion.converted import BcosModel
-from ..errors import InputError, ModelStateError
+from ..errors import CheckpointError, InputError, ModelStateError
 from ..explaining.checking import random_image
 from ..models.interface import BcosNetwork
 from ..models.loading import load_model
@@ -207,6 +207,10 @@ def _changes(config: BcosConfig, name: str) -> dict[str, object]:
 def _load_again(folder: Path) -> BcosNetwork:
     try:
         return cast(BcosNetwork, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
+    except CheckpointError as error:
+        raise ModelStateError(
+            f"saved and loaded again it is another network, its logits differ: {error}; nothing has been published"
+        ) from error
     except Exception as error:  # whatever timm says to arguments that do not describe the network
         raise ModelStateError(f"timm cannot create this network from its config: {error}") from error
 

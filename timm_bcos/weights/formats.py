@@ -13,7 +13,7 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from ..conversion.settings import is_settings
+from ..conversion.settings import decode_settings, is_settings
 from ..nn.activations import ShiftedActivation
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
 from ..nn.layers import BcosConv2d, BcosLinear
@@ -97,8 +97,10 @@ def convert_official_weights(state_dict: StateDict, model: nn.Module) -> StateDi
     Returns:
         A state dict in our format; names that nothing is known about stay as they are.
     """
-    settings = {name: value for name, value in state_dict.items() if is_settings(name)}
+    settings = {name: value for name, value in state_dict.items() if is_settings(name) or _says_settings(value)}
     state_dict = {name: value for name, value in state_dict.items() if name not in settings}
+    if any(INNER.search(name) for name in state_dict):
+        settings = {}  # releases have none
     own = {name: value for name, value in model.state_dict().items() if not is_settings(name)}
     if state_dict.keys() == own.keys():
         return state_dict | settings
@@ -111,6 +113,12 @@ def convert_official_weights(state_dict: StateDict, model: nn.Module) -> StateDi
     return {name: value for name, value in own.items() if name.endswith(COUNTER)} | weights | settings
 
 
+def _says_settings(value: Tensor) -> bool:
+    """Under whatever name: weights are no bytes."""
+    return value.dtype == torch.uint8 and bool(decode_settings(value))
+
+
+INNER = re.compile(r"\.linear\.weight$")  # how the releases' names of convolutions' weights end
 COUNTER = "num_batches_tracked"
 MEAN = "running_mean"
 
@@ -122,7 +130,7 @@ def _strip(state_dict: StateDict, own: StateDict, is_nine_layers: bool) -> State
     lacks_auxiliary_head = not any(name.startswith("AuxLogits.") for name in own)
     stripped = {}
     for name, value in state_dict.items():
-        name = re.sub(r"\.linear\.weight$", ".weight", name.removeprefix(prefix))
+        name = INNER.sub(".weight", name.removeprefix(prefix))
         is_useless = (lacks_means and name.endswith(MEAN)) or (lacks_auxiliary_head and name.startswith("AuxLogits."))
         if not is_useless and not name.endswith(COUNTER):
             stripped[name] = value

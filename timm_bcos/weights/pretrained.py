@@ -58,7 +58,7 @@ def load_pretrained(
 def _allow(weights: StateDict, model: Any, changed: Collection[str], source: str) -> StateDict:
     """The weights without their settings, if those differ only where the user has chosen so; that is told."""
     found = contradictions(model, model.bcos_config, weights)
-    chosen = {*changed, *(("gamma",) if "gamma_scale" in changed else ())}
+    chosen = {*changed, *(("gamma", "gamma_scale") if {"gamma", "gamma_scale"} & {*changed} else ())}
     if not found or any(one.name not in chosen for one in found):
         return weights
     theirs, own = in_words(found, "theirs"), in_words(found, "own")
