@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..nn.input_norms import with_feature_norm, with_squares
+from ..nn.input_norms import feature_norm, patch_norm
 from .table import Function, Mode, detached, handles, leave_path, named, on_linear_path
 
 __all__: list[str] = []
@@ -23,14 +23,9 @@ IN_PLACE = """
 """
 
 
-@handles(*named(GATES))
+@handles(patch_norm, feature_norm, *named(GATES))
 def _gate(mode: Mode, func: Function, /, *args: object, **kwargs: object) -> object:
     return func(*map(detached, args), **{name: detached(value) for name, value in kwargs.items()})
-
-
-@handles(with_squares, with_feature_norm)
-def _norm_beside(mode: Mode, func: Function, /, x: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-    return x, func(detached(x), *args)[1]
 
 
 @handles(*named(IN_PLACE))

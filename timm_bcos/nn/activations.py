@@ -35,7 +35,7 @@ class ShiftedActivation(nn.Module):
     def __init__(self, act: nn.Module, shift: Tensor) -> None:
         super().__init__()
         self.act = act
-        self.shift = nn.Parameter(shift.detach().clone(), shift.requires_grad)
+        self.shift = nn.Parameter(shift.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         shift = self.shift.reshape(1, -1, 1, 1).to(x.dtype)

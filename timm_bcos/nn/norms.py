@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from . import autograd
 from .deviation import divide_by_deviation
+from .execution import records_gradients
 
 __all__ = ["UncentredBatchNorm1d", "UncentredBatchNorm2d", "UncentredBatchNormAct2d"]
 
@@ -67,7 +69,8 @@ class UncentredBatchNorm2d(nn.Module):
     @torch.jit.unused  # TorchScript serves inference
     def normalize_batch(self, x: Tensor) -> Tensor:
         """Normalise by the batch's own variance, and let the running one follow."""
-        y, var = divide_by_deviation(x, self.weight, self.eps)
+        divide = autograd.divide_by_deviation if records_gradients(x, self.weight) else divide_by_deviation
+        y, var = divide(x, self.weight, self.eps)
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             new = var.to(self.running_var.dtype)
