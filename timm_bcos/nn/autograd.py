@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
-from torch.nn.grad import conv2d_input
 
 from . import deviation, functional
 from .cosine import EPS, cosine_factor, scale_by_cosine
 from .execution import runs_eagerly
-from .input_norms import feature_norm, patch_norm, per_channel, sum_of_groups
+from .input_norms import by_window_sum, feature_norm, patch_norm, per_channel, sum_of_groups
 from .weights import effective_weight, inverse_norm, norm_power, row_norm
 
 __all__ = ["bcos_conv2d", "bcos_linear", "divide_by_deviation"]
@@ -110,7 +109,9 @@ class _BcosConv2d(torch.autograd.Function):
             stride, padding, dilation, False, [0, 0], groups, [*ctx.needs_input_grad[:2], False],
         )  # fmt: skip
         if by_x is not None:
-            slope = _by_window_sum(sum_of_groups(products, groups) / -norm.square(), x, weight, ctx.window)
+            by_sum = sum_of_groups(products, groups) / -norm.square()  # twice, as by_x wants it
+            size, kernel = [len(x), groups, *x.shape[2:]], list(weight.shape[2:])
+            slope = by_window_sum(by_sum, size, kernel, stride, padding, dilation)
             by_x.addcmul_(x, per_channel(slope, x.shape[1]).to(x.dtype))
         return by_x, _by_weight(by_used, weight, ctx.unit), None, None
 
@@ -218,13 +219,6 @@ def _to_winners(grad: Tensor, winner: Tensor, units: int, dim: int) -> Tensor:
 def _neighbors(x: Tensor, units: int, dim: int) -> tuple[Tensor, ...]:
     """Views of the first, second, ... of each M neighbours along a dimension, 1 or -1."""
     return x.unflatten(dim, (-1, units)).unbind(dim + 1 if dim >= 0 else dim)
-
-
-def _by_window_sum(by_sum: Tensor, x: Tensor, weight: Tensor, window: Window) -> Tensor:
-    """From gradients by the sums over windows to those by what is summed, at each position."""
-    ones = by_sum.new_ones([window.groups, 1, *weight.shape[2:]])
-    size = [len(x), window.groups, *x.shape[2:]]
-    return conv2d_input(size, ones, by_sum, window.stride, window.padding, window.dilation, window.groups)
 
 
 def _gradients_of(

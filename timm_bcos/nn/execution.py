@@ -11,12 +11,12 @@ __all__ = ["only_infers", "records_gradients", "runs_eagerly"]
 def runs_eagerly(*tensors: Tensor) -> bool:
     """Whether torch just computes.
 
-    False while calls are written down (torch.compile, torch.export, tracers), transformed (torch.func, forward-mode
+    Torch has no public way to ask for transforms. False while calls are written down (torch.compile, torch.export, tracers), transformed (torch.func, forward-mode
     derivatives, batched gradients) or overridden (explanation mode, torch.fx).
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or has_torch_function(tensors):
         return False
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or any(map(torch._C._functorch.is_legacy_batchedtensor, tensors)):
         return False
     return all(forward_ad.unpack_dual(tensor).tangent is None for tensor in tensors)
 

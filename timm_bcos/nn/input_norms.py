@@ -3,9 +3,10 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-__all__ = ["feature_norm", "patch_norm", "per_channel", "sum_of_groups"]
+__all__ = ["by_window_sum", "feature_norm", "patch_norm", "per_channel", "sum_of_groups", "window_sum"]
 
 
 def patch_norm(
@@ -41,7 +42,7 @@ def patch_norm(
     squares = wide * wide
     if channel_squares is not None:
         squares = squares * channel_squares.reshape(-1, 1, 1)
-    return (_window_sum(sum_of_groups(squares, groups), kernel, stride, padding, dilation) + eps).sqrt()
+    return (window_sum(sum_of_groups(squares, groups), kernel, stride, padding, dilation) + eps).sqrt()
 
 
 def feature_norm(x: Tensor, eps: float = 1e-12) -> Tensor:
@@ -77,21 +78,39 @@ def per_channel(norm: Tensor, channels: int) -> Tensor:
     return norm if groups == 1 or groups == channels else norm.repeat_interleave(channels // groups, 1)
 
 
-def _convolves_faster(x: Tensor) -> bool:
-    """A CPU pools many channels over ten times as slowly as it convolves them; autocast would round the sums."""
-    is_exact = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return x.device.type == "cpu" and x.shape[1] > 1 and is_exact
-
-
-def _window_sum(x: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
+def window_sum(x: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
     """Sum of each channel over the windows of a convolution, zero padding included: a box filter."""
     if kernel == [1, 1] and padding == [0, 0]:
         return x[:, :, :: stride[0], :: stride[1]]
-    pools = dilation == [1, 1] and padding[0] <= kernel[0] // 2 and padding[1] <= kernel[1] // 2
-    if not torch.jit.is_scripting():
-        pools = pools and not _convolves_faster(x)
-    if pools:
+    if _pools(x, kernel, padding, dilation):
         # not `divisor_override=1`: ONNX has none, and its export drops it silently
         return F.avg_pool2d(x, kernel, stride, padding) * (kernel[0] * kernel[1])
     ones = torch.ones([x.shape[1], 1, kernel[0], kernel[1]], dtype=x.dtype, device=x.device)
     return F.conv2d(x, ones, None, stride, padding, dilation, x.shape[1])
+
+
+def by_window_sum(
+    grad: Tensor, size: list[int], kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
+    """The gradient by x (of that size) of `window_sum`, from the gradient by its result."""
+    if kernel == [1, 1] and padding == [0, 0] and stride == [1, 1]:
+        return grad
+    if _pools(grad, kernel, padding, dilation):
+        whole = grad * (kernel[0] * kernel[1])
+        like = grad.new_empty([]).expand(size)  # read for its size alone
+        found: Tensor = torch.ops.aten.avg_pool2d_backward(whole, like, kernel, stride, padding, False, True, None)
+        return found
+    ones = grad.new_ones([size[1], 1, *kernel])
+    return conv2d_input(size, ones, grad, stride, padding, dilation, size[1])
+
+
+def _pools(x: Tensor, kernel: list[int], padding: list[int], dilation: list[int]) -> bool:
+    """Whether average pooling has such windows, and is not slower.
+
+    A CPU pools many channels over ten times as slowly as it convolves them; autocast would round the sums.
+    """
+    pools = dilation == [1, 1] and padding[0] <= kernel[0] // 2 and padding[1] <= kernel[1] // 2
+    if torch.jit.is_scripting():
+        return pools
+    is_exact = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return pools and not (x.device.type == "cpu" and x.shape[1] > 1 and is_exact)
