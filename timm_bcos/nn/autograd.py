@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from . import deviation, functional
-from .cosine import EPS, cosine_factor, scale_by_cosine
+from .cosine import EPS, cosine_factor, per_unit, scale_by_cosine
 from .execution import runs_eagerly
-from .input_norms import by_window_sum, feature_norm, patch_norm, per_channel, sum_of_groups
+from .input_norms import by_window_sum, feature_norm, patch_norm, sum_of_groups
 from .weights import effective_weight, inverse_norm, norm_power, row_norm
 
 __all__ = ["bcos_conv2d", "bcos_linear", "divide_by_deviation"]
@@ -91,7 +91,7 @@ class _BcosConv2d(torch.autograd.Function):
     def forward(ctx: _Saved, x: Tensor, weight: Tensor, window: Window, unit: Unit) -> Tensor:
         linear = F.conv2d(x, _used(weight, unit, x.dtype), None, *window[:4])
         norm = patch_norm(x, list(weight.shape[2:]), *window)
-        y, *kept = _respond(linear, per_channel(norm, len(weight) // unit.max_out), unit, 1)
+        y, *kept = _respond(linear, norm, unit, 1)
         ctx.save_for_backward(x, weight, norm, *kept)
         ctx.window, ctx.unit = window, unit
         return y
@@ -103,7 +103,7 @@ class _BcosConv2d(torch.autograd.Function):
             formula = partial(functional.bcos_conv2d, **ctx.window._asdict(), **ctx.unit._asdict())
             return *_gradients_of(formula, (x, weight), grad, ctx), None, None
         stride, padding, dilation, groups, _ = ctx.window
-        by_linear, products = _by_linear(grad, per_channel(norm, grad.shape[1]), kept, ctx.unit, 1)
+        by_linear, products = _by_linear(grad, per_unit(norm, grad), kept, ctx.unit, 1)
         by_x, by_used, _ = torch.ops.aten.convolution_backward(
             by_linear, x, _used(weight, ctx.unit, x.dtype), None,
             stride, padding, dilation, False, [0, 0], groups, [*ctx.needs_input_grad[:2], False],
@@ -112,7 +112,7 @@ class _BcosConv2d(torch.autograd.Function):
             by_sum = sum_of_groups(products, groups) / -norm.square()  # twice, as by_x wants it
             size, kernel = [len(x), groups, *x.shape[2:]], list(weight.shape[2:])
             slope = by_window_sum(by_sum, size, kernel, stride, padding, dilation)
-            by_x.addcmul_(x, per_channel(slope, x.shape[1]).to(x.dtype))
+            by_x.addcmul_(x, per_unit(slope, x).to(x.dtype))
         return by_x, _by_weight(by_used, weight, ctx.unit), None, None
 
 

@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .execution import only_infers
 
-__all__ = ["EPS", "cosine_factor", "scale_by_cosine"]
+__all__ = ["EPS", "cosine_factor", "per_unit", "scale_by_cosine"]
 
 EPS = 1e-6  # added to cosines unless B is 2, whose power has a derivative at 0 by itself
 
@@ -20,7 +20,7 @@ def scale_by_cosine(linear: Tensor, norm: Tensor, b: float, gamma: float, inplac
 
     Args:
         linear: ŵᵀx, any shape.
-        norm: ‖x‖, broadcastable to `linear`.
+        norm: ‖x‖, broadcastable to `linear`; or (N, G, H, W), one for each of G groups of its channels.
         b: The exponent B, not 1.
         gamma: The fixed output scale γ.
         inplace: Whether `linear` may be overwritten, where no gradient needs it.
@@ -32,15 +32,24 @@ def scale_by_cosine(linear: Tensor, norm: Tensor, b: float, gamma: float, inplac
         if has_torch_function((linear, norm)):
             return handle_torch_function(scale_by_cosine, (linear, norm), linear, norm, b, gamma, inplace)
         if inplace and b == 2 and only_infers(linear, norm):
-            return linear.mul_(linear.abs().to(norm.dtype).mul_(gamma / norm))
+            return linear.mul_(linear.abs().to(norm.dtype).mul_(gamma / per_unit(norm, linear)))
     return (linear * cosine_factor(linear, norm, b, gamma)).to(linear.dtype)
 
 
-def cosine_factor(linear: Tensor, norm: Tensor, b: float, gamma: float) -> Tensor:
-    """γ · |cos|^(B-1), what `scale_by_cosine` multiplies by; |cos| = |ŵᵀx| / ‖x‖, plus `EPS` unless B is 2."""
+def cosine_factor(linear: Tensor, norm: Tensor, b: float, gamma: float, eps: float = EPS) -> Tensor:
+    """γ · |cos|^(B-1), what `scale_by_cosine` multiplies by; |cos| = |ŵᵀx| / ‖x‖, plus eps unless B is 2."""
+    norm = per_unit(norm, linear)
     if b == 2:
         return linear.abs() * (gamma / norm)
-    return gamma * _power(linear.abs() / norm + EPS, b - 1)
+    return gamma * _power(linear.abs() / norm + eps, b - 1)
+
+
+def per_unit(norm: Tensor, like: Tensor) -> Tensor:
+    """Norms of G groups of channels, (N, G, H, W), as they broadcast to maps (N, C, H, W); others as they are."""
+    if norm.ndim != 4:
+        return norm
+    groups, channels = int(norm.shape[1]), int(like.shape[1])  # not tensors, as which tracers see sizes
+    return norm if groups == 1 or groups == channels else norm.repeat_interleave(channels // groups, 1)
 
 
 def _power(x: Tensor, exponent: float) -> Tensor:

@@ -16,7 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function, has_torch
 
 from ..errors import InputError
 from .cosine import scale_by_cosine
-from .input_norms import feature_norm, patch_norm, per_channel
+from .input_norms import feature_norm, patch_norm
 from .maxout import max_out as largest_of
 from .weights import effective_weight, row_norm
 
@@ -67,7 +67,7 @@ def bcos_conv2d(
     if b == 1.0:
         return linear * gamma
     norm = patch_norm(x, weight.shape[2:], stride, padding, dilation, groups, eps)
-    y = scale_by_cosine(linear, per_channel(norm, linear.shape[1]), b, gamma, inplace=True)
+    y = scale_by_cosine(linear, norm, b, gamma, inplace=True)
     return y if normalize_weight or b == 2.0 else y * row_norm(weight).to(y.dtype).reshape(-1, 1, 1)
 
 

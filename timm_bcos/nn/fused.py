@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelStateError
 from .cosine import scale_by_cosine
-from .input_norms import feature_norm, patch_norm, per_channel
+from .input_norms import feature_norm, patch_norm
 from .maxout import max_out as largest_of
 from .modules import clone
 from .norms import UncentredBatchNorm2d
@@ -80,7 +80,7 @@ def fused_conv2d(
         y = largest_of(y, max_out, 1)
     if b != 1.0:
         norm = patch_norm(x, weight.shape[2:], stride, padding, dilation, groups, eps, channel_squares)
-        y = scale_by_cosine(y, per_channel(norm, y.shape[1]), b, 1.0, inplace=True)
+        y = scale_by_cosine(y, norm, b, 1.0, inplace=True)
     return y if amplitude is None else y * amplitude
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-__all__ = ["by_window_sum", "feature_norm", "patch_norm", "per_channel", "sum_of_groups", "window_sum"]
+__all__ = ["by_window_sum", "feature_norm", "patch_norm", "sum_of_groups", "window_sum"]
 
 
 def patch_norm(
@@ -38,6 +38,7 @@ def patch_norm(
         return handle_torch_function(
             patch_norm, (x,), x, kernel, stride, padding, dilation, groups, eps, channel_squares
         )
+    kernel = [int(size) for size in kernel]  # not tensors, as which tracers see sizes
     wide = _wide(x)
     squares = wide * wide
     if channel_squares is not None:
@@ -69,13 +70,7 @@ def sum_of_groups(x: Tensor, groups: int) -> Tensor:
     """Sum over each group's channels, (N, C, H, W) to (N, G, H, W)."""
     if groups == 1:
         return x.sum(1, keepdim=True)
-    return x if groups == x.shape[1] else x.unflatten(1, [groups, x.shape[1] // groups]).sum(2)
-
-
-def per_channel(norm: Tensor, channels: int) -> Tensor:
-    """(N, G, H, W) as it broadcasts to maps of G groups of channels, (N, channels, H, W)."""
-    groups = norm.shape[1]
-    return norm if groups == 1 or groups == channels else norm.repeat_interleave(channels // groups, 1)
+    return x if groups == int(x.shape[1]) else x.unflatten(1, [groups, x.shape[1] // groups]).sum(2)
 
 
 def window_sum(x: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
@@ -85,8 +80,9 @@ def window_sum(x: Tensor, kernel: list[int], stride: list[int], padding: list[in
     if _pools(x, kernel, padding, dilation):
         # not `divisor_override=1`: ONNX has none, and its export drops it silently
         return F.avg_pool2d(x, kernel, stride, padding) * (kernel[0] * kernel[1])
-    ones = torch.ones([x.shape[1], 1, kernel[0], kernel[1]], dtype=x.dtype, device=x.device)
-    return F.conv2d(x, ones, None, stride, padding, dilation, x.shape[1])
+    channels = int(x.shape[1])
+    ones = torch.ones([channels, 1, kernel[0], kernel[1]], dtype=x.dtype, device=x.device)
+    return F.conv2d(x, ones, None, stride, padding, dilation, channels)
 
 
 def by_window_sum(
@@ -105,12 +101,14 @@ def by_window_sum(
 
 
 def _pools(x: Tensor, kernel: list[int], padding: list[int], dilation: list[int]) -> bool:
-    """Whether average pooling has such windows, and is not slower.
-
-    A CPU pools many channels over ten times as slowly as it convolves them; autocast would round the sums.
-    """
+    """Whether average pooling has such windows, and is not slower."""
     pools = dilation == [1, 1] and padding[0] <= kernel[0] // 2 and padding[1] <= kernel[1] // 2
-    if torch.jit.is_scripting():
-        return pools
+    if not torch.jit.is_scripting():
+        pools = pools and not _convolves_faster(x)
+    return pools
+
+
+def _convolves_faster(x: Tensor) -> bool:
+    """A CPU pools many channels over ten times as slowly as it convolves them; autocast would round the sums."""
     is_exact = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return pools and not (x.device.type == "cpu" and x.shape[1] > 1 and is_exact)
+    return x.device.type == "cpu" and int(x.shape[1]) > 1 and is_exact

@@ -157,7 +157,7 @@ class BcosConv2d(nn.Conv2d):
                 x, self.weight, list(self.stride), self._zero_padding, list(self.dilation), self.groups, self.eps,
                 self.b, self.max_out, self.amplitude, self.channel_squares,
             )  # fmt: skip
-        elif self._records(x):
+        elif not torch.jit.is_scripting() and self._records(x):
             y = self._record(x)
         else:
             y = bcos_conv2d(
@@ -167,8 +167,9 @@ class BcosConv2d(nn.Conv2d):
         bias = self.bias
         return y if bias is None else y + bias.reshape(-1, 1, 1)
 
+    @torch.jit.unused
     def _records(self, x: Tensor) -> bool:
-        return not torch.jit.is_scripting() and self.b != 1.0 and records_gradients(x, self.weight)
+        return self.b != 1.0 and records_gradients(x, self.weight)
 
     @torch.jit.unused
     def _record(self, x: Tensor) -> Tensor:
@@ -238,15 +239,16 @@ class BcosLinear(nn.Linear):
         """The B-cos response; a method of its own because TorchScript has no `super()`."""
         if self.is_fused:
             y = fused_linear(x, self.weight, self.b, self.max_out, self.amplitude)
-        elif self._records(x):
+        elif not torch.jit.is_scripting() and self._records(x):
             y = self._record(x)
         else:
             y = bcos_linear(x, self.weight, self.b, self.gamma, self.max_out, self.normalize_weight)
         bias = self.bias
         return y if bias is None else y + bias
 
+    @torch.jit.unused
     def _records(self, x: Tensor) -> bool:
-        return not torch.jit.is_scripting() and self.b != 1.0 and records_gradients(x, self.weight)
+        return self.b != 1.0 and records_gradients(x, self.weight)
 
     @torch.jit.unused
     def _record(self, x: Tensor) -> Tensor:
