@@ -17,7 +17,7 @@ from torch.autograd.function import FunctionCtx
 
 from . import deviation, functional
 from .cosine import EPS, cosine_factor, per_unit, scale_by_cosine
-from .execution import runs_eagerly
+from .execution import pieces, runs_eagerly
 from .input_norms import by_window_sum, feature_norm, patch_norm, sum_of_groups
 from .weights import effective_weight, inverse_norm, norm_power, row_norm
 
@@ -103,15 +103,14 @@ class _BcosConv2d(torch.autograd.Function):
             formula = partial(functional.bcos_conv2d, **ctx.window._asdict(), **ctx.unit._asdict())
             return *_gradients_of(formula, (x, weight), grad, ctx), None, None
         stride, padding, dilation, groups, _ = ctx.window
-        by_linear, products = _by_linear(grad, per_unit(norm, grad), kept, ctx.unit, 1)
+        by_linear, by_norm = _by_response(grad, norm, kept, ctx.unit, partial(sum_of_groups, groups=groups), 1)
         by_x, by_used, _ = torch.ops.aten.convolution_backward(
             by_linear, x, _used(weight, ctx.unit, x.dtype), None,
             stride, padding, dilation, False, [0, 0], groups, [*ctx.needs_input_grad[:2], False],
         )  # fmt: skip
         if by_x is not None:
-            by_sum = sum_of_groups(products, groups) / -norm.square()  # twice, as by_x wants it
             size, kernel = [len(x), groups, *x.shape[2:]], list(weight.shape[2:])
-            slope = by_window_sum(by_sum, size, kernel, stride, padding, dilation)
+            slope = by_window_sum(by_norm / norm, size, kernel, stride, padding, dilation)
             by_x.addcmul_(x, per_unit(slope, x).to(x.dtype))
         return by_x, _by_weight(by_used, weight, ctx.unit), None, None
 
@@ -131,11 +130,11 @@ class _BcosLinear(torch.autograd.Function):
         if torch.is_grad_enabled() or not runs_eagerly(grad):
             formula = partial(functional.bcos_linear, **ctx.unit._asdict())
             return *_gradients_of(formula, (x, weight), grad, ctx), None
-        by_linear, products = _by_linear(grad, norm, kept, ctx.unit, -1)
+        by_linear, by_norm = _by_response(grad, norm, kept, ctx.unit, partial(torch.sum, dim=-1, keepdim=True), -1)
         by_x = by_used = None
         if ctx.needs_input_grad[0]:
             by_x = by_linear @ _used(weight, ctx.unit, x.dtype)
-            by_x.addcmul_(x, (products.sum(-1, keepdim=True) / -norm.square()).to(x.dtype))
+            by_x.addcmul_(x, (by_norm / norm).to(x.dtype))
         if ctx.needs_input_grad[1]:
             by_used = by_linear.flatten(0, -2).T @ x.flatten(0, -2)
         return by_x, _by_weight(by_used, weight, ctx.unit), None
@@ -170,28 +169,40 @@ def _keeps_response(x: Tensor, unit: Unit) -> bool:
     return unit.b == 2 and x.dtype != torch.float16
 
 
-def _by_linear(grad: Tensor, norm: Tensor, kept: list[Tensor], unit: Unit, dim: int) -> tuple[Tensor, Tensor]:
-    """The gradient by the linear responses (all those of MaxOut), and g · ∂y/∂n · -n, whose sum that by n follows from.
+def _by_response(
+    grad: Tensor, norm: Tensor, kept: list[Tensor], unit: Unit, total: Callable[[Tensor], Tensor], dim: int
+) -> tuple[Tensor, Tensor]:
+    """The gradients by the linear responses (all those of MaxOut) and by the norm.
 
-    ∂y/∂a = 2 · sqrt(γ · |y| / n) and ∂y/∂n = -y / n, from y = γ · |a| · a / n.
+    `total` sums up what belongs to the units that have a norm in common.
     """
     saved, *winner = kept
-    if _keeps_response(saved, unit):
-        slope = (saved.abs() * (4 * abs(unit.gamma) / norm)).sqrt_()
-        by_linear, products = slope.mul_(grad if unit.gamma > 0 else -grad).to(saved.dtype), saved * grad
-    else:
-        by_linear, products = _by_kept_linear(saved, norm, grad, unit)
-    return (_to_winners(by_linear, winner[0], unit.max_out, dim) if winner else by_linear), products
+    by_linear, by_norm = torch.empty_like(saved), torch.empty_like(norm)
+    gradients = _of_square if _keeps_response(saved, unit) else _of_power
+    for piece, n, g, out, out_norm in pieces(saved, norm, grad, by_linear, by_norm):
+        products = gradients(piece, per_unit(n, piece), g, unit, out)
+        out_norm.copy_(total(products)).div_(n).neg_()
+    return (_to_winners(by_linear, winner[0], unit.max_out, dim) if winner else by_linear), by_norm
 
 
-def _by_kept_linear(linear: Tensor, norm: Tensor, grad: Tensor, unit: Unit) -> tuple[Tensor, Tensor]:
-    """Of y = f · a with f = γ · (|a| / n + ε)^(B-1), where ε is 0 at B = 2."""
+def _of_square(y: Tensor, norm: Tensor, grad: Tensor, unit: Unit, out: Tensor) -> Tensor:
+    """Write the gradient by a of y = γ · |a| · a / n, and return the products that -n · (that by n) is the sum of.
+
+    ∂y/∂a = 2γ · |a| / n = 2 · sqrt(γ · |y| / n), and ∂y/∂n = -y / n.
+    """
+    torch.abs(y, out=out).mul_(4 * abs(unit.gamma) / norm).sqrt_().mul_(grad if unit.gamma > 0 else -grad)
+    return y * grad
+
+
+def _of_power(linear: Tensor, norm: Tensor, grad: Tensor, unit: Unit, out: Tensor) -> Tensor:
+    """The same for y = f · a with f = γ · (|a| / n + ε)^(B-1), from a; ε is 0 at B = 2."""
     factor = cosine_factor(linear, norm, unit.b, unit.gamma)
     slope = factor  # a · ∂f/∂a
     if unit.b != 2:
         cosine = linear.abs() / norm
         slope = factor * ((unit.b - 1) * cosine / (cosine + EPS))
-    return ((factor + slope) * grad).to(linear.dtype), linear * slope * grad
+    out.copy_((factor + slope) * grad)
+    return linear * slope * grad
 
 
 def _max_out(x: Tensor, units: int, dim: int) -> tuple[Tensor, Tensor]:
@@ -238,7 +249,7 @@ class _DivideByDeviation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: _Saved, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        mean, var = deviation.mean_and_variance(x)
+        mean, var = _mean_and_variance(x)
         inverse = (var + eps).rsqrt()
         ctx.save_for_backward(x, weight, mean, inverse)
         ctx.eps = eps
@@ -251,10 +262,26 @@ class _DivideByDeviation(torch.autograd.Function):
         if torch.is_grad_enabled() or not runs_eagerly(grad):
             formula = lambda x, weight: deviation.divide_by_deviation(x, weight, ctx.eps)[0]  # noqa: E731
             return *_gradients_of(formula, (x, weight), grad, ctx), None
-        dot = (x * grad).sum((2, 3), dtype=inverse.dtype).sum(0)
+        dot = torch.stack([(part * g).sum((0, 2, 3), dtype=mean.dtype) for part, g in pieces(x, grad)]).sum(0)
         slope = dot * weight * inverse**3 / -(x.numel() // len(dot))
-        by_x = torch.addcmul(_channels(-slope * mean, x), x, _channels(slope, x))
-        return by_x.addcmul_(grad, _channels(weight * inverse, x)), (dot * inverse).to(weight.dtype), None
+        by_grad, by_x, constant = (_channels(value, x) for value in (weight * inverse, slope, -slope * mean))
+        result = torch.empty_like(x)
+        for part, g, out in pieces(x, grad, result):
+            torch.addcmul(constant, part, by_x, out=out).addcmul_(g, by_grad)
+        return result, (dot * inverse).to(weight.dtype), None
+
+
+def _mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`deviation.mean_and_variance`: of each image, and then of the images' means."""
+    means, variances = [], []
+    for (part,) in pieces(x):
+        wide = part.float() if x.dtype in (torch.float16, torch.bfloat16) else part
+        mean = wide.mean((2, 3), keepdim=True)
+        deviation = wide - mean
+        means.append(mean.flatten(1))
+        variances.append(deviation.mul_(deviation).mean((2, 3)))
+    mean = torch.cat(means)
+    return mean.mean(0), torch.cat(variances).mean(0).add_(mean.var(0, correction=0))
 
 
 def _channels(values: Tensor, x: Tensor) -> Tensor:

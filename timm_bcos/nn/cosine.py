@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .execution import only_infers
+from .execution import only_infers, pieces
 
 __all__ = ["EPS", "cosine_factor", "per_unit", "scale_by_cosine"]
 
@@ -32,8 +32,15 @@ def scale_by_cosine(linear: Tensor, norm: Tensor, b: float, gamma: float, inplac
         if has_torch_function((linear, norm)):
             return handle_torch_function(scale_by_cosine, (linear, norm), linear, norm, b, gamma, inplace)
         if inplace and b == 2 and only_infers(linear, norm):
-            return linear.mul_(linear.abs().to(norm.dtype).mul_(gamma / per_unit(norm, linear)))
+            return _square_in_place(linear, gamma / per_unit(norm, linear))
     return (linear * cosine_factor(linear, norm, b, gamma)).to(linear.dtype)
+
+
+def _square_in_place(linear: Tensor, inverse: Tensor) -> Tensor:
+    """|a| · a · γ / n, from a and γ / n, written over a."""
+    for part, scale in pieces(linear, inverse):
+        part.mul_(part.abs().to(scale.dtype).mul_(scale))
+    return linear
 
 
 def cosine_factor(linear: Tensor, norm: Tensor, b: float, gamma: float, eps: float = EPS) -> Tensor:
