@@ -174,9 +174,7 @@ class BcosConv2d(nn.Conv2d):
     @torch.jit.unused
     def _record(self, x: Tensor) -> Tensor:
         """The same, with a backward pass by hand."""
-        window = autograd.Window(
-            list(self.stride), self._zero_padding, list(self.dilation), self.groups, self.eps
-        )
+        window = autograd.Window(list(self.stride), self._zero_padding, list(self.dilation), self.groups, self.eps)
         return autograd.bcos_conv2d(x, self.weight, window, unit_of(self))
 
     def fuse(self) -> Self:
