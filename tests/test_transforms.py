@@ -60,6 +60,22 @@ def called(layer: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda x, weight: functional_call(layer, dict(weight=weight), x)
 
 
+def transformed(
+    f: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, weights: Tensor, tangents: tuple[Tensor, Tensor]
+) -> list[Tensor]:
+    """What torch.func makes of a function of images or vectors, and weights."""
+    return [
+        *grad(lambda *inputs: f(*inputs).square().sum(), argnums=(0, 1))(x, weight),
+        *jvp(f, (x, weight), tangents),
+        jacrev(f)(x, weight),
+        jacfwd(f, argnums=1)(x, weight),
+        hessian(lambda v: f(v, weight).square().sum())(x),
+        vmap(f, (0, None))(x[:, None], weight),
+        vmap(f, (None, 0))(x, weights),
+        vmap(grad(lambda w, v: f(v[None], w).square().sum()), (None, 0))(weight, x),
+    ]
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_transforms_of_layers(kind: str, training: bool) -> None:
@@ -68,15 +84,7 @@ def test_transforms_of_layers(kind: str, training: bool) -> None:
         formula = lambda x, w, layer=layer: literal(layer, x, w)  # noqa: E731
         tangents = torch.randn_like(x), torch.randn_like(weight)
         weights = torch.stack([weight, torch.randn_like(weight)])
-        pairs = [
-            (grad(lambda *a: f(*a).square().sum(), argnums=(0, 1))(x, weight)
-             + jvp(f, (x, weight), tangents)
-             + (jacrev(f)(x, weight), jacfwd(f, argnums=1)(x, weight))
-             + (hessian(lambda v: f(v, weight).square().sum())(x),)
-             + (vmap(f, (0, None))(x[:, None], weight), vmap(f, (None, 0))(x, weights))
-             + (vmap(grad(lambda w, v: f(v[None], w).square().sum()), (None, 0))(weight, x),))
-            for f in (ours, formula)
-        ]  # fmt: skip
+        pairs = [transformed(f, x, weight, weights, tangents) for f in (ours, formula)]
         for found, expected in zip(*pairs, strict=True):
             torch.testing.assert_close(found, expected)
 
