@@ -232,3 +232,18 @@ def test_tracing_and_timms_onnx_export_by_default(name: str, kwargs: dict[str, A
     session = onnxruntime.InferenceSession(tmp_path / "x.onnx")
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), model(x).detach(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("name", "kwargs"), [("bcos_cnn9", {}), ("bcosify", dict(arch="test_efficientnet"))])
+def test_a_graph_of_torch_fx_is_the_network(name: str, kwargs: dict[str, Any], training: bool) -> None:
+    """Gradients too."""
+    model = timm.create_model(name, num_classes=5, **kwargs).double().train(training)
+    traced = torch.fx.symbolic_trace(model)
+    found = []
+    for network in (model, traced):
+        x = real_image(32, 2, dtype=Double).requires_grad_()
+        y = network(x)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *network.parameters()])])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

@@ -1,6 +1,7 @@
 """Activations that keep a network dynamic linear where the original's would not."""
 
 import torch
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from .functional import passed_sigmoid, shifted_activation
@@ -19,6 +20,7 @@ class PassedSigmoid(nn.Sigmoid):
         return passed_sigmoid(input)
 
 
+@register_notrace_module  # a node of timm's graphs, which TorchScript can then compile: functions take no modules there
 class ShiftedActivation(nn.Module):
     """An activation with a bias that only gates: a(x + shift) - a(shift).
 

@@ -42,10 +42,13 @@ def runs_eagerly(*tensors: Tensor) -> bool:
 
 def records_gradients(*tensors: Tensor) -> bool:
     """Whether eager PyTorch records the backward pass of a function of these tensors."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors) and runs_eagerly(*tensors)
+    return runs_eagerly(*tensors) and _wants_gradients(tensors)
 
 
 def only_infers(*tensors: Tensor) -> bool:
     """Whether eager PyTorch computes a function of these tensors, whose gradients nobody wants."""
-    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return not wanted and runs_eagerly(*tensors)
+    return runs_eagerly(*tensors) and not _wants_gradients(tensors)
+
+
+def _wants_gradients(tensors: tuple[Tensor, ...]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
