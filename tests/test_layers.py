@@ -8,7 +8,7 @@ from literal import bcos_conv2d, bcos_linear, uncentred_batch_norm
 from timm.layers import Conv2dSame
 
 from timm_bcos import BcosConv2d, BcosLinear, InputError, UncentredBatchNorm2d, encode_image
-from timm_bcos.nn import functional
+from timm_bcos.nn import execution, functional
 from timm_bcos.nn.cosine import scale_by_cosine
 from timm_bcos.nn.heads import BcosConvClassifier
 from timm_bcos.nn.input_norms import patch_norm
@@ -175,6 +175,24 @@ def test_survives_sync_batch_norm_conversion() -> None:
     converted = convert_sync_batchnorm(model)
     assert type(converted[0]) is UncentredBatchNorm2d
     assert type(converted[1]) is torch.nn.SyncBatchNorm
+
+
+@pytest.mark.parametrize("unit", [dict(), dict(max_out=2), dict(b=1.5, normalize_weight=False), dict(b=1)], ids=str)
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_a_single_image_without_a_batch(unit: dict, window: dict) -> None:
+    """As torch's convolutions take it, of any size."""
+    layer, x = (
+        BcosConv2d(4, 4, 3, dtype=Double, **window, **unit),
+        torch.randn(4, 6, 7, dtype=Double, requires_grad=True),
+    )
+    torch.testing.assert_close(layer(x), layer(x[None])[0])
+    torch.testing.assert_close(
+        *[torch.autograd.grad(f().square().sum(), x) for f in (lambda: layer(x), lambda: layer(x[None]))]
+    )
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(execution, "LARGE", 1)
+        torch.testing.assert_close(layer(x), layer(x[None])[0])
+        torch.testing.assert_close(layer.eval().fuse()(x), layer(x))
 
 
 def test_zero_patches_and_zero_rows() -> None:

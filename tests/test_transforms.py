@@ -242,7 +242,7 @@ def test_a_graph_of_torch_fx_is_the_network(name: str, kwargs: dict[str, Any], t
     traced = torch.fx.symbolic_trace(model)
     found = []
     for network in (model, traced):
-        x = real_image(32, 2, dtype=Double).requires_grad_()
+        x = real_image(64, 2, dtype=Double).requires_grad_()
         y = network(x)
         found.append([y, *torch.autograd.grad(y.square().sum(), [x, *network.parameters()])])
     for one, other in zip(*found, strict=True):

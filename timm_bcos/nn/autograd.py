@@ -45,6 +45,8 @@ class Window(NamedTuple):
 
 def bcos_conv2d(x: Tensor, weight: Tensor, window: Window, unit: Unit) -> Tensor:
     """`functional.bcos_conv2d` for any B but 1."""
+    if x.ndim == 3:
+        return bcos_conv2d(x[None], weight, window, unit)[0]
     y: Tensor = _BcosConv2d.apply(_as_autocast(x), weight, window, _without_amplitude(unit))
     return y * row_norm(weight).to(y.dtype).reshape(-1, 1, 1) if has_amplitude(unit) else y
 
@@ -156,7 +158,7 @@ def _by_weight(by_used: Tensor | None, weight: Tensor, unit: Unit) -> Tensor | N
 
 def _respond(linear: Tensor, norm: Tensor, unit: Unit, dim: int) -> list[Tensor]:
     """The response, and what of it the backward pass needs beside the norm. May overwrite `linear`."""
-    winner = []
+    winner: list[Tensor] = []
     if unit.max_out > 1:
         linear, *winner = _max_out(linear, unit.max_out, dim)
     keeps_response = _keeps_response(linear, unit)

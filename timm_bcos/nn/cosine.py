@@ -53,10 +53,10 @@ def cosine_factor(linear: Tensor, norm: Tensor, b: float, gamma: float, eps: flo
 
 def per_unit(norm: Tensor, like: Tensor) -> Tensor:
     """Norms of G groups of channels, (N, G, H, W), as they broadcast to maps (N, C, H, W); others as they are."""
-    if norm.ndim != 4:
+    if norm.ndim < 3:
         return norm
-    groups, channels = int(norm.shape[1]), int(like.shape[1])  # not tensors, as which tracers see sizes
-    return norm if groups == 1 or groups == channels else norm.repeat_interleave(channels // groups, 1)
+    groups, channels = int(norm.shape[-3]), int(like.shape[-3])  # not tensors, as which tracers see sizes
+    return norm if groups == 1 or groups == channels else norm.repeat_interleave(channels // groups, -3)
 
 
 def _power(x: Tensor, exponent: float) -> Tensor:

@@ -22,7 +22,7 @@ def pieces(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
         x: (N, ...), whose size decides.
         others: (N, ...), split in the same way.
     """
-    if x.device.type != "cpu" or x.numel() <= LARGE:
+    if x.device.type != "cpu" or x.numel() <= LARGE or any(len(tensor) != len(x) for tensor in others):
         return iter([(x, *others)])
     return zip(*(tensor.split(torch.get_num_threads()) for tensor in (x, *others)), strict=True)
 
@@ -30,8 +30,9 @@ def pieces(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def runs_eagerly(*tensors: Tensor) -> bool:
     """Whether torch just computes.
 
-    Torch has no public way to ask for transforms. False while calls are written down (torch.compile, torch.export, tracers), transformed (torch.func, forward-mode
-    derivatives, batched gradients) or overridden (explanation mode, torch.fx).
+    False while calls are written down (torch.compile, torch.export, tracers), transformed (torch.func, forward-mode
+    derivatives, batched gradients: of some of these torch has no public way to tell), or overridden (explanation mode,
+    torch.fx).
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or has_torch_function(tensors):
         return False

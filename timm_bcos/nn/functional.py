@@ -4,8 +4,8 @@ Paper: B-cos Networks: Alignment is All We Need for Interpretability (CVPR 2022)
 Free rows (`normalize_weight=False`): https://arxiv.org/abs/2411.00715, section 3. `nn.autograd` has the same functions
 with a backward pass by hand.
 
-Each function that they are made of takes part in `__torch_function__` dispatch. That is how explanation mode (`timm_bcos.dynamic`) replaces
-it, and why `torch.fx` traces it as one node.
+Each function that they are made of takes part in `__torch_function__` dispatch. That is how explanation mode
+(`timm_bcos.dynamic`) replaces it, and why `torch.fx` traces it as one node.
 """
 
 import torch
@@ -49,9 +49,12 @@ def bcos_conv2d(
     """B-cos convolution: γ · |cos(patch, w)|^(B-1) · ŵᵀpatch (Algorithm 1, with MaxOut of section 4).
 
     Args:
-        x: (N, C, H, W).
+        x: (N, C, H, W), or (C, H, W).
         weight: (O · M, C / groups, *kernel), unit m of output o being row o · M + m.
-        stride: As in `torch.nn.functional.conv2d`, a number per dimension; likewise `padding`, `dilation`, `groups`.
+        stride: As in `torch.nn.functional.conv2d`, a number per dimension.
+        padding: Likewise.
+        dilation: Likewise.
+        groups: Likewise, one number.
         eps: Stabilizes the norm of a patch, sqrt(‖patch‖² + eps).
         b: B, at least 1.
         gamma: γ.
@@ -59,14 +62,14 @@ def bcos_conv2d(
         normalize_weight: False leaves rows their amplitude: γ · |cos|^(B-1) · wᵀpatch.
 
     Returns:
-        (N, O, H', W').
+        (N, O, H', W'), or (O, H', W').
     """
     linear = F.conv2d(x, effective_weight(weight, b, normalize_weight), None, stride, padding, dilation, groups)
     if max_out > 1:
-        linear = largest_of(linear, max_out, 1)
+        linear = largest_of(linear, max_out, -3)
     if b == 1.0:
         return linear * gamma
-    norm = patch_norm(x, weight.shape[2:], stride, padding, dilation, groups, eps)
+    norm = patch_norm(x, weight.shape[2:], stride, padding, dilation, groups, eps)  # type: ignore[arg-type]
     y = scale_by_cosine(linear, norm, b, gamma, inplace=True)
     return y if normalize_weight or b == 2.0 else y * row_norm(weight).to(y.dtype).reshape(-1, 1, 1)
 
@@ -78,7 +81,11 @@ def bcos_linear(
 
     Args:
         x: (..., C).
-        weight: (O · M, C); the other arguments are those of `bcos_conv2d`.
+        weight: (O · M, C), unit m of output o being row o · M + m.
+        b: B, at least 1.
+        gamma: γ.
+        max_out: M.
+        normalize_weight: As in `bcos_conv2d`.
 
     Returns:
         (..., O).

@@ -71,15 +71,22 @@ def fused_conv2d(
     Args:
         x: (N, C, H, W).
         weight: (O · max_out, C / groups, *kernel).
-        stride: As there; likewise `padding`, `dilation`, `groups`, `eps`, `b` and `max_out`.
+        stride: As there.
+        padding: As there.
+        dilation: As there.
+        groups: As there.
+        eps: As there.
+        b: As there.
+        max_out: As there.
         amplitude: (O, 1, 1), what the response is multiplied by besides; or None.
         channel_squares: (C,), the squared scale of a norm before the layer; or None.
     """
     y = F.conv2d(x, weight, None, stride, padding, dilation, groups)
     if max_out > 1:
-        y = largest_of(y, max_out, 1)
+        y = largest_of(y, max_out, -3)
     if b != 1.0:
-        norm = patch_norm(x, weight.shape[2:], stride, padding, dilation, groups, eps, channel_squares)
+        kernel = weight.shape[2:]
+        norm = patch_norm(x, kernel, stride, padding, dilation, groups, eps, channel_squares)  # type: ignore[arg-type]
         y = scale_by_cosine(y, norm, b, 1.0, inplace=True)
     return y if amplitude is None else y * amplitude
 

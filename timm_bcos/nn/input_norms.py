@@ -22,7 +22,7 @@ def patch_norm(
     """Norm of every patch that a convolution sees: sqrt(Σ x² + eps) over the window and the group of channels.
 
     Args:
-        x: (N, C, H, W).
+        x: (N, C, H, W), or (C, H, W).
         kernel: Window (height, width).
         stride: Of the window, per dimension.
         padding: Zeros on each side, per dimension.
@@ -72,18 +72,18 @@ def _wide(x: Tensor) -> Tensor:
 def sum_of_groups(x: Tensor, groups: int) -> Tensor:
     """Sum over each group's channels, (N, C, H, W) to (N, G, H, W)."""
     if groups == 1:
-        return x.sum(1, keepdim=True)
-    return x if groups == int(x.shape[1]) else x.unflatten(1, [groups, x.shape[1] // groups]).sum(2)
+        return x.sum(-3, keepdim=True)
+    return x if groups == int(x.shape[-3]) else x.unflatten(-3, [groups, x.shape[-3] // groups]).sum(-3)
 
 
 def window_sum(x: Tensor, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
     """Sum of each channel over the windows of a convolution, zero padding included: a box filter."""
     if kernel == [1, 1] and padding == [0, 0]:
-        return x[:, :, :: stride[0], :: stride[1]]
+        return x[..., :: stride[0], :: stride[1]]
     if _pools(x, kernel, padding, dilation):
         # not `divisor_override=1`: ONNX has none, and its export drops it silently
         return F.avg_pool2d(x, kernel, stride, padding) * (kernel[0] * kernel[1])
-    channels = int(x.shape[1])
+    channels = int(x.shape[-3])
     ones = torch.ones([channels, 1, kernel[0], kernel[1]], dtype=x.dtype, device=x.device)
     return F.conv2d(x, ones, None, stride, padding, dilation, channels)
 
@@ -114,4 +114,4 @@ def _pools(x: Tensor, kernel: list[int], padding: list[int], dilation: list[int]
 def _convolves_faster(x: Tensor) -> bool:
     """A CPU pools many channels over ten times as slowly as it convolves them; autocast would round the sums."""
     is_exact = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return x.device.type == "cpu" and int(x.shape[1]) > 1 and is_exact
+    return x.device.type == "cpu" and int(x.shape[-3]) > 1 and is_exact
