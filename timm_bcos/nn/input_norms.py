@@ -6,6 +6,8 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from .execution import only_infers, pieces
+
 __all__ = ["by_window_sum", "feature_norm", "patch_norm", "sum_of_groups", "window_sum"]
 
 
@@ -39,11 +41,21 @@ def patch_norm(
             patch_norm, (x,), x, kernel, stride, padding, dilation, groups, eps, channel_squares
         )
     kernel = [int(size) for size in kernel]  # not tensors, as which tracers see sizes
+    sums: Tensor | None = None
+    if not torch.jit.is_scripting() and x.ndim == 4 and only_infers(x):
+        parts = [_sum_of_squares(part, groups, channel_squares) for (part,) in pieces(x)]
+        sums = torch.cat(parts) if len(parts) > 1 else parts[0]
+    if sums is None:
+        sums = _sum_of_squares(x, groups, channel_squares)
+    return (window_sum(sums, kernel, stride, padding, dilation) + eps).sqrt()
+
+
+def _sum_of_squares(x: Tensor, groups: int, channel_squares: Tensor | None) -> Tensor:
     wide = _wide(x)
     squares = wide * wide
     if channel_squares is not None:
         squares = squares * channel_squares.reshape(-1, 1, 1)
-    return (window_sum(sum_of_groups(squares, groups), kernel, stride, padding, dilation) + eps).sqrt()
+    return sum_of_groups(squares, groups)
 
 
 def feature_norm(x: Tensor, eps: float = 1e-12) -> Tensor:
