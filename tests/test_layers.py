@@ -1,5 +1,4 @@
 import copy
-import gc
 from collections.abc import Callable
 
 import pytest
@@ -7,13 +6,12 @@ import torch
 import torch.nn.functional as F
 from literal import bcos_conv2d, bcos_linear, uncentred_batch_norm
 from timm.layers import Conv2dSame
-from torch import Tensor
 
 from timm_bcos import BcosConv2d, BcosLinear, InputError, UncentredBatchNorm2d, encode_image
-from timm_bcos.nn import input_norms, memory, weights
+from timm_bcos.nn import execution, functional
 from timm_bcos.nn.cosine import scale_by_cosine
 from timm_bcos.nn.heads import BcosConvClassifier
-from timm_bcos.nn.input_norms import window_norm, with_squares
+from timm_bcos.nn.input_norms import patch_norm
 from timm_bcos.nn.maxout import max_out
 from timm_bcos.nn.stems import BcosStem
 
@@ -62,6 +60,16 @@ def test_linear_is_the_formula(unit: dict) -> None:
     x = torch.randn(4, 5, dtype=Double)
     torch.testing.assert_close(layer(x).detach(), bcos_linear(x, layer.weight.detach(), **twin(unit)))
     torch.testing.assert_close(layer(x[None, :, None])[0, :, 0], layer(x))
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=str)
+def test_the_functions_are_the_formula(unit: dict) -> None:
+    x, weight = torch.randn(2, 4, 6, 7, dtype=Double), torch.randn(12, 2, 3, 3, dtype=Double)
+    geometry = dict(stride=2, dilation=1, groups=2)
+    found = functional.bcos_conv2d(x, weight, [2, 2], [1, 1], [1, 1], 2, **unit)
+    torch.testing.assert_close(found, bcos_conv2d(F.pad(x, [1] * 4), weight, **geometry, **twin(unit)))
+    vectors, rows = torch.randn(4, 5, dtype=Double), torch.randn(6, 5, dtype=Double)
+    torch.testing.assert_close(functional.bcos_linear(vectors, rows, **unit), bcos_linear(vectors, rows, **twin(unit)))
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=str)
@@ -160,6 +168,24 @@ def test_uncentred_norm_agrees_with_the_official_package() -> None:
     torch.testing.assert_close(ours.running_var, theirs.running_var)
 
 
+@pytest.mark.parametrize("unit", [dict(), dict(max_out=2), dict(b=1.5, normalize_weight=False), dict(b=1)], ids=str)
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_a_single_image_without_a_batch(unit: dict, window: dict) -> None:
+    """As torch's convolutions take it, of any size."""
+    layer, x = (
+        BcosConv2d(4, 4, 3, dtype=Double, **window, **unit),
+        torch.randn(4, 6, 7, dtype=Double, requires_grad=True),
+    )
+    torch.testing.assert_close(layer(x), layer(x[None])[0])
+    torch.testing.assert_close(
+        *[torch.autograd.grad(f().square().sum(), x) for f in (lambda: layer(x), lambda: layer(x[None]))]
+    )
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(execution, "LARGE", 1)
+        torch.testing.assert_close(layer(x), layer(x[None])[0])
+        torch.testing.assert_close(layer.eval().fuse()(x), layer(x))
+
+
 def test_zero_patches_and_zero_rows() -> None:
     layer = BcosConv2d(3, 4, 3, padding=1)
     layer.weight.data[1] = 0
@@ -231,29 +257,23 @@ def test_bad_settings(kwargs: dict, text: str) -> None:
         BcosConv2d(3, 3, 3, **kwargs)
 
 
-# What a CPU does image by image, or in another order, where no gradient is needed.
+# What is overwritten, or computed in another way, where no gradient is needed.
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("last", [False, True])
-def test_images_one_by_one(dtype: torch.dtype, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = [BcosConv2d(8, 6, 3, padding=1), BcosConv2d(8, 6, 3, groups=2), BcosConv2d(8, 3, 1, max_out=2)]
+def test_inference_gives_what_training_gives(dtype: torch.dtype, last: bool) -> None:
     x = torch.randn(3, 8, 9, 9)
-    for layer in layers:
+    for layer in [BcosConv2d(8, 6, 3, padding=1), BcosConv2d(8, 6, 3, groups=2), BcosConv2d(8, 3, 1, max_out=2)]:
         layer, image = layer.to(dtype), x.to(dtype)
         if last:
             layer, image = (t.to(memory_format=torch.channels_last) for t in (layer, image))
-        before = image.clone()
-        with_gradient = layer(image).detach()
-        monkeypatch.setattr(memory, "LARGE", 1)
+        before, with_gradient = image.clone(), layer(image).detach()
         with torch.no_grad():
-            one_by_one = layer(image)
-        monkeypatch.undo()
-        torch.testing.assert_close(one_by_one, with_gradient)
+            torch.testing.assert_close(layer(image), with_gradient)
         assert torch.equal(image, before)
     linear, tokens = BcosLinear(8, 5).to(dtype), x.to(dtype).movedim(1, -1)
     with_gradient = linear(tokens).detach()
-    monkeypatch.setattr(memory, "LARGE", 1)
     with torch.no_grad():
         torch.testing.assert_close(linear(tokens), with_gradient)
 
@@ -276,69 +296,50 @@ def test_window_sums_of_many_channels(kernel: int, stride: int, padding: int) ->
     """Which float32 convolves and float64 pools; under autocast nothing is rounded to 16 bits."""
     x = torch.rand(2, 6, 20, 20)
     window = [kernel] * 2, [stride] * 2, [padding] * 2, [1, 1]
-    expected = window_norm(with_squares(x.double(), 6)[1], *window)
-    found = window_norm(with_squares(x, 6)[1], *window)
+    expected = patch_norm(x.double(), *window, groups=6)
+    found = patch_norm(x, *window, groups=6)
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
-        found = window_norm(with_squares(x, 6)[1], *window)
+        found = patch_norm(x, *window, groups=6)
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
 
 
-# Weights that inference remembers.
+# Weights that change, by whatever way.
 
 
 def changes(layer: BcosConv2d) -> dict[str, Callable[[], object]]:
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    fused = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
     for parameter in layer.parameters():
         parameter.grad = torch.ones_like(parameter)
     other = {name: torch.randn_like(value) for name, value in layer.state_dict().items()}
     return {
         "in place": lambda: torch.no_grad()(layer.weight.mul_)(-1.5),
         "an optimizer": optimizer.step,
+        "a fused optimizer": fused.step,
         "a state dict": lambda: layer.load_state_dict(other),
         "a new parameter": lambda: setattr(layer, "weight", torch.nn.Parameter(torch.randn_like(layer.weight))),
         "a moving average": lambda: torch.no_grad()(layer.state_dict()["weight"].lerp_)(other["weight"], 0.5),
-        "data, then eval": lambda: (layer.weight.data.neg_(), layer.eval()),
-        "another dtype": lambda: layer.to(torch.float32).to(Double).weight.data.neg_() is None or layer.eval(),
+        "data": lambda: layer.weight.data.neg_(),
+        "NumPy": lambda: layer.weight.detach().numpy().__imul__(-1),
+        "another view": lambda: layer.weight.data.view(-1)[3:9].neg_(),
     }
 
 
 @pytest.mark.parametrize("change", list(changes(BcosConv2d(1, 1, 1))))
-def test_weights_are_remembered_until_they_change(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Tensor] = []
-
-    def counted(weight: Tensor, *args: object) -> Tensor:
-        calls.append(weight)
-        return original(weight, *args)
-
-    original = weights.effective_weight
-    monkeypatch.setattr(weights, "effective_weight", counted)
+def test_inference_sees_every_change_of_its_weights(change: str) -> None:
     layer, x = BcosConv2d(3, 4, 3, dtype=Double).eval(), torch.randn(2, 3, 5, 5, dtype=Double)
     with torch.no_grad():
-        for _ in range(3):
-            before = layer(x)
-    assert len(calls) == 1
-    changes(layer)[change]()
-    with torch.no_grad():
+        before = layer(x)
+        changes(layer)[change]()
         after = layer(x)
-    assert len(calls) == 2 and not torch.allclose(after, before)
-    torch.testing.assert_close(after, layer(x).detach())
+    assert not torch.allclose(after, before)
+    settings = dict(stride=1, dilation=1, groups=1, b=2.0, max_out=1, gamma=1.0, normalize=True)
+    torch.testing.assert_close(after, bcos_conv2d(x, layer.weight.detach(), **settings))
+    torch.testing.assert_close(copy.deepcopy(layer)(x), layer(x))
 
 
-def test_remembered_weights_go_with_their_layer() -> None:
-    layer = BcosConv2d(3, 4, 3).eval()
-    with torch.no_grad():
-        layer(torch.randn(1, 3, 5, 5))
-        copied = copy.deepcopy(layer)
-        copied.weight.neg_()
-        torch.testing.assert_close(copied(x := torch.randn(1, 3, 5, 5)), -layer(x))
-    size = len(weights._REMEMBERED)
-    del layer, copied
-    gc.collect()
-    assert len(weights._REMEMBERED) == size - 2
-
-
-def test_inference_mode_and_gradients_remember_nothing() -> None:
+def test_inference_mode_then_gradients() -> None:
     layer, x = BcosConv2d(3, 4, 3).eval(), torch.randn(1, 3, 5, 5)
     with torch.inference_mode():
         torch.testing.assert_close(layer(x), layer(x))
@@ -349,8 +350,7 @@ def test_inference_mode_and_gradients_remember_nothing() -> None:
 @pytest.mark.parametrize(
     "stem", [dict(), dict(mean=(0.4,) * 3, std=(0.2,) * 3), dict(max_out=2), dict(b=1), dict(b=1.5)]
 )
-def test_stems_take_half_of_the_encoding(stem: dict) -> None:
-    """The second half follows from the first; an encoded image is taken as it is."""
+def test_stems_take_images_and_their_encodings(stem: dict) -> None:
     layer = BcosStem(3, 4, 3, stride=2, padding=1, dtype=Double, **stem)
     x = torch.rand(2, 3, 7, 6, dtype=Double)
     found = layer(x), *torch.autograd.grad(layer(x).square().sum(), layer.weight)
@@ -366,22 +366,3 @@ def test_stems_take_half_of_the_encoding(stem: dict) -> None:
     encoded = whole.clone().requires_grad_()
     (by_encoding,) = torch.autograd.grad(layer(encoded).square().sum(), encoded)
     torch.testing.assert_close(by_image, by_encoding[:, :3] - by_encoding[:, 3:])
-
-
-@pytest.mark.parametrize("kind", ["conv", "linear"])
-def test_layers_on_one_input_share_its_norm(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "_sum_of_squares" if kind == "conv" else "_vector_norm"
-    original, seen = getattr(input_norms, name), []
-    monkeypatch.setattr(input_norms, name, lambda x, *args: seen.append(x) or original(x, *args))
-    layers = [BcosConv2d(6, 4, 1), BcosConv2d(6, 5, 3)] if kind == "conv" else [BcosLinear(6, 4), BcosLinear(6, 5)]
-    x = torch.randn(2, 6, 6, 6)
-    with torch.no_grad():
-        first = [layer(x) for layer in layers]
-        assert len(seen) == 1
-        x.mul_(torch.rand_like(x))  # changed in place: another input
-        second = [layer(x) for layer in layers]
-        assert len(seen) == 2
-        BcosConv2d(6, 4, 1, groups=2)(x)  # other sums
-    for layer, before, after in zip(layers, first, second, strict=True):
-        assert not torch.allclose(before, after)
-        torch.testing.assert_close(after, layer(x.clone()).detach())

@@ -1,7 +1,5 @@
-"""What training computes in fewer passes, or again instead of keeping it, beside the formulas in float64."""
+"""Backward passes by hand, and what they keep, beside the formulas in float64."""
 
-import gc
-import weakref
 from collections.abc import Callable
 from functools import partial
 
@@ -10,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from timm_bcos import BcosConv2d, BcosLinear, UncentredBatchNorm2d
-from timm_bcos.nn import cosine, input_norms, memory, weights
-from timm_bcos.nn.cosine import origin, scale_by_cosine
-from timm_bcos.nn.deviation import divide_by_deviation
+from timm_bcos.nn import autograd, deviation, execution, functional
+from timm_bcos.nn.autograd import divide_by_deviation
 from timm_bcos.nn.weights import unit_weight
 
 Double = torch.float64
@@ -54,7 +51,7 @@ def test_division_by_the_deviation(dtype: torch.dtype, layout: torch.memory_form
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("large", [1, 1 << 21], ids=["one by one", "whole"])
 def test_a_convolution_and_its_norm(layout: torch.memory_format, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "LARGE", large)
+    monkeypatch.setattr(execution, "LARGE", large)
     conv, norm = BcosConv2d(4, 5, 3, padding=1, dtype=Double), UncentredBatchNorm2d(5, dtype=Double)
     x = torch.randn(3, 4, 6, 5, dtype=Double).contiguous(memory_format=layout)
     weight, scale = torch.randn(5, 4, 3, 3, dtype=Double), torch.randn(5, dtype=Double)
@@ -93,28 +90,6 @@ def test_second_derivatives() -> None:
         assert torch.autograd.gradgradcheck(lambda w, p=power: unit_weight(w, p), (weight,))
 
 
-def test_a_response_is_not_kept_for_the_norm_behind_it() -> None:
-    conv, norm = BcosConv2d(3, 4, 1), UncentredBatchNorm2d(4)
-    y = conv(torch.randn(2, 3, 5, 5))
-    z = norm(y)
-    seen = weakref.ref(y)
-    del y
-    assert seen() is None
-    z.sum().backward()
-
-
-def test_a_changed_response_is_kept() -> None:
-    linear = torch.randn(2, 3, 4, 4, dtype=Double, requires_grad=True)
-    norm = torch.rand(2, 1, 4, 4, dtype=Double) + 1
-    assert origin(scale_by_cosine(linear, norm, 2, 1.0)) is None
-    y = scale_by_cosine(linear, norm, 2, 1.0, training=True)
-    assert origin(y) is not None and origin(y.detach()) is None
-    y.mul_(2)
-    assert origin(y) is None
-    (grad,) = torch.autograd.grad(divide_by_deviation(y, torch.ones(3, dtype=Double), 0.0)[0].square().sum(), linear)
-    assert grad.isfinite().all()
-
-
 def literal_linear(x: Tensor, weight: Tensor) -> Tensor:
     linear = x @ (weight / weight.norm(dim=1, keepdim=True)).T
     return 1.5 * linear.abs() / (x.norm(dim=-1, keepdim=True) + 1e-12) * linear
@@ -123,7 +98,7 @@ def literal_linear(x: Tensor, weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("large", [1, 1 << 21], ids=["one by one", "whole"])
 def test_a_layer_behind_a_layer(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second keeps the response of the first, which need not keep its linear one; a response of 0 included."""
-    monkeypatch.setattr(memory, "LARGE", large)
+    monkeypatch.setattr(execution, "LARGE", large)
     linear = nn.Sequential(BcosLinear(5, 6, dtype=Double, gamma=1.5), BcosLinear(6, 4, dtype=Double, gamma=1.5))
     x, weights = torch.randn(3, 7, 5, dtype=Double), [torch.randn(*s, dtype=Double) for s in ((6, 5), (4, 6))]
     x[1, 2] = 0
@@ -156,47 +131,6 @@ def test_second_derivatives_of_a_layer_behind_a_layer() -> None:
     assert torch.autograd.grad(grad.sum(), zero)[0].isfinite().all()
 
 
-def test_a_layer_behind_a_layer_keeps_one_response() -> None:
-    """In training, that is: in evaluation the gradient by the response itself is to be had."""
-    layers = nn.Sequential(BcosLinear(4, 8), BcosLinear(8, 4))
-    y = layers[0](torch.randn(3, 4))
-    found = origin(y)
-    assert found is not None
-    linear = weakref.ref(found.linear)
-    z = layers[1](y)
-    del found, y
-    gc.collect()
-    assert linear() is None
-    z.sum().backward()
-    y = layers.eval()[0](torch.randn(3, 4))
-    assert torch.autograd.grad(layers[1](y).sum(), y)[0].shape == y.shape
-
-
-@pytest.mark.parametrize("size", [(), (3, 3)], ids=["vectors", "maps"])
-def test_layers_on_one_input_share_its_norm(size: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """q, k and v, or a block and its shortcut; behind a layer, too; and not where the input has been changed."""
-    make = partial(BcosConv2d, kernel_size=1) if size else BcosLinear
-    first, second, third = (make(4, 4, dtype=Double) for _ in range(3))
-    x = torch.randn(2, 4, *size, dtype=Double)
-
-    def branches(x: Tensor) -> Tensor:
-        x = 2 * x
-        y = first(x)
-        return second(y) * third(y) * second(x)
-
-    counted: list[Tensor] = []
-    name = "_sum_of_squares" if size else "_vector_norm"
-    compute = getattr(input_norms, name)
-    monkeypatch.setattr(input_norms, name, lambda x, *args: counted.append(x) or compute(x, *args))
-    found = gradients(branches, x)
-    assert len(counted) == 2
-    monkeypatch.setattr(input_norms, "_shared", lambda x, key, compute: compute())
-    expected = gradients(branches, x)
-    assert len(counted) == 6
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)
-
-
 def test_checkpointing_computes_the_same() -> None:
     block = nn.Sequential(BcosConv2d(3, 4, 3, padding=1), UncentredBatchNorm2d(4), BcosConv2d(4, 4, 1)).double()
     x = torch.randn(2, 3, 5, 5, dtype=Double)
@@ -222,28 +156,92 @@ def test_autocast_stays_close(dtype: torch.dtype, between: list[nn.Module]) -> N
 def test_a_linear_layer_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = BcosLinear(6, 5, dtype=Double), torch.randn(3, 7, 6, dtype=Double)
     expected = gradients(layer, x)
-    monkeypatch.setattr(memory, "LARGE", 1)
+    monkeypatch.setattr(execution, "LARGE", 1)
     for one, other in zip(gradients(layer, x), expected, strict=True):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("layer", [BcosConv2d(6, 5, 3), BcosLinear(6, 5), BcosConv2d(6, 5, 3, max_out=2)], ids=str)
-def test_unit_weights_are_not_kept(layer: nn.Module) -> None:
-    """Of a layer's weights the graph keeps the parameter alone."""
-    made: list[weakref.ref[Tensor]] = []
-    x = torch.randn(2, 6, 7, 6, requires_grad=True)
+UNITS = [
+    dict(),
+    dict(gamma=-0.7),
+    dict(b=1.25),
+    dict(b=1.5, gamma=3.0),
+    dict(b=2.5, max_out=3),
+    dict(max_out=2, gamma=0.5),
+    dict(normalize_weight=False),
+    dict(normalize_weight=False, b=1.75),
+]
+WINDOWS = [
+    dict(padding=1),
+    dict(stride=2),
+    dict(stride=(2, 1), padding=(0, 2)),
+    dict(padding=2, dilation=2),
+    dict(groups=2),
+    dict(groups=4, padding=1, stride=2),
+    dict(kernel_size=1, stride=2),
+    dict(kernel_size=(1, 3), padding=(0, 1)),
+    dict(pad_same=True, stride=2),
+]
 
-    def watched(weight: Tensor, *args: object) -> Tensor:
-        made.append(weakref.ref(unit := original(weight, *args)))
-        return unit
 
-    original = weights.effective_weight
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "effective_weight", watched)
-        y = layer(x)
-        assert len(made) == 1 and made[0]() is None
-    y.sum().backward()
-    assert len(made) == 1 or made[-1]() is None
+@pytest.mark.parametrize("large", [1, 1 << 21], ids=["one by one", "whole"])
+@pytest.mark.parametrize("unit", UNITS, ids=str)
+def test_layers_have_the_gradients_of_the_formulas(
+    unit: dict[str, float], large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execution, "LARGE", large)
+    x = torch.randn(2, 4, 7, 6, dtype=Double)
+    for window in WINDOWS:
+        conv = BcosConv2d(4, 4, **{"kernel_size": 3, **window}, **unit, dtype=Double)
+
+        def formula(x: Tensor, weight: Tensor, conv: BcosConv2d = conv) -> Tensor:
+            numbers = [list(value) for value in (conv.stride, conv._zero_padding, conv.dilation)]
+            return functional.bcos_conv2d(conv.pad(x), weight, *numbers, conv.groups, **unit)
+
+        for layout in LAYOUTS:
+            image = x.contiguous(memory_format=layout)
+            found = gradients(
+                lambda x, w, conv=conv: torch.func.functional_call(conv, dict(weight=w), x), image, conv.weight
+            )
+            for one, other in zip(found, gradients(formula, x, conv.weight), strict=True):
+                torch.testing.assert_close(one, other)
+    linear, tokens = BcosLinear(5, 3, **unit, dtype=Double), torch.randn(2, 3, 5, dtype=Double)
+    found = gradients(lambda x, w: torch.func.functional_call(linear, dict(weight=w), x), tokens, linear.weight)
+    expected = gradients(lambda x, w: functional.bcos_linear(x, w, **unit), tokens, linear.weight)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def kept_by(function: Callable[[], Tensor]) -> list[Tensor]:
+    """What its graph keeps; storages once."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        y = function()
+    assert y.grad_fn is not None
+    return list(kept.values())
+
+
+@pytest.mark.parametrize(
+    ("unit", "kept"), [(dict(), []), (dict(max_out=2), [2 * 5 * 7 * 6]), (dict(b=1.5), [2 * 5 * 7 * 6])], ids=str
+)
+def test_what_a_convolution_and_its_norm_keep(unit: dict[str, float], kept: list[int]) -> None:
+    """Input, weights, the response, the norms of patches: two maps, as plain layers do; no unit weights.
+
+    With MaxOut also who won, in a byte each; at other B the linear response.
+    """
+    conv, norm = BcosConv2d(4, 5, 3, padding=1, **unit), UncentredBatchNorm2d(5)
+    x = torch.randn(2, 4, 7, 6, requires_grad=True)
+    maps = [x.numel(), 2 * 5 * 7 * 6, 2 * 7 * 6, *kept]
+    found = [t.numel() for t in kept_by(lambda: norm(conv(x)))]
+    assert sorted(found) == sorted([*maps, conv.weight.numel(), *[5] * 3])
+    for model in (conv, BcosLinear(6, 7, **unit)):
+        saved = kept_by(lambda model=model: model(x))
+        assert [t.numel() for t in saved].count(model.weight.numel()) == 1
 
 
 def test_weights_that_change_before_the_backward_pass() -> None:
@@ -256,33 +254,57 @@ def test_weights_that_change_before_the_backward_pass() -> None:
         y.sum().backward()
 
 
-def test_what_is_known_of_a_tensor_goes_with_it() -> None:
-    """It is no part of the tensor, which may be saved, and ends with it."""
-    conv, norm = BcosConv2d(3, 4, 1), UncentredBatchNorm2d(4)
-    gc.collect()
-    before = len(cosine._ORIGINS), len(input_norms._NORMS)
-    x = torch.randn(2, 3, 5, 5)
-    y = conv(x)
-    assert len(cosine._ORIGINS) == before[0] + 1 and not y.__dict__
-    norm(y).sum().backward()
-    with torch.no_grad():
-        conv(x)
-    assert len(input_norms._NORMS) == before[1] + 1 and not x.__dict__
-    del x, y
-    gc.collect()
-    assert (len(cosine._ORIGINS), len(input_norms._NORMS)) == before
+WAYS: dict[str, Callable[[Tensor, Tensor], Callable[[], Tensor]]] = {
+    "torch.autograd.grad": lambda y, loss: lambda: torch.autograd.grad(loss, y)[0],
+    "a late retain_grad": lambda y, loss: lambda: (y.retain_grad(), loss.backward(), y.grad)[2],
+    "a late hook": lambda y, loss: lambda: (seen := [], y.register_hook(seen.append), loss.backward())[0][0],
+    "inputs of backward": lambda y, loss: lambda: (y.retain_grad(), loss.backward(inputs=[y]), y.grad)[2],
+}
 
 
-def test_gradients_by_a_response_itself() -> None:
-    conv, norm = BcosConv2d(3, 4, 1, dtype=Double), UncentredBatchNorm2d(4, dtype=Double)
-    x, seen = torch.randn(2, 3, 5, 5, dtype=Double), []
-    for want in (lambda y: y.retain_grad(), lambda y: y.register_hook(seen.append)):
-        y = conv(x)
-        want(y)
-        norm(y).square().sum().backward()
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_by_a_response_between_layers(way: str, training: bool) -> None:
+    """Whoever asks, and when: as of any tensor of torch's."""
+    first, norm, second = BcosConv2d(3, 4, 1), UncentredBatchNorm2d(4), BcosConv2d(4, 2, 3, padding=1)
+    network, x = nn.Sequential(first, norm, second).double().train(training), torch.randn(2, 3, 5, 5, dtype=Double)
+    for behind in (nn.Sequential(norm, second), second):
+        y = network[0](x)
         leaf = y.detach().requires_grad_()
-        (expected,) = torch.autograd.grad(literal_norm(leaf, norm.weight, norm.eps).square().sum(), leaf)
-        torch.testing.assert_close(y.grad if y.retains_grad else seen[0], expected)
+        z = leaf
+        if behind is not second:
+            variance = leaf.var((0, 2, 3), correction=0) if training else norm.running_var
+            z = leaf * (norm.weight / (variance + norm.eps).sqrt()).reshape(1, -1, 1, 1)
+        (expected,) = torch.autograd.grad(literal_conv(z, second.weight).square().sum(), leaf)
+        torch.testing.assert_close(WAYS[way](y, behind(y).square().sum())(), expected)
+
+
+def test_backward_hooks_of_modules() -> None:
+    conv, norm, seen = BcosConv2d(3, 4, 1, dtype=Double), UncentredBatchNorm2d(4, dtype=Double), []
+    x = torch.randn(2, 3, 5, 5, dtype=Double)
+    leaf = conv(x).detach().requires_grad_()
+    (expected,) = torch.autograd.grad(literal_norm(leaf, norm.weight, norm.eps).square().sum(), leaf)
     conv.register_full_backward_hook(lambda module, grad_in, grad_out: seen.append(grad_out[0]))
     norm(conv(x)).square().sum().backward()
-    torch.testing.assert_close(seen[1], expected)
+    torch.testing.assert_close(seen[0], expected)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "input"])
+def test_frozen_weights_and_inputs(frozen: str) -> None:
+    for layer, x in ((BcosConv2d(3, 4, 3, padding=1), torch.randn(2, 3, 5, 5)), (BcosLinear(3, 4), torch.randn(2, 3))):
+        layer, x = layer.double(), x.double().requires_grad_(frozen == "weight")
+        formula = literal_conv if x.ndim == 4 else lambda x, w: literal_linear(x, w) / 1.5
+        layer.weight.requires_grad_(frozen == "input")
+        wanted = x if frozen == "weight" else layer.weight
+        (found,) = torch.autograd.grad(layer(x).square().sum(), wanted)
+        torch.testing.assert_close(found, torch.autograd.grad(formula(x, layer.weight).square().sum(), wanted)[0])
+
+
+def test_statistics_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = 100 + torch.randn(5, 3, 6, 7)
+    expected = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), correction=0)
+    for large in (1, 1 << 21):
+        monkeypatch.setattr(execution, "LARGE", large)
+        for statistics in (autograd._mean_and_variance, deviation.mean_and_variance):
+            for one, other in zip(statistics(x), expected, strict=True):
+                torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)

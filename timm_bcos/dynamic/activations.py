@@ -143,7 +143,7 @@ def _max_out(mode: Mode, func: Function, /, x: Tensor, units: int, dim: int) -> 
 def _scale_by_cosine(
     mode: Mode, func: Function, /, linear: Tensor, norm: Tensor, b: float, gamma: float, *args: bool, **kwargs: bool
 ) -> Tensor:
-    return linear * cosine.constant_factor(detached(linear), detached(norm), b, gamma)
+    return linear * cosine.cosine_factor(detached(linear), detached(norm), b, gamma).to(linear.dtype)
 
 
 @handles(weights.unit_weight, weights.row_norm)
@@ -154,4 +154,4 @@ def _of_weights(mode: Mode, func: Function, /, weight: Tensor, *args: float) -> 
         return norm
     power = args[0] if args else 1.0
     scale = (norm + (norm == 0).to(norm.dtype)).pow(-power)
-    return weight * scale.reshape([-1] + [1] * (weight.ndim - 1))
+    return weight * scale.reshape([-1] + [1] * (weight.ndim - 1)).to(weight.dtype)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..nn.input_norms import with_feature_norm, with_squares
+from ..nn.input_norms import feature_norm, patch_norm
 from .table import Function, Mode, detached, handles, leave_path, named, on_linear_path
 
 __all__: list[str] = []
@@ -25,7 +25,7 @@ IN_PLACE = """
 """
 
 
-@handles(*named(GATES))
+@handles(patch_norm, feature_norm, *named(GATES))
 def _gate(mode: Mode, func: Function, /, *args: object, **kwargs: object) -> object:
     return func(*map(detached, args), **{name: detached(value) for name, value in kwargs.items()})
 
@@ -34,14 +34,8 @@ def _gate(mode: Mode, func: Function, /, *args: object, **kwargs: object) -> obj
 def _moments(mode: Mode, func: Function, /, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """The spread is a statistic, the mean a linear map."""
     dim = kwargs.get("dim", args[0] if args and not isinstance(args[0], bool) else None)
-    keepdim = kwargs.get("keepdim", len(args) > 2 and args[2])
-    mean = input.mean() if dim is None else input.mean(dim, keepdim=keepdim)
-    return func(detached(input), *args, **kwargs)[0], mean.reshape(func(detached(input), *args, **kwargs)[1].shape)
-
-
-@handles(with_squares, with_feature_norm)
-def _norm_beside(mode: Mode, func: Function, /, x: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-    return x, func(detached(x), *args)[1]
+    spread, mean = func(detached(input), *args, **kwargs)
+    return spread, (input.mean() if dim is None else input.mean(dim)).reshape(mean.shape)
 
 
 @handles(*named(IN_PLACE))

@@ -1,6 +1,7 @@
 """Activations that keep a network dynamic linear where the original's would not."""
 
 import torch
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from .functional import passed_sigmoid, shifted_activation
@@ -19,6 +20,7 @@ class PassedSigmoid(nn.Sigmoid):
         return passed_sigmoid(input)
 
 
+@register_notrace_module  # a node of timm's graphs, which TorchScript can then compile: functions take no modules there
 class ShiftedActivation(nn.Module):
     """An activation with a bias that only gates: a(x + shift) - a(shift).
 
@@ -35,7 +37,7 @@ class ShiftedActivation(nn.Module):
     def __init__(self, act: nn.Module, shift: Tensor) -> None:
         super().__init__()
         self.act = act
-        self.shift = nn.Parameter(shift.detach().clone(), shift.requires_grad)
+        self.shift = nn.Parameter(shift.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         shift = self.shift.reshape(1, -1, 1, 1).to(x.dtype)

@@ -1,9 +1,11 @@
-"""The parts of the B-cos transform as functions: input encoding, padding, logits.
+"""The B-cos transform as functions: Algorithm 1 of the paper, and what stands before and behind it.
 
 Paper: B-cos Networks: Alignment is All We Need for Interpretability (CVPR 2022), https://arxiv.org/abs/2205.10268.
+Free rows (`normalize_weight=False`): https://arxiv.org/abs/2411.00715, section 3. `nn.autograd` has the same functions
+with a backward pass by hand.
 
-Each function takes part in `__torch_function__` dispatch. That is how explanation mode (`timm_bcos.dynamic`) replaces
-it, and why `torch.fx` traces it as one node.
+Each function that they are made of takes part in `__torch_function__` dispatch. That is how explanation mode
+(`timm_bcos.dynamic`) replaces it, and why `torch.fx` traces it as one node.
 """
 
 import torch
@@ -13,8 +15,14 @@ from torch.overrides import handle_torch_function, has_torch_function, has_torch
 
 from .._compat import timm_layers
 from ..errors import InputError
+from .cosine import scale_by_cosine
+from .input_norms import feature_norm, patch_norm
+from .maxout import max_out as largest_of
+from .weights import effective_weight, row_norm
 
 __all__ = [
+    "bcos_conv2d",
+    "bcos_linear",
     "encode_image",
     "low_pass",
     "passed_sigmoid",
@@ -26,6 +34,72 @@ __all__ = [
 
 
 pad_same = timm_layers.pad_same
+
+
+def bcos_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int = 1,
+    eps: float = 1e-6,
+    b: float = 2.0,
+    gamma: float = 1.0,
+    max_out: int = 1,
+    normalize_weight: bool = True,
+) -> Tensor:
+    """B-cos convolution: γ · |cos(patch, w)|^(B-1) · ŵᵀpatch (Algorithm 1, with MaxOut of section 4).
+
+    Args:
+        x: (N, C, H, W), or (C, H, W).
+        weight: (O · M, C / groups, *kernel), unit m of output o being row o · M + m.
+        stride: As in `torch.nn.functional.conv2d`, a number per dimension.
+        padding: Likewise.
+        dilation: Likewise.
+        groups: Likewise, one number.
+        eps: Stabilizes the norm of a patch, sqrt(‖patch‖² + eps).
+        b: B, at least 1.
+        gamma: γ.
+        max_out: M.
+        normalize_weight: False leaves rows their amplitude: γ · |cos|^(B-1) · wᵀpatch.
+
+    Returns:
+        (N, O, H', W'), or (O, H', W').
+    """
+    linear = F.conv2d(x, effective_weight(weight, b, normalize_weight), None, stride, padding, dilation, groups)
+    if max_out > 1:
+        linear = largest_of(linear, max_out, -3)
+    if b == 1.0:
+        return linear * gamma
+    norm = patch_norm(x, weight.shape[2:], stride, padding, dilation, groups, eps)  # type: ignore[arg-type]
+    y = scale_by_cosine(linear, norm, b, gamma, inplace=True)
+    return y if normalize_weight or b == 2.0 else y * row_norm(weight).to(y.dtype).reshape(-1, 1, 1)
+
+
+def bcos_linear(
+    x: Tensor, weight: Tensor, b: float = 2.0, gamma: float = 1.0, max_out: int = 1, normalize_weight: bool = True
+) -> Tensor:
+    """B-cos linear layer: γ · |cos(x, w)|^(B-1) · ŵᵀx over the last dimension.
+
+    Args:
+        x: (..., C).
+        weight: (O · M, C), unit m of output o being row o · M + m.
+        b: B, at least 1.
+        gamma: γ.
+        max_out: M.
+        normalize_weight: As in `bcos_conv2d`.
+
+    Returns:
+        (..., O).
+    """
+    linear = F.linear(x, effective_weight(weight, b, normalize_weight))
+    if max_out > 1:
+        linear = largest_of(linear, max_out, -1)
+    if b == 1.0:
+        return linear * gamma
+    y = scale_by_cosine(linear, feature_norm(x), b, gamma, inplace=True)
+    return y if normalize_weight or b == 2.0 else y * row_norm(weight).to(y.dtype)
 
 
 def encode_image(image: Tensor, in_chans: int) -> Tensor:

@@ -9,14 +9,18 @@ norm as ‖s ⊙ x‖² = Σ s² x².
 from typing import Any, Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ModelStateError
+from .cosine import scale_by_cosine
+from .input_norms import feature_norm, patch_norm
+from .maxout import max_out as largest_of
 from .modules import clone
 from .norms import UncentredBatchNorm2d
 from .weights import effective_weight, row_norm
 
-__all__ = ["FoldedNorm", "fuse_layer", "norm_scale"]
+__all__ = ["FoldedNorm", "fuse_layer", "fused_conv2d", "fused_linear", "norm_scale"]
 
 
 class BcosLayer(Protocol):
@@ -47,6 +51,54 @@ class FoldedNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.drop(x))  # type: ignore[no-any-return]
+
+
+def fused_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    eps: float,
+    b: float,
+    max_out: int,
+    amplitude: Tensor | None,
+    channel_squares: Tensor | None,
+) -> Tensor:
+    """`functional.bcos_conv2d` of a fused layer, whose weight is what x is multiplied by.
+
+    Args:
+        x: (N, C, H, W).
+        weight: (O · max_out, C / groups, *kernel).
+        stride: As there.
+        padding: As there.
+        dilation: As there.
+        groups: As there.
+        eps: As there.
+        b: As there.
+        max_out: As there.
+        amplitude: (O, 1, 1), what the response is multiplied by besides; or None.
+        channel_squares: (C,), the squared scale of a norm before the layer; or None.
+    """
+    y = F.conv2d(x, weight, None, stride, padding, dilation, groups)
+    if max_out > 1:
+        y = largest_of(y, max_out, -3)
+    if b != 1.0:
+        kernel = weight.shape[2:]
+        norm = patch_norm(x, kernel, stride, padding, dilation, groups, eps, channel_squares)  # type: ignore[arg-type]
+        y = scale_by_cosine(y, norm, b, 1.0, inplace=True)
+    return y if amplitude is None else y * amplitude
+
+
+def fused_linear(x: Tensor, weight: Tensor, b: float, max_out: int, amplitude: Tensor | None) -> Tensor:
+    """`functional.bcos_linear`, likewise; the amplitude is (O,)."""
+    y = F.linear(x, weight)
+    if max_out > 1:
+        y = largest_of(y, max_out, -1)
+    if b != 1.0:
+        y = scale_by_cosine(y, feature_norm(x), b, 1.0, inplace=True)
+    return y if amplitude is None else y * amplitude
 
 
 def norm_scale(norm: UncentredBatchNorm2d) -> Tensor:

@@ -12,13 +12,11 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..errors import ModelStateError
-from .cosine import scale_by_cosine
-from .functional import same_padding
-from .fused import fuse_layer
-from .input_norms import window_norm, with_feature_norm, with_squares
+from . import autograd
+from .execution import records_gradients
+from .functional import bcos_conv2d, bcos_linear, same_padding
+from .fused import fuse_layer, fused_conv2d, fused_linear
 from .low_pass import LowPass2d
-from .maxout import max_out
-from .weights import forget_weight, kept_as_parameters, remembered_weight, row_norm
 
 __all__ = [
     "BcosConv2d",
@@ -38,6 +36,11 @@ def _repr(layer: "BcosConv2d | BcosLinear") -> str:
     free = "" if layer.normalize_weight else ", normalize_weight=False"
     fused = ", is_fused=True" if layer.is_fused else ""
     return f", b={layer.b:g}, max_out={layer.max_out}, gamma={layer.gamma:g}{free}{fused}"
+
+
+def unit_of(layer: "BcosConv2d | BcosLinear") -> autograd.Unit:
+    """What its units compute."""
+    return autograd.Unit(layer.b, layer.gamma, layer.max_out, layer.normalize_weight)
 
 
 def refuse_fused(module: nn.Module) -> None:
@@ -149,46 +152,30 @@ class BcosConv2d(nn.Conv2d):
     def respond(self, x: Tensor) -> Tensor:
         """The B-cos response; a method of its own because TorchScript has no `super()`."""
         x = self.pad(self.filter(x))
-        squares: Tensor | None = None
-        if self.b != 1.0:
-            x, squares = with_squares(x, self.groups, self.channel_squares)
-        return self.scale(self.convolve(x), squares)
-
-    def convolve(self, x: Tensor) -> Tensor:
-        """ŵᵀx of the padded x."""
         if self.is_fused:
-            return self._conv2d(x, self.weight)
-        weight = remembered_weight(self.weight, self.b, self.normalize_weight)
-        if torch.jit.is_scripting():
-            return self._conv2d(x, weight)
-        with kept_as_parameters(self.weight, weight, self.b, self.normalize_weight):
-            return self._conv2d(x, weight)
-
-    def _conv2d(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight, None, self.stride, self._zero_padding, self.dilation, self.groups)
-
-    def scale(self, linear: Tensor, squares: Tensor | None) -> Tensor:
-        """From the convolution's result, and the squares of what it has seen, to the response."""
-        if self.max_out > 1:
-            linear = max_out(linear, self.max_out, 1)
-        y = self._scale_by_cosine(linear, squares)
-        amplitude = self.amplitude
-        if amplitude is not None:
-            y = y * amplitude
-        elif not self.is_fused and not self.normalize_weight and self.b not in (1.0, 2.0):
-            y = y * row_norm(self.weight).reshape(-1, 1, 1)
+            y = fused_conv2d(
+                x, self.weight, list(self.stride), self._zero_padding, list(self.dilation), self.groups, self.eps,
+                self.b, self.max_out, self.amplitude, self.channel_squares,
+            )  # fmt: skip
+        elif not torch.jit.is_scripting() and self._records(x):
+            y = self._record(x)
+        else:
+            y = bcos_conv2d(
+                x, self.weight, list(self.stride), self._zero_padding, list(self.dilation), self.groups, self.eps,
+                self.b, self.gamma, self.max_out, self.normalize_weight,
+            )  # fmt: skip
         bias = self.bias
         return y if bias is None else y + bias.reshape(-1, 1, 1)
 
-    def _scale_by_cosine(self, linear: Tensor, squares: Tensor | None) -> Tensor:
-        if squares is None:  # B is 1
-            return linear if self.gamma == 1.0 else linear * self.gamma
-        window = list(self.kernel_size), list(self.stride), self._zero_padding, list(self.dilation)
-        norm = window_norm(squares, window[0], window[1], window[2], window[3], self.eps)
-        if self.groups == 1:
-            return scale_by_cosine(linear, norm, self.b, self.gamma, True, self.training)
-        by_group = linear.unflatten(1, [self.groups, self.out_channels // self.groups])
-        return scale_by_cosine(by_group, norm.unsqueeze(2), self.b, self.gamma, inplace=True).flatten(1, 2)
+    @torch.jit.unused
+    def _records(self, x: Tensor) -> bool:
+        return self.b != 1.0 and records_gradients(x, self.weight)
+
+    @torch.jit.unused
+    def _record(self, x: Tensor) -> Tensor:
+        """The same, with a backward pass by hand."""
+        window = autograd.Window(list(self.stride), self._zero_padding, list(self.dilation), self.groups, self.eps)
+        return autograd.bcos_conv2d(x, self.weight, window, unit_of(self))
 
     def fuse(self) -> Self:
         """For timm's `reparameterize_model`: the layer for inference, its weight computed once."""
@@ -197,7 +184,6 @@ class BcosConv2d(nn.Conv2d):
     def train(self, mode: bool = True) -> Self:
         if mode:
             refuse_fused(self)
-        forget_weight(self.weight)
         return super().train(mode)
 
     def extra_repr(self) -> str:
@@ -249,33 +235,23 @@ class BcosLinear(nn.Linear):
 
     def respond(self, x: Tensor) -> Tensor:
         """The B-cos response; a method of its own because TorchScript has no `super()`."""
-        norm: Tensor | None = None
-        if self.b != 1.0:
-            x, norm = with_feature_norm(x)
-        linear = self.multiply(x)
-        if self.max_out > 1:
-            linear = max_out(linear, self.max_out, -1)
-        if norm is not None:
-            y = scale_by_cosine(linear, norm, self.b, self.gamma, True, self.training)
+        if self.is_fused:
+            y = fused_linear(x, self.weight, self.b, self.max_out, self.amplitude)
+        elif not torch.jit.is_scripting() and self._records(x):
+            y = self._record(x)
         else:
-            y = linear if self.gamma == 1.0 else linear * self.gamma
-        amplitude = self.amplitude
-        if amplitude is not None:
-            y = y * amplitude
-        elif not self.is_fused and not self.normalize_weight and self.b not in (1.0, 2.0):
-            y = y * row_norm(self.weight)
+            y = bcos_linear(x, self.weight, self.b, self.gamma, self.max_out, self.normalize_weight)
         bias = self.bias
         return y if bias is None else y + bias
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """ŵᵀx."""
-        if self.is_fused:
-            return F.linear(x, self.weight)
-        weight = remembered_weight(self.weight, self.b, self.normalize_weight)
-        if torch.jit.is_scripting():
-            return F.linear(x, weight)
-        with kept_as_parameters(self.weight, weight, self.b, self.normalize_weight):
-            return F.linear(x, weight)
+    @torch.jit.unused
+    def _records(self, x: Tensor) -> bool:
+        return self.b != 1.0 and records_gradients(x, self.weight)
+
+    @torch.jit.unused
+    def _record(self, x: Tensor) -> Tensor:
+        """The same, with a backward pass by hand."""
+        return autograd.bcos_linear(x, self.weight, unit_of(self))
 
     def fuse(self) -> Self:
         """For timm's `reparameterize_model`: the layer for inference, its weight computed once."""
@@ -284,7 +260,6 @@ class BcosLinear(nn.Linear):
     def train(self, mode: bool = True) -> Self:
         if mode:
             refuse_fused(self)
-        forget_weight(self.weight)
         return super().train(mode)
 
     def extra_repr(self) -> str:

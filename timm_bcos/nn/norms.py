@@ -16,7 +16,9 @@ from torch.distributed import ProcessGroup
 from typing_extensions import Self
 
 from .._compat import private, timm_layers
+from . import autograd
 from .deviation import divide_by_deviation
+from .execution import records_gradients
 from .synchronized import divide_by_shared_deviation, is_shared
 
 __all__ = ["UncentredBatchNorm1d", "UncentredBatchNorm2d", "UncentredBatchNormAct2d"]
@@ -95,7 +97,8 @@ class _UncentredBatchNorm(private.BatchNorm):  # type: ignore[misc]
         if self.is_synchronized and is_shared(self.process_group):
             y, var = divide_by_shared_deviation(x, self.weight, self.eps, self.process_group)
         else:
-            y, var = divide_by_deviation(x, self.weight, self.eps)
+            divide = autograd.divide_by_deviation if records_gradients(x, self.weight) else divide_by_deviation
+            y, var = divide(x, self.weight, self.eps)
         self.follow(var)
         return y
 

@@ -9,13 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import has_torch_function_unary
 
 from .factory import Factory, buffer_device
 from .functional import encode_image, scale_and_offset
-from .input_norms import with_squares
 from .layers import BcosConv2d
-from .weights import remembered_weight
 
 __all__ = ["BcosStem", "ImageReader", "image_channels"]
 
@@ -64,32 +61,7 @@ class BcosStem(BcosConv2d):
         encoded = encode_image(x, self.image_channels)
         if self.normalize_input:
             encoded = scale_and_offset(encoded, self.input_scale, self.input_offset)
-        if not torch.jit.is_scripting() and self._takes_half(x):
-            return self._respond_to_half(encoded)
         return self.respond(encoded)
-
-    @torch.jit.unused
-    def _takes_half(self, x: Tensor) -> bool:
-        """In training, where the second half of the encoding follows from the first.
-
-        In evaluation the order of sums stays that of explanations, so that logits are the same to the last bit.
-        """
-        if not self.training or has_torch_function_unary(x):
-            return False
-        pads = self.pad_same or max(self._explicit_padding) > 0
-        return x.shape[1] == self.image_channels and len(x) > 1 and self.groups == 1 and not pads
-
-    @torch.jit.unused
-    def _respond_to_half(self, encoded: Tensor) -> Tensor:
-        """Half the work: [e, 1-e] · [v, w] = e · (v-w) + 1 · w, and normalised, [e, -e] · [v, w] = e · (v-w)."""
-        encoded = self.filter(encoded)
-        squares = None if self.b == 1.0 else with_squares(encoded, 1)[1]
-        weight = self.weight if self.is_fused else remembered_weight(self.weight, self.b, self.normalize_weight)
-        first, second = weight.chunk(2, 1)
-        linear = self._conv2d(encoded[:, : self.image_channels], first - second)
-        if not self.normalize_input:
-            linear = linear + self._conv2d(torch.ones_like(encoded[:1, : self.image_channels]), second)
-        return self.scale(linear, squares)
 
 
 class ImageReader(nn.Module):

@@ -1,0 +1,290 @@
+"""The backward passes of training, by hand: what autograd would derive from the formulas, in less time and memory.
+
+A graph of eager PyTorch keeps, of a B-cos layer, its input, its parameter, its response y and the norm n of what its
+units have seen. From y follows the linear response, since |a| = sqrt(|y| · n / γ) at B = 2; the norm behind the layer
+keeps the same y, and unit weights are computed again. Second derivatives, and batched gradients, are those of the
+formulas, which are computed again too.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from . import deviation, functional
+from .cosine import EPS, cosine_factor, per_unit, scale_by_cosine
+from .execution import pieces, runs_eagerly
+from .input_norms import by_window_sum, feature_norm, patch_norm, sum_of_groups
+from .weights import effective_weight, inverse_norm, norm_power, row_norm
+
+__all__ = ["bcos_conv2d", "bcos_linear", "divide_by_deviation"]
+
+
+class Unit(NamedTuple):
+    """What a layer's units are, as in `functional.bcos_linear`."""
+
+    b: float
+    gamma: float
+    max_out: int
+    normalize_weight: bool
+
+
+class Window(NamedTuple):
+    """What a convolution sees, as in `functional.bcos_conv2d`."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+    eps: float
+
+
+def bcos_conv2d(x: Tensor, weight: Tensor, window: Window, unit: Unit) -> Tensor:
+    """`functional.bcos_conv2d` for any B but 1."""
+    if x.ndim == 3:
+        return bcos_conv2d(x[None], weight, window, unit)[0]
+    y: Tensor = _BcosConv2d.apply(_as_autocast(x), weight, window, _without_amplitude(unit))
+    return y * row_norm(weight).to(y.dtype).reshape(-1, 1, 1) if has_amplitude(unit) else y
+
+
+def bcos_linear(x: Tensor, weight: Tensor, unit: Unit) -> Tensor:
+    """`functional.bcos_linear`, likewise."""
+    y: Tensor = _BcosLinear.apply(_as_autocast(x), weight, _without_amplitude(unit))
+    return y * row_norm(weight).to(y.dtype) if has_amplitude(unit) else y
+
+
+def divide_by_deviation(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`deviation.divide_by_deviation`."""
+    return _DivideByDeviation.apply(x, weight, eps)
+
+
+def has_amplitude(unit: Unit) -> bool:
+    """Whether the norms of free rows multiply the response, instead of what x is multiplied by."""
+    return not unit.normalize_weight and unit.b != 2
+
+
+def _without_amplitude(unit: Unit) -> Unit:
+    return unit._replace(normalize_weight=True) if has_amplitude(unit) else unit
+
+
+def _as_autocast(x: Tensor) -> Tensor:
+    """In the dtype that autocast gives torch's own layers."""
+    kind = x.device.type
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not on "meta"
+    return x.to(torch.get_autocast_dtype(kind)) if is_on and x.dtype != torch.float64 else x
+
+
+class _Saved(FunctionCtx):
+    """What forward leaves to backward."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    window: Window
+    unit: Unit
+    eps: float
+
+
+class _BcosConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _Saved, x: Tensor, weight: Tensor, window: Window, unit: Unit) -> Tensor:
+        linear = F.conv2d(x, _used(weight, unit, x.dtype), None, *window[:4])
+        norm = patch_norm(x, list(weight.shape[2:]), *window)
+        y, *kept = _respond(linear, norm, unit, 1)
+        ctx.save_for_backward(x, weight, norm, *kept)
+        ctx.window, ctx.unit = window, unit
+        return y
+
+    @staticmethod
+    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, norm, *kept = ctx.saved_tensors
+        if torch.is_grad_enabled() or not runs_eagerly(grad):
+            formula = partial(functional.bcos_conv2d, **ctx.window._asdict(), **ctx.unit._asdict())
+            return *_gradients_of(formula, (x, weight), grad, ctx), None, None
+        stride, padding, dilation, groups, _ = ctx.window
+        by_linear, by_norm = _by_response(grad, norm, kept, ctx.unit, partial(sum_of_groups, groups=groups), 1)
+        by_x, by_used, _ = torch.ops.aten.convolution_backward(
+            by_linear, x, _used(weight, ctx.unit, x.dtype), None,
+            stride, padding, dilation, False, [0, 0], groups, [*ctx.needs_input_grad[:2], False],
+        )  # fmt: skip
+        if by_x is not None:
+            size, kernel = [len(x), groups, *x.shape[2:]], list(weight.shape[2:])
+            slope = by_window_sum(by_norm / norm, size, kernel, stride, padding, dilation)
+            by_x.addcmul_(x, per_unit(slope, x).to(x.dtype))
+        return by_x, _by_weight(by_used, weight, ctx.unit), None, None
+
+
+class _BcosLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _Saved, x: Tensor, weight: Tensor, unit: Unit) -> Tensor:
+        norm = feature_norm(x)
+        y, *kept = _respond(F.linear(x, _used(weight, unit, x.dtype)), norm, unit, -1)
+        ctx.save_for_backward(x, weight, norm, *kept)
+        ctx.unit = unit
+        return y
+
+    @staticmethod
+    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, norm, *kept = ctx.saved_tensors
+        if torch.is_grad_enabled() or not runs_eagerly(grad):
+            formula = partial(functional.bcos_linear, **ctx.unit._asdict())
+            return *_gradients_of(formula, (x, weight), grad, ctx), None
+        by_linear, by_norm = _by_response(grad, norm, kept, ctx.unit, partial(torch.sum, dim=-1, keepdim=True), -1)
+        by_x = by_used = None
+        if ctx.needs_input_grad[0]:
+            by_x = by_linear @ _used(weight, ctx.unit, x.dtype)
+            by_x.addcmul_(x, (by_norm / norm).to(x.dtype))
+        if ctx.needs_input_grad[1]:
+            by_used = by_linear.flatten(0, -2).T @ x.flatten(0, -2)
+        return by_x, _by_weight(by_used, weight, ctx.unit), None
+
+
+def _used(weight: Tensor, unit: Unit, dtype: torch.dtype) -> Tensor:
+    return effective_weight(weight, unit.b, unit.normalize_weight).to(dtype)
+
+
+def _by_weight(by_used: Tensor | None, weight: Tensor, unit: Unit) -> Tensor | None:
+    """From the gradient g by w · n^-p to that by w: n^-p · (g - p · ŵ · ŵᵀg)."""
+    if by_used is None:
+        return None
+    power, inverse = norm_power(unit.b, unit.normalize_weight), inverse_norm(weight, 1.0)
+    along = (by_used * weight).sum(list(range(1, weight.ndim)), keepdim=True)
+    by_weight = torch.addcmul(by_used.to(inverse.dtype), weight, -power * inverse.square() * along)
+    return by_weight.mul_(inverse.pow(power)).to(weight.dtype)
+
+
+def _respond(linear: Tensor, norm: Tensor, unit: Unit, dim: int) -> list[Tensor]:
+    """The response, and what of it the backward pass needs beside the norm. May overwrite `linear`."""
+    winner: list[Tensor] = []
+    if unit.max_out > 1:
+        linear, *winner = _max_out(linear, unit.max_out, dim)
+    keeps_response = _keeps_response(linear, unit)
+    y = scale_by_cosine(linear, norm, unit.b, unit.gamma, inplace=keeps_response)
+    return [y, y if keeps_response else linear, *winner]
+
+
+def _keeps_response(x: Tensor, unit: Unit) -> bool:
+    """Whether |a| follows from y; float16 has no room for squares."""
+    return unit.b == 2 and x.dtype != torch.float16
+
+
+def _by_response(
+    grad: Tensor, norm: Tensor, kept: list[Tensor], unit: Unit, total: Callable[[Tensor], Tensor], dim: int
+) -> tuple[Tensor, Tensor]:
+    """The gradients by the linear responses (all those of MaxOut) and by the norm.
+
+    `total` sums up what belongs to the units that have a norm in common.
+    """
+    saved, *winner = kept
+    by_linear, by_norm = torch.empty_like(saved), torch.empty_like(norm)
+    gradients = _of_square if _keeps_response(saved, unit) else _of_power
+    for piece, n, g, out, out_norm in pieces(saved, norm, grad, by_linear, by_norm):
+        products = gradients(piece, per_unit(n, piece), g, unit, out)
+        out_norm.copy_(total(products)).div_(n).neg_()
+    return (_to_winners(by_linear, winner[0], unit.max_out, dim) if winner else by_linear), by_norm
+
+
+def _of_square(y: Tensor, norm: Tensor, grad: Tensor, unit: Unit, out: Tensor) -> Tensor:
+    """Write the gradient by a of y = γ · |a| · a / n, and return the products that -n · (that by n) is the sum of.
+
+    ∂y/∂a = 2γ · |a| / n = 2 · sqrt(γ · |y| / n), and ∂y/∂n = -y / n.
+    """
+    torch.abs(y, out=out).mul_(4 * abs(unit.gamma) / norm).sqrt_().mul_(grad if unit.gamma > 0 else -grad)
+    return y * grad
+
+
+def _of_power(linear: Tensor, norm: Tensor, grad: Tensor, unit: Unit, out: Tensor) -> Tensor:
+    """The same for y = f · a with f = γ · (|a| / n + ε)^(B-1), from a; ε is 0 at B = 2."""
+    factor = cosine_factor(linear, norm, unit.b, unit.gamma)
+    slope = factor  # a · ∂f/∂a
+    if unit.b != 2:
+        cosine = linear.abs() / norm
+        slope = factor * ((unit.b - 1) * cosine / (cosine + EPS))
+    out.copy_((factor + slope) * grad)
+    return linear * slope * grad
+
+
+def _max_out(x: Tensor, units: int, dim: int) -> tuple[Tensor, Tensor]:
+    """The largest of each M neighbours, and which it is."""
+    best, *others = _neighbors(x, units, dim)
+    winner = torch.zeros_like(best, dtype=torch.uint8)
+    for i, other in enumerate(others, start=1):
+        winner.masked_fill_(other > best, i)
+        best = torch.maximum(best, other)
+    return best, winner
+
+
+def _to_winners(grad: Tensor, winner: Tensor, units: int, dim: int) -> Tensor:
+    """The gradient by all neighbours, in the memory layout of their responses."""
+    axis = dim % grad.ndim
+    size = [*grad.shape[:axis], units * grad.shape[axis], *grad.shape[axis + 1 :]]
+    is_last = grad.ndim == 4 and grad.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if is_last and dim == 1 else torch.contiguous_format
+    spread = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=layout)
+    for i, neighbor in enumerate(_neighbors(spread, units, dim)):
+        neighbor.copy_(grad * (winner == i))
+    return spread
+
+
+def _neighbors(x: Tensor, units: int, dim: int) -> tuple[Tensor, ...]:
+    """Views of the first, second, ... of each M neighbours along a dimension, 1 or -1."""
+    return x.unflatten(dim, (-1, units)).unbind(dim + 1 if dim >= 0 else dim)
+
+
+def _gradients_of(
+    formula: Callable[..., Any], inputs: tuple[Tensor, ...], grad: Tensor, ctx: _Saved
+) -> list[Tensor | None]:
+    """By those inputs that want one, through the formula, computed once more."""
+    create_graph = torch.is_grad_enabled()
+    is_wanted = ctx.needs_input_grad[: len(inputs)]
+    wanted = [x for x, wants in zip(inputs, is_wanted, strict=True) if wants]
+    with torch.enable_grad():
+        found = iter(torch.autograd.grad(formula(*inputs), wanted, grad, create_graph=create_graph))
+    return [next(found) if wants else None for wants in is_wanted]
+
+
+class _DivideByDeviation(torch.autograd.Function):
+    """From d var / d x = 2 (x - mean) / n and d (1 / sqrt(var + ε)) / d var = -1/2 (var + ε)^(-3/2)."""
+
+    @staticmethod
+    def forward(ctx: _Saved, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        mean, var = _mean_and_variance(x)
+        inverse = (var + eps).rsqrt()
+        ctx.save_for_backward(x, weight, mean, inverse)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(var)
+        return x * _channels(weight * inverse, x), var
+
+    @staticmethod
+    def backward(ctx: _Saved, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, mean, inverse = ctx.saved_tensors
+        if torch.is_grad_enabled() or not runs_eagerly(grad):
+            formula = lambda x, weight: deviation.divide_by_deviation(x, weight, ctx.eps)[0]  # noqa: E731
+            return *_gradients_of(formula, (x, weight), grad, ctx), None
+        dot = torch.stack([(part * g).sum((0, 2, 3), dtype=mean.dtype) for part, g in pieces(x, grad)]).sum(0)
+        slope = dot * weight * inverse**3 / -(x.numel() // len(dot))
+        by_grad, by_x, constant = (_channels(value, x) for value in (weight * inverse, slope, -slope * mean))
+        result = torch.empty_like(x)
+        for part, g, out in pieces(x, grad, result):
+            torch.addcmul(constant, part, by_x, out=out).addcmul_(g, by_grad)
+        return result, (dot * inverse).to(weight.dtype), None
+
+
+def _mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`deviation.mean_and_variance`: of each image, and then of the images' means."""
+    means, variances = [], []
+    for (part,) in pieces(x):
+        wide = part.float() if x.dtype in (torch.float16, torch.bfloat16) else part
+        mean = wide.mean((2, 3), keepdim=True)
+        deviation = wide - mean
+        means.append(mean.flatten(1))
+        variances.append(deviation.mul_(deviation).mean((2, 3)))
+    mean = torch.cat(means)
+    return mean.mean(0), torch.cat(variances).mean(0).add_(mean.var(0, correction=0))
+
+
+def _channels(values: Tensor, x: Tensor) -> Tensor:
+    return values.reshape(1, -1, 1, 1).to(x.dtype)
