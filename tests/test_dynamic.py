@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 import timm_bcos
 from timm_bcos.dynamic.account import Account
-from timm_bcos.dynamic.mode import DynamicLinearMode, active, explanation_mode
+from timm_bcos.dynamic.accounting import AccountingMode
+from timm_bcos.dynamic.mode import active, explanation_mode
 from timm_bcos.dynamic.table import TABLE
 from timm_bcos.explaining.linear_parts import LinearPart, linear_part
 
@@ -128,7 +129,7 @@ def take_apart(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor,
     """A random projection of f(x) by linear algebra: its value, its parts, and W x."""
     leaf = x.detach().clone().requires_grad_()
     account = Account(nn.Identity(), 1, leaf)
-    with active(DynamicLinearMode(leaf, account)):
+    with active(AccountingMode(leaf, account)):
         value = function(leaf)
     direction = torch.randn(value.shape, dtype=Double)
     projected = ((value.real if value.is_complex() else value) * direction).sum()
@@ -155,7 +156,7 @@ def test_constants_are_derivatives_by_their_factor() -> None:
     x = torch.randn(3, 6, dtype=Double)
     leaf = x.clone().requires_grad_()
     account = Account(nn.Identity(), 3, leaf)
-    with active(DynamicLinearMode(leaf, account)):
+    with active(AccountingMode(leaf, account)):
         hidden = F.layer_norm(F.linear(leaf, WEIGHT, BIAS), (6,), STATS, BIAS)
     contributed = torch.stack([linear_part(hidden[:, k].sum(), leaf, account).constant_bias for k in range(6)], 1)
     plain = F.linear(x, WEIGHT, BIAS)
@@ -169,7 +170,7 @@ def test_constants_are_booked_to_their_image(shape: tuple[int, ...]) -> None:
     x = torch.randn(2, 12 if shape != (2, 5, 3) else 15, dtype=Double)
     leaf = x.clone().requires_grad_()
     account = Account(nn.Identity(), 2, leaf)
-    with active(DynamicLinearMode(leaf, account)):
+    with active(AccountingMode(leaf, account)):
         y = leaf.reshape(2, 4, 3).transpose(0, 1) if shape == (4, 2, 3) else leaf.reshape(shape)
         y = y + BIAS[:3]
         y = y.transpose(0, 1) if shape == (4, 2, 3) else y

@@ -98,7 +98,7 @@ class _RelevanceMode(DynamicLinearMode):
             rules |= dict.fromkeys(CONVOLUTIONS, _gamma_rule(conv_gamma))
         super().__init__(leaf, table=ChainMap(rules, TABLE))
 
-    def _suspected(self, result: object, func: Function, written: Tensor | None) -> object:
+    def suspected(self, result: object, func: Function) -> object:
         if on_linear_path(result):
             raise MethodError(f"attnlrp has no rule for {function_name(func)}: tell with timm_bcos.declare what it is")
         return result

@@ -42,7 +42,7 @@ def _moments(mode: Mode, func: Function, /, input: Tensor, *args: Any, **kwargs:
 def _gate_in_place(mode: Mode, func: Function, /, input: Tensor, *args: object, **kwargs: object) -> Tensor:
     value = func(detached(input).clone(), *args, **kwargs)
     if input._is_view():  # of which the rest stays on the path: the value is written as an addend
-        return input.copy_(value if mode.account is None else mode.written_gate(value, func))
+        return input.copy_(mode.written_gate(value, func))
     leave_path(input, value)
     return input
 

@@ -97,8 +97,7 @@ def _as_type(mode: Mode, value: Tensor, dtype: torch.dtype) -> Tensor:
     if value.is_floating_point() or value.is_complex():
         return value
     converted = value.to(dtype)
-    if mode.account is not None:
-        mode.kinds.set(converted, mode.kind_of(value))
+    mode.inherit(converted, value)
     return converted
 
 

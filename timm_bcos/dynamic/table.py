@@ -57,7 +57,6 @@ class Mode(Protocol):
 
     leaf: Tensor | None
     account: Any
-    kinds: Any
 
     def call(self, func: Function, *args: object) -> Any:
         """A function inside a handler, as the mode's table has it."""
@@ -70,6 +69,9 @@ class Mode(Protocol):
 
     def kind_of(self, *operands: object) -> Kind:
         """The highest kind of several operands off the path."""
+
+    def inherit(self, new: Tensor, old: Tensor) -> None:
+        """Give a tensor that a handler has made the kind of another one."""
 
     def operand(self, value: Tensor, func: Function) -> Tensor:
         """Account for a whole operand that is joined to the linear path."""

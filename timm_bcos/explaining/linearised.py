@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..dynamic.account import Account, AmbiguousBatch
+from ..dynamic.accounting import AccountingMode
 from ..dynamic.defects import Defect
-from ..dynamic.mode import DynamicLinearMode, active, ordinary_autograd
+from ..dynamic.mode import active, ordinary_autograd
 from ..errors import BcosError, ModelStateError, TargetError
 from ..nn.channels import channel_axis
 from ..nn.functional import encode_image
@@ -105,7 +106,7 @@ class Linearised:
         network = _network_to_run(self.model, self.layer, outputs)
         leaf = image.clone().requires_grad_()
         account = Account(network, len(image), leaf, names_places)
-        mode = DynamicLinearMode(leaf, account)
+        mode = AccountingMode(leaf, account)
         mode.heeds_hooks = self._saves_copies
         try:
             with active(mode):

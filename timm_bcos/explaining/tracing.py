@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..dynamic.account import Account
-from ..dynamic.mode import DynamicLinearMode, active, ordinary_autograd
+from ..dynamic.accounting import AccountingMode
+from ..dynamic.mode import active, ordinary_autograd
 from ..nn.modules import first_output, hooked
 from .inputs import check_model
 from .linear_parts import linear_part
@@ -37,7 +38,7 @@ def first_break(model: nn.Module, x: Tensor, extra: Extra, tolerance: float) -> 
     with ordinary_autograd(x.device):
         leaf = image.clone().requires_grad_()
         account = Account(model, 1, leaf)
-        with active(DynamicLinearMode(leaf, account)):
+        with active(AccountingMode(leaf, account)):
             found = _outputs(model, leaf.clone(), own)
         for (name, output), (_, expected) in zip(found, plain, strict=False):
             is_shifted = output.shape != expected.shape or not _is_close(output.detach(), expected)
