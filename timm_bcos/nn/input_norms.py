@@ -76,9 +76,11 @@ def feature_norm(x: Tensor, eps: float = 1e-12) -> Tensor:
     if not torch.jit.is_scripting() and has_torch_function_unary(x):
         return handle_torch_function(feature_norm, (x,), x, eps)
     wide = _wide(x)
-    if torch.is_grad_enabled() and x.requires_grad:  # so that a vector of zeros has second derivatives
-        return (wide * wide).sum(-1, keepdim=True).clamp_min(eps * eps).sqrt() + eps
-    return torch.linalg.vector_norm(wide, dim=-1, keepdim=True) + eps
+    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript leaves out what is inside)
+        if only_infers(x):
+            return torch.linalg.vector_norm(wide, dim=-1, keepdim=True) + eps
+    # which has second derivatives at a vector of zeros, too
+    return (wide * wide).sum(-1, keepdim=True).clamp_min(eps * eps).sqrt() + eps
 
 
 def _wide(x: Tensor) -> Tensor:
