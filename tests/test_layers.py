@@ -2,6 +2,8 @@ import copy
 from collections.abc import Callable
 
 import pytest
+import timm
+import timm.utils
 import torch
 import torch.nn.functional as F
 from literal import bcos_conv2d, bcos_linear, uncentred_batch_norm
@@ -366,3 +368,12 @@ def test_stems_take_images_and_their_encodings(stem: dict) -> None:
     encoded = whole.clone().requires_grad_()
     (by_encoding,) = torch.autograd.grad(layer(encoded).square().sum(), encoded)
     torch.testing.assert_close(by_image, by_encoding[:, :3] - by_encoding[:, 3:])
+
+
+def test_the_shift_of_an_activation_is_trained_and_thawed() -> None:
+    model = timm.create_model("bcos_efficientnet_lite0", num_classes=3)
+    timm.utils.freeze(model, [], include_bn_running_stats=False)
+    timm.utils.unfreeze(model, [], include_bn_running_stats=False)
+    model(torch.rand(2, 3, 64, 64)).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert all(p.grad.any() for name, p in model.named_parameters() if name.endswith("act.shift"))

@@ -141,9 +141,10 @@ def _max_out(mode: Mode, func: Function, /, x: Tensor, units: int, dim: int) -> 
 
 @handles(cosine.scale_by_cosine)
 def _scale_by_cosine(
-    mode: Mode, func: Function, /, linear: Tensor, norm: Tensor, b: float, gamma: float, *args: bool, **kwargs: bool
-) -> Tensor:
-    return linear * cosine.cosine_factor(detached(linear), detached(norm), b, gamma).to(linear.dtype)
+    mode: Mode, func: Function, /, linear: Tensor, norm: Tensor, b: float, gamma: float, inplace: bool = False,
+    groups: int = 1,
+) -> Tensor:  # fmt: skip
+    return linear * cosine.cosine_factor(detached(linear), detached(norm), b, gamma, groups).to(linear.dtype)
 
 
 @handles(weights.unit_weight, weights.row_norm)

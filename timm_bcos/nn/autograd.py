@@ -93,7 +93,7 @@ class _BcosConv2d(torch.autograd.Function):
     def forward(ctx: _Saved, x: Tensor, weight: Tensor, window: Window, unit: Unit) -> Tensor:
         linear = F.conv2d(x, _used(weight, unit, x.dtype), None, *window[:4])
         norm = patch_norm(x, list(weight.shape[2:]), *window)
-        y, *kept = _respond(linear, norm, unit, 1)
+        y, *kept = _respond(linear, norm, unit, 1, window.groups)
         ctx.save_for_backward(x, weight, norm, *kept)
         ctx.window, ctx.unit = window, unit
         return y
@@ -105,7 +105,7 @@ class _BcosConv2d(torch.autograd.Function):
             formula = partial(functional.bcos_conv2d, **ctx.window._asdict(), **ctx.unit._asdict())
             return *_gradients_of(formula, (x, weight), grad, ctx), None, None
         stride, padding, dilation, groups, _ = ctx.window
-        by_linear, by_norm = _by_response(grad, norm, kept, ctx.unit, partial(sum_of_groups, groups=groups), 1)
+        by_linear, by_norm = _by_response(grad, norm, kept, ctx.unit, partial(sum_of_groups, groups=groups), 1, groups)
         by_x, by_used, _ = torch.ops.aten.convolution_backward(
             by_linear, x, _used(weight, ctx.unit, x.dtype), None,
             stride, padding, dilation, False, [0, 0], groups, [*ctx.needs_input_grad[:2], False],
@@ -113,7 +113,7 @@ class _BcosConv2d(torch.autograd.Function):
         if by_x is not None:
             size, kernel = [len(x), groups, *x.shape[2:]], list(weight.shape[2:])
             slope = by_window_sum(by_norm / norm, size, kernel, stride, padding, dilation)
-            by_x.addcmul_(x, per_unit(slope, x).to(x.dtype))
+            by_x.addcmul_(x, per_unit(slope, x, groups).to(x.dtype))
         return by_x, _by_weight(by_used, weight, ctx.unit), None, None
 
 
@@ -132,7 +132,7 @@ class _BcosLinear(torch.autograd.Function):
         if torch.is_grad_enabled() or not runs_eagerly(grad):
             formula = partial(functional.bcos_linear, **ctx.unit._asdict())
             return *_gradients_of(formula, (x, weight), grad, ctx), None
-        by_linear, by_norm = _by_response(grad, norm, kept, ctx.unit, partial(torch.sum, dim=-1, keepdim=True), -1)
+        by_linear, by_norm = _by_response(grad, norm, kept, ctx.unit, partial(torch.sum, dim=-1, keepdim=True), -1, 1)
         by_x = by_used = None
         if ctx.needs_input_grad[0]:
             by_x = by_linear @ _used(weight, ctx.unit, x.dtype)
@@ -156,13 +156,13 @@ def _by_weight(by_used: Tensor | None, weight: Tensor, unit: Unit) -> Tensor | N
     return by_weight.mul_(inverse.pow(power)).to(weight.dtype)
 
 
-def _respond(linear: Tensor, norm: Tensor, unit: Unit, dim: int) -> list[Tensor]:
+def _respond(linear: Tensor, norm: Tensor, unit: Unit, dim: int, groups: int = 1) -> list[Tensor]:
     """The response, and what of it the backward pass needs beside the norm. May overwrite `linear`."""
     winner: list[Tensor] = []
     if unit.max_out > 1:
         linear, *winner = _max_out(linear, unit.max_out, dim)
     keeps_response = _keeps_response(linear, unit)
-    y = scale_by_cosine(linear, norm, unit.b, unit.gamma, inplace=keeps_response)
+    y = scale_by_cosine(linear, norm, unit.b, unit.gamma, keeps_response, groups)
     return [y, y if keeps_response else linear, *winner]
 
 
@@ -172,7 +172,7 @@ def _keeps_response(x: Tensor, unit: Unit) -> bool:
 
 
 def _by_response(
-    grad: Tensor, norm: Tensor, kept: list[Tensor], unit: Unit, total: Callable[[Tensor], Tensor], dim: int
+    grad: Tensor, norm: Tensor, kept: list[Tensor], unit: Unit, total: Callable[[Tensor], Tensor], dim: int, groups: int
 ) -> tuple[Tensor, Tensor]:
     """The gradients by the linear responses (all those of MaxOut) and by the norm.
 
@@ -182,7 +182,7 @@ def _by_response(
     by_linear, by_norm = torch.empty_like(saved), torch.empty_like(norm)
     gradients = _of_square if _keeps_response(saved, unit) else _of_power
     for piece, n, g, out, out_norm in pieces(saved, norm, grad, by_linear, by_norm):
-        products = gradients(piece, per_unit(n, piece), g, unit, out)
+        products = gradients(piece, per_unit(n, piece, groups), g, unit, out)
         out_norm.copy_(total(products)).div_(n).neg_()
     return (_to_winners(by_linear, winner[0], unit.max_out, dim) if winner else by_linear), by_norm
 

@@ -15,25 +15,28 @@ __all__ = ["EPS", "cosine_factor", "per_unit", "scale_by_cosine"]
 EPS = 1e-6  # added to cosines unless B is 2, whose power has a derivative at 0 by itself
 
 
-def scale_by_cosine(linear: Tensor, norm: Tensor, b: float, gamma: float, inplace: bool = False) -> Tensor:
+def scale_by_cosine(
+    linear: Tensor, norm: Tensor, b: float, gamma: float, inplace: bool = False, groups: int = 1
+) -> Tensor:
     """Turn the linear response ŵᵀx into the B-cos response γ · |ŵᵀx / ‖x‖|^(B-1) · ŵᵀx.
 
     Args:
         linear: ŵᵀx, any shape.
-        norm: ‖x‖, broadcastable to `linear`; or (N, G, H, W), one for each of G groups of its channels.
+        norm: ‖x‖, broadcastable to `linear`; of maps (N, O, H, W) also one for each group of channels, (N, G, H, W).
         b: The exponent B, not 1.
         gamma: The fixed output scale γ.
         inplace: Whether `linear` may be overwritten, where no gradient needs it.
+        groups: G.
 
     Returns:
         The shape and dtype of `linear`.
     """
     if not torch.jit.is_scripting():
         if has_torch_function((linear, norm)):
-            return handle_torch_function(scale_by_cosine, (linear, norm), linear, norm, b, gamma, inplace)
+            return handle_torch_function(scale_by_cosine, (linear, norm), linear, norm, b, gamma, inplace, groups)
         if inplace and b == 2 and only_infers(linear, norm):
-            return _square_in_place(linear, gamma / per_unit(norm, linear))
-    return (linear * cosine_factor(linear, norm, b, gamma)).to(linear.dtype)
+            return _square_in_place(linear, gamma / per_unit(norm, linear, groups))
+    return (linear * cosine_factor(linear, norm, b, gamma, groups)).to(linear.dtype)
 
 
 def _square_in_place(linear: Tensor, inverse: Tensor) -> Tensor:
@@ -43,20 +46,20 @@ def _square_in_place(linear: Tensor, inverse: Tensor) -> Tensor:
     return linear
 
 
-def cosine_factor(linear: Tensor, norm: Tensor, b: float, gamma: float, eps: float = EPS) -> Tensor:
+def cosine_factor(linear: Tensor, norm: Tensor, b: float, gamma: float, groups: int = 1, eps: float = EPS) -> Tensor:
     """γ · |cos|^(B-1), what `scale_by_cosine` multiplies by; |cos| = |ŵᵀx| / ‖x‖, plus eps unless B is 2."""
-    norm = per_unit(norm, linear)
+    norm = per_unit(norm, linear, groups)
     if b == 2:
         return linear.abs() * (gamma / norm)
     return gamma * _power(linear.abs() / norm + eps, b - 1)
 
 
-def per_unit(norm: Tensor, like: Tensor) -> Tensor:
+def per_unit(norm: Tensor, like: Tensor, groups: int) -> Tensor:
     """Norms of G groups of channels, (N, G, H, W), as they broadcast to maps (N, C, H, W); others as they are."""
-    if norm.ndim < 3:
+    if groups == 1:
         return norm
-    groups, channels = int(norm.shape[-3]), int(like.shape[-3])  # not tensors, as which tracers see sizes
-    return norm if groups == 1 or groups == channels else norm.repeat_interleave(channels // groups, -3)
+    channels = int(like.shape[-3])  # no tensor, as which tracers see sizes
+    return norm if groups == channels else norm.repeat_interleave(channels // groups, -3)
 
 
 def _power(x: Tensor, exponent: float) -> Tensor:

@@ -73,7 +73,7 @@ def bcos_conv2d(
     if b == 1.0:
         return linear * gamma
     norm = patch_norm(x, weight.shape[2:], stride, padding, dilation, groups, eps)  # type: ignore[arg-type]
-    y = scale_by_cosine(linear, norm, b, gamma, inplace=True)
+    y = scale_by_cosine(linear, norm, b, gamma, True, groups)
     return y if normalize_weight or b == 2.0 else y * row_norm(weight).to(y.dtype).reshape(-1, 1, 1)
 
 

@@ -87,7 +87,7 @@ def fused_conv2d(
     if b != 1.0:
         kernel = weight.shape[2:]
         norm = patch_norm(x, kernel, stride, padding, dilation, groups, eps, channel_squares)  # type: ignore[arg-type]
-        y = scale_by_cosine(y, norm, b, 1.0, inplace=True)
+        y = scale_by_cosine(y, norm, b, 1.0, True, groups)
     return y if amplitude is None else y * amplitude
 
 

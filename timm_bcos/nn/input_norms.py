@@ -41,13 +41,18 @@ def patch_norm(
             patch_norm, (x,), x, kernel, stride, padding, dilation, groups, eps, channel_squares
         )
     kernel = [int(size) for size in kernel]  # not tensors, as which tracers see sizes
-    sums: Tensor | None = None
-    if not torch.jit.is_scripting() and x.ndim == 4 and only_infers(x):
-        parts = [_sum_of_squares(part, groups, channel_squares) for (part,) in pieces(x)]
-        sums = torch.cat(parts) if len(parts) > 1 else parts[0]
-    if sums is None:
+    if torch.jit.is_scripting():
         sums = _sum_of_squares(x, groups, channel_squares)
+    else:
+        sums = _sum_in_pieces(x, groups, channel_squares)
     return (window_sum(sums, kernel, stride, padding, dilation) + eps).sqrt()
+
+
+def _sum_in_pieces(x: Tensor, groups: int, channel_squares: Tensor | None) -> Tensor:
+    if x.ndim != 4 or not only_infers(x):
+        return _sum_of_squares(x, groups, channel_squares)
+    sums = [_sum_of_squares(part, groups, channel_squares) for (part,) in pieces(x)]
+    return torch.cat(sums) if len(sums) > 1 else sums[0]
 
 
 def _sum_of_squares(x: Tensor, groups: int, channel_squares: Tensor | None) -> Tensor:
@@ -71,9 +76,11 @@ def feature_norm(x: Tensor, eps: float = 1e-12) -> Tensor:
     if not torch.jit.is_scripting() and has_torch_function_unary(x):
         return handle_torch_function(feature_norm, (x,), x, eps)
     wide = _wide(x)
-    if torch.is_grad_enabled() and x.requires_grad:  # so that a vector of zeros has second derivatives
-        return (wide * wide).sum(-1, keepdim=True).clamp_min(eps * eps).sqrt() + eps
-    return torch.linalg.vector_norm(wide, dim=-1, keepdim=True) + eps
+    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript leaves out what is inside)
+        if only_infers(x):
+            return torch.linalg.vector_norm(wide, dim=-1, keepdim=True) + eps
+    # which has second derivatives at a vector of zeros, too
+    return (wide * wide).sum(-1, keepdim=True).clamp_min(eps * eps).sqrt() + eps
 
 
 def _wide(x: Tensor) -> Tensor:
