@@ -121,7 +121,7 @@ def test_convert_writes_what_timm_loads(tmp_path: Path, capsys: pytest.CaptureFi
     same, two = tmp_path / "same", tmp_path / "two"
     assert command("convert", *given, "--b", 1, "--bias", "--out", same) == 0
     assert command("convert", *given, "--out", two) == 0
-    assert sorted(path.name for path in two.iterdir()) == ["bcos_timm.py", "config.json", "model.safetensors"]
+    assert sorted(path.name for path in two.iterdir()) == ["config.json", "model.safetensors"]
     x = real_image(64)
     models = {folder: timm.create_model(f"local-dir:{folder}", pretrained=True).eval() for folder in (same, two)}
     mean, std = (torch.tensor(plain.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))

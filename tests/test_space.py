@@ -91,8 +91,8 @@ def test_the_command_writes_a_folder(tmp_path: Path) -> None:
     assert result.output == f"wrote {tmp_path / 'out'}\n"
     files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert files == {
-        "README.md", "config.json", "explanation.png", "model.safetensors", "space/README.md", "space/app.py",
-        "space/requirements.txt", "space/examples/00.jpg", "space/examples/01.jpg",
+        "README.md", "bcos_timm.py", "config.json", "explanation.png", "model.safetensors", "space/README.md",
+        "space/app.py", "space/requirements.txt", "space/examples/00.jpg", "space/examples/01.jpg",
     }  # fmt: skip
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert (card.data.datasets, card.data.license, card.data.base_model) == (["cifar10"], "bsd-2-clause", None)

@@ -216,6 +216,7 @@ def _overrides(plain: Any) -> dict[str, Method]:
 
 def _position_overrides(plain: Any) -> dict[str, Method]:
     """With positions='attention' the blocks get tokens without constants, and know the grid if it varies."""
+    has_rotary_positions = issubclass(plain, timm_models.Eva)
 
     def _pos_embed(self: Any, x: Tensor, *args: object, **kwargs: object) -> object:
         if self.bcos_config.positions == "keep":
@@ -223,9 +224,7 @@ def _position_overrides(plain: Any) -> dict[str, Method]:
         if "_is_one_pass" in self.__dict__:
             self.blocks = on_grid_of(self.blocks, x)
         contents = self.pos_drop(self.positions.contents(x))
-        return (
-            (contents, plain._pos_embed(self, x)[1]) if issubclass(plain, timm_models.Eva) else contents
-        )  # rotary positions
+        return (contents, plain._pos_embed(self, x)[1]) if has_rotary_positions else contents
 
     def in_one_pass(method: Method) -> Method:
         def call(self: Any, *args: object, **kwargs: object) -> object:

@@ -102,14 +102,13 @@ def save_repository(
     card = card or Card()
     if not isinstance(model, nn.Module) and card.base_model is None:
         card = dataclasses.replace(card, base_model=find_base_model(checkpoint=Path(model)))
-    _save(
-        network,
-        Path(folder),
-        label_names,
-        dtype,
-        lambda again, unfinished: write_card(again, unfinished, repo_id, card),
-        licence=card.licence,
-    )
+
+    def add(again: BcosNetwork, unfinished: Path) -> None:
+        write_card(again, unfinished, repo_id, card)
+        write_module(unfinished)
+
+    config = dict(auto_map=AUTO_MAP, pretrained_cfg=dict(license=card.licence))
+    _save(network, Path(folder), label_names, dtype, config, add)
 
 
 def save_network(
@@ -119,7 +118,7 @@ def save_network(
     label_names: list[str] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write `model.safetensors`, `config.json` and `bcos_timm.py` alone.
+    """Write `model.safetensors` and `config.json` alone.
 
     `timm.create_model('local-dir:FOLDER', pretrained=True)` loads them.
 
@@ -133,7 +132,7 @@ def save_network(
         ModelStateError: If timm could not create the network again; the folder stays as it is.
         InputError: For another number of label names than classes.
     """
-    _save(network, Path(folder), label_names, dtype, lambda again, unfinished: None)
+    _save(network, Path(folder), label_names, dtype, {}, lambda again, unfinished: None)
 
 
 def _save(
@@ -141,8 +140,8 @@ def _save(
     folder: Path,
     label_names: list[str] | None,
     dtype: torch.dtype | None,
+    config: dict[str, Any],
     add: Callable[[BcosNetwork, Path], None],
-    licence: str | None = None,
 ) -> None:
     """Files are made, with those that `add` makes of the network loaded again, then moved into the folder together."""
     architecture = _architecture(network)
@@ -153,14 +152,11 @@ def _save(
         label_names = list(own_labels)
     if label_names and len(label_names) != network.num_classes:
         raise InputError(f"{len(label_names)} label names for a network of {network.num_classes} classes")
-    more: dict[str, Any] = dict(auto_map=AUTO_MAP, **(dict(label_names=label_names) if label_names else {}))
-    if licence is not None:
-        more["pretrained_cfg"] = dict(license=licence)
+    more = config | (dict(label_names=label_names) if label_names else {})
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
         timm.models.save_for_hf(stored, unfinished, more, model_args=architecture, safe_serialization=True)
         _leave_classes_to_the_config(Path(unfinished) / "config.json")
-        write_module(Path(unfinished))
         again = _load_again(Path(unfinished))
         _compare(_with_weights_of(network, stored), again)
         add(again.to(next(network.parameters()).device), Path(unfinished))
