@@ -308,3 +308,31 @@ def test_statistics_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         for statistics in (autograd._mean_and_variance, deviation.mean_and_variance):
             for one, other in zip(statistics(x), expected, strict=True):
                 torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "added to": lambda y: y.add_(1),
+    "rectified": lambda y: y.relu_(),
+    "scaled": lambda y: y.mul_(3),
+}
+
+
+@pytest.mark.parametrize("max_out", [1, 2])
+@pytest.mark.parametrize("change", CHANGES)
+def test_responses_may_be_changed_in_place(change: str, max_out: int) -> None:
+    """As behind torch's convolution, which keeps no output: `x += shortcut`, `nn.ReLU(inplace=True)`."""
+    conv, linear = (
+        BcosConv2d(3, 4, 3, padding=1, max_out=max_out, dtype=torch.float64),
+        BcosLinear(4, 5, max_out=max_out, dtype=torch.float64),
+    )
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+
+    def run(apart: bool) -> list[Tensor]:
+        y = conv(x)
+        y = CHANGES[change](y * 1 if apart else y).mean((2, 3))
+        y = linear(y)
+        y = CHANGES[change](y * 1 if apart else y)
+        return list(torch.autograd.grad(y.square().sum(), [x, conv.weight, linear.weight]))
+
+    for found, expected in zip(run(False), run(True), strict=True):
+        torch.testing.assert_close(found, expected)

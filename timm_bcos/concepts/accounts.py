@@ -92,8 +92,9 @@ def explain_concepts(
     Warns:
         InexactWarning: As in `explain`.
     """
-    check_images(x, check_model(model))
-    asked = check_target(target, len(x))
+    with torch.inference_mode(False):
+        check_images(x, check_model(model))
+        asked = check_target(target, len(x))
     if isinstance(top, bool) or not isinstance(top, int) or top < 0:
         raise InputError(f"top={top!r}: give the number of concepts to explain by pixels, at least 0")
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BcosError, ModelStateError
+from ..nn.execution import saved_tensors_have_hooks
 from ..nn.functional import encode_image
 from .account import Account, AmbiguousBatch, function_name
 from .kinds import Kind, Kinds, memory_key
@@ -261,6 +262,6 @@ def _values(func: Function, args: Sequence[object], kwargs: Mapping[str, object]
 
 def _without_saved_tensor_hooks() -> AbstractContextManager[object]:
     """Keep what `torch.utils.checkpoint` would compute again in the backward pass, without the mode."""
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+    if not saved_tensors_have_hooks():
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach(), lambda x: x)

@@ -3,11 +3,15 @@
 import weakref
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
-__all__ = ["Kind", "Kinds"]
+from .._compat import private
+
+__all__ = ["Kind", "Kinds", "memory_key"]
+
+StorageWeakRef = private.StorageWeakRef
 
 
 class Kind(IntEnum):
@@ -67,7 +71,7 @@ class Kinds:
 
 @dataclass(frozen=True)
 class _Content:
-    owner: StorageWeakRef | weakref.ref[Tensor]
+    owner: Any
     kind: Kind
     maker: str
     version: int
@@ -89,7 +93,7 @@ def memory_key(x: Tensor) -> int:
         return id(x)
 
 
-def _reference(x: Tensor) -> StorageWeakRef | weakref.ref[Tensor]:
+def _reference(x: Tensor) -> Any:
     try:
         return StorageWeakRef(x.untyped_storage())
     except (NotImplementedError, RuntimeError):

@@ -93,6 +93,16 @@ def check(
         InputError: For what are no images.
         ModelStateError: For a model in training mode, or one that is no B-cos model.
     """
+    with torch.inference_mode(False):
+        return _check(model, x, tolerance, output, dict(extra or {}))
+
+
+Extra = Mapping[str, object]
+
+
+def _check(
+    model: nn.Module, x: Tensor | None, tolerance: float | None, output: str | int | None, extra: dict[str, object]
+) -> Check:
     stem = check_model(model)
     if x is None:
         image = random_image(stem.image_channels, image_size(model)).to(stem.weight.device)
@@ -103,14 +113,10 @@ def check(
     if tolerance is None:
         tolerance = TOLERANCE.get(stem.weight.dtype, 1e-2)
     network = frozen_copy(getattr(model, "_orig_mod", model))
-    given = dict(extra or {})
     if stem.weight.device.type != "mps":
-        network, x, given = _widened(network, x, given, output)
-    verdict = _measure(network, x, tolerance, output, given)
-    return verdict if verdict.exact else _placed(network, verdict, x, output, given)
-
-
-Extra = Mapping[str, object]
+        network, x, extra = _widened(network, x, extra, output)
+    verdict = _measure(network, x, tolerance, output, extra)
+    return verdict if verdict.exact else _placed(network, verdict, x, output, extra)
 
 
 def _widened(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import TargetError
@@ -60,11 +61,12 @@ def contrast(
         >>> explanation.logit, explanation.completeness_error
         >>> dogs_not_cats = timm_bcos.contrast(model, images, set(range(151, 269)), set(range(281, 286)))
     """
-    check_images(x, check_model(model))
-    first, second = (_check_side(name, value, len(x)) for name, value in (("a", a), ("b", b)))
-    _refuse_same(first, second)
-    place = check_place(position, region, x)
-    return explain_readout(model, x, first, second, place, layer=layer, output=output, extra=extra, chunk=chunk)
+    with torch.inference_mode(False):
+        check_images(x, check_model(model))
+        first, second = (_check_side(name, value, len(x)) for name, value in (("a", a), ("b", b)))
+        _refuse_same(first, second)
+        place = check_place(position, region, x)
+        return explain_readout(model, x, first, second, place, layer=layer, output=output, extra=extra, chunk=chunk)
 
 
 def _check_side(name: str, value: Targets, images: int) -> Asked:

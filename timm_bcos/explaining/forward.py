@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ..dynamic.account import AmbiguousBatch
@@ -74,9 +75,10 @@ def explain(
         >>> explanation = timm_bcos.explain(model, transform(photo)[None])
         >>> explanation.completeness_error, explanation.contribution_map
     """
-    check_images(x, check_model(model))
-    asked, place = check_target(target, len(x)), check_place(position, region, x)
-    return explain_readout(model, x, asked, None, place, layer=layer, output=output, extra=extra, chunk=chunk)
+    with torch.inference_mode(False):
+        check_images(x, check_model(model))
+        asked, place = check_target(target, len(x)), check_place(position, region, x)
+        return explain_readout(model, x, asked, None, place, layer=layer, output=output, extra=extra, chunk=chunk)
 
 
 @dataclass(frozen=True)
@@ -146,8 +148,9 @@ def explain_targets(
     Returns:
         T explanations, one per column of `targets`.
     """
-    check_images(x, check_model(model))
-    table = None if targets is None else check_table(targets, len(x))
+    with torch.inference_mode(False):
+        check_images(x, check_model(model))
+        table = None if targets is None else check_table(targets, len(x))
 
     def ask(part: Linearised, images: slice) -> list[Explanation]:
         columns = part.best_classes(top) if table is None else table[images]

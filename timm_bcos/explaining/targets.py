@@ -102,7 +102,7 @@ def _check_direction(direction: Tensor, images: int, name: str) -> Tensor:
         raise TargetError(f"{name} holds numbers that are not finite")
     if bool((direction == 0).all(-1).any()):
         raise TargetError(f"{name} holds a direction of zeros, which explains nothing")
-    return direction.detach().expand(images, -1)
+    return direction.detach().clone().expand(images, -1)
 
 
 def _floats(values: object) -> Tensor | None:
@@ -116,7 +116,7 @@ def _integers(values: object) -> Tensor | None:
     tensor = _tensor(values)
     if tensor is None or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool:
         return None
-    return tensor.detach().long()
+    return tensor.detach().long().clone()  # a tensor made in inference mode could not be saved for a backward pass
 
 
 def _tensor(values: object) -> Tensor | None:

@@ -17,7 +17,7 @@ from torch.autograd.function import FunctionCtx
 
 from . import deviation, functional
 from .cosine import EPS, cosine_factor, per_unit, scale_by_cosine
-from .execution import pieces, runs_eagerly
+from .execution import pieces, runs_eagerly, saved_tensors_have_hooks
 from .input_norms import by_window_sum, feature_norm, patch_norm, sum_of_groups
 from .weights import effective_weight, inverse_norm, norm_power, row_norm
 
@@ -86,6 +86,18 @@ class _Saved(FunctionCtx):
     window: Window
     unit: Unit
     eps: float
+    response: "_Response | None"
+
+
+class _Response(NamedTuple):
+    """A response that the graph keeps: its memory, and how often that had been written to by then."""
+
+    alias: Tensor
+    version: int
+
+    def is_unchanged(self) -> bool:
+        """Whether nobody has changed it in place since, as `x += shortcut` does."""
+        return self.alias._version == self.version
 
 
 class _BcosConv2d(torch.autograd.Function):
@@ -93,7 +105,7 @@ class _BcosConv2d(torch.autograd.Function):
     def forward(ctx: _Saved, x: Tensor, weight: Tensor, window: Window, unit: Unit) -> Tensor:
         linear = F.conv2d(x, _used(weight, unit, x.dtype), None, *window[:4])
         norm = patch_norm(x, list(weight.shape[2:]), *window)
-        y, *kept = _respond(linear, norm, unit, 1, window.groups)
+        y, ctx.response, kept = _respond(linear, norm, unit, 1, window.groups)
         ctx.save_for_backward(x, weight, norm, *kept)
         ctx.window, ctx.unit = window, unit
         return y
@@ -105,7 +117,13 @@ class _BcosConv2d(torch.autograd.Function):
             formula = partial(functional.bcos_conv2d, **ctx.window._asdict(), **ctx.unit._asdict())
             return *_gradients_of(formula, (x, weight), grad, ctx), None, None
         stride, padding, dilation, groups, _ = ctx.window
-        by_linear, by_norm = _by_response(grad, norm, kept, ctx.unit, partial(sum_of_groups, groups=groups), 1, groups)
+
+        def respond() -> Tensor:
+            return F.conv2d(x, _used(weight, ctx.unit, x.dtype), None, stride, padding, dilation, groups)
+
+        saved, is_response, winner = _kept(ctx, kept, respond, 1)
+        total = partial(sum_of_groups, groups=groups)
+        by_linear, by_norm = _by_response(grad, norm, saved, is_response, winner, ctx.unit, total, 1, groups)
         by_x, by_used, _ = torch.ops.aten.convolution_backward(
             by_linear, x, _used(weight, ctx.unit, x.dtype), None,
             stride, padding, dilation, False, [0, 0], groups, [*ctx.needs_input_grad[:2], False],
@@ -121,7 +139,7 @@ class _BcosLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _Saved, x: Tensor, weight: Tensor, unit: Unit) -> Tensor:
         norm = feature_norm(x)
-        y, *kept = _respond(F.linear(x, _used(weight, unit, x.dtype)), norm, unit, -1)
+        y, ctx.response, kept = _respond(F.linear(x, _used(weight, unit, x.dtype)), norm, unit, -1)
         ctx.save_for_backward(x, weight, norm, *kept)
         ctx.unit = unit
         return y
@@ -132,7 +150,9 @@ class _BcosLinear(torch.autograd.Function):
         if torch.is_grad_enabled() or not runs_eagerly(grad):
             formula = partial(functional.bcos_linear, **ctx.unit._asdict())
             return *_gradients_of(formula, (x, weight), grad, ctx), None
-        by_linear, by_norm = _by_response(grad, norm, kept, ctx.unit, partial(torch.sum, dim=-1, keepdim=True), -1, 1)
+        saved, is_response, winner = _kept(ctx, kept, lambda: F.linear(x, _used(weight, ctx.unit, x.dtype)), -1)
+        total = partial(torch.sum, dim=-1, keepdim=True)
+        by_linear, by_norm = _by_response(grad, norm, saved, is_response, winner, ctx.unit, total, -1, 1)
         by_x = by_used = None
         if ctx.needs_input_grad[0]:
             by_x = by_linear @ _used(weight, ctx.unit, x.dtype)
@@ -156,31 +176,50 @@ def _by_weight(by_used: Tensor | None, weight: Tensor, unit: Unit) -> Tensor | N
     return by_weight.mul_(inverse.pow(power)).to(weight.dtype)
 
 
-def _respond(linear: Tensor, norm: Tensor, unit: Unit, dim: int, groups: int = 1) -> list[Tensor]:
-    """The response, and what of it the backward pass needs beside the norm. May overwrite `linear`."""
+def _respond(
+    linear: Tensor, norm: Tensor, unit: Unit, dim: int, groups: int = 1
+) -> tuple[Tensor, _Response | None, list[Tensor]]:
+    """The response, how it is watched if it is kept, and what else is saved. May overwrite `linear`."""
     winner: list[Tensor] = []
     if unit.max_out > 1:
         linear, *winner = _max_out(linear, unit.max_out, dim)
     keeps_response = _keeps_response(linear, unit)
     y = scale_by_cosine(linear, norm, unit.b, unit.gamma, keeps_response, groups)
-    return [y, y if keeps_response else linear, *winner]
+    if not keeps_response:
+        return y, None, [linear, *winner]
+    return y, _Response(y.detach(), y._version), winner
 
 
 def _keeps_response(x: Tensor, unit: Unit) -> bool:
-    """Whether |a| follows from y; float16 has no room for squares."""
-    return unit.b == 2 and x.dtype != torch.float16
+    """Whether |a| follows from y; float16 has no room for squares. Hooks (of checkpoints) see what is saved alone."""
+    return unit.b == 2 and x.dtype != torch.float16 and not saved_tensors_have_hooks()
+
+
+def _kept(
+    ctx: _Saved, kept: list[Tensor], respond: Callable[[], Tensor], dim: int
+) -> tuple[Tensor, bool, list[Tensor]]:
+    """What the forward pass kept, whether it is the response or the linear one, and MaxOut's winners.
+
+    A response that was changed in place since is no longer known: the linear one is computed again.
+    """
+    if ctx.response is None:
+        return kept[0], False, kept[1:]
+    if ctx.response.is_unchanged():
+        return ctx.response.alias, True, kept
+    linear = respond()
+    return (_max_out(linear, ctx.unit.max_out, dim)[0] if kept else linear), False, kept
 
 
 def _by_response(
-    grad: Tensor, norm: Tensor, kept: list[Tensor], unit: Unit, total: Callable[[Tensor], Tensor], dim: int, groups: int
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, norm: Tensor, saved: Tensor, is_response: bool, winner: list[Tensor], unit: Unit,
+    total: Callable[[Tensor], Tensor], dim: int, groups: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients by the linear responses (all those of MaxOut) and by the norm.
 
     `total` sums up what belongs to the units that have a norm in common.
     """
-    saved, *winner = kept
     by_linear, by_norm = torch.empty_like(saved), torch.empty_like(norm)
-    gradients = _of_square if _keeps_response(saved, unit) else _of_power
+    gradients = _of_square if is_response else _of_power
     for piece, n, g, out, out_norm in pieces(saved, norm, grad, by_linear, by_norm):
         products = gradients(piece, per_unit(n, piece, groups), g, unit, out)
         out_norm.copy_(total(products)).div_(n).neg_()

@@ -7,8 +7,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 
-__all__ = ["only_infers", "pieces", "records_gradients", "runs_eagerly"]
+from .._compat import private
 
+__all__ = ["only_infers", "pieces", "records_gradients", "runs_eagerly", "saved_tensors_have_hooks"]
+
+_is_transformed = private.are_functorch_transforms_active
+_is_batched = private.is_legacy_batchedtensor
+_top_hooks = private.top_saved_tensors_hooks
 LARGE = 1 << 21  # elements, above which a CPU takes a batch in pieces
 
 
@@ -36,9 +41,14 @@ def runs_eagerly(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or has_torch_function(tensors):
         return False
-    if torch._C._are_functorch_transforms_active() or any(map(torch._C._functorch.is_legacy_batchedtensor, tensors)):
+    if _is_transformed() or any(map(_is_batched, tensors)):
         return False
     return all(forward_ad.unpack_dual(tensor).tangent is None for tensor in tensors)
+
+
+def saved_tensors_have_hooks() -> bool:
+    """Whether somebody (a checkpoint, memory that is offloaded) wants to see what graphs save."""
+    return _top_hooks(False) is not None
 
 
 def records_gradients(*tensors: Tensor) -> bool:

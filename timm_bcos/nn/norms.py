@@ -77,8 +77,6 @@ class _UncentredBatchNorm(private.BatchNorm):  # type: ignore[misc]
 
     def normalize(self, x: Tensor) -> Tensor:
         """The norm itself; a method of its own because TorchScript has no `super()`."""
-        if x.dim() != 4:  # feature vectors (N, C), sequences (N, C, L)
-            return self.normalize_maps(x.reshape(x.shape[0], x.shape[1], -1, 1)).reshape(x.shape)
         return self.normalize_maps(x)
 
     def normalize_maps(self, x: Tensor) -> Tensor:
@@ -167,6 +165,9 @@ class UncentredBatchNorm2d(_UncentredBatchNorm, nn.BatchNorm2d):  # type: ignore
 
 class UncentredBatchNorm1d(_UncentredBatchNorm, nn.BatchNorm1d):  # type: ignore[misc,override]
     """The same for feature vectors (N, C) and sequences (N, C, L)."""
+
+    def normalize(self, x: Tensor) -> Tensor:
+        return self.normalize_maps(x.reshape(x.shape[0], x.shape[1], -1, 1)).reshape(x.shape)
 
 
 class UncentredBatchNormAct2d(UncentredBatchNorm2d, timm_layers.BatchNormAct2d):  # type: ignore[misc]
