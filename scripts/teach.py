@@ -199,8 +199,9 @@ class Lesson:
         saved = torch.load(path, map_location=self.device, weights_only=True)
         before = bcosify(load_plain_model(self.args.arch, self.args.teacher), self.config.change(b=saved["b"]))
         before = before.eval().to(self.device)
-        for network in (before, self.student):
-            network.load_state_dict(saved["student"])
+        weights = {name: value for name, value in saved["student"].items() if name != "bcos_settings"}
+        for network in (before, self.student):  # of which the student has another B
+            network.load_state_dict(weights)
         self.follow(before, lambda x: x)
 
     def whole_loss(self, x: Tensor) -> Tensor:

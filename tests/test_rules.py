@@ -307,7 +307,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "sigmoid of logits": (lambda: network().append(nn.Sigmoid()), "Sigmoid follows the classifier"),
     "torch's layer": (lambda: network(nn.TransformerEncoderLayer(8, 2)), "1: .*EncoderLayer computes outside"),
     "frozen norm": (lambda: network(FrozenNorm()), "1: no rule for .*FrozenNorm"),
-    "complete": (lambda: network(nn.ModuleList([nn.LocalResponseNorm(2)])), "1.0: no rule for .*LocalResponseNorm"),
+    "complete": (lambda: network(nn.ModuleList([nn.LPPool2d(2, 2)])), "1.0: no rule for .*LPPool2d"),
 }  # fmt: skip
 
 

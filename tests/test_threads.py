@@ -255,7 +255,7 @@ def test_wrong_targets(model: nn.Module, images: Tensor) -> None:
         timm_bcos.explain(images, model)  # type: ignore[arg-type]
     with pytest.raises(timm_bcos.InputError, match="expected a network first"):
         timm_bcos.check(None)  # type: ignore[arg-type]
-    with pytest.raises(timm_bcos.TargetError, match="layer='' is the network itself"):
+    with pytest.raises(timm_bcos.TargetError, match="layer='' is the model itself"):
         timm_bcos.explain(model, images, layer="")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -213,16 +213,19 @@ def test_layers_have_the_gradients_of_the_formulas(
 
 
 def kept_by(function: Callable[[], Tensor]) -> list[Tensor]:
-    """What its graph keeps; storages once."""
+    """What its graph keeps; storages once. Hooks are not asked: for them, layers keep something else."""
     kept: dict[int, Tensor] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        y = function()
-    assert y.grad_fn is not None
+    nodes = [function().grad_fn]
+    assert nodes[0] is not None
+    while nodes:
+        node = nodes.pop()
+        if node is None:
+            continue
+        response = getattr(node, "response", None)
+        saved = [*getattr(node, "saved_tensors", ()), *([] if response is None else [response.alias])]
+        saved += [v for n in dir(node) if n.startswith("_saved_") and isinstance(v := getattr(node, n), Tensor)]
+        kept |= {x.untyped_storage().data_ptr(): x for x in saved}
+        nodes += [following for following, _ in node.next_functions]
     return list(kept.values())
 
 

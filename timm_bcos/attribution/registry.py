@@ -21,7 +21,7 @@ from ..errors import BcosError, InputError, MethodError, ModelStateError, Target
 from ..nn.functional import encode_image
 from ..nn.modules import converted_part, first_output, frozen_copy
 from ..nn.stems import BcosStem, ImageReader
-from .memory import RecomputedCosines, images_at_once
+from .memory import images_at_once
 
 __all__ = [
     "METHODS", "Method", "Subject", "Targets", "attribute", "check_counts", "check_methods", "checked_images",
@@ -245,7 +245,7 @@ def attribute(
     x = checked_images(model, x)
     batch_size = batch_size or images_at_once(x)
     maps = []
-    with ordinary_autograd(x.device), RecomputedCosines():
+    with ordinary_autograd(x.device):
         subject, x = Subject(model), x.clone()
         classes = subject.classes(x, targets, batch_size)
         sizes = _runs(x) if chosen.slow else batch_size

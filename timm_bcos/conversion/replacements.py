@@ -147,7 +147,7 @@ def replace_linear_layer(
 
 
 def replace_lstm(lstm: nn.LSTM, place: Place, config: BcosConfig) -> nn.Module:
-    """Explanation mode takes LSTMs apart (`timm_bcos.dynamic.lstm`); without biases a new one adopts the weights."""
+    """Explanation mode knows them (`timm_bcos.dynamic.recurrent`); without biases a new one adopts the weights."""
     if config.adds_bias or not lstm.bias:
         return lstm
     new = nn.LSTM(

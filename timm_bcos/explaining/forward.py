@@ -169,7 +169,8 @@ def _explain_all(count: int, run: Run, ask: Ask, chunk: int | None, callers: int
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise InputError(f"chunk={chunk!r}: give the number of images per pass, at least 1, or None for all")
     size = chunk or count
-    parts = [_explain_chunk(run, ask, range(i, min(i + size, count))) for i in range(0, count, size)]
+    with torch.inference_mode(False):
+        parts = [_explain_chunk(run, ask, range(i, min(i + size, count))) for i in range(0, count, size)]
     found = parts[0] if len(parts) == 1 else [Explanation.stack(column) for column in zip(*parts, strict=True)]
     warn_if_inexact(found, callers + 1)
     return found

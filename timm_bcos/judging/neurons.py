@@ -140,9 +140,9 @@ def layer_maps(subject: Subject, layer: str, x: Tensor) -> Tensor:
     Raises:
         TargetError: As in `peak_activations`.
     """
-    module, outputs = _find_layer(subject, layer), []
+    module, outputs, prepared = _find_layer(subject, layer), [], subject.prepare(x)
     with hooked([module], lambda module, args, output: outputs.append(first_output(output))):
-        subject(subject.prepare(x))
+        subject(prepared)
     if not outputs or not isinstance(outputs[0], Tensor) or outputs[0].ndim not in (3, 4):
         shape = tuple(outputs[0].shape) if outputs and isinstance(outputs[0], Tensor) else "nothing of the kind"
         raise TargetError(f"layer {layer!r} has no spatial positions: it returns {shape}, not (N, C, H, W)")

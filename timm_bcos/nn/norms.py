@@ -77,6 +77,8 @@ class _UncentredBatchNorm(private.BatchNorm):  # type: ignore[misc]
 
     def normalize(self, x: Tensor) -> Tensor:
         """The norm itself; a method of its own because TorchScript has no `super()`."""
+        if self.is_synchronized and x.dim() != 4:  # torch's synchronized norms do not tell what they were made of
+            return self.normalize_maps(x.reshape(x.shape[0], x.shape[1], -1, 1)).reshape(x.shape)
         return self.normalize_maps(x)
 
     def normalize_maps(self, x: Tensor) -> Tensor:
