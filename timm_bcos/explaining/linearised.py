@@ -304,12 +304,15 @@ def _network_to_run(model: nn.Module, layer: str | None, outputs: list[object]) 
 
     A compiled program holds no explanation mode, and the backward pass would run checkpointed parts without it.
     """
-    changed = [name for name, m in model.named_modules() if _is_compiled(m) or _is_checkpointing(m)]
+    changed = [name for name, m in model.named_modules() if _is_compiled(m) or _is_checkpointing(m) or _is_program(m)]
     if layer is None and not changed:
         return model
     network = isolate(model, [name for name in (*changed, layer) if name])
     for name in changed:
-        network.get_submodule(name).grad_checkpointing = False  # type: ignore[assignment]
+        own = network.get_submodule(name)
+        own.grad_checkpointing = False  # type: ignore[assignment]
+        if _is_program(own):
+            own.__dict__["forward"] = own.get_submodule("_orig_mod").__call__
     if layer is not None:
         network.get_submodule(layer).register_forward_hook(lambda module, args, output: _noted(output, outputs))
     return network
@@ -331,6 +334,11 @@ def _copied(output: Any) -> Any:
 
 def _is_compiled(module: nn.Module) -> bool:
     return module.__dict__.get("_compiled_call_impl") is not None
+
+
+def _is_program(module: nn.Module) -> bool:
+    """Whether `torch.compile` has wrapped a part of the model."""
+    return type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules
 
 
 def _is_checkpointing(module: nn.Module) -> bool:

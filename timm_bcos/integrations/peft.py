@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..errors import InputError, ModelStateError
 from ..nn.layers import BcosConv2d, BcosLinear
 from ..nn.modules import clone
+from .wrapped import marked, original
 
 __all__ = ["register"]
 
@@ -188,7 +189,7 @@ def register() -> None:
 
 def _then(kind: type, name: str, also: Callable[[Any], None]) -> None:
     """Let a method of a class do something else after it."""
-    method = getattr(kind, name)
+    method = original(getattr(kind, name))
 
     @wraps(method)
     def both(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -196,7 +197,7 @@ def _then(kind: type, name: str, also: Callable[[Any], None]) -> None:
         also(self)
         return found
 
-    setattr(kind, name, both)
+    setattr(kind, name, marked(both))
 
 
 def _refuse_merge(tuner: Any) -> None:

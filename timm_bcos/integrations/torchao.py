@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import ModelStateError
 from ..nn.layers import BcosConv2d, BcosLinear
+from .wrapped import marked, original
 
 __all__ = ["refuse_float8", "refuse_unfused"]
 
@@ -23,7 +24,7 @@ def refuse_float8() -> None:
     """Let `convert_to_float8_training` refuse B-cos layers, which it would replace by plain ones."""
     from torchao.float8 import float8_linear_utils
 
-    swap = float8_linear_utils.swap_linear_layers
+    swap = original(float8_linear_utils.swap_linear_layers)
 
     @wraps(swap)
     def refusing(module: nn.Module, *args: Any, module_filter_fn: Filter | None = None, **kwargs: Any) -> nn.Module:
@@ -36,14 +37,14 @@ def refuse_float8() -> None:
                 )
         return swap(module, *args, module_filter_fn=module_filter_fn, **kwargs)  # type: ignore[no-any-return]
 
-    float8_linear_utils.swap_linear_layers = refusing
+    float8_linear_utils.swap_linear_layers = marked(refusing)
 
 
 def refuse_unfused() -> None:
     """Let `quantize_` refuse B-cos layers that normalize their weight, and configs that replace B-cos layers."""
     from torchao.quantization import quant_api
 
-    walk = quant_api._replace_with_custom_fn_if_matches_filter
+    walk = original(quant_api._replace_with_custom_fn_if_matches_filter)
 
     @wraps(walk)
     def refusing(
@@ -54,7 +55,7 @@ def refuse_unfused() -> None:
             replacement_fn = _keeping_kind(replacement_fn)
         return walk(model, replacement_fn, filter_fn, cur_fqn, *args, **kwargs)
 
-    quant_api._replace_with_custom_fn_if_matches_filter = refusing
+    quant_api._replace_with_custom_fn_if_matches_filter = marked(refusing)
 
 
 def _check_fused(model: nn.Module, filter_fn: Filter) -> None:
