@@ -27,6 +27,13 @@ SOON = 60  # seconds, in which what comes at once in practice has come
 
 
 @pytest.fixture
+def one_by_one() -> Iterator[Work]:
+    work = Work(quick=1)
+    yield work
+    work.close()
+
+
+@pytest.fixture
 def work() -> Iterator[Work]:
     work = Work()
     yield work
@@ -81,12 +88,12 @@ class Number:
         self.value = value
 
 
-def test_questions_that_wait_are_answered_together(work: Work) -> None:
+def test_questions_that_wait_are_answered_together(one_by_one: Work) -> None:
     sums, ten, hundred = Sums(), Number(10), Number(100)
-    collector: Collector[Number, int, int] = Collector(work, sums, most=3)
+    collector: Collector[Number, int, int] = Collector(one_by_one, sums, most=lambda _: 3)
     with ThreadPoolExecutor(12) as pool:
         first = pool.submit(collector.ask, ten, 0)
-        assert eventually(lambda: not collector._waiting and work._queued == 1)
+        assert eventually(lambda: not collector._waiting and one_by_one._queued == 1)
         futures = []
         for count, (key, item) in enumerate([(ten, 1), (hundred, 2), (ten, 3), (ten, 4), (ten, 5), (hundred, 6)], 1):
             futures.append(pool.submit(collector.ask, key, item))
@@ -97,12 +104,12 @@ def test_questions_that_wait_are_answered_together(work: Work) -> None:
     assert sums.batches == [(0,), (1, 3, 4), (2, 6), (5,)]
 
 
-def test_what_is_wrong_with_one_fails_no_other(work: Work) -> None:
+def test_what_is_wrong_with_one_fails_no_other(one_by_one: Work) -> None:
     sums, ten = Sums(), Number(10)
-    collector: Collector[Number, int, int] = Collector(work, sums)
+    collector: Collector[Number, int, int] = Collector(one_by_one, sums, most=lambda _: 3)
     with ThreadPoolExecutor(4) as pool:
         first = pool.submit(collector.ask, ten, 0)
-        assert eventually(lambda: not collector._waiting and work._queued == 1)
+        assert eventually(lambda: not collector._waiting and one_by_one._queued == 1)
         good, bad = pool.submit(collector.ask, ten, 1), pool.submit(collector.ask, ten, 13)
         assert eventually(lambda: len(collector._waiting) == 2)
         sums.may_begin.set()

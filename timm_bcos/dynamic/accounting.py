@@ -76,7 +76,7 @@ class AccountingMode(DynamicLinearMode):
         kind = max(map(self.kinds.get, values), default=Kind.CONSTANT)
         self._watch(func, args, kwargs, kind)
         result = self._result(func, args, kwargs, kind)
-        if not values and func not in FIXED:
+        if not values and func not in FIXED and func not in VALUES_FROM:
             kind = max(kind, Kind.UNVERIFIED)  # of numbers, which may have been computed from the image
         return self._noted(func, args, result, kind)
 

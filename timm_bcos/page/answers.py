@@ -17,7 +17,7 @@ from ..files import first_line
 from . import visits
 from .components import example_props, framed
 from .guard import Listeners
-from .limits import DECODING, GRACE, TICK
+from .limits import BATCH, DECODING, GRACE, TICK
 from .markup import notice, pictures_side_by_side
 from .networks import PageNetwork
 from .uploads import encode_file
@@ -58,7 +58,7 @@ class Answers:
         """Begin, also after `close`."""
         self.work = Work()
         self.photos: Collector[PageNetwork, Tensor, tuple[Visit, Explanation]] = Collector(
-            self.work, visits.explain_photos
+            self.work, visits.explain_photos, lambda network: BATCH.get(network.device.type, 1)
         )
 
     def close(self) -> None:

@@ -2,8 +2,8 @@
 
 __all__ = [
     "BATCH", "CONNECTIONS", "DECODING", "GRACE", "HELD", "IN_QUEUE", "LARGEST_CALL", "LARGEST_PHOTO", "LINES_A_MINUTE",
-    "PATIENCE", "REMEMBERED", "RENDERING", "SECONDS_OF_A_BODY", "SECONDS_OF_A_VISIT", "SLOW_AT_ONCE", "SLOW_BATCH",
-    "SLOW_WAITING", "TICK", "UNHEARD", "VALUES", "WAITING_AT_ONCE",
+    "PATIENCE", "QUICK_AT_ONCE", "REMEMBERED", "RENDERING", "SECONDS_OF_A_BODY", "SECONDS_OF_A_VISIT", "SLOW_AT_ONCE",
+    "SLOW_BATCH", "SLOW_WAITING", "TICK", "UNHEARD", "VALUES", "WAITING_AT_ONCE",
 ]  # fmt: skip
 
 # Requests
@@ -18,7 +18,8 @@ LINES_A_MINUTE = 30  # in the log, about refused requests
 # Answers
 IN_QUEUE = 32  # calls that wait for their turn; further ones are refused
 WAITING_AT_ONCE = 16  # calls that are being answered: all but one batch of them wait for the processor
-BATCH = 4  # photos explained together, each in 0.2 GB
+QUICK_AT_ONCE = 2  # passes that explain photos at the same time
+BATCH = {"cpu": 1, "cuda": 8}  # photos in a pass: together they gain nothing on a CPU (docs/serving.md)
 RENDERING = 2  # documents written at the same time
 DECODING = 2  # photos unpacked at the same time, each up to 180 MB
 SLOW_AT_ONCE = 2  # slow methods computed at the same time

@@ -62,7 +62,12 @@ class PageNetwork:
             InputError: For what is no photo.
         """
         image = self.transform(decode_photo(address, self.mode))
-        return image[None].to(next(self.model.parameters()).device)
+        return image[None].to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.model.parameters()).device
 
 
 def embedded_networks() -> list[PageNetwork]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 from ..errors import BcosError
-from .limits import BATCH, PATIENCE, RENDERING, SLOW_AT_ONCE, SLOW_WAITING
+from .limits import PATIENCE, QUICK_AT_ONCE, RENDERING, SLOW_AT_ONCE, SLOW_WAITING
 
 __all__ = ["CLOSING", "BusyError", "ClosedError", "Collector", "SlowJob", "Work", "release_memory"]
 
@@ -65,12 +65,15 @@ class SlowJob:
 class Work:
     """Threads that compute. Few, since each keeps memory of its own, and more would only take turns at the processor.
 
-    Photos and other quick steps are computed one after the other, in the order in which they were asked for. Slow jobs
+    Photos and other quick steps are computed two at a time, in the order in which they were asked for. Slow jobs
     have their own threads and let quick steps go first, batch by batch.
+
+    Args:
+        quick: Quick steps at the same time.
     """
 
-    def __init__(self) -> None:
-        self._quick = ThreadPoolExecutor(1, "quick")
+    def __init__(self, quick: int = QUICK_AT_ONCE) -> None:
+        self._quick = ThreadPoolExecutor(quick, "quick")
         self._rendering = ThreadPoolExecutor(RENDERING, "rendering")
         self._slow = ThreadPoolExecutor(SLOW_AT_ONCE, "slow")
         self._changed = threading.Condition()
@@ -209,11 +212,11 @@ class Collector(Generic[Key, Item, Answer]):
     Args:
         work: Where they are answered.
         answer: (key, items) to one answer per item, for items of the same key.
-        most: Items in one batch.
+        most: Items of a key in one batch.
     """
 
     def __init__(
-        self, work: Work, answer: Callable[[Key, Sequence[Item]], Sequence[Answer]], most: int = BATCH
+        self, work: Work, answer: Callable[[Key, Sequence[Item]], Sequence[Answer]], most: Callable[[Key], int]
     ) -> None:
         self.work, self.answer, self.most = work, answer, most
         self._waiting: list[_Question[Key, Item, Answer]] = []
@@ -235,7 +238,8 @@ class Collector(Generic[Key, Item, Answer]):
 
     def _answer_next(self) -> None:
         with self._lock:
-            batch = [one for one in self._waiting if one.key is self._waiting[0].key][: self.most]
+            batch = [one for one in self._waiting if one.key is self._waiting[0].key]
+            batch = batch[: self.most(batch[0].key)] if batch else []
             self._waiting = [one for one in self._waiting if not any(one is taken for taken in batch)]
         if batch and not self._answered(batch) and len(batch) > 1:
             for one in batch:  # what is wrong with one must not fail the others
