@@ -31,4 +31,6 @@ def mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     mean = wide.mean((0, 2, 3), keepdim=True)
+    if torch.compiler.is_compiling():
+        mean = mean.detach()  # the gradient through it is 0; programs have no second derivatives, where it is not
     return mean.flatten(), (wide - mean).square().mean((0, 2, 3))

@@ -55,4 +55,7 @@ def row_norm(weight: Tensor) -> Tensor:
 def inverse_norm(weight: Tensor, power: float) -> Tensor:
     """(O, 1, ...) 1 / norm of each row to a power; 1 for a row of zeros, which stays one."""
     norm = row_norm(weight)
-    return (norm + (norm == 0).to(norm.dtype)).pow(-power).reshape([-1] + [1] * (weight.ndim - 1))
+    norm = norm + (norm == 0).to(norm.dtype)
+    # by roots: compiled, a power is computed again for every element of the row
+    inverse = norm.rsqrt() if power == 0.5 else norm.reciprocal() if power == 1.0 else norm.pow(-power)
+    return inverse.reshape([-1] + [1] * (weight.ndim - 1))
