@@ -31,7 +31,7 @@ from timm_bcos.cli.app import app
 from timm_bcos.weights.embedded import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
-ENDLESS = ("demo", "autoload")  # a server, and a switch of this environment: their command lines are parsed
+ENDLESS = ("demo",)  # a server, whose command line is parsed
 Command = list[str]
 LOCAL = ("hf-hub:", "local-dir:", *(name.partition(".")[0] for name in EMBEDDED))
 

@@ -355,7 +355,7 @@ def test_damaged_images_never_stop_a_run(small: list[str], folder: Path, capsys:
     assert not [path for path in (folder / "out").iterdir() if path.name.startswith(".")]
 
 
-WORDS = ["explain", "check", "autoload", "nonsense", "--model", "--checkpoint", "--target", "--top", "--out",
+WORDS = ["explain", "check", "models", "nonsense", "--model", "--checkpoint", "--target", "--top", "--out",
          "--classes", "--device", "--b", "--size", "--help", "test_resnet", "bcos_cnn9", "x.png", ".", "none", "", "-1",
          "0", "nan", "1e999", "\udcff", "--", "cpu", "99999999999999999999", "x.pth", "status"]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""timm's scripts with our networks: `timm-bcos run`, `autoload`, and checkpoints as timm's train.py writes them."""
+"""timm's scripts with our networks: `timm-bcos run`, and checkpoints as timm's train.py writes them."""
 
 import argparse
 import os
@@ -15,8 +15,7 @@ from timm.utils import CheckpointSaver
 from typer.testing import CliRunner
 
 import timm_bcos
-from timm_bcos import BcosError, CheckpointError, InputError
-from timm_bcos.cli import autoload
+from timm_bcos import CheckpointError, InputError
 from timm_bcos.cli.app import app
 from timm_bcos.conversion.converted import BcosModel
 from timm_bcos.models.classes import read_class_names
@@ -105,53 +104,6 @@ def test_trains_in_two_processes_on_the_cpu(tmp_path: Path) -> None:
     output = run(*torchrun, "-m", "timm_bcos", "run", str(script), str(tmp_path))
     found = {path.name: path.read_text() for path in tmp_path.glob("process_*")}  # their outputs may interleave
     assert found == dict.fromkeys(("process_0", "process_1"), "same gradients True True"), output
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Site-packages of our own."""
-    monkeypatch.setattr(autoload, "autoload_file", lambda: tmp_path / "timm_bcos_autoload.pth")
-    return tmp_path
-
-
-def start_with(site: Path, code: str) -> str:
-    """What Python does where `site` is a site directory, processed twice as in environments with a lib64 link."""
-    twice = f"import site; site.addsitedir({str(site)!r}); site.addsitedir({str(site)!r})\n"
-    return run(sys.executable, "-W", "ignore", "-c", twice + code)
-
-
-def test_autoload_switches(site: Path) -> None:
-    states = [CliRunner().invoke(app, ["autoload", switch]).output for switch in ("status", "on", "status", "off")]
-    assert [text.split()[2] for text in states] == ["off", "on", "on", "off"]
-    assert list(site.iterdir()) == []
-    assert not autoload.disable_autoload()
-
-
-def test_autoload_waits_for_timm(site: Path) -> None:
-    autoload.enable_autoload()
-    assert len((site / "timm_bcos_autoload.pth").read_text().splitlines()) == 1
-    code = "import sys; print('torch' in sys.modules, 'timm_bcos' in sys.modules)\nimport importlib.util as u\n"
-    code += "u.find_spec('timm')\nimport timm; print(len(timm.list_models('bcos_cnn9*')), 'timm_bcos' in sys.modules)"
-    assert start_with(site, code).split() == ["False", "False", "8", "True"]
-    assert start_with(site, "import timm_bcos, timm; print(len(timm.list_models('bcos_cnn9*')))").split() == ["8"]
-
-
-def test_autoload_never_breaks_timm(site: Path) -> None:
-    autoload.enable_autoload()
-    output = start_with(
-        site, "import sys; sys.modules['timm_bcos'] = None\nimport timm; print(timm.is_model('resnet18'))"
-    )
-    assert "True" in output
-    assert "autoload: import timm_bcos failed" in output
-    assert str(site) in output  # what to remove
-    assert start_with(site, "print('alive')").strip() == "alive"
-
-
-def test_autoload_without_permission(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autoload, "autoload_file", lambda: site / "file" / "x.pth")
-    (site / "file").write_text("in the way of a directory")
-    with pytest.raises(BcosError, match="virtual environment"):
-        autoload.enable_autoload()
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from .commands.galleries import of_bins, of_classes, of_methods
 from .commands.listing import models
 from .commands.neurons import neurons
 from .commands.publishing import publish
-from .commands.scripts import autoload, run
+from .commands.scripts import run
 from .commands.serving import demo
 
 __all__ = ["app"]
@@ -61,7 +61,6 @@ COMMANDS = (
         "run validate.py --model bcos_densenet121 --data-dir imagenet",
         settings=dict(allow_interspersed_args=False, ignore_unknown_options=True),
     ),
-    Command(autoload, "autoload on"),
 )
 GROUPS = {
     ("evaluate", "Judge attribution methods on labelled images."): (

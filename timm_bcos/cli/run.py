@@ -18,12 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import InputError
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
 from ..training.tasks import DeletionClassificationTask, ExplanationDistillationTask
-from .autoload import HOOK
 
 __all__ = ["run_script"]
 
-# what Python would have imported in its place
-OTHER_CUSTOM = """
+# importing timm_bcos registers its models as soon as timm is imported; then comes the sitecustomize that this one hides
+START_UP = """
+import sys
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
 
@@ -31,6 +31,7 @@ sys.path.remove(__file__.rpartition("sitecustomize")[0][:-1])
 spec = PathFinder.find_spec("sitecustomize", sys.path)
 if spec is not None and spec.loader is not None:
     spec.loader.exec_module(module_from_spec(spec))
+import timm_bcos
 """
 CLASSIFIERS = (BcosConvClassifier, BcosLinearClassifier)
 
@@ -72,7 +73,7 @@ def _children_knowing_our_networks() -> Iterator[None]:
     """Let Python processes that a script starts, as bulk_runner.py does, import this package after timm, too."""
     before = os.environ.get("PYTHONPATH")
     with TemporaryDirectory(prefix="timm-bcos-") as folder:
-        Path(folder, "sitecustomize.py").write_text(HOOK.read_text(encoding="utf-8") + OTHER_CUSTOM, encoding="utf-8")
+        Path(folder, "sitecustomize.py").write_text(START_UP, encoding="utf-8")
         os.environ["PYTHONPATH"] = os.pathsep.join([folder, *([before] if before else [])])
         try:
             yield

@@ -1,6 +1,5 @@
-"""`timm-bcos run` and `timm-bcos autoload`: scripts of timm's that have no option to import a package."""
+"""`timm-bcos run`: scripts of timm's that have no option to import a package."""
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +7,7 @@ import typer
 
 from ..failures import as_python_does
 
-__all__ = ["autoload", "run"]
+__all__ = ["run"]
 
 
 def run(
@@ -30,21 +29,3 @@ def run(
 
     with as_python_does():
         run_script(script, arguments or [], explanation_weight, delete_cells)
-
-
-class Switch(str, Enum):
-    """What `autoload` does."""
-
-    ON, OFF, STATUS = "on", "off", "status"
-
-
-def autoload(switch: Annotated[Switch, typer.Argument(help="on, off or status")] = Switch.STATUS) -> None:
-    """Make every `import timm` of this Python find the B-cos networks, or no longer."""
-    from ..autoload import autoload_file, disable_autoload, enable_autoload
-
-    if switch is Switch.ON:
-        enable_autoload()
-    elif switch is Switch.OFF:
-        disable_autoload()
-    state = "on" if autoload_file().exists() else "off"
-    typer.echo(f"autoload is {state} ({autoload_file()})")
