@@ -202,19 +202,19 @@ def test_a_jpeg_of_many_passes_is_refused_before_it_takes_time() -> None:
 
 def test_a_photo_is_read_as_what_it_was_checked_as() -> None:
     """Formats know files by some of their bytes: these make a TIFF that Pillow by custom takes for an animation."""
-    place = 0xAF11
+    place = 0x1AF11
     tags = [(256, 3, 1, 1), (257, 3, 1, 1), (258, 3, 1, 8), (262, 3, 1, 1), (273, 4, 1, 8), (279, 4, 1, 1)]
     entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
-    header = b"II*\0" + struct.pack("<I", place) + bytes(10)
+    header = b"II*\0" + struct.pack("<IHH", place, 7, 7) + bytes(6)  # where an animation has its width and height
     data = header.ljust(place, b"\0") + struct.pack("<H", len(tags)) + entries + bytes(4)
-    Image.init()
-    assert Image.OPEN["FLI"][1](data[:16]), "no longer taken for another format"
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == "FLI", "no longer taken for another format"
     assert decode_photo(address_of(data)).size == (1, 1)
 
 
 def test_an_animation_writes_no_line_into_the_log(caplog: pytest.LogCaptureFixture) -> None:
     file = io.BytesIO()
-    Image.new("P", (9, 9)).save(file, "GIF", save_all=True, append_images=[Image.new("P", (9, 9), 3)])
+    Image.new("RGB", (9, 9), "red").save(file, "GIF", save_all=True, append_images=[Image.new("RGB", (9, 9), "blue")])
     assert decode_photo(address_of(file.getvalue())).size == (9, 9)
     assert not caplog.records
 

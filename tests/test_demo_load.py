@@ -225,6 +225,7 @@ def test_sessions_that_nobody_listens_to_shut_nobody_out(app: App, port: int) ->
         for number in range(UNHEARD + 20):
             stranger = load.Visitor(port, f"stranger{number}")
             assert stranger.join(visitor.functions["add_classes"], None, [])[0] == 200
+        assert visitor.session in app._queue.pending_messages_per_session
         assert visitor.join("add_classes", None, [])[0] == 200
         kinds = []
         for message in messages:
