@@ -19,7 +19,7 @@ pytest.importorskip("gradio")
 
 from timm_bcos import InputError
 from timm_bcos.models.classes import read_class_names
-from timm_bcos.page import log
+from timm_bcos.page import guard, log
 from timm_bcos.page.app import App, build_app, serving
 from timm_bcos.page.calls import Calls, a_photo, one_of, several_of, the_visit, whole_number_below
 from timm_bcos.page.guard import find_route
@@ -183,6 +183,35 @@ def test_large_requests_are_cut_off_whatever_they_state(port: int, visitor: Any)
     assert visitor.request("GET", "/gradio_api/startup-events", b"x" * 100)[0] == 413
     assert visitor.request("POST", "/gradio_api/queue/join", b"{}", **{"Content-Type": "text/plain"})[0] == 415
     assert visitor.request("GET", "/")[0] == 200
+
+
+def begun(port: int, size: int) -> socket.socket:
+    """A request that does not go on."""
+    head = [
+        "POST /gradio_api/queue/join HTTP/1.1",
+        "Host: a",
+        "Content-Type: application/json",
+        "Content-Length: 900000",
+    ]
+    connection = socket.create_connection(("127.0.0.1", port), timeout=60)
+    connection.sendall("\r\n".join([*head, "", ""]).encode() + bytes(size))
+    return connection
+
+
+def test_requests_that_never_end_keep_nobody_out(port: int, visitor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "HELD", 1_000_000)
+    slow: list[socket.socket] = []
+    try:
+        for number in range(3):
+            slow.append(begun(port, 800_000))
+            if number:
+                assert slow[number - 1].recv(1000).split()[1] == b"503", "the older one gives way"
+        monkeypatch.setattr(guard, "HELD", 850_000)
+        assert visitor.take_photo(PHOTOS / "coffee.jpg")["success"]
+        assert slow[-1].recv(1000).split()[1] == b"503"
+    finally:
+        for connection in slow:
+            connection.close()
 
 
 # ---- calls ----------------------------------------------------------------------------------------------------------

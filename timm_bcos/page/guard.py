@@ -123,6 +123,7 @@ class Guard:
     def __init__(self, app: App, checks: Mapping[str, Check], listeners: Listeners, closing: threading.Event) -> None:
         self.app, self.checks, self.listeners, self.closing = app, checks, listeners, closing
         self.held = self.connections = 0
+        self.reading: list[_Held] = []  # the oldest first
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer a request, or hand it on."""
@@ -179,19 +180,22 @@ class Guard:
             raise Refused(413, "the request is too large")
         parts = bytearray()
         end = time.monotonic() + SECONDS_OF_A_BODY
-        while True:
+        while time.monotonic() < end:
+            held.hold(len(parts))
             try:
-                message = await asyncio.wait_for(receive(), end - time.monotonic())
+                message = await asyncio.wait_for(receive(), POLL)
             except asyncio.TimeoutError:
-                raise Refused(408, "the request takes too long") from None
+                continue
             if message["type"] == "http.disconnect":
                 raise Refused(400, "the request was broken off")
             parts += message.get("body", b"")
             if len(parts) > largest:
                 raise Refused(413, "the request is too large")
-            held.hold(len(parts))
             if not message.get("more_body"):
+                held.hold(len(parts))
+                self.reading.remove(held)
                 return bytes(parts)
+        raise Refused(408, "the request takes too long")
 
     async def _stream(self, scope: Message, receive: Receive, send: Send, session: str | None) -> None:
         """Hand a stream on until it ends, or the page does."""
@@ -214,22 +218,39 @@ class Guard:
 
 
 class _Held:
-    """The bytes that one request holds of what all may hold together."""
+    """The bytes that one request holds of what all may hold together.
+
+    If that is too much, the oldest that is still being sent gives way: a few that never end would keep all others out.
+    """
 
     def __init__(self, guard: Guard) -> None:
-        self.guard, self.size = guard, 0
+        self.guard, self.size, self.gives_way = guard, 0, False
 
     def __enter__(self) -> "_Held":
+        self.guard.reading.append(self)
         return self
 
     def hold(self, size: int) -> None:
-        self.guard.held += size - self.size
-        self.size = size
-        if self.guard.held > HELD:
+        if not self.gives_way:
+            self.guard.held += size - self.size
+            self.size = size
+        while self.guard.held > HELD and self.guard.reading:
+            self.guard.reading[0].give_way()
+        if self.gives_way:
             raise Refused(503, BUSY)
 
+    def give_way(self) -> None:
+        self.gives_way = True
+        self._release()
+
     def __exit__(self, *_: object) -> None:
+        self._release()
+
+    def _release(self) -> None:
         self.guard.held -= self.size
+        self.size = 0
+        if self in self.guard.reading:
+            self.guard.reading.remove(self)
 
 
 class _Started:
