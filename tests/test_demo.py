@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import urllib.error
@@ -178,6 +179,44 @@ def test_huge_uploads_get_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---- events ---------------------------------------------------------------------------------------------------------
+
+
+def progressive(more: int, behind: bytes = b"") -> bytes:
+    """A JPEG whose last pass comes so many times more."""
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    return data[:-2] + data[data.rfind(b"\xff\xda") : -2] * more + data[-2:] + behind
+
+
+def test_a_jpeg_of_many_passes_is_refused_before_it_takes_time() -> None:
+    """Each of some bytes takes as long as all of its pixels: minutes, for a file of ordinary size."""
+    with pytest.raises(InputError, match="1010 passes, the page takes 50"):
+        decode_photo(address_of(progressive(1000)))
+    film = b"\xff\xda" * 1000  # what stands behind the picture, as the film of a moving photo, is no pass
+    assert decode_photo(address_of(progressive(5, film))).getpixel((0, 0)) == (254, 0, 0)
+    comment = b"\xff\xfe" + (2 + len(film)).to_bytes(2, "big") + film
+    data = progressive(0)
+    assert decode_photo(address_of(data[:2] + comment + data[2:])).size == (32, 32)
+
+
+def test_a_photo_is_read_as_what_it_was_checked_as() -> None:
+    """Formats know files by some of their bytes: these make a TIFF that Pillow by custom takes for an animation."""
+    place = 0x1AF11
+    tags = [(256, 3, 1, 1), (257, 3, 1, 1), (258, 3, 1, 8), (262, 3, 1, 1), (273, 4, 1, 8), (279, 4, 1, 1)]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    header = b"II*\0" + struct.pack("<IHH", place, 7, 7) + bytes(6)  # where an animation has its width and height
+    data = header.ljust(place, b"\0") + struct.pack("<H", len(tags)) + entries + bytes(4)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == "FLI", "no longer taken for another format"
+    assert decode_photo(address_of(data)).size == (1, 1)
+
+
+def test_an_animation_writes_no_line_into_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (9, 9), "red").save(file, "GIF", save_all=True, append_images=[Image.new("RGB", (9, 9), "blue")])
+    assert decode_photo(address_of(file.getvalue())).size == (9, 9)
+    assert not caplog.records
 
 
 def test_a_broken_photo_empties_the_page(networks: list[PageNetwork]) -> None:

@@ -19,6 +19,7 @@ pytest.importorskip("gradio")
 
 from timm_bcos import InputError
 from timm_bcos.models.classes import read_class_names
+from timm_bcos.page import guard, log
 from timm_bcos.page.app import App, build_app, serving
 from timm_bcos.page.calls import Calls, a_photo, one_of, several_of, the_visit, whole_number_below
 from timm_bcos.page.guard import find_route
@@ -137,6 +138,36 @@ def test_web_sockets_are_refused(port: int) -> None:
         assert connection.recv(1000).split()[1] in (b"403", b"404")
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "demo.example"])
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:1"])
+def test_other_sites_may_not_call(visitor: Any, host: str, origin: str) -> None:
+    """A browser asks first for leave to send JSON to another site; without headers that grant it, it sends nothing."""
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    for method, path, status in [
+        ("OPTIONS", "/gradio_api/queue/join", 404), ("OPTIONS", "/nowhere", 404), ("GET", "/config", 200),
+    ]:  # fmt: skip
+        connection = http.client.HTTPConnection("127.0.0.1", visitor.port, timeout=30)
+        connection.request(method, path, headers={"Host": host, "Origin": origin, **asked})
+        answer = connection.getresponse()
+        answer.read()
+        connection.close()
+        granted = [name for name, _ in answer.getheaders() if name.lower().startswith("access-control")]
+        assert (answer.status, granted) == (status, [])
+
+
+def test_the_page_is_told_no_other_address_of_its_own(visitor: Any) -> None:
+    """What the page holds as its root is where a browser sends the photo."""
+    for path in ("/", "/config"):
+        _, page = visitor.request("GET", path, **{"X-Gradio-Server": "https://evil.example", "Host": "demo.example"})
+        assert b'"root":"http://demo.example"' in page and b"evil.example" not in page
+
+
+def test_other_parameters_of_a_stream_are_left_out(visitor: Any) -> None:
+    many = "&".join(f"a{number}=1" for number in range(50))
+    assert visitor.request("GET", f"/gradio_api/queue/data?{many}")[0] == 422
+    assert visitor.request("GET", f"/gradio_api/queue/data?{many}&session_hash=nobody")[0] == 200
+
+
 def test_large_requests_are_cut_off_whatever_they_state(port: int, visitor: Any) -> None:
     json_kind = {"Content-Type": "application/json"}
     assert visitor.request("POST", "/gradio_api/cancel", bytes(2_000), **json_kind)[0] == 413
@@ -152,6 +183,35 @@ def test_large_requests_are_cut_off_whatever_they_state(port: int, visitor: Any)
     assert visitor.request("GET", "/gradio_api/startup-events", b"x" * 100)[0] == 413
     assert visitor.request("POST", "/gradio_api/queue/join", b"{}", **{"Content-Type": "text/plain"})[0] == 415
     assert visitor.request("GET", "/")[0] == 200
+
+
+def begun(port: int, size: int) -> socket.socket:
+    """A request that does not go on."""
+    head = [
+        "POST /gradio_api/queue/join HTTP/1.1",
+        "Host: a",
+        "Content-Type: application/json",
+        "Content-Length: 900000",
+    ]
+    connection = socket.create_connection(("127.0.0.1", port), timeout=60)
+    connection.sendall("\r\n".join([*head, "", ""]).encode() + bytes(size))
+    return connection
+
+
+def test_requests_that_never_end_keep_nobody_out(port: int, visitor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "HELD", 1_000_000)
+    slow: list[socket.socket] = []
+    try:
+        for number in range(3):
+            slow.append(begun(port, 800_000))
+            if number:
+                assert slow[number - 1].recv(1000).split()[1] == b"503", "the older one gives way"
+        monkeypatch.setattr(guard, "HELD", 850_000)
+        assert visitor.take_photo(PHOTOS / "coffee.jpg")["success"]
+        assert slow[-1].recv(1000).split()[1] == b"503"
+    finally:
+        for connection in slow:
+            connection.close()
 
 
 # ---- calls ----------------------------------------------------------------------------------------------------------
@@ -254,6 +314,34 @@ def test_hostile_calls_are_a_line_each_in_the_log_and_few_lines_in_all(
     assert 0 < len(lines) <= LINES_A_MINUTE and not any("\n" in line for line in lines)
     said = "".join(capfd.readouterr())
     assert "Traceback" not in said + caplog.text
+
+
+def test_what_is_no_http_does_not_fill_the_log(port: int, visitor: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3 * LINES_A_MINUTE):
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+                connection.sendall(b"\x16\x03\x01 no HTTP\r\n\r\n")
+                assert connection.recv(1000).split()[1] == b"400"
+        assert visitor.request("POST", "/gradio_api/cancel", {})[0] == 422
+    ours = [record for record in caplog.records if record.name.startswith(("uvicorn", "timm_bcos.page"))]
+    assert len(ours) <= 2 * LINES_A_MINUTE, "a minute may end meanwhile"
+
+
+def test_few_lines_of_several_loggers(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(log.time, "monotonic", lambda: now)
+    one, other = logging.getLogger("one of ours"), logging.getLogger("another of ours")
+    with log.FewLines().on(one.name, other.name):
+        for minute in range(2):
+            now = 60.0 * minute + 1
+            for number in range(LINES_A_MINUTE):
+                (one, other)[number % 2].error("line %d", number)
+                other.error("again", exc_info=ValueError("with a traceback"))
+    other.error("free again")
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2 * LINES_A_MINUTE + 1 and told[-1] == "free again"
+    assert [i for i, line in enumerate(told, 1) if line == log.MORE] == [LINES_A_MINUTE, 2 * LINES_A_MINUTE]
+    assert caplog.records[LINES_A_MINUTE - 1].exc_info is None
 
 
 def test_wrong_classes_and_layers_for_a_network_get_a_sentence(visitor: Any) -> None:
@@ -363,9 +451,18 @@ def test_a_door_for_every_function(app: App) -> None:
 
 
 def test_gradio_keeps_no_more_than_the_limits(app: App, port: int) -> None:
-    kept = app._queue.pending_messages_per_session
+    kept, events = app._queue.pending_messages_per_session, app._queue.pending_event_ids_session
+    app.answers.listeners.change("heard", +1)
+    kept["heard"], events["heard"] = None, {"its call"}
     for number in range(UNHEARD + 5):
-        kept[f"session {number}"] = None
-    assert len(kept) == UNHEARD
-    kept.clear()
+        kept[f"session {number}"], events[f"session {number}"] = None, {"a call"}
+    assert "heard" in kept and kept.keys() == events.keys() and len(kept) == UNHEARD + 1
+    app.answers.listeners.change("heard", -1)
+    kept["one more"] = None
+    assert "heard" not in kept and len(kept) == UNHEARD
+    kept["session 0"].put_nowait("an answer to somebody who has been forgotten")
+    assert "session 0" not in kept
+    for session in list(kept):
+        del kept[session]
+    assert not events
     assert app.app.state_holder.capacity == REMEMBERED

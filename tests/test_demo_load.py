@@ -16,7 +16,7 @@ pytest.importorskip("gradio")
 from timm_bcos.page import visits
 from timm_bcos.page.answers import LOOKED_AT
 from timm_bcos.page.app import App, build_app, serving
-from timm_bcos.page.limits import SLOW_AT_ONCE, SLOW_WAITING
+from timm_bcos.page.limits import SLOW_AT_ONCE, SLOW_WAITING, UNHEARD
 from timm_bcos.page.networks import PageNetwork, embedded_networks
 from timm_bcos.page.uploads import encode_file
 from timm_bcos.page.work import CLOSING, BusyError, ClosedError, Collector, Work
@@ -213,6 +213,26 @@ def test_a_photo_is_explained_while_comparisons_run(app: App, port: int) -> None
         answer = visitor.take_photo(HAT)
         assert answer["success"] and "hat" in answer["output"]["data"][1]["document"]
         assert len(app.answers.work._jobs) == 2, "they have not been waited for"
+    assert eventually(lambda: not app.answers.work._jobs)
+
+
+def test_sessions_that_nobody_listens_to_shut_nobody_out(app: App, port: int) -> None:
+    visitor = load.Visitor(port)
+    visitor.take_photo(HAT)
+    assert visitor.join("compare", None, 0, ["rise"])[0] == 200
+    with visitor.listening() as messages:
+        first = next(message for message in messages if message["msg"] == "process_generating")
+        for number in range(UNHEARD + 20):
+            stranger = load.Visitor(port, f"stranger{number}")
+            assert stranger.join(visitor.functions["add_classes"], None, [])[0] == 200
+        assert visitor.session in app._queue.pending_messages_per_session
+        assert visitor.join("add_classes", None, [])[0] == 200
+        kinds = []
+        for message in messages:
+            kinds.append(message["msg"])
+            if message["msg"] == "process_completed" and message["event_id"] != first["event_id"]:
+                break
+    assert kinds[-1] == "process_completed" and "unexpected_error" not in kinds
     assert eventually(lambda: not app.answers.work._jobs)
 
 

@@ -30,6 +30,17 @@ WIDE = {
 BIG_ENDIAN = Image.frombytes("I;16B", (16, 16), (RAMP * 65535).astype(">u2").tobytes())
 
 
+def test_wider_numbers_take_less_than_a_copy_in_float64(tmp_path: Path) -> None:
+    Image.fromarray(np.arange(1_000_000).reshape(1000, 1000).astype(np.uint16)).save(tmp_path / "a.png")
+    tracemalloc.start()
+    try:
+        open_photo(tmp_path / "a.png", "L")
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 8 * 1_000_000
+
+
 @pytest.mark.parametrize("name", WIDE)
 def test_pictures_of_wider_numbers_keep_their_greys(name: str, tmp_path: Path) -> None:
     image = Image.fromarray(WIDE[name]) if name != "big_endian.tif" else BIG_ENDIAN

@@ -56,12 +56,13 @@ def is_own_picture(path: Path) -> bool:
         return False
 
 
-def open_photo(file: Path | BinaryIO, mode: str = "RGB") -> Image.Image:
-    """Open a photo upright; of an animated one the first picture, with a warning in the log.
+def open_photo(file: Path | BinaryIO, mode: str = "RGB", formats: tuple[str, ...] | None = None) -> Image.Image:
+    """Open a photo upright; of an animated one the first picture, with a warning in the log for files with a name.
 
     Args:
         file: A path, or an open file.
         mode: Pillow's: 'RGB', or 'L' for grey.
+        formats: Those that are read, by Pillow's names; all by default.
 
     Raises:
         InputError: If it is missing, no image, truncated, or cannot be read for any other reason.
@@ -69,9 +70,10 @@ def open_photo(file: Path | BinaryIO, mode: str = "RGB") -> Image.Image:
     if isinstance(file, str | os.PathLike) and os.path.exists(file) and not os.path.isfile(file):
         raise InputError("no regular file")
     try:
-        with _quiet(), Image.open(file) as image:
+        with _quiet(), Image.open(file, formats=formats) as image:
             refuse_stripes(image.size)
-            if getattr(image, "is_animated", False) and image.format != "MPO":
+            is_animated = getattr(image, "is_animated", False) and image.format != "MPO"
+            if is_animated and isinstance(file, str | os.PathLike):
                 _logger.warning("%s is animated: only its first picture is taken", file)
             image.load()
             return _in_eight_bits(_upright(image)).convert(mode)
@@ -107,12 +109,15 @@ def _in_eight_bits(image: Image.Image) -> Image.Image:
     """Pictures of wider numbers in grey of 8 bits; Pillow would clip them."""
     if not image.mode.startswith(("I", "F")):
         return image
-    values = np.asarray(image).astype(np.float64)
+    values = np.asarray(image)
     if not np.isfinite(values).all():
         raise InputError("some of its values are not finite")
-    black, white = min(values.min(), 0.0), values.max()
+    black, white = min(float(values.min()), 0.0), float(values.max())
     if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):  # older versions of Pillow call them I
         white = SIXTEEN_BITS
     elif black == 0:  # otherwise any range is as good as its own
         white = next((float(full) for full in WHITES[image.mode] if white <= full), white)
-    return Image.fromarray(((values - black) / ((white - black) or 1) * 255).round().astype(np.uint8))
+    grey = np.empty(values.shape, np.uint8)
+    for row, target in zip(values, grey, strict=True):  # a whole photo in float64 takes many times its own memory
+        target[:] = ((row.astype(np.float64) - black) / ((white - black) or 1) * 255).round()
+    return Image.fromarray(grey)

@@ -4,13 +4,12 @@ import contextlib
 import io
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import torch
-from starlette.middleware import Middleware
 
 from ..attribution.registry import METHODS
 from ..errors import InputError
@@ -27,9 +26,10 @@ from .limits import (
     SECONDS_OF_A_VISIT,
     SLOW_AT_ONCE,
     SLOW_WAITING,
-    UNHEARD,
     WAITING_AT_ONCE,
 )
+from .log import FewLines
+from .mailboxes import Mailboxes
 from .networks import PageNetwork, embedded_networks
 from .theme import page_theme
 from .uploads import encode_file
@@ -44,6 +44,8 @@ LEAD = (
 )
 OTHERS = [name for name in METHODS if name != "bcos"]
 AT_FIRST = ["ixg", "guided_backprop", "gradcam"]
+# Loggers that write a line, or a traceback, for what a stranger sends.
+TELL_OF_STRANGERS = ["asyncio", "uvicorn.error", *(f"{__package__}.{name}" for name in ("answers", "guard"))]
 SLOW = "Those that take long come last: " + ", ".join(filter(is_slow, OTHERS)) + "."
 
 # Calls are checked before Gradio reads them (`timm_bcos.page.calls`); its own check answers with all the choices.
@@ -194,7 +196,16 @@ def serving(app: App, port: int | None = None, share: bool = False) -> Iterator[
     """
     closing, calls = threading.Event(), app.calls
     checks = {"/gradio_api/queue/join": calls.join, "/gradio_api/cancel": calls.cancel}
-    guard = Middleware(Guard, checks=checks, listeners=app.answers.listeners, closing=closing)
+
+    @contextlib.asynccontextmanager
+    async def guarded(served: Any) -> AsyncIterator[None]:
+        """Before the first request: Gradio puts its own middleware around all that `middleware` can name."""
+        listeners, queue = app.answers.listeners, app._queue
+        served.middleware_stack = Guard(served.middleware_stack, checks, listeners, closing)
+        queue.pending_messages_per_session = Mailboxes(listeners, queue.pending_event_ids_session)  # type: ignore[assignment]
+        with FewLines().on(*TELL_OF_STRANGERS):
+            yield
+
     app.answers.open()
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # Gradio's advice; the caller says what there is to say
@@ -202,14 +213,13 @@ def serving(app: App, port: int | None = None, share: bool = False) -> Iterator[
                 server_port=port, share=share, inbrowser=False, prevent_thread_lock=True, quiet=True, inline=False,
                 theme=page_theme(), css=static("page.css"), footer_links=["gradio"], run_history=False,
                 enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, max_file_size=LARGEST_PHOTO,
-                state_session_capacity=REMEMBERED, app_kwargs=dict(middleware=[guard]),
+                state_session_capacity=REMEMBERED, app_kwargs=dict(lifespan=guarded),
             )  # fmt: skip
     except OSError as error:
         where = f"port {port}" if port is not None else "any port from 7860 on"
         raise InputError(
             f"the page cannot be served at {where}, which is taken: choose a free one with --port"
         ) from error
-    app._queue.pending_messages_per_session.max_size = UNHEARD  # Gradio keeps 2000 and has no option for it
     try:
         if share and not app.share_url:
             raise InputError("Gradio gives no public address now: check the connection, or leave --share out")

@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl
 
 from ..errors import InputError
 from .calls import NAME
-from .limits import CONNECTIONS, HELD, LARGEST_CALL, LINES_A_MINUTE, SECONDS_OF_A_BODY
+from .limits import CONNECTIONS, HELD, LARGEST_CALL, SECONDS_OF_A_BODY
 from .work import CLOSING
 
 __all__ = ["ROUTES", "Guard", "Listeners", "Route", "find_route"]
@@ -25,6 +25,10 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 Check = Callable[[bytes], bytes]
 
 FILE = r"(?:[A-Za-z0-9_@-][A-Za-z0-9_.@-]*/)*[A-Za-z0-9_@-][A-Za-z0-9_.@-]*"  # no part of it begins with a dot
+
+# What Gradio would heed: it lets any site call the page if that site is named as the origin, and writes any address
+# into the page as its own, to which photos would then be sent.
+HIDDEN = {b"origin", b"x-gradio-server"}
 
 BUSY = "the page is busy: try again in a minute"
 POLL = 0.2  # seconds between two looks at whether the page is being closed
@@ -107,10 +111,10 @@ class Refused(Exception):  # noqa: N818  (an answer, not an error)
 
 
 class Guard:
-    """ASGI middleware: an allow-list of requests, checks of their bodies, and an end for streams.
+    """Around an ASGI app: an allow-list of requests, checks of their bodies, and an end for streams.
 
     Args:
-        app: What it guards.
+        app: What it guards, Gradio's middleware included: some of it answers by itself.
         checks: By path, what makes of a body the one that Gradio reads; it raises `InputError` for one that it refuses.
         listeners: Told of every stream of answers.
         closing: Set when the page is being closed: then nothing new begins, and streams end with a sentence.
@@ -119,7 +123,7 @@ class Guard:
     def __init__(self, app: App, checks: Mapping[str, Check], listeners: Listeners, closing: threading.Event) -> None:
         self.app, self.checks, self.listeners, self.closing = app, checks, listeners, closing
         self.held = self.connections = 0
-        self.log = _Log()
+        self.reading: list[_Held] = []  # the oldest first
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer a request, or hand it on."""
@@ -133,10 +137,10 @@ class Guard:
             await self._answer(scope, receive, started)
         except Refused as refusal:
             if refusal.status != 404:
-                self.log.tell(f"refused {scope['method']} {scope['path'][:100]!r}: {refusal}")
+                _tell(f"refused {scope['method']} {scope['path'][:100]!r}: {refusal}")
             await _reply(started, refusal.status, str(refusal))
         except Exception as error:  # Gradio's, for instance of a stream that nobody has asked for
-            self.log.tell(f"{scope['method']} {scope['path'][:100]!r} failed: {type(error).__name__}: {error}"[:300])
+            _tell(f"{scope['method']} {scope['path'][:100]!r} failed: {type(error).__name__}: {error}"[:300])
             await _reply(started, 500, "the page failed here")
         finally:
             self.connections -= 1
@@ -149,9 +153,10 @@ class Guard:
             raise Refused(503, CLOSING)
         if self.connections > CONNECTIONS:
             raise Refused(503, BUSY)
-        asked = parse_qsl(scope["query_string"].decode("latin-1"), max_num_fields=20) if route.query else []
+        asked = parse_qsl(scope["query_string"].decode("latin-1")) if route.query else []
         query = {name: value for name, value in asked if name in route.query}
         scope = dict(scope, query_string="&".join(f"{name}={value}" for name, value in query.items()).encode())
+        scope["headers"] = [(name, value) for name, value in scope["headers"] if name not in HIDDEN]
         if not all(re.fullmatch(NAME, value) for value in query.values()) or len(query) < len(route.query):
             raise Refused(422, "a session's name is 1 to 64 letters and digits")
         if route.is_stream:
@@ -175,19 +180,22 @@ class Guard:
             raise Refused(413, "the request is too large")
         parts = bytearray()
         end = time.monotonic() + SECONDS_OF_A_BODY
-        while True:
+        while time.monotonic() < end:
+            held.hold(len(parts))
             try:
-                message = await asyncio.wait_for(receive(), end - time.monotonic())
+                message = await asyncio.wait_for(receive(), POLL)
             except asyncio.TimeoutError:
-                raise Refused(408, "the request takes too long") from None
+                continue
             if message["type"] == "http.disconnect":
                 raise Refused(400, "the request was broken off")
             parts += message.get("body", b"")
             if len(parts) > largest:
                 raise Refused(413, "the request is too large")
-            held.hold(len(parts))
             if not message.get("more_body"):
+                held.hold(len(parts))
+                self.reading.remove(held)
                 return bytes(parts)
+        raise Refused(408, "the request takes too long")
 
     async def _stream(self, scope: Message, receive: Receive, send: Send, session: str | None) -> None:
         """Hand a stream on until it ends, or the page does."""
@@ -210,22 +218,39 @@ class Guard:
 
 
 class _Held:
-    """The bytes that one request holds of what all may hold together."""
+    """The bytes that one request holds of what all may hold together.
+
+    If that is too much, the oldest that is still being sent gives way: a few that never end would keep all others out.
+    """
 
     def __init__(self, guard: Guard) -> None:
-        self.guard, self.size = guard, 0
+        self.guard, self.size, self.gives_way = guard, 0, False
 
     def __enter__(self) -> "_Held":
+        self.guard.reading.append(self)
         return self
 
     def hold(self, size: int) -> None:
-        self.guard.held += size - self.size
-        self.size = size
-        if self.guard.held > HELD:
+        if not self.gives_way:
+            self.guard.held += size - self.size
+            self.size = size
+        while self.guard.held > HELD and self.guard.reading:
+            self.guard.reading[0].give_way()
+        if self.gives_way:
             raise Refused(503, BUSY)
 
+    def give_way(self) -> None:
+        self.gives_way = True
+        self._release()
+
     def __exit__(self, *_: object) -> None:
+        self._release()
+
+    def _release(self) -> None:
         self.guard.held -= self.size
+        self.size = 0
+        if self in self.guard.reading:
+            self.guard.reading.remove(self)
 
 
 class _Started:
@@ -242,21 +267,8 @@ class _Started:
         await self.send(message)
 
 
-class _Log:
-    """A line per refused request, and not more lines than somebody reads."""
-
-    def __init__(self) -> None:
-        self.minute, self.lines = 0, 0
-
-    def tell(self, line: str) -> None:
-        minute = int(time.monotonic() // 60)
-        if minute != self.minute:
-            self.minute, self.lines = minute, 0
-        self.lines += 1
-        if self.lines < LINES_A_MINUTE:
-            _logger.warning("%s", " ".join(line.split()))
-        elif self.lines == LINES_A_MINUTE:
-            _logger.warning("more requests are refused than are told of here, until the minute is over")
+def _tell(line: str) -> None:
+    _logger.warning("%s", " ".join(line.split()))
 
 
 def _refuse_body(scope: Message) -> None:

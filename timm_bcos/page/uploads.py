@@ -4,6 +4,7 @@ import base64
 import binascii
 import io
 import mimetypes
+import re
 from pathlib import Path
 
 import torch
@@ -20,6 +21,9 @@ __all__ = ["decode_photo", "encode_file", "encode_picture"]
 MOST_PIXELS = 60_000_000  # of an upload: more than phones take, and 180 MB once decoded
 # what strangers may send; Pillow knows formats that start other programs (EPS), or that few browsers could show anyway
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+MOST_SCANS = 50  # of a JPEG; programs write about ten, and each takes the time of all pixels
+MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # those that a segment with a length follows, and the end
+JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
 KINDS = "a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file"
 
 
@@ -34,8 +38,10 @@ def decode_photo(address: object, mode: str = "RGB") -> Image.Image:
         InputError: For what is no photo, is broken, or is larger than a photo is.
     """
     data = _decode(address)
-    _refuse_strange(data)
-    return open_photo(io.BytesIO(data), mode)
+    Image.init()
+    formats = tuple(name for name in FORMATS if name in Image.OPEN)
+    _refuse_strange(data, formats)
+    return open_photo(io.BytesIO(data), mode, formats)
 
 
 def encode_file(path: Path) -> str:
@@ -69,12 +75,11 @@ def _decode(address: object) -> bytes:
         raise InputError(f"the photo arrived damaged ({error}): send it again") from error
 
 
-def _refuse_strange(data: bytes) -> None:
-    """By what the file's first bytes say, before its pixels take memory."""
-    Image.init()
+def _refuse_strange(data: bytes, formats: tuple[str, ...]) -> None:
+    """By what the file says of itself, before its pixels take memory and time."""
     try:
-        with Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN]) as image:
-            pixels = image.width * image.height
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            pixels, is_jpeg = image.width * image.height, image.format in ("JPEG", "MPO")
     except Image.DecompressionBombError as error:
         raise InputError(f"too many pixels ({first_line(error)}): send a smaller photo") from error
     except Exception as error:  # decoders raise errors of every family
@@ -82,3 +87,14 @@ def _refuse_strange(data: bytes) -> None:
     if pixels > MOST_PIXELS:
         millions = f"{pixels / 1e6:.0f} million pixels, the page takes {MOST_PIXELS / 1e6:.0f}"
         raise InputError(f"the photo has {millions}: send a smaller one")
+    if is_jpeg and (scans := _jpeg_scans(data)) > MOST_SCANS:
+        raise InputError(f"the photo comes in {scans} passes, the page takes {MOST_SCANS}: save it as a plain JPEG")
+
+
+def _jpeg_scans(data: bytes) -> int:
+    """How often a JPEG's decoder goes over the pixels: segments are skipped, since anything may stand in them."""
+    scans, place = 0, 2
+    while (marker := MARKER.search(data, place)) and marker[0] != JPEG_END:
+        scans += marker[0] == JPEG_SCAN
+        place = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return scans
