@@ -18,7 +18,7 @@ from .forward import explain
 from .inputs import check_images, check_model
 from .linearised import Linearised, is_encoding, rows_of
 from .self_check import another_image, compare_with_another_image
-from .tracing import first_break, first_dead, first_difference
+from .tracing import Extra, first_break, first_dead, first_difference
 
 __all__ = ["Check", "check", "random_image", "settle"]
 
@@ -95,9 +95,6 @@ def check(
     """
     with torch.inference_mode(False):
         return _check(model, x, tolerance, output, dict(extra or {}))
-
-
-Extra = Mapping[str, object]
 
 
 def _check(

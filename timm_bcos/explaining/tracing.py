@@ -34,12 +34,12 @@ def first_break(model: nn.Module, x: Tensor, extra: Extra, tolerance: float) -> 
     """
     image = _image(model, x)[:1]
     own = rows_of(extra, slice(0, 1), len(x))
-    plain = _outputs(model, image, own)
+    plain = _traced_outputs(model, image, own)
     with ordinary_autograd(x.device):
         leaf = image.clone().requires_grad_()
         account = Account(model, 1, leaf)
         with active(AccountingMode(leaf, account)):
-            found = _outputs(model, leaf.clone(), own)
+            found = _traced_outputs(model, leaf.clone(), own)
         for (name, output), (_, expected) in zip(found, plain, strict=False):
             is_shifted = output.shape != expected.shape or not _is_close(output.detach(), expected)
             if is_shifted or (output.requires_grad and not _adds_up(output, leaf, account, tolerance)):
@@ -49,8 +49,8 @@ def first_break(model: nn.Module, x: Tensor, extra: Extra, tolerance: float) -> 
 
 def first_difference(model: nn.Module, x: Tensor, other: Tensor, rows: slice, extra: Extra) -> str | None:
     """The first module whose outputs for x, of which the rows are taken, are not those for another batch."""
-    found = _outputs(model, _image(model, x), extra)
-    again = _outputs(model, _image(model, other), rows_of(extra, rows, len(x)))
+    found = _traced_outputs(model, _image(model, x), extra)
+    again = _traced_outputs(model, _image(model, other), rows_of(extra, rows, len(x)))
     for (name, output), (_, expected) in zip(found, again, strict=False):
         part = output[rows] if len(output) == len(x) else output
         if part.shape != expected.shape or not _is_close(part, expected):
@@ -60,7 +60,7 @@ def first_difference(model: nn.Module, x: Tensor, other: Tensor, rows: slice, ex
 
 def first_dead(model: nn.Module, x: Tensor, extra: Extra) -> str | None:
     """The first module whose output is 0 everywhere."""
-    found = _outputs(model, _image(model, x), extra)
+    found = _traced_outputs(model, _image(model, x), extra)
     return next((name for name, output in found if not bool(output.any())), None)
 
 
@@ -69,7 +69,7 @@ def _image(model: nn.Module, x: Tensor) -> Tensor:
     return (x[:, :channels] if is_encoding(x, channels) else x).detach()
 
 
-def _outputs(model: nn.Module, x: Tensor, extra: Extra) -> Outputs:
+def _traced_outputs(model: nn.Module, x: Tensor, extra: Extra) -> Outputs:
     """What each module returns; the values are kept as they were then."""
     outputs: Outputs = []
     names = {module: name for name, module in model.named_modules()}

@@ -10,7 +10,6 @@ from .._compat import private
 from ..nn.factory import Factory
 from .pooled import PooledCnn
 
-checkpoint_seq = private.checkpoint_seq
 
 __all__ = ["Cnn9"]
 
@@ -76,7 +75,7 @@ class Cnn9(PooledCnn):
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) to (N, 256, H/4, W/4)."""
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.features, x)
+            return private.checkpoint_seq(self.features, x)
         return self.features(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

@@ -14,13 +14,12 @@ from ..conversion.places import name_in_backbone
 from ..conversion.settings import contradictions, in_words, is_settings
 from ..errors import CheckpointError, NotFineTunedWarning
 from ..files import first_line
-from .download import BY_HAND, download
+from .download import _logger, BY_HAND, download
 from .formats import adapt_image_channels, classifier_names
 from .readers import load_exactly, read_state_dict
 
 __all__ = ["fill_backbone", "load_pretrained"]
 
-_logger = logging.getLogger(__name__)
 
 StateDict = dict[str, Tensor]
 
