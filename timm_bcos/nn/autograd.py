@@ -318,9 +318,9 @@ def _mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
     for (part,) in pieces(x):
         wide = part.float() if x.dtype in (torch.float16, torch.bfloat16) else part
         mean = wide.mean((2, 3), keepdim=True)
-        deviation = wide - mean
+        from_mean = wide - mean
         means.append(mean.flatten(1))
-        variances.append(deviation.mul_(deviation).mean((2, 3)))
+        variances.append(from_mean.mul_(from_mean).mean((2, 3)))
     mean = torch.cat(means)
     return mean.mean(0), torch.cat(variances).mean(0).add_(mean.var(0, correction=0))
 
