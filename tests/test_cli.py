@@ -58,7 +58,7 @@ def test_named_targets(weights: Path, photo: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["coffee.png", "coffee_cat.png", "coffee_frog.png"]
     code, text = run(*arguments, "--target", "forg")
     assert code == 2
-    assert "no class is called 'forg': frog" in text
+    assert "no class is called 'forg'; close names: frog; or give an index, 0 to 9" in text
 
 
 def test_one_class_against_others(weights: Path, photo: Path, tmp_path: Path) -> None:
@@ -257,3 +257,4 @@ def test_check_prints_the_verdict(weights: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("timm_bcos.models.loading.create_model", spoiled)
     code, text = run("--model", "test_resnet", "--size", 64, command="check")
     assert code == 1 and "not exact" in text and "breaks at           layer2" in text
+    assert "defect              layer2: frac is not known to be linear; say what it is with timm_bcos.declare" in text

@@ -83,6 +83,36 @@ def test_an_adapter_changes_the_weight_and_merges_into_it(kind: str, name: str) 
     torch.testing.assert_close(merged(x), y)
 
 
+@pytest.mark.parametrize("options", [{}, dict(use_effective_conv2d=True)])
+@pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig", "LoraConfig"])
+def test_unmerged_adapters_are_explained_exactly(kind: str, options: dict[str, Any]) -> None:
+    if kind == "LoraConfig" and options:
+        pytest.skip("an option of LoHa and LoKr")
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = timm_bcos.bcosify(network, timm_bcos.BcosConfig(mean=(0.5,), std=(0.5,)))
+    adapted, x = adapt(model, kind, ["1"], **options), torch.rand(2, 3, 12, 12)
+    explanation = timm_bcos.explain(adapted, x)
+    assert explanation.defects == () and explanation.completeness_error.max() < 1e-5
+    merged = adapted.merge_and_unload().eval()
+    torch.testing.assert_close(explanation.weights, timm_bcos.explain(merged, x).weights, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("effective", [False, True])
+def test_the_update_of_loha_is_that_of_peft(effective: bool) -> None:
+    loha = pytest.importorskip("peft.tuners.loha")
+    adapted = adapt(nn.Sequential(BcosConv2d(4, 8, 3)), "LoHaConfig", ["0"], use_effective_conv2d=effective)
+    layer: Any = adapted.base_model.model[0]
+    expected = loha.Conv2d.get_delta_weight(layer, "default")
+    torch.testing.assert_close(layer.get_delta_weight("default"), expected)
+    if effective:
+        return  # PEFT 0.21's own gradient by hada_w1_a is that of a product with hada_t2 and hada_w2_b
+    parameters = [p for name, p in layer.named_parameters() if "hada" in name]
+    direction = torch.randn(expected.shape)
+    ours = torch.autograd.grad((layer.get_delta_weight("default") * direction).sum(), parameters)
+    theirs = torch.autograd.grad((expected * direction).sum(), parameters)
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_lora_of_a_vision_transformer_trains_is_exact_and_merges() -> None:
     peft = pytest.importorskip("peft")
     model, x = vision_transformer(positions="attention"), real_image(64, 2)

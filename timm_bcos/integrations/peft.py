@@ -152,6 +152,28 @@ class AdaptedByLycoris(AdaptedWeight):
         return torch.zeros_like(update) if is_left_out else update
 
 
+class AdaptedByLoha(AdaptedByLycoris):
+    """LoHa, computed by torch's own functions: explanation mode does not see into PEFT's `torch.autograd.Function`."""
+
+    def get_delta_weight(self, adapter_name: str, *, apply_rank_dropout: bool = False, **kwargs: Any) -> Tensor:
+        """What an adapter adds to the weight; in its shape."""
+        product = self._factor(1, adapter_name) * self._factor(2, adapter_name) * self.scaling[adapter_name]
+        update = product.reshape(self.get_base_layer().weight.shape)
+        if not apply_rank_dropout:
+            return update
+        kept = (torch.rand(len(update), device=update.device) > self.rank_dropout[adapter_name]).to(update.dtype)
+        kept = kept / kept.mean().clamp_min(1 / len(kept))
+        return update * kept.view(-1, *[1] * (update.ndim - 1))
+
+    def _factor(self, number: int, name: str) -> Tensor:
+        """One of the two low-rank matrices, or kernels, whose elementwise product is the update."""
+        a, b = (getattr(self, f"hada_w{number}_{side}")[name] for side in "ab")
+        cores = getattr(self, f"hada_t{number}")
+        if name in cores:
+            return torch.einsum("ijkl,jr,ip->prkl", cores[name], b, a)
+        return a @ b
+
+
 class BcosLoraLinear(AdaptedByLora, lora.Linear):  # type: ignore[misc]
     """A `BcosLinear` with LoRA."""
 
@@ -160,11 +182,11 @@ class BcosLoraConv2d(AdaptedByLora, lora.Conv2d):  # type: ignore[misc]
     """A `BcosConv2d` with LoRA."""
 
 
-class BcosLoHaLinear(AdaptedByLycoris, loha.Linear):  # type: ignore[misc]
+class BcosLoHaLinear(AdaptedByLoha, loha.Linear):  # type: ignore[misc]
     """A `BcosLinear` with LoHa."""
 
 
-class BcosLoHaConv2d(AdaptedByLycoris, loha.Conv2d):  # type: ignore[misc]
+class BcosLoHaConv2d(AdaptedByLoha, loha.Conv2d):  # type: ignore[misc]
     """A `BcosConv2d` with LoHa."""
 
 

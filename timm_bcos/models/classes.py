@@ -73,6 +73,9 @@ def find_class(wanted: str, names: list[str], count: int) -> int:
     matches = matches or [i for i, name in enumerate(lower) if wanted.lower() in name]
     if len(matches) == 1:
         return matches[0]
-    near = [names[i] for i in matches[:5]] or difflib.get_close_matches(wanted.lower(), lower, n=3)
-    problem = "several classes match" if matches else "no class is called"
-    raise TargetError(f"{problem} {wanted!r}: {', '.join(near) or 'give its index'}")
+    if matches:
+        several = ", ".join(names[i] for i in matches[:5])
+        raise TargetError(f"several classes match {wanted!r}: {several}; give a whole name or an index")
+    close = ", ".join(difflib.get_close_matches(wanted.lower(), lower, n=3))
+    hint = f"close names: {close}; or give" if close else "give"
+    raise TargetError(f"no class is called {wanted!r}; {hint} an index, 0 to {count - 1}")

@@ -23,8 +23,8 @@ def check(
 ) -> None:
     """Measure whether a network's explanations are exact, and if not, name the module that breaks them.
 
-    A timm model is converted. Named without a checkpoint, a network is untrained: whether it is exact depends on its
-    architecture.
+    A timm model is converted with B = 2 (or --b), without biases. Named without a checkpoint, a network is untrained:
+    whether it is exact depends on its architecture.
     """
     with quiet_libraries():
         network, is_trained = _network(NetworkChoice(model, checkpoint), b)
@@ -36,6 +36,8 @@ def check(
     typer.echo(f"  image share         {verdict.image_share:.3f}")
     if not verdict.exact:
         typer.echo(f"  breaks at           {verdict.breaks_at or 'no single module'}")
+        for defect in verdict.defects:
+            typer.echo(f"  defect              {defect}")
         raise typer.Exit(1)
 
 

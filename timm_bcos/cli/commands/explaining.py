@@ -28,7 +28,11 @@ def explain(
         typer.Option(help="Explain the target against this class; repeat for the mean of several. Default: no class."),
     ] = None,
     shifts: Annotated[
-        int, typer.Option(min=1, help="Explain the mean over shifts by up to this many pixels: smoother, slower.")
+        int,
+        typer.Option(
+            min=1,
+            help="Explain the mean over this many shifts in each direction, by 0, 1, ... pixels: smoother, slower.",
+        ),
     ] = 1,
     top: Annotated[int, typer.Option(min=1, help="Without a target: how many of the most probable classes.")] = 3,
     out: Annotated[Path, typer.Option(help="Directory for the pictures.")] = Path("explanations"),

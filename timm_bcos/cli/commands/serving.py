@@ -25,7 +25,7 @@ def demo(
 ) -> None:
     """Serve a page on which photos are explained, until Ctrl-C.
 
-    It offers the two networks that come with the package, after the one that is asked for.
+    It offers the three networks that come with the package, after the one that is asked for.
     """
     from ...errors import InputError
 
