@@ -25,11 +25,11 @@ from tqdm import tqdm
 
 import timm_bcos
 from timm_bcos import InputError
-from timm_bcos.cli.failures import exit_status
+from timm_bcos.cli.exceptions import exit_status
 from timm_bcos.data.datasets import image_loader
-from timm_bcos.explaining.figures import save_figure
+from timm_bcos.evaluation.results import remember_settings
+from timm_bcos.explanation.visualization import save_figure
 from timm_bcos.files import atomic_path
-from timm_bcos.judging.settings import remember_settings
 from timm_bcos.models.loading import load_model
 
 

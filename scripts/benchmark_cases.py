@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import timm_bcos
 from timm_bcos.conversion.converted import BcosModel
-from timm_bcos.models.cnn import CHANNELS, STRIDES, Cnn9
+from timm_bcos.models.cifar import CHANNELS, STRIDES, Cnn9
 
 __all__ = ["CLASSES", "JOBS", "NETWORKS", "Case", "Settings", "contestants", "peak_memory", "prepare", "seconds"]
 

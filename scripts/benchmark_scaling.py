@@ -9,8 +9,8 @@ import numpy as np
 from benchmark_cases import JOBS, Settings, peak_memory, prepare, seconds
 from tqdm import tqdm
 
-from timm_bcos.explaining.figures import save_figure
-from timm_bcos.judging.results import drop_torn_line
+from timm_bcos.evaluation.results import drop_torn_line
+from timm_bcos.explanation.visualization import save_figure
 
 __all__ = ["SWEEPS", "measure_scaling", "plot_scaling", "slope"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from timm_bcos.models.cifar_resnet import CifarResNet
+from timm_bcos.models.cifar import CifarResNet
 
 CFG = dict(
     url="", num_classes=10, input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0, interpolation="bilinear",

@@ -22,9 +22,9 @@ from scipy.stats import binomtest
 from torch import nn
 
 from timm_bcos import explain
-from timm_bcos.cli.failures import exit_status
+from timm_bcos.cli.exceptions import exit_status
 from timm_bcos.data.datasets import LabelledImages, image_batches, load_dataset
-from timm_bcos.explaining.figures import save_figure
+from timm_bcos.explanation.visualization import save_figure
 from timm_bcos.files import write_csv
 
 if TYPE_CHECKING:

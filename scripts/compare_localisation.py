@@ -15,9 +15,9 @@ from networks import find_networks
 from torch import nn
 from tqdm import tqdm
 
-from timm_bcos.cli.failures import exit_status
+from timm_bcos.cli.exceptions import exit_status
 from timm_bcos.data.datasets import LabelledImages, load_dataset
-from timm_bcos.judging.pointing_game import Grid, confidences, localisation, sample_grids
+from timm_bcos.evaluation.pointing_game import Grid, confidences, localisation, sample_grids
 
 WINDOWS = dict(raw=1, smoothed=15)
 

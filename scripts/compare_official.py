@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import timm_bcos
-from timm_bcos.models.networks import SECOND_PAPER
+from timm_bcos.models.architectures import SECOND_PAPER
 
 SIZES = {"tiny": "ti", "small": "s", "base": "b", "large": "l"}
 

@@ -12,7 +12,7 @@ from compare_localisation import compare
 from networks import find_network
 
 from timm_bcos import ShiftAveraged
-from timm_bcos.cli.failures import exit_status
+from timm_bcos.cli.exceptions import exit_status
 from timm_bcos.data.datasets import load_dataset
 
 

@@ -29,13 +29,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from timm_bcos import contrast, explain
-from timm_bcos.cli.failures import exit_status
+from timm_bcos.cli.exceptions import exit_status
 from timm_bcos.data.datasets import LabelledImages, load_dataset
-from timm_bcos.explaining.figures import Bars, Row, draw_rows, save_figure
-from timm_bcos.explaining.pictures import overlay
+from timm_bcos.evaluation.paired import bootstrap_interval
+from timm_bcos.explanation.visualization import Bars, Row, draw_rows, overlay, save_figure
 from timm_bcos.files import write_csv
-from timm_bcos.judging.intervals import bootstrap_interval
-from timm_bcos.models.classes import class_names
+from timm_bcos.models.class_names import class_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

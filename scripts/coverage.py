@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import timm_bcos
 from timm_bcos.nn.layers import BcosConv2d, BcosLinear
-from timm_bcos.nn.modules import first_output
+from timm_bcos.nn.module_utils import first_output
 
 SIZES = (96, 112, 128, 160, 168)  # tried before an architecture's own input size
 GAMMAS = (1.0, 8.0, 64.0)

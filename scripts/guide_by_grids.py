@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from timm_bcos import dynamic_weights, energy_loss, explain
 from timm_bcos.data.datasets import LabelledImages, load_dataset
-from timm_bcos.explaining.pictures import on_white
+from timm_bcos.evaluation.pointing_game import Grid, compose
+from timm_bcos.explanation.visualization import on_white
 from timm_bcos.files import atomic_path
-from timm_bcos.judging.pointing_game import Grid, compose
 
 SIZE, PHOTOS, GRIDS = 160, 16, 4  # of photos in pixels; photos and grids of a step
 EVERY = 50  # steps between checkpoints

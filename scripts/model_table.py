@@ -4,7 +4,7 @@ import argparse
 
 from markdown_blocks import DOCS, markdown_table, replace_block
 
-from timm_bcos.models.listing import Listed, list_networks
+from timm_bcos.models.loading import Listed, list_networks
 
 PAGE = DOCS / "model-zoo.md"
 NAME = "models"

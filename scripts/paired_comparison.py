@@ -23,11 +23,11 @@ from networks import name_and_choice
 from scipy.stats import binomtest
 
 from timm_bcos import InputError
-from timm_bcos.cli.failures import exit_status
+from timm_bcos.cli.exceptions import exit_status
 from timm_bcos.data.datasets import LabelledImages, load_dataset
+from timm_bcos.evaluation.paired import bootstrap_interval
+from timm_bcos.evaluation.pointing_game import confidences
 from timm_bcos.files import write_csv
-from timm_bcos.judging.intervals import bootstrap_interval
-from timm_bcos.judging.pointing_game import confidences
 from timm_bcos.models.loading import load_plain_model
 
 

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 import timm_bcos
 from timm_bcos import BcosError, Card, Evaluation, InputError
-from timm_bcos.cli.failures import exit_status
+from timm_bcos.cli.exceptions import exit_status
 from timm_bcos.files import atomic_path
-from timm_bcos.weights.catalogue import HUB_FILE, PUBLISHED, Published, hub_addresses
+from timm_bcos.weights.catalog import HUB_FILE, PUBLISHED, Published, hub_addresses
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

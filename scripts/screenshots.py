@@ -13,8 +13,8 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+from timm_bcos.demo.app import build_app, page_networks, serving
 from timm_bcos.files import atomic_path
-from timm_bcos.page.app import build_app, page_networks, serving
 
 ROOT = Path(__file__).parent.parent
 PHOTO = ROOT / "scripts" / "photos" / "coffee.jpg"

@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from timm_bcos import InputError
-from timm_bcos.cli.failures import exit_status
+from timm_bcos.cli.exceptions import exit_status
 
 Row = dict[str, str]
 # files with a row for each photo, and what those rows do not say

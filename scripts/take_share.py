@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from timm_bcos import InputError
-from timm_bcos.cli.failures import exit_status
+from timm_bcos.cli.exceptions import exit_status
 
 
 def choose_photos(folder: Path, share: float, seed: int) -> list[Path]:

@@ -30,11 +30,11 @@ from tqdm import tqdm
 from unlabelled import SOURCES, Batches, load_images
 
 from timm_bcos import BcosConfig, bcosify
-from timm_bcos.cli.failures import exit_status
+from timm_bcos.cli.exceptions import exit_status
 from timm_bcos.data.datasets import load_dataset
+from timm_bcos.evaluation.pointing_game import confidences
+from timm_bcos.evaluation.results import remember_settings
 from timm_bcos.files import atomic_path
-from timm_bcos.judging.pointing_game import confidences
-from timm_bcos.judging.settings import remember_settings
 from timm_bcos.models.loading import DATA_ARGUMENTS, load_plain_model
 from timm_bcos.nn.norms import UncentredBatchNormAct2d
 

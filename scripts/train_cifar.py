@@ -34,10 +34,10 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from timm_bcos import InputError
-from timm_bcos.cli.failures import exit_status
-from timm_bcos.explaining.figures import save_figure
+from timm_bcos.cli.exceptions import exit_status
+from timm_bcos.evaluation.results import remember_settings
+from timm_bcos.explanation.visualization import save_figure
 from timm_bcos.files import atomic_path
-from timm_bcos.judging.settings import remember_settings
 
 VARIANTS = {variant.x: variant for variant in FAMILIES["b"]}  # by exponent
 RATES = 1e-3, 1e-5

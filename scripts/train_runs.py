@@ -23,8 +23,8 @@ from timm_training import train
 from tqdm import tqdm
 
 from timm_bcos import InputError
-from timm_bcos.cli.failures import exit_status
-from timm_bcos.judging.settings import remember_settings
+from timm_bcos.cli.exceptions import exit_status
+from timm_bcos.evaluation.results import remember_settings
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import timm_bcos
 from timm_bcos.cli.app import app
-from timm_bcos.cli.failures import exit_status
+from timm_bcos.cli.exceptions import exit_status
 
 LOADING = "timm_bcos.models.loading.load_model"  # what commands load networks by
 SCRIPTS = Path(__file__).parent.parent / "scripts"

@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 
 import timm_bcos
 from timm_bcos.cli.app import app
-from timm_bcos.weights.embedded import EMBEDDED
+from timm_bcos.weights.catalog import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
 ENDLESS = ("demo",)  # a server, whose command line is parsed

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from timm_bcos.ahead import read_ahead
+from timm_bcos.prefetch import read_ahead
 
 
 def test_items_in_their_order_from_another_thread() -> None:

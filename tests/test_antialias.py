@@ -16,9 +16,9 @@ from torch.export import Dim
 
 import timm_bcos
 from timm_bcos import BcosConfig, BcosConv2d, InputError, bcosify
-from timm_bcos.conversion.antialiasing import antialiased_max_pool
+from timm_bcos.conversion.blocks import antialiased_max_pool
 from timm_bcos.hub.repository import save_network
-from timm_bcos.nn.low_pass import LowPass2d
+from timm_bcos.nn.layers import LowPass2d
 from timm_bcos.nn.stems import BcosStem
 
 Double = torch.float64

@@ -325,7 +325,7 @@ def _stop_at(calls: list[int], count: int) -> None:
 def test_a_missing_library_names_the_extra(plain: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "captum.attr", None)
     monkeypatch.setitem(sys.modules, "skimage.segmentation", None)
-    monkeypatch.delitem(sys.modules, "timm_bcos.attribution.superpixels", raising=False)
+    monkeypatch.delitem(sys.modules, "timm_bcos.attribution.lime", raising=False)
     methods._library.cache_clear()
     for method, library in (("ig", "captum"), ("lime", "skimage")):
         with pytest.raises(MethodError, match=rf"{library}.* is not installed: .*timm_bcos\[attribution\]"):

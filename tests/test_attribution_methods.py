@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from timm_bcos import MethodError
 from timm_bcos.attribution import methods
 from timm_bcos.attribution.registry import attribute
-from timm_bcos.nn.modules import hooked
+from timm_bcos.nn.module_utils import hooked
 
 pytest.importorskip("captum")
 

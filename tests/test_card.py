@@ -14,8 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 import timm_bcos
 from timm_bcos import Card, Evaluation
-from timm_bcos.hub.origin import find_base_model
-from timm_bcos.hub.stats import measure_stats
+from timm_bcos.hub.card import find_base_model, measure_stats
 
 # parameters (M), GMACs, activations (M) at 224 pixels, from timm's results/benchmark-infer-*-pt240-cu124-rtx3090.csv
 TIMM_STATS = {

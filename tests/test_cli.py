@@ -17,7 +17,7 @@ import timm_bcos
 from timm_bcos import BcosError, CheckpointError, TargetError
 from timm_bcos.cli.app import app
 from timm_bcos.data.photos import open_photo
-from timm_bcos.models.classes import class_names, find_class
+from timm_bcos.models.class_names import class_names, find_class
 from timm_bcos.models.loading import load_model
 from timm_bcos.weights.readers import load_weights, read_state_dict
 

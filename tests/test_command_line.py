@@ -54,7 +54,7 @@ def test_examples_are_parsed(entry: Command) -> None:
 
 def test_the_help_needs_no_torch() -> None:
     code = (
-        "import sys\nfrom timm_bcos.cli.failures import exit_status\nfrom timm_bcos.cli.app import app\n"
+        "import sys\nfrom timm_bcos.cli.exceptions import exit_status\nfrom timm_bcos.cli.app import app\n"
         "assert exit_status(lambda: app(['--help'])) == 0\n"
         "assert not {'torch', 'timm', 'numpy', 'matplotlib'} & set(sys.modules)"
     )
@@ -85,7 +85,7 @@ def test_an_import_ends_before_a_signal_stops_the_command(tmp_path: Path) -> Non
     """An exception in the midst of torch's imports aborts the process."""
     (tmp_path / "foreign.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\nprint('imported')\n")
     code = (
-        "import time\nfrom timm_bcos.cli.failures import exit_status\n"
+        "import time\nfrom timm_bcos.cli.exceptions import exit_status\n"
         "def command():\n    import foreign\n    time.sleep(60)\n    print('never')\n"
         "raise SystemExit(exit_status(command))"
     )

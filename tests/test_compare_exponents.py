@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import PHOTOS, load_script, script_status
 
-from timm_bcos.weights.embedded import CLOTHES
+from timm_bcos.weights.catalog import CLOTHES
 
 pytest.importorskip("scipy")
 script = load_script("compare_exponents")

@@ -160,7 +160,7 @@ import timm
 print(timm.is_model("bcos_resnet18"), timm.create_model("bcos_cnn9", device="meta").fc.b)
 """
     assert python(code).strip() == "True 2.0"
-    broken = "import sys\nsys.modules['timm_bcos.models.networks'] = None\n"
+    broken = "import sys\nsys.modules['timm_bcos.models.architectures'] = None\n"
     assert python(broken + "import timm_bcos, timm\nprint(timm.is_model('resnet18'))").strip().endswith("True")
 
 

@@ -23,7 +23,7 @@ from timm_bcos import (
     explanation_mode,
 )
 from timm_bcos.cli.app import app
-from timm_bcos.concepts.accounts import explain_concepts
+from timm_bcos.concepts.decomposition import explain_concepts
 from timm_bcos.concepts.dictionary import Concepts
 from timm_bcos.concepts.figures import class_shares
 from timm_bcos.concepts.learning import learn_concepts

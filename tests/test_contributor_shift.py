@@ -10,7 +10,7 @@ from conftest import PHOTOS, load_script, script_status
 from PIL import Image
 
 from timm_bcos.models.loading import load_model
-from timm_bcos.weights.embedded import CLOTHES
+from timm_bcos.weights.catalog import CLOTHES
 
 pytest.importorskip("scipy")
 script = load_script("contributor_shift")

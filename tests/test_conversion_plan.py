@@ -107,7 +107,7 @@ def test_children_of_a_replaced_root_are_converted() -> None:
     class Root(nn.Sequential): ...
 
     def rule(module: nn.Module, *_: Any) -> nn.Module:
-        return timm_bcos.nn.modules.clone(module)
+        return timm_bcos.nn.module_utils.clone(module)
 
     plain = Root(*small())
     model = bcosify(plain, PRESERVE, rules=RULES | {Root: rule})

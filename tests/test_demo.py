@@ -26,14 +26,22 @@ from timm_bcos import InputError, MethodError, TargetError, attribute, explain_t
 
 pytest.importorskip("gradio")
 
-from timm_bcos.explaining.pictures import map_to_rgba
-from timm_bcos.page import uploads, visits
-from timm_bcos.page.answers import NO_VISIT, Answers
-from timm_bcos.page.app import build_app, page_networks, serving
-from timm_bcos.page.markup import notice, pictures_side_by_side
-from timm_bcos.page.networks import PageNetwork, embedded_networks
-from timm_bcos.page.uploads import decode_photo, encode_file
-from timm_bcos.page.visits import Picture, Visit, begin, explain_classes, map_of_method, strongest_neurons
+from timm_bcos.demo import uploads, visits
+from timm_bcos.demo.app import build_app, page_networks, serving
+from timm_bcos.demo.components import notice, pictures_side_by_side
+from timm_bcos.demo.handlers import NO_VISIT, Answers
+from timm_bcos.demo.uploads import decode_photo, encode_file
+from timm_bcos.demo.visits import (
+    PageNetwork,
+    Picture,
+    Visit,
+    begin,
+    embedded_networks,
+    explain_classes,
+    map_of_method,
+    strongest_neurons,
+)
+from timm_bcos.explanation.visualization import map_to_rgba
 
 ROOT = Path(__file__).parent.parent
 COMMAND = "from timm_bcos.cli.main import main; main()"

@@ -90,8 +90,8 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    from timm_bcos.page.app import build_app, serving
-    from timm_bcos.page.networks import embedded_networks
+    from timm_bcos.demo.app import build_app, serving
+    from timm_bcos.demo.visits import embedded_networks
 
     with serving(build_app(embedded_networks()[1:]), free_port()) as address:
         yield address
@@ -227,8 +227,8 @@ def test_nobody_else_is_asked_and_nothing_is_kept(
     chromium: "Browser", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A visit that uses every control."""
-    from timm_bcos.page.app import build_app, serving
-    from timm_bcos.page.networks import embedded_networks
+    from timm_bcos.demo.app import build_app, serving
+    from timm_bcos.demo.visits import embedded_networks
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))

@@ -18,13 +18,13 @@ from conftest import PHOTOS, load_script
 pytest.importorskip("gradio")
 
 from timm_bcos import InputError
-from timm_bcos.models.classes import read_class_names
-from timm_bcos.page import guard, log
-from timm_bcos.page.app import App, build_app, serving
-from timm_bcos.page.calls import Calls, a_photo, one_of, several_of, the_visit, whole_number_below
-from timm_bcos.page.guard import find_route
-from timm_bcos.page.limits import LINES_A_MINUTE, REMEMBERED, UNHEARD
-from timm_bcos.page.networks import embedded_networks
+from timm_bcos.demo import guard, log
+from timm_bcos.demo.app import App, build_app, serving
+from timm_bcos.demo.calls import Calls, a_photo, one_of, several_of, the_visit, whole_number_below
+from timm_bcos.demo.guard import find_route
+from timm_bcos.demo.limits import LINES_A_MINUTE, REMEMBERED, UNHEARD
+from timm_bcos.demo.visits import embedded_networks
+from timm_bcos.models.class_names import read_class_names
 
 load = load_script("demo_load")
 HAT = load.address_of(PHOTOS / "clothes" / "hat.jpg")
@@ -323,7 +323,7 @@ def test_what_is_no_http_does_not_fill_the_log(port: int, visitor: Any, caplog: 
                 connection.sendall(b"\x16\x03\x01 no HTTP\r\n\r\n")
                 assert connection.recv(1000).split()[1] == b"400"
         assert visitor.request("POST", "/gradio_api/cancel", {})[0] == 422
-    ours = [record for record in caplog.records if record.name.startswith(("uvicorn", "timm_bcos.page"))]
+    ours = [record for record in caplog.records if record.name.startswith(("uvicorn", "timm_bcos.demo"))]
     assert len(ours) <= 2 * LINES_A_MINUTE, "a minute may end meanwhile"
 
 

@@ -13,13 +13,13 @@ from conftest import PHOTOS, load_script
 
 pytest.importorskip("gradio")
 
-from timm_bcos.page import visits
-from timm_bcos.page.answers import LOOKED_AT
-from timm_bcos.page.app import App, build_app, serving
-from timm_bcos.page.limits import SLOW_AT_ONCE, SLOW_WAITING, UNHEARD
-from timm_bcos.page.networks import PageNetwork, embedded_networks
-from timm_bcos.page.uploads import encode_file
-from timm_bcos.page.work import CLOSING, BusyError, ClosedError, Collector, Work
+from timm_bcos.demo import visits
+from timm_bcos.demo.app import App, build_app, serving
+from timm_bcos.demo.handlers import LOOKED_AT
+from timm_bcos.demo.limits import SLOW_AT_ONCE, SLOW_WAITING, UNHEARD
+from timm_bcos.demo.uploads import encode_file
+from timm_bcos.demo.visits import PageNetwork, embedded_networks
+from timm_bcos.demo.work import CLOSING, BusyError, ClosedError, Collector, Work
 
 load = load_script("demo_load")
 HAT = PHOTOS / "clothes" / "hat.jpg"
@@ -196,9 +196,9 @@ def test_a_comparison_says_how_long_it_takes_and_ends_with_its_visitor(app: App,
 
 
 def test_a_comparison_that_nobody_listens_to_ends(app: App, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from timm_bcos.page import answers
+    from timm_bcos.demo import handlers
 
-    monkeypatch.setattr(answers, "GRACE", 0.1)
+    monkeypatch.setattr(handlers, "GRACE", 0.1)
     visitor = load.Visitor(port)
     visitor.take_photo(HAT)
     assert visitor.join("compare", None, 0, ["rise", "lime"])[0] == 200

@@ -21,7 +21,7 @@ from timm.utils import CheckpointSaver
 
 import timm_bcos
 from timm_bcos import errors
-from timm_bcos.weights.embedded import CLOTHES
+from timm_bcos.weights.catalog import CLOTHES
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

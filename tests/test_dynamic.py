@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import timm_bcos
-from timm_bcos.dynamic.account import Account
-from timm_bcos.dynamic.accounting import AccountingMode
-from timm_bcos.dynamic.mode import active, explanation_mode
-from timm_bcos.dynamic.table import TABLE
-from timm_bcos.explaining.linear_parts import LinearPart, linear_part
+from timm_bcos.dynamic_linear.bias_tracker import Account
+from timm_bcos.dynamic_linear.mode import active, explanation_mode
+from timm_bcos.dynamic_linear.registry import TABLE
+from timm_bcos.dynamic_linear.tracking_mode import AccountingMode
+from timm_bcos.explanation.linear_parts import LinearPart, linear_part
 
 Double = torch.float64
 BIAS = torch.randn(6, dtype=Double)

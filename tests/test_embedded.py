@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 import timm_bcos
 from timm_bcos.cli.app import app
 from timm_bcos.data.datasets import load_dataset
-from timm_bcos.judging.pointing_game import confidences
-from timm_bcos.models.classes import class_names
+from timm_bcos.evaluation.pointing_game import confidences
+from timm_bcos.models.class_names import class_names
 from timm_bcos.models.loading import load_model
-from timm_bcos.weights.embedded import DEFAULT_NETWORK, EMBEDDED
+from timm_bcos.weights.catalog import DEFAULT_NETWORK, EMBEDDED
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 TEST_SPLITS = {"in1k": "imagenet_photos.tar", "clothing": "clothing/test.tar", "cifar10": "cifar10/test.tar"}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from timm_bcos import BcosConfig, InputError, MethodError, bcosify
 from timm_bcos.data.datasets import image_loader, load_dataset
-from timm_bcos.judging.pointing_game import (
+from timm_bcos.evaluation.pointing_game import (
     Confidence,
     Grid,
     cell_shares,
@@ -24,9 +24,9 @@ from timm_bcos.judging.pointing_game import (
     localisation,
     sample_grids,
 )
-from timm_bcos.judging.pointing_results import read_values, summarise
+from timm_bcos.evaluation.pointing_results import read_values, summarise
 
-CONFIDENCES = "timm_bcos.judging.pointing_results.confidences"
+CONFIDENCES = "timm_bcos.evaluation.pointing_results.confidences"
 PLAY = ("evaluate", "pointing-game")
 
 
@@ -163,7 +163,7 @@ def test_localisation_asks_for_the_class_of_each_cell(
             maps[k, 32 * (cell // 2) : 32 * (cell // 2) + 32, 32 * (cell % 2) : 32 * (cell % 2) + 32] = 1
         return maps
 
-    monkeypatch.setattr("timm_bcos.judging.pointing_game.attribute", perfect)
+    monkeypatch.setattr("timm_bcos.evaluation.pointing_game.attribute", perfect)
     assert localisation(model, dataset, grid, smooth=[1]).tolist() == [[1, 1, 1, 1]]
     assert localisation(model, dataset, grid, smooth=[1, 3]).shape == (2, 4)
 

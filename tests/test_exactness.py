@@ -12,7 +12,7 @@ from conftest import smooth_noise
 from torch import Tensor, nn
 
 import timm_bcos
-from timm_bcos.dynamic.table import TABLE as FUNCTIONS
+from timm_bcos.dynamic_linear.registry import TABLE as FUNCTIONS
 
 TABLE = torch.randn(10, 6, dtype=torch.float64)
 MATRIX = torch.randn(6, 6, dtype=torch.float64) / 6

@@ -5,17 +5,8 @@ from conftest import enliven, normalised, real_image
 from torch import Tensor, nn
 
 import timm_bcos
-from timm_bcos import (
-    BcosConfig,
-    InputError,
-    ModelStateError,
-    TargetError,
-    bcosify,
-    check,
-    explain,
-    explain_targets,
-)
-from timm_bcos.explaining import linear_parts
+from timm_bcos import BcosConfig, InputError, ModelStateError, TargetError, bcosify, check, explain, explain_targets
+from timm_bcos.explanation import linear_parts
 
 
 @pytest.fixture

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from timm_bcos.judging.gains import gains_table, paired_gains
-from timm_bcos.judging.intervals import bootstrap_interval
+from timm_bcos.evaluation.paired import bootstrap_interval, gains_table, paired_gains
 
 
 def test_intervals_know_of_clusters() -> None:

@@ -10,8 +10,8 @@ from PIL import Image
 from torch import nn
 
 from timm_bcos import InputError, MethodError
-from timm_bcos.judging.galleries import most_confident, plot_classes, plot_methods
-from timm_bcos.judging.pointing_game import Confidence
+from timm_bcos.evaluation.galleries import most_confident, plot_classes, plot_methods
+from timm_bcos.evaluation.pointing_game import Confidence
 
 
 @pytest.fixture
@@ -74,7 +74,8 @@ def test_command(kind: str, model: nn.Module, tmp_path: Path, monkeypatch: pytes
             Image.open(photo).convert("RGB").resize((64, 64)).save(folder / f"{c}_{k}.png")
     monkeypatch.setattr(LOADING, lambda *_: model)
     monkeypatch.setattr(
-        "timm_bcos.judging.pointing_game.confidences", lambda *_: [Confidence(i, i // 2, i // 2, 0.5) for i in range(6)]
+        "timm_bcos.evaluation.pointing_game.confidences",
+        lambda *_: [Confidence(i, i // 2, i // 2, 0.5) for i in range(6)],
     )
     out = tmp_path / "gallery.png"
     options = dict(classes=["--images", 2], methods=["--method", "bcos", "--method", "ixg"])[kind]

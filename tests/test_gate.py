@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import timm_bcos
 from timm_bcos import BcosConfig, InputError, bcosify
-from timm_bcos.dynamic.mode import DynamicLinearMode, active
+from timm_bcos.dynamic_linear.mode import DynamicLinearMode, active
 from timm_bcos.nn.activations import ShiftedActivation
 
 Double = torch.float64

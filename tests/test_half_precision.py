@@ -9,7 +9,7 @@ from conftest import real_image
 
 import timm_bcos
 from timm_bcos import BcosConv2d, BcosLinear
-from timm_bcos.weights.embedded import EMBEDDED
+from timm_bcos.weights.catalog import EMBEDDED
 
 HALVES = [torch.float16, torch.bfloat16]
 

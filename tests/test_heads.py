@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import timm_bcos
 from timm_bcos import GuidedClassificationTask
-from timm_bcos.cli import run
+from timm_bcos.cli.commands import run
 from timm_bcos.training.tasks import DeletionClassificationTask
 
 NETWORKS = {

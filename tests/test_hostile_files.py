@@ -18,11 +18,11 @@ from conftest import PHOTOS, command
 from PIL import Image
 from safetensors.torch import save_file
 
-from timm_bcos.cli import failures
+from timm_bcos.cli import exceptions
 from timm_bcos.cli.outputs import Outputs, slug
 from timm_bcos.data.photos import is_own_picture, open_photo
 from timm_bcos.errors import InputError
-from timm_bcos.explaining.pictures import save_image
+from timm_bcos.explanation.visualization import save_image
 
 CLASSES = ["c", "c++", "c#", "hat", "Hat", r"$\bad$", "++", "x" * 300, "\u732b", "truck"]
 
@@ -157,7 +157,7 @@ def raising(error: BaseException) -> int:
     def run() -> None:
         raise error
 
-    return failures.exit_status(run)
+    return exceptions.exit_status(run)
 
 
 def test_whatever_is_raised_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +179,7 @@ def test_whatever_is_raised_is_one_line(capsys: pytest.CaptureFixture[str], monk
     assert raising(BrokenPipeError(32, "Broken pipe")) == 141
     assert capsys.readouterr().err == ""
     assert raising(SystemExit("text")) == 1 and raising(SystemExit(7)) == 7 and raising(SystemExit()) == 0
-    monkeypatch.setenv(failures.TRACEBACK, "1")
+    monkeypatch.setenv(exceptions.TRACEBACK, "1")
     raising(RuntimeError("first"))
     assert "in run\n" in capsys.readouterr().err
 
@@ -370,7 +370,7 @@ def test_random_arguments_never_show_a_traceback(folder: Path, capsys: pytest.Ca
         assert command(*arguments) in (0, 1, 2), arguments
         output = capsys.readouterr()
         assert "Traceback" not in output.out + output.err, arguments
-        assert failures.TRACEBACK not in output.err, (arguments, output.err)
+        assert exceptions.TRACEBACK not in output.err, (arguments, output.err)
 
 
 def test_a_picture_of_our_own_says_so(tmp_path: Path) -> None:

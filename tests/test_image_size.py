@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import timm_bcos
 from timm_bcos import ModelStateError
-from timm_bcos.nn.image_size import image_size
+from timm_bcos.nn.module_utils import image_size
 
 SMALL: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": dict(depth=1, embed_dim=12, num_heads=2),

@@ -234,7 +234,7 @@ def test_the_order_of_imports_does_not_matter(first: str, second: str) -> None:
 
 
 def test_an_unknown_version_is_a_warning() -> None:
-    from timm_bcos.libraries import register_when_imported
+    from timm_bcos.integrations.registration import register_when_imported
 
     def register() -> None:
         raise AttributeError("no such table")

@@ -11,10 +11,8 @@ from timm.layers import Conv2dSame
 
 from timm_bcos import BcosConv2d, BcosLinear, InputError, UncentredBatchNorm2d, encode_image
 from timm_bcos.nn import execution, functional
-from timm_bcos.nn.cosine import scale_by_cosine
 from timm_bcos.nn.heads import BcosConvClassifier
-from timm_bcos.nn.input_norms import patch_norm
-from timm_bcos.nn.maxout import max_out
+from timm_bcos.nn.primitives import max_out, patch_norm, scale_by_cosine
 from timm_bcos.nn.stems import BcosStem
 
 Double = torch.float64

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from timm_bcos import BcosConfig, InputError, MethodError, bcosify, explain
 from timm_bcos.attribution.registry import attribute
-from timm_bcos.data.cells import cell_masks, cut_cells, join_cells, without_cell
 from timm_bcos.data.datasets import load_dataset
-from timm_bcos.data.regions import region_loader
-from timm_bcos.judging.aggregates import bin_edges, mean_maps, plot_bins
-from timm_bcos.judging.disconnected import Disconnected
-from timm_bcos.judging.metrics import energy_shares, evaluate
-from timm_bcos.judging.pointing_game import Grid, grid_shares
+from timm_bcos.data.regions import cell_masks, cut_cells, join_cells, region_loader, without_cell
+from timm_bcos.evaluation.aggatt import bin_edges, mean_maps, plot_bins
+from timm_bcos.evaluation.disconnected import Disconnected
+from timm_bcos.evaluation.metrics import energy_shares, evaluate
+from timm_bcos.evaluation.pointing_game import Grid, grid_shares
 
 
 def test_cells_by_hand() -> None:
@@ -250,7 +249,7 @@ def test_commands(
 ) -> None:
     monkeypatch.setattr(LOADING, lambda *args, **kwargs: small)
     monkeypatch.setattr(
-        "timm_bcos.judging.pointing_game.sample_grids", lambda *args, **kwargs: [Grid(1, (0,), (1,))] * 3
+        "timm_bcos.evaluation.pointing_game.sample_grids", lambda *args, **kwargs: [Grid(1, (0,), (1,))] * 3
     )
     data = ["--data-dir", photos, "--method", "bcos"]
     assert command("gallery", "bins", *data, "--n", 1, "--disconnect", "full", "--out", tmp_path / "bins.png") == 0

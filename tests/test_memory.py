@@ -11,9 +11,8 @@ import torch
 from conftest import enliven, real_image
 from torch import Tensor, nn
 
-from timm_bcos.attribution.memory import WITH_GRAPH, images_at_once
-from timm_bcos.attribution.registry import METHODS, Subject
-from timm_bcos.judging.pointing_game import Grid, grid_shares
+from timm_bcos.attribution.registry import METHODS, WITH_GRAPH, Subject, images_at_once
+from timm_bcos.evaluation.pointing_game import Grid, grid_shares
 
 pytest.importorskip("captum")
 CLASSES = [0, 3, 1, 2]
@@ -49,7 +48,7 @@ def test_large_images_are_fewer_in_a_pass(side: int, images: int) -> None:
 
 
 def test_the_pixels_of_a_pass_are_bounded(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("timm_bcos.attribution.memory.WITH_GRAPH", 2 * 96 * 96)
+    monkeypatch.setattr("timm_bcos.attribution.registry.WITH_GRAPH", 2 * 96 * 96)
     seen: list[int] = []
     handle = network.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     picture, grid = real_image(96), Grid(2, (0, 1, 2, 3), tuple(CLASSES))
@@ -73,7 +72,7 @@ PLAY = """
 import resource, sys
 import torch
 from timm_bcos.attribution.registry import attribute
-from timm_bcos.judging.pointing_game import Grid, grid_shares
+from timm_bcos.evaluation.pointing_game import Grid, grid_shares
 from timm_bcos.models.loading import load_model
 
 method, side = sys.argv[1], 336

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from timm_bcos import InputError, MethodError, TargetError
 from timm_bcos.attribution.registry import METHODS, register
-from timm_bcos.judging import metrics
-from timm_bcos.judging.metrics import METRICS, evaluate
-from timm_bcos.nn.modules import first_output
+from timm_bcos.evaluation import metrics
+from timm_bcos.evaluation.metrics import METRICS, evaluate
+from timm_bcos.nn.module_utils import first_output
 
 pytest.importorskip("captum")
 

@@ -15,14 +15,13 @@ from torch import nn
 
 import timm_bcos
 from timm_bcos import CheckpointError, NotFineTunedWarning, TargetError
+from timm_bcos.models.architectures import NETWORKS
 from timm_bcos.models.bcos_models import ENTRY_POINTS
 from timm_bcos.models.loading import load_model
-from timm_bcos.models.networks import NETWORKS
 from timm_bcos.models.vit import sincos_positions
 from timm_bcos.nn.layers import BcosConv2d
 from timm_bcos.nn.stems import BcosStem
-from timm_bcos.weights.catalogue import PUBLISHED
-from timm_bcos.weights.embedded import EMBEDDED
+from timm_bcos.weights.catalog import EMBEDDED, PUBLISHED
 
 CNNS = [
     "bcos_cnn9", "bcos_resnet18", "bcos_densenet121", "bcos_vgg11", "bcos_inception_v3", "bcosify",

@@ -11,8 +11,7 @@ from conftest import enliven, real_image
 from torch import Tensor, nn
 
 import timm_bcos
-from timm_bcos.nn.channels import channel_axis
-from timm_bcos.nn.modules import first_output, frozen_copy, hooked
+from timm_bcos.nn.module_utils import channel_axis, first_output, frozen_copy, hooked
 
 CONVNEXT = dict(depths=(1, 1, 1, 1), dims=(8, 12, 16, 20))
 SWIN = dict(depths=(1, 1), embed_dim=24, num_heads=(2, 2), img_size=56)

@@ -14,15 +14,8 @@ from torch import nn
 import timm_bcos
 from timm_bcos import InputError, MethodError, TargetError
 from timm_bcos.data.datasets import image_loader
-from timm_bcos.judging.neurons import (
-    Strongest,
-    _crop,
-    find_strongest,
-    label_entropy,
-    plot_label_counts,
-    plot_wall,
-)
-from timm_bcos.nn.modules import hooked
+from timm_bcos.evaluation.neurons import Strongest, _crop, find_strongest, label_entropy, plot_label_counts, plot_wall
+from timm_bcos.nn.module_utils import hooked
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from PIL import Image
 
 from timm_bcos import InputError
 from timm_bcos.data.photos import find_photos, is_own_picture, open_photo
-from timm_bcos.explaining.pictures import save_image
+from timm_bcos.explanation.visualization import save_image
 
 RAMP = np.linspace(0, 1, 256).reshape(16, 16)
 WIDE = {

@@ -149,7 +149,7 @@ def test_two_networks_inside_each_other() -> None:
 def test_copies_have_positions_of_their_own() -> None:
     model, x = vit(), real_image(64)
     expected = model(x).detach()
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), timm_bcos.nn.modules.frozen_copy(model)):
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), timm_bcos.nn.module_utils.frozen_copy(model)):
         torch.testing.assert_close(twin(x), expected)
         assert twin.positions.embedding._parameters is twin._parameters
         assert all(block.attn.qkv.positions is twin.positions for block in twin.blocks)

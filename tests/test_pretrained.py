@@ -16,10 +16,10 @@ from literal_networks import LiteralNetwork
 from torch import Tensor, nn
 
 import timm_bcos
-from timm_bcos.models.networks import SECOND_PAPER
+from timm_bcos.models.architectures import SECOND_PAPER
 from timm_bcos.nn.layers import BcosConv2d
 from timm_bcos.nn.stems import BcosStem
-from timm_bcos.weights.catalogue import PUBLISHED
+from timm_bcos.weights.catalog import PUBLISHED
 
 compare_official = load_script("compare_official")
 
@@ -380,5 +380,5 @@ def test_every_published_file_has_a_place_of_its_own_in_the_cache() -> None:
     urls = {weights.url for published in PUBLISHED.values() for weights in published}
     names = [url.rpartition("/")[2] if isinstance(url, str) else url[1] for url in urls]
     assert len(set(names)) == len(names) == 38
-    hashed = [name for name in names if timm_bcos.weights.download.HASH_IN_NAME.search(name)]
+    hashed = [name for name in names if timm_bcos.weights.pretrained.HASH_IN_NAME.search(name)]
     assert len(hashed) == 26

@@ -121,7 +121,7 @@ import sys, dataclasses, hashlib, pathlib
 sys.path.insert(0, {str(tests)!r})
 from conftest import load_script
 from test_pretrained import official_resnet
-from timm_bcos.cli.failures import exit_status
+from timm_bcos.cli.exceptions import exit_status
 from timm.models import _registry
 torch.manual_seed(0)
 weights, model = official_resnet()
@@ -136,7 +136,7 @@ _registry._model_pretrained_cfgs[tagged] = dataclasses.replace(cfg, url=pathlib.
 script = load_script('publish_official')
 manifest = pathlib.Path('hub.json')
 manifest.write_text('{{}}')
-script.HUB_FILE = timm_bcos.weights.catalogue.HUB_FILE = manifest
+script.HUB_FILE = timm_bcos.weights.catalog.HUB_FILE = manifest
 for _ in range(2):
     print('end', exit_status(lambda: script.app(['org', tagged])))
 print(manifest.read_text())

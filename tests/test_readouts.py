@@ -9,7 +9,7 @@ from conftest import enliven, normalised, real_image
 from torch import Tensor, nn
 
 from timm_bcos import BcosConfig, Explanation, InputError, TargetError, bcosify, check, contrast, explain
-from timm_bcos.explaining.places import Grid
+from timm_bcos.explanation.regions import Grid
 
 SIZE = 96
 

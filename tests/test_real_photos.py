@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import timm_bcos
 from timm_bcos.data.photos import open_photo
-from timm_bcos.models.classes import class_names
+from timm_bcos.models.class_names import class_names
 from timm_bcos.weights.readers import read_state_dict
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ from literal import rgba_pixel
 from PIL import Image
 
 import timm_bcos
-from timm_bcos.explaining.pictures import map_to_rgba, on_white, overlay, save_image, weights_to_rgba
+from timm_bcos.explanation.visualization import map_to_rgba, on_white, overlay, save_image, weights_to_rgba
 from timm_bcos.files import atomic_path
 
 

@@ -18,7 +18,7 @@ import timm_bcos
 from timm_bcos import CheckpointError, InputError
 from timm_bcos.cli.app import app
 from timm_bcos.conversion.converted import BcosModel
-from timm_bcos.models.classes import read_class_names
+from timm_bcos.models.class_names import read_class_names
 from timm_bcos.models.loading import load_model, load_plain_model
 
 SCRIPT = """

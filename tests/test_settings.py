@@ -8,11 +8,10 @@ from conftest import PHOTOS
 from PIL import Image
 
 from timm_bcos import InputError
-from timm_bcos.cli.inputs import DataChoice, NetworkChoice
-from timm_bcos.explaining.figures import Bars, Row, draw_rows, save_figure
+from timm_bcos.cli.options import DataChoice, NetworkChoice
+from timm_bcos.evaluation.results import append_rows, read_rows, remember_settings
+from timm_bcos.explanation.visualization import Bars, Row, draw_rows, save_figure
 from timm_bcos.files import atomic_path
-from timm_bcos.judging.results import append_rows, read_rows
-from timm_bcos.judging.settings import remember_settings
 
 
 @pytest.fixture

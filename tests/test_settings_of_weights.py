@@ -16,7 +16,7 @@ import timm_bcos
 from timm_bcos import BcosConfig, CheckpointError, NotFineTunedWarning, bcosify
 from timm_bcos.conversion.settings import SETTINGS
 from timm_bcos.models.loading import load_model
-from timm_bcos.weights.embedded import EMBEDDED
+from timm_bcos.weights.catalog import EMBEDDED
 from timm_bcos.weights.readers import load_weights
 
 CLOTHES = str(EMBEDDED["bcos_efficientnet_lite0.clothing"]["file"])

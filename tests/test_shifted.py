@@ -9,7 +9,7 @@ from conftest import enliven, real_image
 from torch import Tensor, nn
 
 from timm_bcos import BcosConfig, InputError, bcosify, check, explain
-from timm_bcos.models.shifted import ShiftAveraged
+from timm_bcos.models.shift_averaged import ShiftAveraged
 
 
 def shifted(x: Tensor, rows: int, columns: int) -> Tensor:

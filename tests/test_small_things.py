@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import timm_bcos
 from timm_bcos import MethodError, ModelStateError, TargetError
 from timm_bcos.attribution.registry import METHODS, attribute, register
-from timm_bcos.weights.embedded import DEFAULT_NETWORK
+from timm_bcos.weights.catalog import DEFAULT_NETWORK
 
 ROOT = Path(__file__).parent.parent
 

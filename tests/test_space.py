@@ -24,14 +24,14 @@ from typer.testing import CliRunner
 
 import timm_bcos
 from timm_bcos import InputError
-from timm_bcos.cli.commands.publishing import publish
+from timm_bcos.cli.commands.publish_model import publish
 from timm_bcos.hub.space import save_space
 
 app = typer.Typer()
 app.command()(publish)
 
 needs_page = pytest.mark.skipif(
-    not find_spec("gradio") or not find_spec("timm_bcos.page"), reason="needs timm_bcos[demo]"
+    not find_spec("gradio") or not find_spec("timm_bcos.demo"), reason="needs timm_bcos[demo]"
 )
 
 
@@ -129,7 +129,7 @@ def test_the_command_publishes_a_network_and_its_space(
 ) -> None:
     command = """
 import typer
-from timm_bcos.cli.commands.publishing import publish
+from timm_bcos.cli.commands.publish_model import publish
 app = typer.Typer()
 app.command()(publish)
 app(['org/net', '--model', 'bcos_cifar_resnet20', '--photo', %r, '--private', '--space'])

@@ -12,7 +12,7 @@ from captum._utils.models.model import Model
 from captum.attr import Lime
 from skimage.segmentation import quickshift
 
-from timm_bcos.attribution.superpixels import local_weights, mean_colours, quickshift_segments
+from timm_bcos.attribution.lime import local_weights, mean_colours, quickshift_segments
 
 
 @pytest.fixture

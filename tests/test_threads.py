@@ -14,7 +14,7 @@ from conftest import enliven, real_image
 from torch import Tensor, nn
 
 import timm_bcos
-from timm_bcos.dynamic import mode as mode_module
+from timm_bcos.dynamic_linear import mode as mode_module
 
 
 def converted(bias: bool = True) -> nn.Module:

@@ -33,8 +33,8 @@ from timm_bcos import (
     energy_loss,
     explain,
 )
-from timm_bcos.dynamic.mode import DynamicLinearMode, active
-from timm_bcos.dynamic.streams import Streams
+from timm_bcos.dynamic_linear.dual_graph import Streams
+from timm_bcos.dynamic_linear.mode import DynamicLinearMode, active
 from timm_bcos.nn.activations import ShiftedActivation
 
 Double = torch.float64

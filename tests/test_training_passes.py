@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from timm_bcos import BcosConv2d, BcosLinear, UncentredBatchNorm2d
-from timm_bcos.nn import autograd, deviation, execution, functional
+from timm_bcos.nn import autograd, execution, functional, primitives
 from timm_bcos.nn.autograd import divide_by_deviation
-from timm_bcos.nn.weights import unit_weight
+from timm_bcos.nn.primitives import unit_weight
 
 Double = torch.float64
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -308,7 +308,7 @@ def test_statistics_of_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), correction=0)
     for large in (1, 1 << 21):
         monkeypatch.setattr(execution, "LARGE", large)
-        for statistics in (autograd._mean_and_variance, deviation.mean_and_variance):
+        for statistics in (autograd._mean_and_variance, primitives.mean_and_variance):
             for one, other in zip(statistics(x), expected, strict=True):
                 torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
 

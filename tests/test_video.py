@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 import timm_bcos
 from timm_bcos import InputError
 from timm_bcos.cli.app import app
-from timm_bcos.explaining.films import VIDEO_SUFFIXES, explain_video, is_own_film
-from timm_bcos.explaining.pictures import on_white
+from timm_bcos.explanation.video import VIDEO_SUFFIXES, explain_video, is_own_film
+from timm_bcos.explanation.visualization import on_white
 
 av = pytest.importorskip("av")
 
@@ -101,7 +101,7 @@ def test_a_film_that_ends_early_leaves_nothing_half_written(
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("timm_bcos.explaining.films.explain", interrupted)
+    monkeypatch.setattr("timm_bcos.explanation.video.explain", interrupted)
     with pytest.raises(KeyboardInterrupt):
         explain_video(model, clip, out)
     assert out.read_text() == "of before"

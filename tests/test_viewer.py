@@ -14,7 +14,7 @@ from conftest import enliven, real_image
 from explained_photos import HOSTILE, NAMES, explained_hat, small
 
 from timm_bcos import BcosConfig, BcosConv2d, Explanation, InputError, bcosify, contrast, explain, explain_targets
-from timm_bcos.page.viewer import save_viewer, viewer_html
+from timm_bcos.viewer.document import save_viewer, viewer_html
 
 
 @pytest.fixture

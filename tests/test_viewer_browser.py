@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from timm_bcos import Defect, Explanation, contrast
-from timm_bcos.explaining.pictures import on_white
-from timm_bcos.page.viewer import save_viewer
+from timm_bcos.explanation.visualization import on_white
+from timm_bcos.viewer.document import save_viewer
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

@@ -11,7 +11,7 @@ from conftest import real_image
 from torch import Tensor, nn
 
 from timm_bcos import BcosConfig, InputError, ZeroShotClassifier, bcosify, check, contrast, embed_texts, explain
-from timm_bcos.models.classes import class_names
+from timm_bcos.models.class_names import class_names
 
 TOWERS = {
     "CLIP": ("vit_base_patch16_clip_224", dict(num_classes=64)),

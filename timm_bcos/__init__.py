@@ -16,7 +16,7 @@ from types import ModuleType
 import lazy_loader
 import wrapt
 
-from . import libraries  # noqa: F401  (tells other libraries of B-cos layers, when they are imported)
+from .integrations import registration  # noqa: F401  (tells other libraries of B-cos layers, when they are imported)
 
 # `__init__.pyi` lists the public names; each is imported when it is first used, so that the command line starts fast
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -3,8 +3,8 @@ from .conversion.config import BcosConfig
 from .conversion.converted import bcosify
 from .conversion.fusing import fuse
 from .conversion.rules import RULES, Place, keep, keep_whole, pass_sigmoid
-from .dynamic.account import Defect
-from .dynamic.mode import constant, declare, explanation_mode, on_linear_path
+from .dynamic_linear.bias_tracker import Defect
+from .dynamic_linear.mode import constant, declare, explanation_mode, on_linear_path
 from .errors import (
     BcosError,
     CheckpointError,
@@ -17,22 +17,20 @@ from .errors import (
     TargetError,
     UnsupportedModuleError,
 )
-from .explaining.checking import Check, check, settle
-from .explaining.contrasting import contrast
-from .explaining.explanation import Explanation
-from .explaining.exporting import export_explainer
-from .explaining.forward import explain, explain_targets
+from .explanation.api import contrast, explain, explain_targets
+from .explanation.exactness import Check, check, settle
+from .explanation.export import export_explainer
+from .explanation.result import Explanation
 from .hub.card import Card, Evaluation
 from .hub.repository import publish, save_repository
 from .hub.space import publish_space, save_space
-from .models.shifted import ShiftAveraged
+from .models.shift_averaged import ShiftAveraged
 from .models.zero_shot import ZeroShotClassifier, embed_texts
 from .nn.functional import encode_image
 from .nn.layers import BcosConv2d, BcosLinear
 from .nn.norms import UncentredBatchNorm2d
-from .training.losses import cosine_loss, energy_loss
+from .training.losses import DynamicWeights, cosine_loss, dynamic_weights, energy_loss
 from .training.tasks import DeletionClassificationTask, ExplanationDistillationTask, GuidedClassificationTask
-from .training.weights import DynamicWeights, dynamic_weights
 
 __version__: str
 

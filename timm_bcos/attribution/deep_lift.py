@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from ..errors import MethodError
-from ..nn.modules import first_output, hooked
+from ..nn.module_utils import first_output, hooked
 
 __all__ = ["multiplied_contributions"]
 

@@ -19,7 +19,7 @@ from zennit.composites import EpsilonPlusFlat
 from zennit.core import stabilize
 from zennit.rules import Pass
 
-from ..nn.modules import hooked
+from ..nn.module_utils import hooked
 
 __all__ = ["MergeBatchNorms", "RelevanceOfFunctions", "relevance"]
 

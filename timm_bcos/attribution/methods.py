@@ -12,18 +12,38 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from captum.attr import GuidedBackprop
 from torch import Tensor, nn
 
-from .._compat import timm_layers
+from .._compat import private, timm_layers
 from ..errors import MethodError, ModelStateError
-from ..explaining.forward import explain, explain_targets
-from ..nn.channels import channel_axis
-from ..nn.modules import first_output, hooked
+from ..explanation.api import explain, explain_targets
+from ..nn.module_utils import channel_axis, first_output, hooked
 from .deep_lift import multiplied_contributions
-from .memory import images_at_once
-from .registry import Subject, check_counts, register
+from .registry import Subject, check_counts, images_at_once, register
 
-__all__: list[str] = []
+__all__ = [
+    "GuidedBackpropOfRectifiers",
+]
+
+Kinds = tuple[type[nn.Module], ...]
+
+
+class GuidedBackpropOfRectifiers(GuidedBackprop):  # type: ignore[misc]
+    """Guided Backpropagation through more rectifiers than ReLU.
+
+    Args:
+        model: The network.
+        rectifiers: Types of modules whose gradient is guided.
+    """
+
+    def __init__(self, model: nn.Module, rectifiers: Kinds) -> None:
+        super().__init__(model)
+        self.rectifiers = rectifiers
+
+    def _register_hooks(self, module: nn.Module) -> None:
+        if isinstance(module, self.rectifiers):
+            self.backward_hooks.extend(private.register_backward_hook(module, self._backward_hook, self))
 
 
 RECTIFIERS = (nn.ReLU, nn.ReLU6)

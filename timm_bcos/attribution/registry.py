@@ -16,17 +16,40 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..dynamic.mode import ordinary_autograd
+from ..dynamic_linear.mode import ordinary_autograd
 from ..errors import BcosError, InputError, MethodError, ModelStateError, TargetError
 from ..nn.functional import encode_image
-from ..nn.modules import converted_part, first_output, frozen_copy
+from ..nn.module_utils import converted_part, first_output, frozen_copy
 from ..nn.stems import BcosStem, ImageReader
-from .memory import images_at_once
 
 __all__ = [
-    "METHODS", "Method", "Subject", "Targets", "attribute", "check_counts", "check_methods", "checked_images",
+    "METHODS",
+    "Method",
+    "Subject",
+    "Targets",
+    "attribute",
+    "check_counts",
+    "check_methods",
+    "checked_images",
+    "images_at_once",
     "register",
-]  # fmt: skip
+]
+
+# Pixels of a pass. With a graph: nine images of 224 × 224, or one 3×3 grid of such images.
+WITH_GRAPH = 672 * 672
+WITHOUT_GRAPH = 32 * 224 * 224
+
+
+def images_at_once(x: Tensor, has_graph: bool = True) -> int:
+    """How many images of the size of x (N, C, H, W) a pass takes, so that memory does not grow with their size.
+
+    Args:
+        x: Images.
+        has_graph: Whether the pass is differentiated.
+    """
+    pixels = WITH_GRAPH if has_graph else WITHOUT_GRAPH
+    return max(pixels // (x.shape[-2] * x.shape[-1]), 1)
+
 
 Targets = Sequence[int] | Tensor | int | None
 ROUNDING = 1e-4  # by which pixels may lie outside of [0, 1], as in `explain`: resizing rounds

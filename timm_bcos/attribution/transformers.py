@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dynamic.account import function_name
-from ..dynamic.attention import attention_weights
-from ..dynamic.layers import CONVOLUTIONS
-from ..dynamic.mode import DynamicLinearMode, active
-from ..dynamic.table import TABLE, Function, Handler, Mode, named, on_linear_path
+from ..dynamic_linear.attention import attention_weights
+from ..dynamic_linear.bias_tracker import function_name
+from ..dynamic_linear.mode import DynamicLinearMode, active
+from ..dynamic_linear.products import CONVOLUTIONS
+from ..dynamic_linear.registry import TABLE, Function, Handler, Mode, named, on_linear_path
 from ..errors import MethodError
-from ..nn.modules import hooked
+from ..nn.module_utils import hooked
 from .registry import Subject, register
 
 __all__: list[str] = []

@@ -11,18 +11,18 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
-from .commands.checking import check
+from .commands.check_model import check
 from .commands.concepts import concepts
-from .commands.converting import convert
-from .commands.evaluating import metrics, pointing_game
-from .commands.explaining import explain
-from .commands.exporting import export
-from .commands.galleries import of_bins, of_classes, of_methods
-from .commands.listing import models
+from .commands.convert_model import convert
+from .commands.demo import demo
+from .commands.evaluate import metrics, pointing_game
+from .commands.explain_photos import explain
+from .commands.export_model import export
+from .commands.gallery import of_bins, of_classes, of_methods
+from .commands.models import models
 from .commands.neurons import neurons
-from .commands.publishing import publish
-from .commands.scripts import run
-from .commands.serving import demo
+from .commands.publish_model import publish
+from .commands.run import run
 
 __all__ = ["app"]
 

@@ -1,6 +1,6 @@
 """The entry point of `timm-bcos`: it imports next to nothing before errors and signals are under control."""
 
-from .failures import exit_status
+from .exceptions import exit_status
 
 __all__ = ["main"]
 

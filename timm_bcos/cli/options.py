@@ -1,24 +1,54 @@
 """The options that several commands share: one way to say which network, which data, and where to compute."""
 
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 import typer
+
+from ..errors import InputError
+from ..files import first_line
+
+if TYPE_CHECKING:
+    from ..data.datasets import LabelledImages
 
 __all__ = [
     "Checkpoint",
     "ClassMap",
     "Classes",
+    "DataChoice",
     "DataDir",
     "Dataset",
     "Device",
     "Disconnect",
     "Methods",
     "Model",
+    "NetworkChoice",
     "Plain",
     "Split",
+    "find_device",
 ]
+
+
+def find_device(name: str) -> torch.device:
+    """A device by torch's name.
+
+    Raises:
+        InputError: If there is none here.
+    """
+    try:
+        device = torch.device(name)
+        float(torch.zeros((), device=device))  # which 'meta' cannot give
+    except Exception as error:  # each backend raises its own
+        raise InputError(f"no device {name!r} here ({first_line(error)}): choose {', '.join(_devices())}") from error
+    return device
+
+
+def _devices() -> list[str]:
+    return ["cpu", *(name for name in ("cuda", "mps", "xpu") if getattr(torch, name).is_available())]
+
 
 NETWORK, DATA = "Network", "Data"  # panels of the help
 
@@ -63,3 +93,50 @@ class Disconnect(str, Enum):
     """How cells of a grid are kept apart."""
 
     NONE, FULL, PART = "none", "full", "part"
+
+
+@dataclass(frozen=True)
+class NetworkChoice:
+    """Which network.
+
+    Attributes:
+        model: timm's name; None for the one of the checkpoint, or the one that comes with the package.
+        checkpoint: Weights.
+        plain: Take a plain timm model as it is.
+    """
+
+    model: str | None = None
+    checkpoint: Path | None = None
+    plain: bool = False
+
+    def load(self, device: str = "cpu") -> Any:
+        """The network in eval mode on its device.
+
+        Raises:
+            BcosError: For a network, checkpoint, weights or device that cannot be had.
+        """
+        from ..models.loading import load_model, load_plain_model
+
+        place = find_device(device)
+        load = load_plain_model if self.plain else load_model
+        return load(self.model, self.checkpoint).eval().to(place)
+
+
+@dataclass(frozen=True)
+class DataChoice:
+    """Which labelled images, as timm's scripts say it."""
+
+    data_dir: str
+    dataset: str = ""
+    split: str = "validation"
+    class_map: str = ""
+
+    def load(self, num_classes: int) -> "LabelledImages":
+        """The data set.
+
+        Raises:
+            InputError: For a data set that cannot be had, or with images of another number of classes.
+        """
+        from ..data.datasets import load_dataset
+
+        return load_dataset(self.data_dir, num_classes, kind=self.dataset, split=self.split, class_map=self.class_map)

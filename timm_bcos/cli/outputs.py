@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ..data.photos import is_own_picture
 from ..errors import InputError
-from ..explaining.films import VIDEO_SUFFIXES, is_own_film
-from ..page.viewer import is_own_page
+from ..explanation.video import VIDEO_SUFFIXES, is_own_film
+from ..viewer.document import is_own_page
 
 __all__ = ["Outputs", "is_film", "is_own", "slug"]
 

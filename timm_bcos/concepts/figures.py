@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..data.datasets import LabelledImages, image_batches
-from ..explaining.explanation import unit_name
-from ..explaining.figures import Bars, Row, draw_rows
-from ..explaining.pictures import on_white
+from ..explanation.result import unit_name
+from ..explanation.visualization import Bars, Row, draw_rows, on_white
 from ..files import write_csv
-from .accounts import Account, explain_concepts
+from .decomposition import Account, explain_concepts
 from .dictionary import Concepts
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from ..attribution.registry import Subject, check_counts
 from ..data.datasets import LabelledImages, image_batches
 from ..errors import InputError
-from ..judging.neurons import layer_maps
+from ..evaluation.neurons import layer_maps
 from .dictionary import Concepts
 
 __all__ = ["METHODS", "collect_features", "learn_concepts"]

@@ -13,20 +13,17 @@ from typing_extensions import Self
 
 from .._compat import timm_layers, timm_models
 from ..errors import InputError, ModelStateError
-from ..explaining.explanation import Explanation
-from ..explaining.forward import explain
-from ..nn.factory import buffer_device
+from ..explanation.api import explain
+from ..explanation.result import Explanation
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosPool2d
-from ..nn.layers import BcosConv2d, BcosLinear, refuse_fused
-from ..nn.low_pass import LowPass2d
-from ..nn.modules import clone
+from ..nn.layers import BcosConv2d, BcosLinear, LowPass2d, refuse_fused
+from ..nn.module_utils import buffer_device, clone
 from ..nn.norms import UncentredBatchNorm1d, UncentredBatchNorm2d
 from ..nn.stems import BcosStem, ImageReader
 from .config import BcosConfig
-from .grey import responses_to_grey, take_shifts
-from .hooks import move_hooks
-from .plan import FOLDING, Plan, convertible, plan_conversion
+from .plan import FOLDING, Plan, convertible, move_hooks, plan_conversion
 from .positions import POSITIONED, Positions, on_grid_of
+from .reference import responses_to_grey, take_shifts
 from .replacements import OFFSETS
 from .rules import RULES, Rules
 from .settings import SETTINGS, encode_settings, refuse_contradictions

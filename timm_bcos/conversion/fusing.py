@@ -10,15 +10,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .._compat import private
-from ..dynamic.table import METADATA
+from ..dynamic_linear.registry import METADATA
 from ..errors import ModelStateError
-from ..explaining.checking import random_image
-from ..explaining.inputs import check_model
+from ..explanation.exactness import random_image
+from ..explanation.targets import check_model
 from ..files import first_line
 from ..nn.fused import FoldedNorm, fuse_layer, norm_scale
-from ..nn.image_size import image_size
 from ..nn.layers import BcosConv2d, BcosLinear
-from ..nn.modules import frozen_copy
+from ..nn.module_utils import frozen_copy, image_size
 from ..nn.norms import UncentredBatchNorm2d
 from ..nn.stems import image_channels
 from .settings import SETTINGS, encode_settings

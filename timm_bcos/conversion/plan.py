@@ -9,18 +9,56 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModuleError
-from ..nn.factory import buffer_device
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, BcosPool2d
 from ..nn.layers import BcosConv2d, BcosLinear
+from ..nn.module_utils import buffer_device
 from ..nn.stems import BcosStem, ImageReader
 from .config import BcosConfig
-from .hooks import has_hooks, has_state_hooks
-from .places import IN_ORDER, Places
 from .positions import PositionedQkv, Positions, attention_paths
 from .problems import computed_weight_problem, config_problems, reads_no_image, several_inputs, wrapper_problem
+from .roles import IN_ORDER, Places
 from .rules import ADVICE, Rule, Rules, is_container, keep, keep_whole, resolve
 
-__all__ = ["FOLDING", "Plan", "convertible", "plan_conversion"]
+__all__ = [
+    "FOLDING",
+    "Plan",
+    "convertible",
+    "has_hooks",
+    "has_state_hooks",
+    "move_hooks",
+    "plan_conversion",
+]
+
+CALL_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
+STATE_HOOKS = (
+    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"
+)  # fmt: skip
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody watches the module's calls."""
+    return any(getattr(module, name) for name in CALL_HOOKS)
+
+
+def move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Hang the hooks of calls on a module's replacement; handles that remove them keep working."""
+    if old is new:
+        return
+    for name in CALL_HOOKS:
+        hooks = old.__dict__[name]
+        hooks.update(new.__dict__[name])
+        new.__dict__[name] = hooks
+    if new._is_full_backward_hook is None:
+        new._is_full_backward_hook = old._is_full_backward_hook
+
+
+def has_state_hooks(module: nn.Module) -> bool:
+    """Whether somebody changes what the module's state dict holds."""
+    return any(getattr(module, name) for name in STATE_HOOKS)
+
 
 RulesByType = dict[type[nn.Module], Rule]
 FOLDING = ("fuse", "reparameterize", "switch_to_deploy")  # methods that timm's `reparameterize_model` calls

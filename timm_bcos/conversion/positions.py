@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .._compat import timm_models
 from ..errors import ModelStateError, UnsupportedModuleError
 from ..nn.layers import BcosLinear
-from ..nn.modules import clone, first_output
+from ..nn.module_utils import clone, first_output
 
 __all__ = ["POSITIONED", "PositionedQkv", "Positions", "attention_paths", "on_grid_of"]
 

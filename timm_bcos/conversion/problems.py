@@ -12,8 +12,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ..nn.image_size import image_size
-from ..nn.modules import frozen_copy
+from ..nn.module_utils import frozen_copy, image_size
 from .config import BcosConfig
 
 __all__ = [

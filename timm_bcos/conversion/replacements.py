@@ -2,7 +2,7 @@
 
 Each takes the module, its `Place` in the network and the config, and returns the replacement, which adopts the
 module's parameters, or the module itself; it never changes what it was given. What is returned unchanged is made
-dynamic linear, where needed, by explanation mode (`timm_bcos.dynamic`). What cannot be converted is refused by an
+dynamic linear, where needed, by explanation mode (`timm_bcos.dynamic_linear`). What cannot be converted is refused by an
 `UnsupportedModuleError`, whose lines the plan collects.
 """
 
@@ -18,15 +18,13 @@ from torch import Tensor, nn
 from .._compat import Library, timm_layers
 from ..errors import UnsupportedModuleError
 from ..nn.activations import PassedSigmoid, ShiftedActivation
-from ..nn.factory import buffer_device
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, BcosPool2d
 from ..nn.layers import BcosConv2d, BcosLinear
-from ..nn.modules import clone
+from ..nn.module_utils import buffer_device, clone
 from ..nn.norms import UncentredBatchNorm1d, UncentredBatchNorm2d, UncentredBatchNormAct2d
 from ..nn.stems import BcosStem
-from .antialiasing import antialiased_max_pool, is_patchifying
 from .attention import WINDOWED, BcosAttention
-from .blocks import AVERAGED, BARE, WIDE, WIDE_NORM_ACTS, WIDE_NORMS
+from .blocks import AVERAGED, BARE, WIDE, WIDE_NORM_ACTS, WIDE_NORMS, antialiased_max_pool, is_patchifying
 from .config import BcosConfig
 
 pool2d_same: Any = Library("timm.layers.pool2d_same")
@@ -147,7 +145,7 @@ def replace_linear_layer(
 
 
 def replace_lstm(lstm: nn.LSTM, place: Place, config: BcosConfig) -> nn.Module:
-    """Explanation mode knows them (`timm_bcos.dynamic.recurrent`); without biases a new one adopts the weights."""
+    """Explanation mode knows them (`timm_bcos.dynamic_linear.recurrent`); without biases a new one adopts the weights."""
     if config.adds_bias or not lstm.bias:
         return lstm
     new = nn.LSTM(

@@ -19,8 +19,7 @@ from torch import nn
 from .._compat import timm_layers
 from ..nn.activations import PassedSigmoid, ShiftedActivation
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, BcosPool2d
-from ..nn.layers import BcosConv2d, BcosLinear
-from ..nn.low_pass import LowPass2d
+from ..nn.layers import BcosConv2d, BcosLinear, LowPass2d
 from ..nn.norms import UncentredBatchNorm1d, UncentredBatchNorm2d, UncentredBatchNormAct2d
 from ..nn.stems import BcosStem, ImageReader
 from . import replacements as to

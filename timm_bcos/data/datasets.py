@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..ahead import read_ahead
 from ..errors import InputError
-from .transforms import photo_transform
+from ..prefetch import read_ahead
+from .photos import photo_transform
 
 __all__ = ["LabelledImages", "image_batches", "image_loader", "load_dataset"]
 

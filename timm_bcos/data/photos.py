@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -11,12 +11,19 @@ from typing import BinaryIO
 import numpy as np
 import timm
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor, nn
 
 from ..errors import InputError
-from ..explaining.inputs import refuse_stripes
+from ..explanation.targets import refuse_stripes
 from ..files import AUTHOR, first_line
+from ..nn.stems import image_channels
 
-__all__ = ["find_photos", "is_own_picture", "open_photo"]
+__all__ = [
+    "find_photos",
+    "is_own_picture",
+    "open_photo",
+    "photo_transform",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -121,3 +128,23 @@ def _in_eight_bits(image: Image.Image) -> Image.Image:
     for row, target in zip(values, grey, strict=True):  # a whole photo in float64 takes many times its own memory
         target[:] = ((row.astype(np.float64) - black) / ((white - black) or 1) * 255).round()
     return Image.fromarray(grey)
+
+
+MODES = {1: "L", 3: "RGB"}  # Pillow's, by channels
+
+
+def photo_transform(model: nn.Module) -> tuple[str, Callable[[Image.Image], Tensor]]:
+    """How a photo becomes an image (C, H, W) in [0, 1]: cut and scaled as the model's cfg says, but not normalised.
+
+    Returns:
+        Pillow's mode that the photo must have, and the transform.
+
+    Raises:
+        InputError: For a network that takes neither grey nor coloured images.
+    """
+    channels = image_channels(model) or 3
+    if channels not in MODES:
+        raise InputError(f"photos have 1 or 3 channels, {type(model).__name__} takes {channels}")
+    cfg = timm.data.resolve_model_data_config(model)
+    cfg |= dict(mean=(0.0,) * channels, std=(1.0,) * channels, is_training=False)
+    return MODES[channels], timm.data.create_transform(**cfg)

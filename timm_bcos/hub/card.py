@@ -1,5 +1,6 @@
 """The model card of a published network: what it is, how to load and explain it, how good it is, under which terms."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,20 +8,120 @@ from os import PathLike
 from pathlib import Path
 
 import timm
+import torch
 from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image
+from timm.models import parse_model_name
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..conversion.converted import BcosModel
 from ..data.photos import open_photo
 from ..errors import InputError
-from ..explaining.explanation import Explanation
-from ..explaining.forward import explain_targets
-from ..models.classes import class_names
-from ..models.interface import BcosNetwork, TimmModel
-from .stats import measure_stats
+from ..explanation.api import explain_targets
+from ..explanation.exactness import random_image
+from ..explanation.result import Explanation
+from ..models.class_names import class_names
+from ..models.loading import BcosNetwork, TimmModel
+from ..weights.readers import read_training_arguments
 
-__all__ = ["Card", "Evaluation", "write_card"]
+__all__ = [
+    "Card",
+    "Evaluation",
+    "ModelStats",
+    "find_base_model",
+    "measure_stats",
+    "write_card",
+]
+
+OTHER_WEIGHTS = ("pretrained_path", "initial_checkpoint")  # of train.py: files, of which nobody knows the origin
+
+
+def find_base_model(name: str | None = None, checkpoint: Path | None = None) -> str | None:
+    """The 'ORGANISATION/NAME' of the weights that a network was made from, or None if that is not known.
+
+    Args:
+        name: timm's, of a plain or B-cos network that is taken with its published weights.
+        checkpoint: Of train.py, instead; others do not tell.
+    """
+    if checkpoint is None:
+        return _address(name) if name else None
+    trained = read_training_arguments(checkpoint) or {}
+    if not trained.get("pretrained") or any(trained.get(key) for key in OTHER_WEIGHTS):
+        return None
+    kwargs = trained.get("model_kwargs") or {}
+    return _address(str(kwargs.get("arch", trained.get("model"))))
+
+
+def _address(name: str) -> str | None:
+    source, place = parse_model_name(name)
+    if source is not None:
+        return place.partition("@")[0] if source == "hf-hub" else None
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return cfg.hf_hub_id if cfg else None
+
+
+aten = torch.ops.aten
+PRODUCTS = (aten.convolution, aten.mm, aten.addmm, aten.bmm, aten.baddbmm)  # what activations are the outputs of
+
+
+@dataclass(frozen=True)
+class ModelStats:
+    """The size of a network and the work for one image.
+
+    Attributes:
+        parameters: How many numbers it has learnt.
+        macs: Multiply-accumulates of convolutions, linear layers and matrix products.
+        activations: Numbers that these put out.
+        image_size: Height and width of the image, in pixels.
+    """
+
+    parameters: int
+    macs: int
+    activations: int
+    image_size: tuple[int, int]
+
+    def lines(self) -> dict[str, str]:
+        """As timm's cards name them: in millions and billions."""
+        return {
+            "Params (M)": _short(self.parameters / 1e6),
+            "GMACs": _short(self.macs / 1e9),
+            "Activations (M)": _short(self.activations / 1e6),
+            "Image size": " x ".join(map(str, self.image_size)),
+        }
+
+
+def measure_stats(model: TimmModel) -> ModelStats:
+    """Count while one image of the network's own size passes through it.
+
+    timm counts the arithmetic of norm layers too: its GMACs are a few per cent more, its activations the same.
+
+    Args:
+        model: In eval mode, plain or B-cos.
+    """
+    height, width = timm.data.resolve_model_data_config(model)["input_size"][-2:]
+    image = random_image(model.in_chans, (height, width)).to(next(model.parameters()).device)
+    operations = FlopCounterMode(display=False)
+    outputs = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(PRODUCTS, _count_outputs))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), operations, outputs:  # attention as its matrix products
+        model(image)
+    return ModelStats(
+        sum(parameter.numel() for parameter in model.parameters()),
+        operations.get_total_flops() // 2,
+        outputs.get_total_flops(),
+        (height, width),
+    )
+
+
+def _count_outputs(*_: object, out_shape: torch.Size, **__: object) -> int:
+    return math.prod(out_shape)
+
+
+def _short(number: float) -> str:
+    """One decimal, as timm; of small networks two digits."""
+    return f"{number:.1f}" if number >= 1 else f"{number:.2g}"
+
 
 PICTURE = "explanation.png"
 TAGS = ["timm", "image-classification", "b-cos", "explainable-ai"]

@@ -13,20 +13,107 @@ import timm
 import torch
 from torch import nn
 
+from .. import __version__
 from ..conversion.config import BcosConfig
 from ..conversion.converted import BcosModel
-from ..errors import CheckpointError, InputError, ModelStateError
-from ..explaining.checking import random_image
-from ..models.interface import BcosNetwork
-from ..models.loading import load_model
-from ..models.networks import NETWORKS
-from ..nn.modules import first_output
-from .card import Card, write_card
-from .origin import find_base_model
-from .remote_code import AUTO_MAP, write_module
-from .upload import upload_folder
+from ..errors import CheckpointError, InputError, ModelStateError, PublishError
+from ..explanation.exactness import random_image
+from ..files import first_line
+from ..models.architectures import NETWORKS
+from ..models.loading import BcosNetwork, load_model
+from ..nn.module_utils import first_output
+from .card import Card, find_base_model, write_card
 
-__all__ = ["publish", "save_network", "save_repository"]
+__all__ = [
+    "AUTO_MAP",
+    "MODULE",
+    "publish",
+    "save_network",
+    "save_repository",
+    "upload_folder",
+    "write_module",
+]
+
+
+def upload_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    **kind: Any,
+) -> str:
+    """Upload a folder's files to a repository, which is created if it does not exist.
+
+    Args:
+        folder: All of its files.
+        repo_id: 'ORGANISATION/NAME'.
+        token: Access token; None takes the one that `hf auth login` has stored.
+        private: For a new repository.
+        revision: Branch to commit to.
+        create_pr: Open a pull request instead.
+        kind: What `huggingface_hub.create_repo` takes for Spaces: `repo_type`, `space_sdk`.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        PublishError: If the Hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token, library_name="timm_bcos", library_version=__version__)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True, **kind)
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, repo_type=kind.get("repo_type"), revision=revision,
+            create_pr=create_pr, commit_message=f"Published with timm_bcos {__version__}",
+        )  # fmt: skip
+    except Exception as error:  # the client's own, its HTTP library's and the system's
+        raise PublishError(
+            f"cannot publish to {repo_id}: {first_line(error)}; check the name, the network and the token "
+            f"(`hf auth login`, or token=...)"
+        ) from error
+    return str(commit.pr_url or commit.commit_url)
+
+
+MODULE = "bcos_timm.py"
+AUTO_MAP = {
+    "AutoConfig": "bcos_timm.BcosTimmConfig",
+    "AutoImageProcessor": "bcos_timm.BcosTimmImageProcessor",
+    "AutoModel": "bcos_timm.BcosTimmModel",
+    "AutoModelForImageClassification": "bcos_timm.BcosTimmForImageClassification",
+}
+SOURCE = '''\
+"""B-cos networks of timm in transformers: importing timm_bcos registers them. Needs `pip install timm_bcos`."""
+
+import timm_bcos  # noqa: F401
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperModel
+from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
+
+
+class BcosTimmConfig(TimmWrapperConfig):
+    pass
+
+
+class BcosTimmImageProcessor(TimmWrapperImageProcessor):
+    pass
+
+
+class BcosTimmModel(TimmWrapperModel):
+    config_class = BcosTimmConfig
+
+
+class BcosTimmForImageClassification(TimmWrapperForImageClassification):
+    config_class = BcosTimmConfig
+'''
+
+
+def write_module(folder: Path) -> None:
+    """Write it into a folder."""
+    (folder / MODULE).write_text(SOURCE, encoding="utf-8")
 
 
 def publish(

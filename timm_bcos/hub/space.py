@@ -17,7 +17,7 @@ from ..data.photos import open_photo
 from ..errors import InputError
 from ..files import first_line
 from .card import TAGS
-from .upload import upload_folder
+from .repository import upload_folder
 
 __all__ = ["publish_space", "save_space"]
 
@@ -39,7 +39,7 @@ APP = '''\
 
 from pathlib import Path
 
-from timm_bcos.page.app import launch
+from timm_bcos.demo.app import launch
 
 photos = sorted((Path(__file__).parent / "{examples}").glob("*.jpg"))
 launch(model="hf-hub:{model_id}", examples=photos)

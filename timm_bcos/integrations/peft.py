@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError, ModelStateError
 from ..nn.layers import BcosConv2d, BcosLinear
-from ..nn.modules import clone
-from .wrapped import marked, original
+from ..nn.module_utils import clone
+from .wrapping import marked, original
 
 __all__ = ["register"]
 

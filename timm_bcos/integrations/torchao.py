@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import ModelStateError
 from ..nn.layers import BcosConv2d, BcosLinear
-from .wrapped import marked, original
+from .wrapping import marked, original
 
 __all__ = ["refuse_float8", "refuse_unfused"]
 

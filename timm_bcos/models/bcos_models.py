@@ -25,14 +25,12 @@ from torch import nn
 from .._compat import private
 from ..conversion.config import BcosConfig
 from ..conversion.converted import bcosify as convert
-from ..conversion.grey import responses_to_grey
+from ..conversion.reference import responses_to_grey
 from ..errors import CheckpointError, NotFineTunedWarning, TargetError
-from ..weights.catalogue import PUBLISHED, hub_addresses
-from ..weights.download import first_line
-from ..weights.embedded import EMBEDDED
+from ..weights.catalog import EMBEDDED, PUBLISHED, hub_addresses
 from ..weights.formats import StateDict, convert_official_weights, convert_plain_weights
-from ..weights.pretrained import fill_backbone, load_pretrained
-from .networks import FINETUNED, NETWORKS, SECOND_PAPER, Network
+from ..weights.pretrained import fill_backbone, first_line, load_pretrained
+from .architectures import FINETUNED, NETWORKS, SECOND_PAPER, Network
 
 PAPER_CFG = dict(
     paper_name="B-cos Networks: Alignment is All We Need for Interpretability",

@@ -10,7 +10,7 @@ from timm.layers import create_classifier, get_device_dtype
 from torch import nn
 
 from .._compat import Library
-from ..nn.factory import Factory
+from ..nn.module_utils import Factory
 
 densenet: Any = Library("timm.models.densenet")
 

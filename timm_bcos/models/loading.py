@@ -1,23 +1,53 @@
 """Networks by name or from a checkpoint, and the names of their classes: what the command line and scripts share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import timm.utils
 from timm.models import split_model_name_tag
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..conversion.converted import BcosModel
 from ..errors import BcosError, CheckpointError, InputError, TargetError
 from ..files import first_line
-from ..weights.embedded import DEFAULT_NETWORK
+from ..weights.catalog import DEFAULT_NETWORK, EMBEDDED, PUBLISHED
 from ..weights.readers import load_state, read_state_dict, read_training_arguments
+from .architectures import NETWORKS
 from .bcos_models import ENTRY_POINTS, architecture
-from .interface import BcosNetwork, TimmModel
 
-__all__ = ["create_model", "load_model", "load_plain_model"]
+__all__ = [
+    "BcosNetwork",
+    "Listed",
+    "TimmModel",
+    "create_model",
+    "list_networks",
+    "load_model",
+    "load_plain_model",
+]
+
+
+class TimmModel(nn.Module):
+    """A network that timm has created; for hints alone, no network is an instance.
+
+    Attributes:
+        num_classes: K.
+        in_chans: Image channels.
+        pretrained_cfg: Where its weights are from, and how images are made ready for it.
+    """
+
+    num_classes: int
+    in_chans: int
+    pretrained_cfg: dict[str, Any]
+
+
+class BcosNetwork(BcosModel, TimmModel):
+    """Such a network after its conversion."""
+
 
 Create = Callable[..., Any]  # a network from its name and timm's keywords
 
@@ -168,3 +198,63 @@ def _classes_of(weights: dict[str, Tensor], create: Create) -> dict[str, int]:
     rows = found.shape[0]
     is_plain = found.shape != head.weight.shape and found.ndim != head.weight.ndim
     return dict(num_classes=rows if is_plain else rows // getattr(head, "max_out", 1))
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A network, with one of its weights if it has any.
+
+    Attributes:
+        name: timm's.
+        tag: Of the weights; empty where there are none.
+        parameters: In millions.
+        top1: Published accuracy in per cent, where there is one.
+        resize: What images' shorter side is resized to, in pixels; None where the weights do not say it.
+        size: Height and width of the input, in pixels.
+        note: On weights that come with this package.
+    """
+
+    name: str
+    tag: str
+    parameters: float
+    top1: float | None
+    resize: int | None
+    size: int
+    note: str = ""
+
+    @property
+    def tagged_name(self) -> str:
+        """What `timm.create_model` takes."""
+        return f"{self.name}.{self.tag}" if self.tag else self.name
+
+
+def list_networks(pattern: str = "*", *, pretrained: bool = False) -> Iterator[Listed]:
+    """The registered networks, a row per weight file, in the order of the papers.
+
+    Args:
+        pattern: Of names, as in `timm.list_models`.
+        pretrained: Only networks with weights.
+    """
+    for name in NETWORKS:
+        tags = _tags(name)
+        wanted = [tag for tag in tags or [""] if fnmatchcase(name, pattern) or fnmatchcase(f"{name}.{tag}", pattern)]
+        if wanted and (tags or not pretrained):
+            yield from _rows(name, wanted)
+
+
+def _tags(name: str) -> list[str]:
+    embedded = [tag for known, _, tag in (tagged.partition(".") for tagged in EMBEDDED) if known == name]
+    return embedded + [file.tag for file in PUBLISHED.get(name, ())]
+
+
+def _rows(name: str, tags: list[str]) -> Iterator[Listed]:
+    files = {file.tag: file for file in PUBLISHED.get(name, ())}
+    for tag in tags:
+        model = cast(TimmModel, timm.create_model(f"{name}.{tag}" if tag else name, device="meta"))
+        parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        size = model.pretrained_cfg["input_size"][-1]
+        file = files.get(tag)
+        top1, resize = (file.top1, file.resize) if file else (None, None)
+        embedded = EMBEDDED.get(f"{name}.{tag}")
+        note = f"comes with the package; {embedded['description']}" if embedded else ""
+        yield Listed(name, tag, parameters, top1, resize, size, note)

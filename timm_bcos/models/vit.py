@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .._compat import timm_layers, timm_models
-from ..dynamic.table import VALUES_FROM
-from ..nn.factory import Factory
+from ..dynamic_linear.registry import VALUES_FROM
+from ..nn.module_utils import Factory
 
 __all__ = ["SimpleVisionTransformer", "conv_stem_embed", "flatten_patches", "sincos_positions"]
 

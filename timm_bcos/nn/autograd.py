@@ -15,11 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from . import deviation, functional
-from .cosine import EPS, cosine_factor, per_unit, scale_by_cosine
+from . import functional, primitives
 from .execution import pieces, runs_eagerly, saved_tensors_have_hooks
-from .input_norms import by_window_sum, feature_norm, patch_norm, sum_of_groups
-from .weights import effective_weight, inverse_norm, norm_power, row_norm
+from .primitives import (
+    EPS,
+    by_window_sum,
+    cosine_factor,
+    effective_weight,
+    feature_norm,
+    inverse_norm,
+    norm_power,
+    patch_norm,
+    per_unit,
+    row_norm,
+    scale_by_cosine,
+    sum_of_groups,
+)
 
 __all__ = ["bcos_conv2d", "bcos_linear", "divide_by_deviation"]
 
@@ -58,7 +69,7 @@ def bcos_linear(x: Tensor, weight: Tensor, unit: Unit) -> Tensor:
 
 
 def divide_by_deviation(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`deviation.divide_by_deviation`."""
+    """`primitives.divide_by_deviation`."""
     return _DivideByDeviation.apply(x, weight, eps)
 
 
@@ -301,7 +312,7 @@ class _DivideByDeviation(torch.autograd.Function):
     def backward(ctx: _Saved, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, mean, inverse = ctx.saved_tensors
         if torch.is_grad_enabled() or not runs_eagerly(grad):
-            formula = lambda x, weight: deviation.divide_by_deviation(x, weight, ctx.eps)[0]  # noqa: E731
+            formula = lambda x, weight: primitives.divide_by_deviation(x, weight, ctx.eps)[0]  # noqa: E731
             return *_gradients_of(formula, (x, weight), grad, ctx), None
         dot = torch.stack([(part * g).sum((0, 2, 3), dtype=mean.dtype) for part, g in pieces(x, grad)]).sum(0)
         slope = dot * weight * inverse**3 / -(x.numel() // len(dot))
@@ -313,7 +324,7 @@ class _DivideByDeviation(torch.autograd.Function):
 
 
 def _mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`deviation.mean_and_variance`: of each image, and then of the images' means."""
+    """`primitives.mean_and_variance`: of each image, and then of the images' means."""
     means, variances = [], []
     for (part,) in pieces(x):
         wide = part.float() if x.dtype in (torch.float16, torch.bfloat16) else part

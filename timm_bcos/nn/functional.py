@@ -5,7 +5,7 @@ Free rows (`normalize_weight=False`): https://arxiv.org/abs/2411.00715, section 
 with a backward pass by hand.
 
 Each function that they are made of takes part in `__torch_function__` dispatch. That is how explanation mode
-(`timm_bcos.dynamic`) replaces it, and why `torch.fx` traces it as one node.
+(`timm_bcos.dynamic_linear`) replaces it, and why `torch.fx` traces it as one node.
 """
 
 import torch
@@ -15,10 +15,8 @@ from torch.overrides import handle_torch_function, has_torch_function, has_torch
 
 from .._compat import timm_layers
 from ..errors import InputError
-from .cosine import scale_by_cosine
-from .input_norms import feature_norm, patch_norm
-from .maxout import max_out as largest_of
-from .weights import effective_weight, row_norm
+from .primitives import effective_weight, feature_norm, patch_norm, row_norm, scale_by_cosine
+from .primitives import max_out as largest_of
 
 __all__ = [
     "bcos_conv2d",

@@ -13,12 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ModelStateError
-from .cosine import scale_by_cosine
-from .input_norms import feature_norm, patch_norm
-from .maxout import max_out as largest_of
-from .modules import clone
+from .module_utils import clone
 from .norms import UncentredBatchNorm2d
-from .weights import effective_weight, row_norm
+from .primitives import effective_weight, feature_norm, patch_norm, row_norm, scale_by_cosine
+from .primitives import max_out as largest_of
 
 __all__ = ["FoldedNorm", "fuse_layer", "fused_conv2d", "fused_linear", "norm_scale"]
 

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._compat import timm_layers
-from ..nn.functional import to_logits
+from .functional import to_logits
 from .layers import BcosConv2d, BcosLinear
 
 __all__ = ["BcosConvClassifier", "BcosFlatten", "BcosLinearClassifier", "BcosPool2d"]

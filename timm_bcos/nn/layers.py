@@ -11,18 +11,46 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from .._compat import timm_layers
 from ..errors import ModelStateError
 from . import autograd
 from .execution import records_gradients
-from .functional import bcos_conv2d, bcos_linear, same_padding
+from .functional import bcos_conv2d, bcos_linear, low_pass, same_padding
 from .fused import fuse_layer, fused_conv2d, fused_linear
-from .low_pass import LowPass2d
 
 __all__ = [
     "BcosConv2d",
     "BcosLinear",
+    "LowPass2d",
     "refuse_fused",
 ]
+
+
+class LowPass2d(timm_layers.BlurPool2d):  # type: ignore[misc]
+    """timm's binomial filter [1, 2, 1] / 4 over height and width, for maps of any size.
+
+    It removes the highest frequency, of period 2, and halves the one of period 4.
+
+    Args:
+        channels: Of the map; None takes them from the input.
+        stride: Of the output: 1, or 2.
+
+    Shape: (N, C, H, W) to (N, C, ⌈H / stride⌉, ⌈W / stride⌉).
+    """
+
+    filt: Tensor
+
+    def __init__(
+        self,
+        channels: int | None = None,
+        stride: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, filt_size=3, stride=stride, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return low_pass(x, self.filt, self.stride)
 
 
 def _check(b: float, max_out: int, normalize_weight: bool) -> None:

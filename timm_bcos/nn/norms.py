@@ -2,7 +2,7 @@
 
 Paper: B-cos Alignment for Inherently Interpretable CNNs and Vision Transformers (TPAMI 2024),
 https://arxiv.org/abs/2306.10898, section 3.3. torch's other norms need no class of their own: explanation mode treats
-their statistics as constants (`timm_bcos.dynamic`), and subtracting a mean over the features of x itself is linear.
+their statistics as constants (`timm_bcos.dynamic_linear`), and subtracting a mean over the features of x itself is linear.
 
 The classes are subclasses of torch's and timm's batch norms, so that whatever looks for those finds them: freezing,
 `torch.optim.swa_utils.update_bn`, Lightning, transformers. What such tools read, a mean and a bias, is there, and 0.
@@ -11,17 +11,71 @@ The classes are subclasses of torch's and timm's batch norms, so that whatever l
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from typing_extensions import Self
 
 from .._compat import private, timm_layers
 from . import autograd
-from .deviation import divide_by_deviation
 from .execution import records_gradients
-from .synchronized import divide_by_shared_deviation, is_shared
+from .primitives import divide_by_deviation
 
-__all__ = ["UncentredBatchNorm1d", "UncentredBatchNorm2d", "UncentredBatchNormAct2d"]
+__all__ = [
+    "UncentredBatchNorm1d",
+    "UncentredBatchNorm2d",
+    "UncentredBatchNormAct2d",
+    "divide_by_shared_deviation",
+    "is_shared",
+]
+
+
+def is_shared(group: ProcessGroup | None) -> bool:
+    """Whether there are other processes in the group (None for all of them) to share statistics with."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+
+
+def divide_by_shared_deviation(
+    x: Tensor, weight: Tensor, eps: float, group: ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """`timm_bcos.nn.primitives.divide_by_deviation` of all processes' batches together.
+
+    Args:
+        x: (N, C, H, W), of this process; N may differ between them.
+        weight: (C,).
+        eps: Added to the variance.
+        group: The processes; None for all.
+
+    Returns:
+        weight · x / sqrt(var + eps), and the biased variance (C,), which carries no gradient.
+    """
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    count = wide.new_full((1,), x.numel() / x.shape[1])
+    mean = _sum(torch.cat([wide.sum((0, 2, 3)), count]), group)
+    mean, count = mean[:-1] / mean[-1], mean[-1].detach()
+    var = _sum((wide - mean.reshape(1, -1, 1, 1)).square().sum((0, 2, 3)), group) / count
+    return x * (weight * (var + eps).rsqrt()).reshape(1, -1, 1, 1).to(x.dtype), var.detach()
+
+
+def _sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The sum over processes; its gradient is the sum of all processes' gradients."""
+    return _AllReduce.apply(values, group)  # type: ignore[no-any-return]
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Tensor, group: ProcessGroup | None) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.group = group
+        total = values.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def,override]
+        total = grad.clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
 
 CENTRED = ("running_mean", "bias")  # what uncentred norms lack, in the state dicts of others
 

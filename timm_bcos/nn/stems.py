@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .factory import Factory, buffer_device
 from .functional import encode_image, scale_and_offset
 from .layers import BcosConv2d
+from .module_utils import Factory, buffer_device
 
 __all__ = ["BcosStem", "ImageReader", "image_channels"]
 

@@ -1,16 +1,110 @@
-"""Losses on explanations, of which `dynamic_weights` gives the trainable ones.
+"""W(x) as a function of the parameters, for losses on explanations."""
 
-Sources: e2KD, "Good Teachers Explain: Explanation-Enhanced Knowledge Distillation" (ECCV 2024,
-https://arxiv.org/abs/2402.03119), section 3.1; "Studying How to Efficiently and Effectively Guide Models with
-Explanations" (ICCV 2023, https://arxiv.org/abs/2303.11932), section 3.2.
-"""
+from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import InputError
+from ..dynamic_linear.dual_graph import Streams
+from ..dynamic_linear.mode import DynamicLinearMode, active
+from ..errors import InputError, ModelStateError, TargetError
+from ..explanation.targets import Targets, as_direction, check_target, image_reader
+from ..nn.functional import encode_image
+from ..nn.module_utils import first_output
 
-__all__ = ["cosine_loss", "energy_loss"]
+__all__ = [
+    "DynamicWeights",
+    "cosine_loss",
+    "dynamic_weights",
+    "energy_loss",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class DynamicWeights:
+    """Outputs and the rows of W(x) of one class each, both on the graph.
+
+    Attributes:
+        logits: (N, K) what the network returns, with the gradients of ordinary training.
+        weights: (N, 2C, H, W) for each image the row of W(x) of its target, in the input's encoding.
+        inputs: (N, 2C, H, W) the encoded images; constants.
+    """
+
+    logits: Tensor
+    weights: Tensor
+    inputs: Tensor
+
+    @property
+    def contribution_map(self) -> Tensor:
+        """(N, H, W) what each pixel adds to the target's logit."""
+        return (self.weights * self.inputs).sum(1)
+
+
+def dynamic_weights(model: nn.Module, x: Tensor, target: Targets = None) -> DynamicWeights:
+    """Outputs and rows of W(x), to be trained: `explain` gives the same values without gradients.
+
+    One forward pass, in which each function is computed twice (`timm_bcos.dynamic_linear.dual_graph`), and one backward pass that
+    is itself differentiable. Norms in training mode normalise by the batch and update their statistics once, as in an
+    ordinary step.
+
+    Args:
+        model: A B-cos network, in training or evaluation mode.
+        x: Images (N, C, H, W) without mean/std normalisation, or encoded (N, 2C, H, W).
+        target: As in `explain`; None for the prediction.
+
+    Raises:
+        InputError: For tensors that are no images of this network.
+        ModelStateError: For what is no B-cos network, for gradient checkpointing, and for networks that are distributed
+            over processes.
+        TargetError: For classes that do not exist, and for networks that return no (N, K) logits.
+
+    Example:
+        >>> found = timm_bcos.dynamic_weights(model, images, labels)
+        >>> loss = criterion(found.logits, labels) + timm_bcos.energy_loss(found.contribution_map, masks)
+        >>> loss.backward()
+    """
+    network: nn.Module = getattr(model, "_orig_mod", model)  # of `torch.compile`
+    reader = image_reader(network)
+    _check_trainable(network, x)
+    inputs = encode_image(x.detach(), reader.image_channels).to(reader.weight.dtype)
+    leaf = inputs.clone().requires_grad_()
+    streams = Streams(leaf)
+    with torch.enable_grad():
+        with streams.active(), active(DynamicLinearMode(leaf)):
+            outputs = first_output(network(leaf.clone()))
+        logits = streams.counterpart(outputs)
+        _check_logits(outputs, logits, len(x))
+        value = (outputs * _direction(target, logits)).sum()
+        (weights,) = torch.autograd.grad(value, leaf, create_graph=True)
+    return DynamicWeights(logits, weights, inputs)
+
+
+def _check_trainable(network: nn.Module, x: Tensor) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim != 4 or 0 in x.shape:
+        found = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise InputError(f"expected images (N, C, H, W) of floating point, got {found}")
+    if torch.is_inference_mode_enabled() or x.is_inference():
+        raise InputError("W(x) needs autograd, which torch.inference_mode() rules out")
+    if isinstance(network, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise ModelStateError("W(x) is trained in one process: give the network itself, model.module")
+    if any(getattr(module, "grad_checkpointing", False) is True for module in network.modules()):
+        raise ModelStateError("gradient checkpointing is on: call model.set_grad_checkpointing(False) first")
+
+
+def _check_logits(outputs: Tensor, logits: Tensor, images: int) -> None:
+    if outputs is logits:
+        raise TargetError("the network's outputs do not depend on the images")
+    if outputs.ndim != 2 or len(outputs) != images:
+        raise TargetError(f"the network returns {tuple(outputs.shape)}: logits ({images}, K) are needed")
+
+
+def _direction(target: Targets, logits: Tensor) -> Tensor:
+    """(N, K) coefficients of the outputs."""
+    asked = check_target(target, len(logits))
+    if asked is None:
+        asked = logits.detach().argmax(1)
+    return as_direction(asked, len(logits), logits.shape[1], "classes").to(logits)
 
 
 def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -7,13 +7,12 @@ import torch.nn.functional as F
 from timm.task import ClassificationTask, LogitDistillationTask
 from torch import Tensor, nn
 
-from ..data.cells import without_cell
+from ..data.regions import without_cell
 from ..errors import InputError, ModelStateError, TargetError
-from ..explaining.inputs import check_model
-from ..explaining.linearised import Linearised
-from ..explaining.places import Region, check_region
-from .losses import cosine_loss, energy_loss
-from .weights import dynamic_weights
+from ..explanation.linearized import Linearised
+from ..explanation.regions import Region, check_region
+from ..explanation.targets import check_model
+from .losses import cosine_loss, dynamic_weights, energy_loss
 
 __all__ = ["DeletionClassificationTask", "ExplanationDistillationTask", "GuidedClassificationTask"]
 

@@ -5,13 +5,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..failures import quiet_libraries
-from ..inputs import DataChoice, NetworkChoice
-from ..options import Checkpoint, Classes, ClassMap, DataDir, Dataset, Device, Model, Split
+from ..exceptions import quiet_libraries
+from ..options import Checkpoint, Classes, ClassMap, DataChoice, DataDir, Dataset, Device, Model, NetworkChoice, Split
 
 if TYPE_CHECKING:
     from ...concepts.dictionary import Concepts
-    from ..photos import PhotoExplainer
+    from .explain_photos import PhotoExplainer
 
 __all__ = ["concepts"]
 
@@ -42,11 +41,11 @@ def concepts(
     from ...concepts.figures import class_shares, save_shares
     from ...concepts.learning import learn_concepts
     from ...data.photos import find_photos
-    from ...explaining.figures import save_figure
-    from ...judging.neurons import find_strongest, plot_wall
-    from ...models.classes import class_names, find_class
+    from ...evaluation.neurons import find_strongest, plot_wall
+    from ...explanation.visualization import save_figure
+    from ...models.class_names import class_names, find_class
     from ..outputs import Outputs
-    from ..photos import PhotoExplainer
+    from .explain_photos import PhotoExplainer
 
     with quiet_libraries():
         given = list(find_photos(photos)) if photos else []
@@ -69,9 +68,9 @@ def concepts(
 
 
 def _explain(path: Path, reader: "PhotoExplainer", found: "Concepts", target: int | None, top: int) -> str:
-    from ...concepts.accounts import explain_concepts
+    from ...concepts.decomposition import explain_concepts
     from ...concepts.figures import plot_account
-    from ...explaining.figures import save_figure
+    from ...explanation.visualization import save_figure
 
     account = explain_concepts(reader.network, reader.read(path), found, target, top=top)
     save_figure(plot_account(account, reader.names), reader.outputs.claim(path.stem, ".png"))

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..inputs import DataChoice, NetworkChoice
-from ..options import Checkpoint, Classes, ClassMap, DataDir, Dataset, Device, Model, Split
+from ..options import Checkpoint, Classes, ClassMap, DataChoice, DataDir, Dataset, Device, Model, NetworkChoice, Split
 
 __all__ = ["neurons"]
 
@@ -31,9 +30,9 @@ def neurons(
     Writes wall.png (crops of the most active units' images, and their explanations), classes.png (the classes of the
     most one-sided units) and units.csv (every unit).
     """
-    from ...explaining.figures import save_figure
-    from ...judging.neurons import find_strongest, label_entropy, plot_label_counts, plot_wall, save_units
-    from ...models.classes import class_names
+    from ...evaluation.neurons import find_strongest, label_entropy, plot_label_counts, plot_wall, save_units
+    from ...explanation.visualization import save_figure
+    from ...models.class_names import class_names
 
     network = NetworkChoice(model, checkpoint).load(device)
     labelled = DataChoice(data_dir, dataset, split, class_map).load(network.num_classes)

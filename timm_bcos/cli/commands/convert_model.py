@@ -1,0 +1,48 @@
+"""`timm-bcos convert`: a network turned into its B-cos equivalent."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ..exceptions import quiet_libraries
+from ..options import Checkpoint
+
+__all__ = ["convert"]
+
+
+def convert(
+    model: Annotated[str | None, typer.Option(help="A timm model.")] = None,
+    checkpoint: Checkpoint = None,
+    b: Annotated[float, typer.Option(min=1, help="Exponent B; 1 with biases computes the same as before.")] = 2.0,
+    bias: Annotated[bool, typer.Option(help="Keep biases, which the image does not explain.")] = False,
+    gate: Annotated[
+        bool, typer.Option("--gate", help="Let biases of batch norms act in the gates of activations only.")
+    ] = False,
+    positions: Annotated[
+        Literal["keep", "attention"],
+        typer.Option(help="Position embeddings of a vision transformer: added to tokens, or in queries and keys only."),
+    ] = "keep",
+    antialias: Annotated[
+        bool,
+        typer.Option("--antialias", help="Low-pass filters in front of strides: explanations without checkerboards."),
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Directory for config.json and model.safetensors.")] = Path("converted"),
+) -> None:
+    """Convert a network with its weights into a folder that timm loads as `local-dir:FOLDER`.
+
+    Unless B is 1 and biases are kept, it is the start of a fine-tuning, not a finished network.
+    """
+    from ...errors import InputError
+    from ...hub.repository import save_network
+    from ...models.loading import load_model
+
+    if model is None and checkpoint is None:
+        raise InputError("no network given: name one with --model, or give a checkpoint of train.py with --checkpoint")
+    if bias and gate:
+        raise InputError("--bias adds biases and --gate does not: choose one of them")
+    biases = "gate" if gate else bias
+    with quiet_libraries():
+        network = load_model(model, checkpoint, b=b, bias=biases, positions=positions, antialias=antialias).eval()
+        save_network(network, out)
+    typer.echo(f"wrote {out}: timm.create_model('local-dir:{out}', pretrained=True)")

@@ -1,0 +1,41 @@
+"""`timm-bcos demo`: the page in a browser."""
+
+from typing import Annotated
+
+import typer
+
+from ..exceptions import quiet_libraries
+from ..options import Checkpoint, Classes, Device, Model
+
+__all__ = ["demo"]
+
+
+def demo(
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    classes: Classes = None,
+    device: Device = "cpu",
+    port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Where to serve; if not given, the first free one from 7860 on."),
+    ] = None,
+    share: Annotated[
+        bool, typer.Option("--share", help="Also at a public address for a week, through Gradio's servers.")
+    ] = False,
+) -> None:
+    """Serve a page on which photos are explained, until Ctrl-C.
+
+    It offers the three networks that come with the package, after the one that is asked for.
+    """
+    from ...errors import InputError
+
+    try:
+        from ...demo.app import launch
+    except ImportError as error:
+        if error.name != "gradio":
+            raise
+        raise InputError("the page needs Gradio: pip install 'timm_bcos[demo]'") from error
+    from ..options import find_device
+
+    with quiet_libraries():
+        launch(model, checkpoint, classes, port=port, share=share, device=find_device(device))

@@ -1,0 +1,131 @@
+"""`timm-bcos gallery`: explanations of many images on one picture."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..options import (
+    Checkpoint,
+    Classes,
+    ClassMap,
+    DataChoice,
+    DataDir,
+    Dataset,
+    Device,
+    Disconnect,
+    Methods,
+    Model,
+    NetworkChoice,
+    Plain,
+    Split,
+)
+
+__all__ = ["of_bins", "of_classes", "of_methods"]
+
+SHOWN = 6
+Show = Annotated[list[str] | None, typer.Option(help=f"Class name or index; repeat for several. The first {SHOWN}.")]
+Out = Annotated[Path, typer.Option(help="The picture.")]
+
+
+def of_classes(
+    data_dir: DataDir,
+    dataset: Dataset = "",
+    split: Split = "validation",
+    class_map: ClassMap = "",
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    classes: Classes = None,
+    device: Device = "cpu",
+    show: Show = None,
+    images: Annotated[int, typer.Option(min=1, help="Per class.")] = 6,
+    out: Out = Path("classes.png"),
+) -> None:
+    """The images of each class that the network is most confident of, with their explanations in colour."""
+    from ...evaluation.galleries import plot_classes
+    from ...explanation.visualization import save_figure
+
+    data = DataChoice(data_dir, dataset, split, class_map)
+    network, names, x, targets = _most_confident(NetworkChoice(model, checkpoint), data, classes, device, show, images)
+    save_figure(plot_classes(network, x, targets, names), out)
+    typer.echo(f"wrote {out}")
+
+
+def of_methods(
+    data_dir: DataDir,
+    dataset: Dataset = "",
+    split: Split = "validation",
+    class_map: ClassMap = "",
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    plain: Plain = False,
+    classes: Classes = None,
+    device: Device = "cpu",
+    show: Show = None,
+    method: Methods = None,
+    out: Out = Path("methods.png"),
+) -> None:
+    """One image per class, explained by every attribution method that suits the network."""
+    from ...attribution.registry import METHODS, check_methods
+    from ...evaluation.galleries import plot_methods
+    from ...explanation.visualization import save_figure
+
+    methods = list(method or METHODS)
+    check_methods(methods)
+    choice, data = NetworkChoice(model, checkpoint, plain), DataChoice(data_dir, dataset, split, class_map)
+    network, names, x, targets = _most_confident(choice, data, classes, device, show, 1)
+    save_figure(plot_methods(network, x, targets, methods, names), out)
+    typer.echo(f"wrote {out}")
+
+
+def of_bins(
+    data_dir: DataDir,
+    dataset: Dataset = "",
+    split: Split = "validation",
+    class_map: ClassMap = "",
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    plain: Plain = False,
+    device: Device = "cpu",
+    method: Methods = None,
+    n: Annotated[int, typer.Option(min=1, help="Cells per side of the grids.")] = 2,
+    grids: Annotated[int, typer.Option(min=1, help="How many.")] = 100,
+    smooth: Annotated[int, typer.Option(min=1, help="Window of a mean filter; 1 for none.")] = 15,
+    disconnect: Annotated[Disconnect, typer.Option(help="As in `evaluate pointing-game`.")] = Disconnect.NONE,
+    reuse: Annotated[bool, typer.Option("--reuse", help="Use images again when a class has no more.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the choice of classes.")] = 0,
+    out: Out = Path("bins.png"),
+) -> None:
+    """Mean maps of the pointing game's grids, from the best localised to the worst (AggAtt)."""
+    from ...evaluation.aggatt import plot_bins
+    from ...evaluation.disconnected import Disconnected
+    from ...evaluation.pointing_game import confidences, sample_grids
+    from ...explanation.visualization import save_figure
+
+    network = NetworkChoice(model, checkpoint, plain).load(device)
+    images = DataChoice(data_dir, dataset, split, class_map).load(network.num_classes)
+    chosen = sample_grids(list(confidences(network, images)), n, grids, seed=seed, reuse=reuse)
+    player = network if disconnect is Disconnect.NONE else Disconnected(network, n, disconnect.value)
+    figure, left_out = plot_bins(player, images, chosen, list(method or ("bcos", "ixg", "gradcam")), smooth)
+    save_figure(figure, out)
+    typer.echo("\n".join([*(f"left out: {reason}" for reason in left_out), f"wrote {out}"]))
+
+
+def _most_confident(
+    choice: NetworkChoice, data: DataChoice, classes: Path | None, device: str, show: list[str] | None, images: int
+) -> tuple[Any, list[str], Any, list[int]]:
+    """The network, its classes' names, the images that it is most confident of, and their classes."""
+    import torch
+
+    from ...data.datasets import image_loader
+    from ...evaluation.galleries import most_confident
+    from ...evaluation.pointing_game import confidences
+    from ...models.class_names import class_names, find_class
+
+    network = choice.load(device)
+    names, labelled = class_names(network, classes), data.load(network.num_classes)
+    shown = [find_class(c, names, len(names)) for c in show or map(str, range(min(SHOWN, len(names))))]
+    chosen = most_confident(list(confidences(network, labelled)), images, list(dict.fromkeys(shown)))
+    load = image_loader(network, labelled)
+    x = torch.stack([load(item.index)[0] for item in chosen]).to(device)
+    return network, names, x, [item.label for item in chosen]

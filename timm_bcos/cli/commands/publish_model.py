@@ -1,0 +1,89 @@
+"""`timm-bcos publish`: a trained network to the Hugging Face Hub, and a page that shows it."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ..options import Checkpoint, Classes, Model, NetworkChoice
+
+__all__ = ["publish"]
+
+Photos = Annotated[list[Path] | None, typer.Option("--photo", help="Shown explained on the card; repeat for several.")]
+
+
+def publish(
+    repo_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="On the Hugging Face Hub; made if need be.")],
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    classes: Classes = None,
+    photo: Photos = None,
+    description: Annotated[str, typer.Option(help="Trained on what, from what, how.")] = "",
+    accuracy: Annotated[float | None, typer.Option(min=0, max=100, help="Top-1, in per cent.")] = None,
+    dataset: Annotated[str, typer.Option(help="What the accuracy was measured on.")] = "",
+    command: Annotated[str, typer.Option(help="What measured it.")] = "",
+    trained_on: Annotated[
+        list[str] | None, typer.Option(help="A data set by its name on the Hub, as imagenet-1k; repeat for several.")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="ORG/NAME that the training started from; train.py's checkpoints often tell.")
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="As the Hub calls it; that of published weights, or apache-2.0, by default.")
+    ] = None,
+    note: Annotated[list[str] | None, typer.Option(help="Further terms; repeat for several.")] = None,
+    dtype: Annotated[Literal["float16", "bfloat16"] | None, typer.Option(help="Of the stored weights.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Of a new repository.")] = False,
+    folder: Annotated[Path | None, typer.Option(help="Write the files here instead of publishing them.")] = None,
+    space: Annotated[
+        bool, typer.Option("--space", help="Also a Space ORG/NAME that runs the page of `timm-bcos demo`.")
+    ] = False,
+) -> None:
+    """Publish a network on the Hugging Face Hub: weights, config and a model card; with --space also a page.
+
+    After `import timm_bcos`, `timm.create_model("hf-hub:ORG/NAME", pretrained=True)` has it.
+
+    With --folder, the Space's files are in its subfolder `space`.
+    """
+    import torch
+
+    from ...hub.card import Card, Evaluation, find_base_model
+    from ...hub.repository import publish as publish_network
+    from ...hub.repository import save_repository
+    from ...hub.space import publish_space, save_space
+    from ...models.class_names import read_class_names
+
+    _refuse_half_an_accuracy(accuracy, dataset, command)
+    network = NetworkChoice(model, checkpoint).load()
+    terms = network.pretrained_cfg if checkpoint is None else {}  # of the published weights
+    licence = licence or terms.get("license") or "apache-2.0"
+    card = Card(
+        description,
+        None if accuracy is None else Evaluation(accuracy, dataset, command),
+        licence,
+        note or terms.get("notes") or (),
+        photo or (),
+        trained_on or (),
+        base_model or find_base_model(model, checkpoint),
+    )
+    labels = read_class_names(classes, network.num_classes) if classes else None
+    precision = getattr(torch, dtype) if dtype else None
+    photos = photo or ()
+    if folder:
+        save_repository(network, folder, repo_id, card, label_names=labels, dtype=precision)
+        if space:
+            save_space(folder / "space", repo_id, repo_id, photos=photos, licence=licence)
+        typer.echo(f"wrote {folder}")
+        return
+    typer.echo(publish_network(network, repo_id, card, label_names=labels, dtype=precision, private=private))
+    if space:
+        typer.echo(publish_space(repo_id, repo_id, photos=photos, licence=licence, private=private))
+
+
+def _refuse_half_an_accuracy(accuracy: float | None, dataset: str, command: str) -> None:
+    from ...errors import InputError
+
+    if accuracy is None and (dataset or command):
+        raise InputError(f"--{'dataset' if dataset else 'command'} without a figure: give --accuracy too")
+    if accuracy is not None and not dataset:
+        raise InputError("--accuracy alone says little: give --dataset too, what it was measured on")

@@ -1,0 +1,156 @@
+"""The account of a logit: a sum of concepts, of which each is a sum of pixels. Both steps are exact.
+
+With A the features of a layer, a B-cos network is linear in A and A in x, for each image: logit = ⟨G(x), A(x)⟩ + other,
+A(x) = W(x) · x + constants. Written in concepts, A = Σ_k d_k · u_k + rest, so that concept k adds
+⟨G, d_k · u_k⟩ = ⟨R_k, A⟩ with R_k = gate_k · (dᵀ_k G) · e_k, whose row of pixels is R_k · W(x). FaCT (NeurIPS 2025)
+does so for a sparse autoencoder in B-cos networks; here it is for any concepts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..dynamic_linear.mode import ordinary_autograd
+from ..dynamic_linear.violations import Defect
+from ..errors import InputError, TargetError
+from ..explanation.api import together_or_apart, warn_if_inexact
+from ..explanation.linear_parts import linear_parts
+from ..explanation.linearized import Linearised
+from ..explanation.outputs import Readout
+from ..explanation.result import Explanation
+from ..explanation.targets import Asked, Targets, check_images, check_model, check_target, of_images
+from .dictionary import Concepts
+
+__all__ = ["Account", "explain_concepts"]
+
+
+@dataclass(frozen=True, eq=False)
+class Account:
+    """What a logit of each image is made of: logit = Σ shares + rest + other.
+
+    Attributes:
+        explanation: Of the logit, by pixels.
+        concepts: The dictionary.
+        shares: (N, K) what each concept adds to the logit.
+        rest: (N,) what the features add that no concept holds.
+        other: (N,) what reaches the logit around the layer, and the constants behind it.
+        strengths: (N, K, P) how strongly each concept is there at the layer's P positions.
+        strongest: (N, T) concepts whose pixels are explained, by the size of their share, largest first.
+        pixels: T explanations: of the share of each image's strongest concept, of the second, and so on.
+    """
+
+    explanation: Explanation
+    concepts: Concepts
+    shares: Tensor
+    rest: Tensor
+    other: Tensor
+    strengths: Tensor
+    strongest: Tensor
+    pixels: list[Explanation]
+
+    @property
+    def completeness_error(self) -> Tensor:
+        """(N,) |Σ shares + rest + other - logit| / |logit - logit bias|: rounding only."""
+        total = self.shares.double().sum(1) + self.rest.double() + self.other.double()
+        logit = self.explanation.logit.double()
+        error = (total - logit).abs()
+        return torch.where(error == 0, error, error / (logit - self.explanation.logit_bias).abs())
+
+    @classmethod
+    def stack(cls, accounts: Sequence["Account"]) -> "Account":
+        """One account of the images of several, of the same concepts."""
+        joined = {
+            name: torch.cat([getattr(account, name) for account in accounts])
+            for name in ("shares", "rest", "other", "strengths", "strongest")
+        }
+        columns = zip(*(account.pixels for account in accounts), strict=True)
+        pixels = [Explanation.stack(column) for column in columns]
+        whole = Explanation.stack([account.explanation for account in accounts])
+        return cls(whole, accounts[0].concepts, **joined, pixels=pixels)
+
+
+def explain_concepts(
+    model: nn.Module, x: Tensor, concepts: Concepts, target: Targets = None, *, top: int = 3
+) -> Account:
+    """Explain one logit per image by a layer's concepts, and the strongest of these by pixels.
+
+    Args:
+        model: A B-cos network in evaluation mode.
+        x: Images, as in `explain`.
+        concepts: Of one of its layers.
+        target: The class, as in `explain`.
+        top: T, how many concepts to explain by pixels; 0 for none.
+
+    Raises:
+        InputError: For concepts of another number of channels, a negative `top`, and as in `explain`.
+        TargetError: As in `explain`; also for a layer that no logit depends on.
+        ModelStateError: As in `explain`.
+
+    Warns:
+        InexactWarning: As in `explain`.
+    """
+    with torch.inference_mode(False):
+        check_images(x, check_model(model))
+        asked = check_target(target, len(x))
+    if isinstance(top, bool) or not isinstance(top, int) or top < 0:
+        raise InputError(f"top={top!r}: give the number of concepts to explain by pixels, at least 0")
+
+    def ask(images: slice) -> Account:
+        run = Linearised(model, x[images], concepts.layer)
+        return _account(run, concepts, of_images(asked, images), min(top, len(concepts)))
+
+    def with_defects(account: Account, defects: tuple[Defect, ...]) -> Account:
+        whole = replace(account.explanation, defects=tuple(dict.fromkeys((*account.explanation.defects, *defects))))
+        return replace(account, explanation=whole)
+
+    with ordinary_autograd(x.device):
+        account = together_or_apart(ask, range(len(x)), lambda found: [found.explanation], Account.stack, with_defects)
+    warn_if_inexact([account.explanation, *account.pixels], 2)
+    return account
+
+
+def _account(run: Linearised, concepts: Concepts, asked: Asked, top: int) -> Account:
+    features = run.outputs.maps  # (N, C, P)
+    if features.shape[1] != concepts.decoder.shape[1]:
+        raise InputError(
+            f"concepts of {concepts.decoder.shape[1]} channels: layer {concepts.layer!r} has {features.shape[1]}"
+        )
+    concepts = concepts.to(features)
+    readout = run.final.read(asked, None, None, None)
+    slopes = _slopes(readout, run)
+    gates = concepts.gates(features.detach())
+    strengths = gates * concepts.scores(features.detach())
+    weights = torch.einsum("kc,ncp->nkp", concepts.decoder, slopes)  # dᵀ_k G
+    shares = (weights * strengths).sum(2)
+    rest = (slopes * (features.detach() - concepts.decode(strengths))).sum((1, 2))
+    strongest = shares.abs().topk(top, dim=1).indices
+    shown = _values(features, concepts, weights * gates, strongest)
+    through = (slopes * features).sum()
+    whole, by_features, *parts = linear_parts(
+        torch.stack([readout.values.sum(), through, *shown]), run.leaf, run.account
+    )
+    around = ((whole.weights - by_features.weights) * run.inputs).sum((1, 2, 3))
+    other = around + (whole.constant_bias + whole.gate_bias) - (by_features.constant_bias + by_features.gate_bias)
+    name, rows = f"concepts of {concepts.layer}", torch.arange(len(shares), device=shares.device)
+    pixels = [
+        run.explanation(Readout(shares[rows, column], shares, column), part, name)
+        for column, part in zip(strongest.T, parts, strict=True)
+    ]
+    return Account(run.explanation(readout, whole, None), concepts, shares, rest, other, strengths, strongest, pixels)
+
+
+def _slopes(readout: Readout, run: Linearised) -> Tensor:
+    """(N, C, P) G: the gradient of the logit by the features."""
+    (slopes,) = torch.autograd.grad(readout.values.sum(), run.tensor, retain_graph=True, allow_unused=True)
+    if slopes is None:
+        raise TargetError(f"no output depends on layer {run.layer!r}: pick another")
+    return run.by_position(slopes).detach()
+
+
+def _values(features: Tensor, concepts: Concepts, weights: Tensor, strongest: Tensor) -> list[Tensor]:
+    """⟨R_k, A⟩ of each image's strongest concept, of the second, and so on: sums over the images, on the graph."""
+    rows = torch.arange(len(features), device=features.device)
+    scores = (torch.einsum("nc,ncp->np", concepts.encoder[column], features) for column in strongest.T)
+    return [(weights[rows, column] * found).sum() for column, found in zip(strongest.T, scores, strict=True)]

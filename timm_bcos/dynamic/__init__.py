@@ -1,6 +1,0 @@
-"""Explanation mode: inside it, autograd sees a network as the linear map that it is for its input."""
-
-import timm  # noqa: F401  (first of all: then our networks register, which import this room)
-
-# each enters its functions into the table
-from . import activations, attention, gates, images, layers, norms, products, recurrent, sums, vision  # noqa: F401

@@ -1,0 +1,159 @@
+"""Products: with one factor on the linear path there is nothing to decide, several share the product equally."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .registry import Function, Mode, Operand, detached, handles, named, on_linear_path
+
+__all__ = [
+    "CONVOLUTIONS",
+    "linear",
+    "share",
+]
+
+CONVOLUTIONS = named("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d")
+
+
+@handles(*CONVOLUTIONS)
+def _convolution(
+    mode: Mode,
+    func: Function, /,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *rest: object,
+    **kw: object,
+) -> Tensor:  # fmt: skip
+    shape = (-1,) + (1,) * (weight.ndim - 2)
+    if on_linear_path(weight) or on_linear_path(bias):
+        y = share(lambda x, w: func(x, w, None, *rest, **kw), [input, weight])
+        return y if bias is None else mode.add(y + bias.reshape(shape), bias.reshape(shape), func, bias)
+    y = func(input, weight, bias, *rest, **kw)
+    return y if bias is None else mode.add(y, bias.reshape(shape), func, bias)
+
+
+@handles(*named("linear"))
+def linear(mode: Mode, func: Function, /, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x · weightᵀ + bias."""
+    if on_linear_path(weight) or on_linear_path(bias):
+        y = share(lambda x, w: func(x, w), [input, weight])
+        return y if bias is None else mode.add(y + bias, bias, func)
+    y = func(input, weight, bias)
+    return y if bias is None else mode.add(y, bias, func)
+
+
+PRODUCTS = """
+    mul __mul__ __rmul__ multiply matmul __matmul__ __rmatmul__ mm bmm mv dot vdot inner outer ger kron tensordot
+    chain_matmul multi_dot vecdot cross
+"""
+IN_PLACE = {
+    **dict.fromkeys(named("mul_ __imul__ multiply_"), torch.mul),
+    **dict.fromkeys(named("__imatmul__"), torch.matmul),
+}
+
+
+def share(func: Function, operands: Sequence[object], **kwargs: object) -> Tensor:
+    """A multilinear function of its operands: factors on the linear path take equal parts of the result."""
+    on_path = [i for i, x in enumerate(operands) if on_linear_path(x)]
+    if len(on_path) < 2:
+        return func(*operands, **kwargs)
+    parts = [func(*(x if i == own else detached(x) for i, x in enumerate(operands)), **kwargs) for own in on_path]
+    return sum(parts[1:], parts[0]) / len(parts)
+
+
+@handles(*named(PRODUCTS))
+def _product(mode: Mode, func: Function, /, *args: object, **kwargs: object) -> Tensor:
+    operands = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+    rest = {name: value for name, value in kwargs.items() if name not in operands}
+    if len(args) == 1 and isinstance(args[0], list | tuple):  # multi_dot
+        return share(lambda *factors: func(list(factors)), list(args[0]), **rest)
+    return share(func, [*args, *operands.values()], **rest)
+
+
+@handles(*IN_PLACE)
+def _product_in_place(mode: Mode, func: Function, /, input: Tensor, other: Operand) -> Tensor:
+    if not (on_linear_path(input) and on_linear_path(other)):
+        return func(input, other)  # type: ignore[no-any-return]
+    return input.copy_(share(IN_PLACE[func], [input.clone(), other]))
+
+
+@handles(*named("einsum"))
+def _einsum(mode: Mode, func: Function, /, equation: str, *operands: object) -> Tensor:
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = tuple(operands[0])
+    return share(lambda *factors: func(equation, *factors), operands)
+
+
+@handles(torch.sparse.mm, *named("smm hspmm"))
+def _sparse_product(mode: Mode, func: Function, /, *args: Tensor) -> Tensor:
+    return share(torch.sparse.mm, args)
+
+
+@handles(*named("bilinear"))
+def _bilinear(
+    mode: Mode, func: Function, /, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    y = share(func, [input1, input2, weight])
+    return y if bias is None else mode.add(y + bias, bias, func)
+
+
+@handles(*named("addcmul addmm addbmm baddbmm addmv addr"))
+def _sum_and_product(
+    mode: Mode, func: Function, /, input: Tensor, *factors: Tensor, value: float = 1, beta: float = 1,
+    alpha: float = 1, **named_factors: Tensor,
+) -> Tensor:  # fmt: skip
+    operands = [*factors, *named_factors.values()]
+    product = share(_product_of(func), operands) * (value * alpha)
+    return _sum(mode, func, input if beta else None, beta, product, [*operands, value, alpha])
+
+
+def _sum(
+    mode: Mode, func: Function, input: Tensor | None, beta: float, term: Tensor, sources: Sequence[Operand]
+) -> Tensor:
+    """beta · input + term; as in torch, an input times 0 does not count, be it infinite."""
+    if input is None:
+        return term
+    scaled = input if beta == 1 else input * beta
+    y = scaled + term
+    for part, made_of in ((scaled, (input, beta)), (term, sources)):
+        if not on_linear_path(part):
+            y = mode.add(y, part, func, *made_of)
+    return y
+
+
+def _product_of(func: Function) -> Callable[..., Tensor]:
+    if func.__name__ == "addcmul":
+        return torch.mul
+    if func.__name__ == "addr":
+        return torch.outer
+    if func.__name__ == "addbmm":
+        return lambda a, b: torch.bmm(a, b).sum(0)
+    return torch.matmul
+
+
+@handles(*named("div __truediv__ true_divide divide"))
+def _quotient(mode: Mode, func: Function, /, input: Operand, other: Operand, **kwargs: object) -> Tensor:
+    if not on_linear_path(input) or kwargs.get("rounding_mode"):
+        return func(detached(input), detached(other), **kwargs)
+    return func(input, detached(other), **kwargs)
+
+
+@handles(*named("div_ __itruediv__ divide_ true_divide_"))
+def _quotient_in_place(mode: Mode, func: Function, /, input: Tensor, other: Operand, **kwargs: object) -> Tensor:
+    return func(input, detached(other), **kwargs)  # type: ignore[no-any-return]
+
+
+@handles(*named("addcdiv"))
+def _sum_and_quotient(
+    mode: Mode, func: Function, /, input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1
+) -> Tensor:
+    quotient = _quotient(mode, torch.div, tensor1, tensor2) * value
+    return _sum(mode, func, input, 1, quotient, [tensor1, tensor2, value])
+
+
+@handles(*named("grid_sample affine_grid"))
+def _grid_sample(mode: Mode, func: Function, /, input: Tensor, grid: Tensor, *args: object, **kwargs: object) -> Tensor:
+    """Where to sample is a constant of the linear map."""
+    return func(input, detached(grid), *args, **kwargs)  # type: ignore[no-any-return]

@@ -1,0 +1,130 @@
+"""Many explanations on one picture: methods side by side, and the most confident images of each class.
+
+Figures A1 to A4 of the supplement of arXiv 2205.10268.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from ..attribution.registry import attribute, check_counts, check_methods
+from ..errors import InputError, MethodError
+from ..explanation.api import explain
+from ..explanation.visualization import map_to_rgba, on_white
+from .pointing_game import Confidence
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+
+__all__ = ["most_confident", "plot_classes", "plot_methods"]
+
+
+def most_confident(found: Sequence[Confidence], per_class: int, classes: Sequence[int]) -> list[Confidence]:
+    """The images of each class that the model gets right with most confidence, class by class, best first.
+
+    Args:
+        found: What the model says of a data set, from `timm_bcos.evaluation.pointing_game.confidences`.
+        per_class: Images per class.
+        classes: Which classes.
+
+    Raises:
+        InputError: If a class has too few, saying how many are missing.
+    """
+    check_counts(per_class=per_class)
+    chosen: list[Confidence] = []
+    for c in classes:
+        right = sorted((f for f in found if f.label == f.predicted == c), key=lambda f: -f.confidence)
+        if len(right) < per_class:
+            raise InputError(
+                f"class {c} has {len(right)} images that the model gets right, {per_class - len(right)} fewer than the "
+                f"{per_class} asked for"
+            )
+        chosen += right[:per_class]
+    return chosen
+
+
+def plot_methods(
+    model: nn.Module,
+    x: Tensor,
+    targets: Sequence[int],
+    methods: Sequence[str],
+    class_names: Sequence[str] | None = None,
+) -> "Figure":
+    """A matplotlib figure: a row per image, a column per method; the network's own explanation is also in colour.
+
+    Methods that do not suit the architecture, or whose library is missing, are left out with a warning.
+
+    Args:
+        model: A B-cos network or a plain timm model, in eval mode.
+        x: Images (N, C, H, W) in [0, 1].
+        targets: A class per image.
+        methods: Of `timm_bcos.attribution.registry.METHODS`.
+        class_names: For the titles.
+    """
+    check_methods(methods)
+    columns: list[tuple[str, Tensor]] = [("image", _colours(x))]
+    for method in methods:
+        try:
+            maps = attribute(model, x, list(targets), method)
+        except MethodError as error:
+            warnings.warn(f"left out: {error}", stacklevel=2)
+            continue
+        if method == "bcos":
+            columns.append(("B-cos in colour", on_white(explain(model, x, list(targets)).to_rgba())))
+        columns.append((method, map_to_rgba(maps)[..., :3]))
+    figure, axes = _figure(len(x), len(columns))
+    for column, (title, pictures) in enumerate(columns):
+        for row, picture in enumerate(pictures):
+            axes[row, column].imshow(picture.detach().cpu().clamp(0, 1).float().numpy())
+        axes[0, column].set_title(title, fontsize=9)
+    if class_names is not None:
+        for row, target in enumerate(targets):
+            axes[row, 0].text(-0.05, 0.5, class_names[target], fontsize=8, rotation=90, ha="right", va="center",
+                              transform=axes[row, 0].transAxes)  # fmt: skip
+    return figure
+
+
+def plot_classes(model: nn.Module, x: Tensor, targets: Sequence[int], class_names: Sequence[str]) -> "Figure":
+    """A matplotlib figure: images and, below them, their explanations in colour; a pair of rows per class.
+
+    Args:
+        model: A B-cos network.
+        x: Images (N, C, H, W) in [0, 1], as many of each class, class by class.
+        targets: Their classes.
+        class_names: Of all classes.
+
+    Raises:
+        InputError: For targets that are not as many of each class, class by class.
+    """
+    classes = list(dict.fromkeys(targets))
+    per_class = len(targets) // max(len(classes), 1)
+    if not classes or list(targets) != [c for c in classes for _ in range(per_class)]:
+        raise InputError(f"targets {list(targets)}: give as many images of each class, class by class")
+    pictures = on_white(explain(model, x, list(targets)).to_rgba())
+    figure, axes = _figure(2 * len(classes), per_class)
+    for i, target in enumerate(targets):
+        row, column = 2 * classes.index(target), i % per_class
+        axes[row, column].imshow(_colours(x[i : i + 1])[0].cpu().float().numpy())
+        axes[row + 1, column].imshow(pictures[i].detach().cpu().float().numpy())
+        if column == 0:
+            axes[row, column].set_title(class_names[target], fontsize=9, loc="left")
+    return figure
+
+
+def _colours(x: Tensor) -> Tensor:
+    """(N, H, W, 3) to look at, of images (N, C, H, W): their first three channels, or grey where there are fewer."""
+    three = x[:, :3] if x.shape[1] >= 3 else x.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+    return three.movedim(1, -1)
+
+
+def _figure(rows: int, columns: int) -> tuple["Figure", "np.ndarray"]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.5 * columns, 1.55 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    return figure, axes

@@ -1,0 +1,364 @@
+"""Metrics of attribution methods, behind one call.
+
+| metric | what it measures | better |
+| --- | --- | --- |
+| deletion | area under the probability while the most important pixels turn to the image's mean | lower |
+| insertion | the same while they come back into an image of the mean colour | higher |
+| faithfulness_correlation | correlation of attribution and fall of the probability, over sets of pixels | higher |
+| max_sensitivity | largest relative change of the map under small noise on the image | lower |
+| randomisation | rank correlation with the map of the network with random weights | nearer 0 |
+| single_deletion | rank correlation, over 4 × 4 cells, of attribution and fall of the logit without the cell | higher |
+| energy | share of the positive attribution inside the object's box or mask | higher |
+
+Sources: arXiv 1806.07421 (deletion, insertion), 2005.00631 (faithfulness correlation), 1901.09392 (sensitivity),
+1810.03292 (randomisation), 2407.11910 (IDSDS, the single deletion score of a network that has been fine-tuned to see
+images without a cell: `timm_bcos.training.tasks.DeletionClassificationTask`), 1910.01279 (energy). Batch norms of the
+network with random weights have the statistics of the images at hand. Where a metric is not defined for an image (a map
+without differences ranks no pixels, a probability that never changes correlates with nothing) its value is NaN.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
+
+from ..attribution.registry import Subject, Targets, attribute, check_counts, checked_images
+from ..data.datasets import LabelledImages, image_loader
+from ..data.regions import cell_masks, region_loader, region_masks, without_cell
+from ..errors import InputError, MethodError
+from ..files import atomic_path
+from .results import append_rows, drop_torn_line, read_rows
+
+__all__ = [
+    "METRICS",
+    "NEEDING_MASKS",
+    "check_metrics",
+    "energy_shares",
+    "evaluate",
+    "evaluate_all",
+    "read_values",
+]
+
+STEPS = 50  # of deletion and insertion
+SUBSETS, SUBSET_SHARE = 50, 16  # sets of pixels, and the part of the image that each is, for the faithfulness
+NOISES, NOISE = 5, 0.02  # noisy images, and the bound of their uniform noise, for the sensitivity
+CELLS = 4  # per side, of single deletions
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One metric of one method."""
+
+    model: nn.Module
+    subject: Subject
+    x: Tensor  # (N, C, H, W)
+    targets: Tensor  # (N,)
+    method: str
+    options: dict[str, Any]
+    generator: torch.Generator
+    maps: Tensor  # (N, H, W), of float64
+    masks: Tensor | None = None  # (N, H, W), of the objects
+
+    def explain(self, model: nn.Module, x: Tensor) -> Tensor:
+        return attribute(model, x, self.targets, self.method, **self.options).double()
+
+    def probability(self, masks: Tensor) -> Tensor:
+        """(N,) of the targets, where an image shows its mean colour outside the pixels of its mask (N, H · W)."""
+        mask = masks.reshape(len(self.x), 1, *self.x.shape[2:])
+        changed = torch.where(mask, self.x, self.x.mean((2, 3), keepdim=True))
+        return self.subject.probability(changed).gather(1, self.targets[:, None])[:, 0].double()
+
+
+def _deletion(call: _Call) -> Tensor:
+    return _area_while_removing(call, call.maps)
+
+
+def _insertion(call: _Call) -> Tensor:
+    """Removing the least important pixels first, read backwards, is inserting the most important ones."""
+    return _area_while_removing(call, -call.maps)
+
+
+def _area_while_removing(call: _Call, importance: Tensor) -> Tensor:
+    order = importance.flatten(1).argsort(dim=1, descending=True, stable=True)
+    pixels = order.shape[1]
+    step = next(s for s in range(max(pixels // STEPS, 1), 0, -1) if pixels % s == 0)  # steps of equal size
+    shown, curve = torch.ones_like(order, dtype=torch.bool), []
+    for some in order.split(step, dim=1):
+        shown.scatter_(1, some, False)
+        curve.append(call.probability(shown))
+    area = torch.trapezoid(torch.stack(curve, 1)) / max(len(curve) - 1, 1)
+    flat = importance.flatten(1)
+    return torch.where(flat.amax(1) > flat.amin(1), area, torch.nan)
+
+
+def _faithfulness_correlation(call: _Call) -> Tensor:
+    everything = torch.ones_like(call.maps, dtype=torch.bool).flatten(1)
+    size = max(everything.shape[1] // SUBSET_SHARE, 1)
+    before, sums, falls = call.probability(everything), [], []
+    for _ in range(SUBSETS):
+        chosen = torch.rand(everything.shape, generator=call.generator).topk(size).indices.to(call.x.device)
+        sums.append(call.maps.flatten(1).gather(1, chosen).sum(1))
+        falls.append(before - call.probability(everything.scatter(1, chosen, False)))
+    return _correlation(torch.stack(sums, 1), torch.stack(falls, 1))
+
+
+def _max_sensitivity(call: _Call) -> Tensor:
+    changes = []
+    for _ in range(NOISES):
+        noise = NOISE * (2 * torch.rand(call.x.shape, generator=call.generator) - 1)
+        noisy = (call.x + noise.to(call.x)).clamp(0, 1)
+        changes.append((call.explain(call.model, noisy) - call.maps).flatten(1).norm(dim=1))
+    return torch.stack(changes).amax(0) / call.maps.flatten(1).norm(dim=1)  # 0 / 0 is NaN
+
+
+def _randomisation(call: _Call) -> Tensor:
+    other = copy.deepcopy(call.model)
+    with _DrawingFrom(torch.Generator(call.x.device).manual_seed(call.generator.initial_seed())):
+        modules: list[Any] = list(other.modules())
+        for module in reversed(modules):
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+    _estimate_statistics(other, call.x)
+    return _correlation(*(_ranks(maps.flatten(1)) for maps in (call.maps, call.explain(other, call.x))))
+
+
+RANDOM = {
+    *(getattr(Tensor, name) for name in ("uniform_", "normal_", "bernoulli_", "exponential_", "random_")),
+    *(getattr(nn.init, name) for name in ("uniform_", "normal_", "trunc_normal_", "kaiming_uniform_",
+                                          "kaiming_normal_", "xavier_uniform_", "xavier_normal_", "orthogonal_")),
+}  # fmt: skip
+
+
+class _DrawingFrom(TorchFunctionMode):
+    """Weights are initialised from a generator of our own: the global one is everybody's."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        given = kwargs or {}
+        if func in RANDOM and given.get("generator") is None:
+            given = given | {"generator": self.generator}
+        return func(*args, **given)
+
+
+@torch.no_grad()
+def _estimate_statistics(network: nn.Module, x: Tensor) -> None:
+    """Let batch norms take the statistics of random weights: with others a deep network's signal fades to nothing."""
+    subject = Subject(network)  # whose statistics are the network's, in the same memory
+    norms: list[Any] = [module for module in subject.modules() if hasattr(module, "reset_running_stats")]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the average, which is that of this one batch
+        norm.train()
+    subject(subject.prepare(x))
+
+
+def _single_deletion(call: _Call) -> Tensor:
+    def logit(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return call.subject(call.subject.prepare(x)).gather(1, call.targets[:, None])[:, 0].double()
+
+    whole, falls = logit(call.x), []
+    for cell in range(CELLS**2):
+        falls.append(whole - logit(without_cell(call.x, torch.full_like(call.targets, cell), CELLS)))
+    masks = cell_masks(call.x.shape[2], call.x.shape[3], CELLS).to(call.maps)
+    sums = torch.einsum("nhw,chw->nc", call.maps, masks)
+    return _correlation(_ranks(sums), _ranks(torch.stack(falls, 1)))
+
+
+def _energy(call: _Call) -> Tensor:
+    if call.masks is None:
+        raise MethodError("energy needs the objects' masks: give masks=, on the command line --regions")
+    return energy_shares(call.maps, call.masks.to(call.maps))
+
+
+def energy_shares(maps: Tensor, masks: Tensor) -> Tensor:
+    """Share of the positive attribution inside masks: the energy-based pointing game (arXiv 1910.01279, section 4.3).
+
+    Args:
+        maps: Signed (N, H, W).
+        masks: (N, H, W) in [0, 1], of objects or their boxes.
+
+    Returns:
+        (N,) in [0, 1]; NaN for a map without positive attribution.
+    """
+    positive = maps.clamp_min(0)
+    return (positive * masks).sum((1, 2)) / positive.sum((1, 2))
+
+
+def _correlation(a: Tensor, b: Tensor) -> Tensor:
+    """(N,) of the rows of (N, P), after Pearson."""
+    a, b = (v - v.mean(1, keepdim=True) for v in (a, b))
+    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """(N, P) rank of each value in its row; equal values share the mean of their ranks."""
+    rows = []
+    for row in values:
+        _, places, counts = row.unique(return_inverse=True, return_counts=True)
+        rows.append((counts.cumsum(0) - (counts - 1) / 2)[places])
+    return torch.stack(rows).double()
+
+
+METRICS: dict[str, Callable[[_Call], Tensor]] = {
+    "deletion": _deletion,
+    "insertion": _insertion,
+    "faithfulness_correlation": _faithfulness_correlation,
+    "max_sensitivity": _max_sensitivity,
+    "randomisation": _randomisation,
+    "single_deletion": _single_deletion,
+    "energy": _energy,
+}
+NEEDING_MASKS = ("energy",)
+
+
+def check_metrics(names: Sequence[str]) -> None:
+    """Refuse unknown metrics.
+
+    Raises:
+        MethodError: Naming those that there are.
+    """
+    unknown = [name for name in names if name not in METRICS]
+    if unknown:
+        raise MethodError(f"no metric {unknown[0]!r}: choose one of {', '.join(METRICS)}")
+
+
+def evaluate(
+    model: nn.Module,
+    x: Tensor,
+    targets: Targets,
+    metric: str,
+    method: str = "bcos",
+    *,
+    masks: Tensor | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Tensor:
+    """One metric of one attribution method, for each image.
+
+    Args:
+        model: A B-cos network or a plain timm model, in eval mode.
+        x: Images (N, C, H, W) in [0, 1].
+        targets: As in `attribute`.
+        metric: Of `METRICS`.
+        method: Of `timm_bcos.attribution.registry.METHODS`.
+        masks: (N, H, W) 1 inside the object or its box, 0 outside, for the metrics in `NEEDING_MASKS`.
+        seed: Of what the metric draws at random.
+        options: Of `attribute`.
+
+    Returns:
+        (N,) of float64.
+
+    Raises:
+        MethodError: For an unknown metric or method, for maps that are zero everywhere or not finite, and for a metric
+            that lacks its masks.
+        InputError: For masks of another shape than the images', or empty ones.
+    """
+    check_metrics([metric])
+    x = checked_images(model, x)
+    _check_masks(masks, x)
+    maps = attribute(model, x, targets, method, **options).double()
+    if not bool(maps.isfinite().all()) or not bool(maps.any()):
+        kind = "all equal to zero" if bool(maps.isfinite().all()) else "not finite"
+        raise MethodError(f"{metric} of {method}: the maps are {kind}, which cannot be judged")
+    subject, generator = Subject(model), torch.Generator().manual_seed(seed)
+    call = _Call(model, subject, x, subject.classes(x, targets), method, options, generator, maps, masks)
+    return METRICS[metric](call).cpu()
+
+
+def _check_masks(masks: Tensor | None, x: Tensor) -> None:
+    if masks is None:
+        return
+    if masks.shape != (len(x), *x.shape[2:]):
+        raise InputError(f"masks {tuple(masks.shape)} of images {tuple(x.shape)}: give (N, H, W) at the images' size")
+    if not bool(masks.flatten(1).any(1).all()):
+        raise InputError("each mask must hold a pixel that is inside")
+
+
+FIELDS = dict(metric=str, method=str, image=int, value=float)
+Values = dict[tuple[str, str], list[float]]
+
+
+def read_values(folder: Path, images: int) -> Values:
+    """Values by metric and method, where all images have one."""
+    found: Values = {}
+    for row in read_rows(folder / "metrics.csv", FIELDS):
+        found.setdefault((row["metric"], row["method"]), []).append(row["value"])
+    return {key: values[-images:] for key, values in found.items() if len(values) >= images}
+
+
+def evaluate_all(
+    model: nn.Module,
+    dataset: LabelledImages,
+    metrics: Sequence[str],
+    methods: Sequence[str],
+    folder: Path,
+    *,
+    images: int = 20,
+    regions: Path | None = None,
+) -> list[str]:
+    """Measure each method by each metric, as far as the folder does not hold it already.
+
+    Args:
+        model: A B-cos network or a plain timm model, in eval mode.
+        dataset: Labelled images.
+        metrics: Of `timm_bcos.evaluation.metrics.METRICS`.
+        methods: Of `timm_bcos.attribution.registry.METHODS`.
+        folder: Of the results.
+        images: How many, evenly spread over the data set.
+        regions: Where the objects are, as `region_loader` takes it, for the metrics that need it.
+
+    Returns:
+        Why methods were left out.
+    """
+    check_counts(images=images)
+    indices = np.linspace(0, len(dataset) - 1, min(images, len(dataset))).round().astype(int).tolist()
+    x, targets = _load(model, dataset, indices)
+    masks = None if regions is None else region_masks(region_loader(model, dataset, regions), indices).to(x.device)
+    drop_torn_line(folder / "metrics.csv")
+    done, left_out = read_values(folder, len(indices)), {}
+    for metric, method in tqdm([(m, a) for m in metrics for a in methods], "metrics", disable=None):
+        if (metric, method) in done:
+            continue
+        try:
+            values = evaluate(model, x, targets, metric, method, masks=masks).tolist()
+        except MethodError as error:
+            left_out[method] = str(error)
+            continue
+        rows = ((metric, method, i, f"{v:.6g}") for i, v in zip(indices, values, strict=True))
+        append_rows(folder / "metrics.csv", list(FIELDS), rows)
+    with atomic_path(folder / "metrics.md") as path:
+        path.write_text(_table(read_values(folder, len(indices)), methods, metrics))
+    return list(left_out.values())
+
+
+def _load(model: nn.Module, dataset: LabelledImages, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = zip(*map(image_loader(model, dataset), indices), strict=True)
+    device = next(model.parameters()).device
+    return torch.stack(images).to(device), torch.tensor(labels, device=device)
+
+
+def _table(values: Values, methods: Sequence[str], metrics: Sequence[str]) -> str:
+    lines = ["| method | " + " | ".join(metrics) + " |", "| --- |" + " ---: |" * len(metrics)]
+    for method in methods:
+        found = [values.get((metric, method)) for metric in metrics]
+        if any(found):
+            cells = [f"{np.nanmean(v):.3f} ± {np.nanstd(v):.3f}" if v else "" for v in found]
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,294 @@
+"""Inner neurons: which images of a data set a layer's units answer most strongly, and what they see in them.
+
+Figures A5, A6 and B4 of the supplement of arXiv 2205.10268.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..attribution.registry import Subject, check_counts
+from ..data.datasets import LabelledImages, image_batches, image_loader
+from ..errors import InputError, TargetError
+from ..explanation.api import explain
+from ..explanation.result import Explanation
+from ..explanation.visualization import on_white
+from ..files import write_csv
+from ..nn.module_utils import channel_axis, first_output, hooked
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "Strongest",
+    "find_strongest",
+    "label_entropy",
+    "layer_maps",
+    "peak_activations",
+    "plot_label_counts",
+    "plot_wall",
+    "save_units",
+]
+
+
+@dataclass(frozen=True)
+class Strongest:
+    """The images that each of a layer's C units answers most strongly, best first.
+
+    Attributes:
+        layer: Path of the layer.
+        values: (C, k) activations at their strongest positions.
+        indices: (C, k) of the images in the data set.
+        labels: (C, k) classes of the images.
+    """
+
+    layer: str
+    values: Tensor
+    indices: Tensor
+    labels: Tensor
+
+    def most_active(self, count: int, best: int = 10) -> list[int]:
+        """The units with the highest mean activation over their `best` images."""
+        return self.values[:, :best].mean(1).topk(min(count, len(self.values))).indices.tolist()
+
+    def most_one_sided(self, count: int, num_classes: int) -> list[int]:
+        """The units whose images are of the fewest classes, without those whose last places are drawn by lot.
+
+        A unit that answers fewer than k images with more than 0 fills its list in the order of the data set.
+        """
+        ranked = label_entropy(self.labels, num_classes).argsort().tolist()
+        last_two = [values[-2:].tolist() for values in self.values]
+        return [unit for unit in ranked if len(last_two[unit]) == len(set(last_two[unit]))][:count]
+
+
+def find_strongest(
+    model: nn.Module,
+    dataset: LabelledImages,
+    layer: str,
+    k: int = 500,
+    *,
+    encode: Callable[[Tensor], Tensor] | None = None,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> Strongest:
+    """One pass over a data set; memory holds k images' numbers per unit, and one batch.
+
+    Args:
+        model: A B-cos network, or a plain timm model, in eval mode.
+        dataset: As `timm.data.create_dataset` makes it.
+        layer: Path of a layer whose output is a map or a sequence of tokens; its type says where its channels are.
+        k: Images per unit.
+        encode: What makes other units of the layer's (N, C, P), such as `Concepts.encode`; None takes them as they are.
+        batch_size: Images at a time.
+        progress: Show a bar.
+
+    Raises:
+        TargetError: For a layer that does not exist, or has no spatial positions.
+        InputError: For an empty data set.
+        MethodError: For counts below 1.
+    """
+    check_counts(k=k, batch_size=batch_size)
+    subject = Subject(model)
+    _find_layer(subject, layer)
+    if len(dataset) == 0:
+        raise InputError("the data set has no images")
+    best: tuple[Tensor, ...] = ()
+    bar = layer if progress else None
+    for indices, images, labels in image_batches(model, dataset, range(len(dataset)), batch_size, bar):
+        maps = layer_maps(subject, layer, images)
+        peaks = (maps if encode is None else encode(maps)).amax(2).T.cpu()
+        new = (peaks, torch.tensor(indices).expand_as(peaks), labels.expand_as(peaks))
+        both = new if not best else tuple(torch.cat(pair, 1) for pair in zip(best, new, strict=True))
+        kept = both[0].topk(min(k, both[0].shape[1]), dim=1).indices
+        best = tuple(values.gather(1, kept) for values in both)
+    return Strongest(layer, *best)
+
+
+@torch.no_grad()
+def peak_activations(subject: Subject, layer: str, x: Tensor) -> Tensor:
+    """How strongly each unit of a layer answers each image, at its strongest position.
+
+    Args:
+        subject: The network.
+        layer: Path of one of its modules.
+        x: Images (N, C, H, W) in [0, 1].
+
+    Returns:
+        (units, N).
+
+    Raises:
+        TargetError: For a layer that does not exist, or whose output has no spatial positions.
+    """
+    return layer_maps(subject, layer, x).amax(2).T.cpu()
+
+
+@torch.no_grad()
+def layer_maps(subject: Subject, layer: str, x: Tensor) -> Tensor:
+    """(N, C, P) what a layer's C units answer at its P positions.
+
+    Args:
+        subject: The network.
+        layer: Path of one of its modules.
+        x: Images (N, C, H, W) in [0, 1].
+
+    Raises:
+        TargetError: As in `peak_activations`.
+    """
+    module, outputs, prepared = _find_layer(subject, layer), [], subject.prepare(x)
+    with hooked([module], lambda module, args, output: outputs.append(first_output(output))):
+        subject(prepared)
+    if not outputs or not isinstance(outputs[0], Tensor) or outputs[0].ndim not in (3, 4):
+        shape = tuple(outputs[0].shape) if outputs and isinstance(outputs[0], Tensor) else "nothing of the kind"
+        raise TargetError(f"layer {layer!r} has no spatial positions: it returns {shape}, not (N, C, H, W)")
+    axis = channel_axis(module, outputs[0], subject.model)
+    maps: Tensor = outputs[0].movedim(axis, 1).flatten(2)
+    return maps
+
+
+def _find_layer(subject: Subject, layer: str) -> nn.Module:
+    modules = dict(subject.model.named_modules())
+    if layer not in modules:
+        raise TargetError(f"the model has no layer {layer!r}: see model.named_modules() for their names")
+    return modules[layer]
+
+
+def label_entropy(labels: Tensor, num_classes: int) -> Tensor:
+    """How evenly classes are spread over units' images: entropy relative to that of the uniform distribution.
+
+    Args:
+        labels: (C, k).
+        num_classes: K.
+
+    Returns:
+        (C,) in [0, 1]: 1 if all classes come equally often, 0 if only one comes.
+
+    Raises:
+        TargetError: For labels that are none of the classes.
+    """
+    strange = labels[(labels < 0) | (labels >= num_classes)]
+    if len(strange):
+        raise TargetError(f"label {int(strange[0])}: there are {num_classes} classes, counted from 0")
+    ones = torch.ones_like(labels, dtype=torch.double)
+    counts = torch.zeros(len(labels), num_classes).double().scatter_add_(1, labels, ones)
+    shares = counts / counts.sum(1, keepdim=True)
+    return torch.special.entr(shares).sum(1) / math.log(max(num_classes, 2))  # of a single class the entropy is 0
+
+
+def plot_wall(
+    model: nn.Module,
+    dataset: LabelledImages,
+    strongest: Strongest,
+    units: Sequence[int],
+    images: int = 6,
+    *,
+    directions: Tensor | None = None,
+    noun: str = "unit",
+) -> "Figure":
+    """A matplotlib figure with two rows per unit: crops around what it answers, and their explanations.
+
+    Args:
+        model: A B-cos network.
+        dataset: What the indices are of.
+        strongest: From `find_strongest`.
+        units: Which to show.
+        images: Crops per unit.
+        directions: (units, C) of the layer's channels where units are other than these; None for the channels.
+        noun: What the units are called.
+
+    Raises:
+        TargetError: For a unit that the layer does not have.
+        MethodError: For no units or no images.
+    """
+    from matplotlib.figure import Figure
+
+    check_counts(images=images)
+    _check_units(strongest, units)
+    figure = Figure(figsize=(1.6 * images, 3.3 * len(units)), layout="constrained")
+    axes = figure.subplots(2 * len(units), images, squeeze=False)
+    for row, unit in enumerate(units):
+        explanation = _explain_unit(model, dataset, strongest, unit, images, directions)
+        pictures = (explanation.image.movedim(1, -1), on_white(explanation.to_rgba()))
+        for below, batch in enumerate(pictures):
+            for ax, picture, centre in zip(axes[2 * row + below], batch, _centres(explanation), strict=False):
+                ax.imshow(_crop(picture.cpu(), centre).numpy())
+        axes[2 * row, 0].set_title(f"{noun} {unit}", fontsize=9, loc="left")
+    for ax in axes.flat:
+        ax.axis("off")
+    return figure
+
+
+def _check_units(strongest: Strongest, units: Sequence[int]) -> None:
+    check_counts(units=len(units))
+    for unit in units:
+        if not 0 <= unit < len(strongest.values):
+            raise TargetError(f"unit {unit}: layer {strongest.layer!r} has {len(strongest.values)}, counted from 0")
+
+
+def _explain_unit(
+    model: nn.Module,
+    dataset: LabelledImages,
+    strongest: Strongest,
+    unit: int,
+    images: int,
+    directions: Tensor | None,
+) -> Explanation:
+    load = image_loader(model, dataset)
+    indices = strongest.indices[unit, :images].tolist()
+    x = torch.stack([load(i)[0] for i in indices]).to(next(model.parameters()).device)
+    return explain(model, x, unit if directions is None else directions[unit], layer=strongest.layer)
+
+
+def _centres(explanation: Explanation) -> list[tuple[int, int]]:
+    """Where in the image the contributions to each neuron lie: their centre of mass."""
+    mass = explanation.contribution_map.clamp(min=0).double()
+    mass = mass / mass.sum((1, 2), keepdim=True).clamp(min=1e-30)
+    rows, columns = (torch.arange(n, device=mass.device, dtype=mass.dtype) for n in mass.shape[1:])
+    return [
+        (round(y), round(x))
+        for y, x in zip((mass.sum(2) @ rows).tolist(), (mass.sum(1) @ columns).tolist(), strict=True)
+    ]
+
+
+def _crop(picture: Tensor, centre: tuple[int, int]) -> Tensor:
+    """A third of the picture's side around a centre, moved inside where it would cross the border."""
+    size = max(picture.shape[0] // 3, min(24, *picture.shape[:2]))
+    top, left = (min(max(c - size // 2, 0), n - size) for c, n in zip(centre, picture.shape[:2], strict=True))
+    return picture[top : top + size, left : left + size].float()
+
+
+def plot_label_counts(strongest: Strongest, units: Sequence[int], class_names: Sequence[str]) -> "Figure":
+    """A matplotlib figure with the classes of each unit's strongest images, and the entropy of their distribution."""
+    from matplotlib.figure import Figure
+
+    _check_units(strongest, units)
+    entropy = label_entropy(strongest.labels, len(class_names))
+    figure = Figure(figsize=(3 * len(units), 3.2), layout="constrained")
+    for ax, unit in zip(figure.subplots(1, len(units), squeeze=False)[0], units, strict=True):
+        counts = strongest.labels[unit].bincount(minlength=len(class_names))
+        ax.bar(range(len(class_names)), counts.tolist(), color="tab:gray")
+        ax.set_title(f"unit {unit}, entropy {entropy[unit]:.2f}", fontsize=9)
+        if len(class_names) <= 20:
+            ax.set_xticks(range(len(class_names)), class_names, rotation=90, fontsize=7)
+    return figure
+
+
+def save_units(strongest: Strongest, class_names: Sequence[str], path: Path) -> None:
+    """Write a row per unit as CSV: its strongest activation, its images, the entropy of their classes and the first.
+
+    Args:
+        strongest: Of a layer.
+        class_names: Of all classes.
+        path: Of the file.
+    """
+    entropy = label_entropy(strongest.labels, len(class_names)).tolist()
+    rows = []
+    for unit, (values, labels) in enumerate(zip(strongest.values, strongest.labels, strict=True)):
+        top = int(labels.mode().values)
+        share = (labels == top).double().mean().item()
+        rows.append([unit, f"{values[0]:.6g}", len(labels), f"{entropy[unit]:.4f}", class_names[top], f"{share:.3f}"])
+    write_csv(path, ["unit", "strongest", "images", "entropy", "most_frequent", "share"], rows)

@@ -1,0 +1,215 @@
+"""The pointing game played into a folder, from which an interrupted run resumes.
+
+`confidences.csv` has what the model says of each image and `values.csv` every value, both appended to as they come;
+`summary.csv`, `gains.csv`, `summary.md` and `boxes.png` sum them up.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+from tqdm import tqdm
+
+from ..data.datasets import LabelledImages
+from ..errors import InputError, MethodError
+from ..explanation.visualization import save_figure
+from ..files import atomic_path, write_csv
+from ..prefetch import read_ahead
+from .disconnected import Disconnected, Disconnection
+from .paired import Gain, gains_table, paired_gains
+from .pointing_game import Confidence, Grid, compose, confidences, grid_shares
+from .results import append_rows, drop_torn_line, read_rows
+
+__all__ = ["play", "play_all", "read_confidences", "read_values", "summarise", "write_summary"]
+
+FIELDS = {"n": int, "smooth": int, "method": str, "grid": int, "cell": int, "class": int, "image": int, "value": float}
+CONFIDENCES: dict[str, Callable[[str], Any]] = dict(index=int, label=int, predicted=int, confidence=float)
+SUMMARY = ("method", "cells", "smooth", "values", "median", "q25", "q75")
+GAINS = [field.name for field in dataclasses.fields(Gain)]
+
+Key = tuple[int, int, str, int]  # cells per side, smoothing window, method, grid
+Panel = tuple[int, int]  # cells per side, smoothing window
+Panels = dict[Panel, dict[str, np.ndarray]]
+
+
+def read_confidences(model: nn.Module, dataset: LabelledImages, folder: Path) -> list[Confidence]:
+    """What the model says of each image: from the folder's file, which is completed first."""
+    path = folder / "confidences.csv"
+    drop_torn_line(path)
+    done = len(path.read_text().splitlines()) - 1 if path.exists() else 0
+    if done < len(dataset):
+        append_rows(path, list(CONFIDENCES), map(dataclasses.astuple, confidences(model, dataset, start=done)))
+    return [Confidence(**row) for row in read_rows(path, CONFIDENCES)]
+
+
+def read_values(folder: Path) -> dict[Key, list[float]]:
+    """Values of whole grids, in the order of their cells; what an interruption cut short is played again."""
+    found: dict[Key, dict[int, float]] = {}
+    for row in read_rows(folder / "values.csv", FIELDS):
+        found.setdefault((row["n"], row["smooth"], row["method"], row["grid"]), {})[row["cell"]] = row["value"]
+    return {key: list(cells.values()) for key, cells in found.items() if len(cells) == key[0] ** 2}
+
+
+def play_all(
+    model: nn.Module,
+    dataset: LabelledImages,
+    samples: Iterable[Sequence[Grid]],
+    methods: Sequence[str],
+    folder: Path,
+    *,
+    disconnect: Disconnection = "none",
+    **options: Any,
+) -> list[str]:
+    """Play grids of each size by each method, with a summary after each size.
+
+    Args:
+        model: A B-cos network or a plain timm model, in eval mode.
+        dataset: What the grids' indices are of.
+        samples: Grids of one size each.
+        methods: Of `timm_bcos.attribution.registry.METHODS`.
+        folder: Of the results.
+        disconnect: 'full' or 'part': play with the model as `Disconnected` makes it.
+        options: Of `play`.
+
+    Returns:
+        Why methods were left out.
+
+    Raises:
+        InputError: If no method suits the model.
+    """
+    drop_torn_line(folder / "values.csv")
+    left_out: dict[str, str] = {}
+    for grids in samples:
+        player = model if disconnect == "none" else Disconnected(model, grids[0].n, disconnect)
+        for method in methods:
+            try:
+                play(player, dataset, grids, method, folder, **options)
+            except MethodError as error:
+                left_out[method] = str(error)
+        write_summary(folder, methods)
+    return list(left_out.values())
+
+
+def play(
+    model: nn.Module,
+    dataset: LabelledImages,
+    grids: Sequence[Grid],
+    method: str,
+    folder: Path,
+    *,
+    smooth: Sequence[int] = (1, 15),
+    batch_size: int | None = None,
+) -> None:
+    """Play the grids that the folder has no values of.
+
+    Args:
+        model: A B-cos network or a plain timm model, in eval mode.
+        dataset: What the grids' indices are of.
+        grids: Of one size.
+        method: Of `timm_bcos.attribution.registry.METHODS`.
+        folder: Of the results.
+        smooth: Windows, as in `timm_bcos.evaluation.pointing_game.cell_shares`.
+        batch_size: Classes of a grid per pass, as in `attribute`; None takes as many as memory allows.
+
+    Raises:
+        MethodError: If the method does not suit the model.
+    """
+    done = read_values(folder)
+    todo = [
+        (number, grid, missing)
+        for number, grid in enumerate(grids)
+        if (missing := [window for window in smooth if (grid.n, window, method, number) not in done])
+    ]
+    pictures = read_ahead(compose(model, dataset, grid) for _, grid, _ in todo)
+    progress = tqdm(
+        zip(todo, pictures, strict=True), f"{method} {grids[0].n}×{grids[0].n}", len(grids), disable=None,
+        initial=len(grids) - len(todo),
+    )  # fmt: skip
+    for (number, grid, missing), picture in progress:
+        shares = grid_shares(model, picture, grid, method, smooth=missing, batch_size=batch_size).tolist()
+        for window, values in zip(missing, shares, strict=True):
+            cells = zip(range(len(values)), grid.classes, grid.indices, values, strict=True)
+            rows = ((grid.n, window, method, number, cell, c, i, f"{v:.6f}") for cell, c, i, v in cells)
+            append_rows(folder / "values.csv", list(FIELDS), rows)
+
+
+def summarise(folder: Path, methods: Iterable[str]) -> Panels:
+    """Values by grid size and window, then by method, in the order of the methods."""
+    found: dict[Panel, dict[str, list[float]]] = {}
+    for (n, window, method, _), values in sorted(read_values(folder).items()):
+        found.setdefault((n, window), {}).setdefault(method, []).extend(values)
+    asked = {
+        panel: {method: np.array(values[method]) for method in methods if method in values}
+        for panel, values in sorted(found.items())
+    }
+    return {panel: values for panel, values in asked.items() if values}
+
+
+def write_summary(folder: Path, methods: Sequence[str]) -> None:
+    """Write what has been played so far as tables and box plots.
+
+    Raises:
+        InputError: If nothing has been.
+    """
+    panels = summarise(folder, methods)
+    if not panels:
+        raise InputError("no method suits this model")
+    gains = paired_gains(read_values(folder), methods)
+    with atomic_path(folder / "summary.md") as path:
+        path.write_text(_table(panels) + ("\n" + gains_table(gains) if gains else ""))
+    write_csv(folder / "summary.csv", SUMMARY, _rows(panels))
+    write_csv(folder / "gains.csv", GAINS, map(dataclasses.astuple, gains))
+    _box_plots(panels, folder / "boxes.png")
+
+
+def _quartiles(values: np.ndarray) -> tuple[float, float, float]:
+    low, middle, high = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+    return low, middle, high
+
+
+def _rows(panels: Panels) -> Iterable[tuple[object, ...]]:
+    for (n, window), methods in panels.items():
+        for method, values in methods.items():
+            low, middle, high = _quartiles(values)
+            yield method, n, window, len(values), f"{middle:.4f}", f"{low:.4f}", f"{high:.4f}"
+
+
+def _table(panels: Panels) -> str:
+    """Median and quartiles; a row per method, a column per grid size and window."""
+    titles = [f"{n}×{n}, {_smoothing(window)}" for n, window in panels]
+    lines = ["| method | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(titles)]
+    for method in dict.fromkeys(method for values in panels.values() for method in values):
+        cells = [_cell(values[method]) if method in values else "" for values in panels.values()]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(values: np.ndarray) -> str:
+    low, middle, high = _quartiles(values)
+    return f"**{middle:.2f}** ({low:.2f} to {high:.2f}; {len(values)})"
+
+
+def _smoothing(window: int) -> str:
+    return "raw" if window == 1 else f"smoothed {window}×{window}"
+
+
+def _box_plots(panels: Panels, path: Path) -> None:
+    """A row per grid size, a column per window, a box per method, and what a uniform map scores."""
+    from matplotlib.figure import Figure
+
+    sizes, windows = (sorted(set(values)) for values in zip(*panels, strict=True))
+    figure = Figure(figsize=(1 + 4 * len(windows), 3.6 * len(sizes)), layout="constrained")
+    axes = figure.subplots(len(sizes), len(windows), squeeze=False)
+    for ax in axes.flat:
+        ax.set_visible(False)
+    for (n, window), values in panels.items():
+        ax = axes[sizes.index(n), windows.index(window)]
+        ax.set_visible(True)
+        ax.boxplot(list(values.values()), tick_labels=list(values), showfliers=False)
+        ax.axhline(1 / n**2, color="grey", linestyle="--", linewidth=1)
+        ax.set(title=f"{n}×{n}, {_smoothing(window)}", ylabel="share in the cell", ylim=(0, 1))
+        ax.tick_params(axis="x", rotation=90)
+    save_figure(figure, path)

@@ -1,0 +1,296 @@
+"""Exact explanations: rows of the linear map that a B-cos network is for its input, logits = W(x) · x + constants.
+
+Papers: https://arxiv.org/abs/2205.10268 (section 3.2), https://arxiv.org/abs/2306.10898 (section 3.1).
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..dynamic_linear.bias_tracker import AmbiguousBatch
+from ..dynamic_linear.violations import Defect
+from ..errors import InexactWarning, InputError, TargetError
+from .linearized import Linearised, rows_of
+from .regions import Position, Region, check_region, position_pairs
+from .result import Explanation
+from .targets import Asked, Targets, check_images, check_model, check_table, check_target, of_images
+
+__all__ = [
+    "check_place",
+    "contrast",
+    "explain",
+    "explain_readout",
+    "explain_targets",
+    "together_or_apart",
+    "warn_if_inexact",
+]
+
+
+def explain(
+    model: nn.Module,
+    x: Tensor,
+    target: Targets = None,
+    *,
+    layer: str | None = None,
+    output: str | int | None = None,
+    position: Position = None,
+    region: Region = None,
+    extra: Mapping[str, object] | None = None,
+    chunk: int | None = None,
+) -> Explanation:
+    """Explain one output per image, with one forward and one backward pass for the whole batch.
+
+    Nothing of the model is changed, not even for the moment: other threads may use it meanwhile.
+
+    Args:
+        model: A B-cos network in evaluation mode.
+        x: Images (N, C, H, W) in [0, 1], without mean/std normalisation, or already encoded (N, 2C, H, W). Unchanged.
+        target: The class: None for the prediction, an int for all images, or N ints. A set of ints: the mean of their
+            logits. A floating-point tensor (K,) or (N, K): a direction, whose product with the K outputs is explained.
+            With `layer`, units (channels) instead of classes; None takes the one that is most active.
+        layer: Path of an inner module, as in `model.named_modules()`, to explain one of its neurons.
+        output: Which of several outputs, by key or index, if the network (or the layer) returns more than one; None
+            takes the first.
+        position: Of a layer's or an output's map, the (row, column), or the index for token sequences; or one pair for
+            each image, as in `Explanation.position`. None takes
+            where the target is most active.
+        region: The mean over a part of the map instead: a mask (H, W) or (N, H, W) of weights, at the size of the
+            image or of the map; or a box (left, top, right, bottom) in pixels of the image, or N boxes. A tensor (N, 4)
+            that is not boolean holds boxes.
+        extra: Other arguments that the network's forward takes, by name. Tensors with N rows are taken image by image.
+            What they add is a constant of the explanation; the image alone is explained.
+        chunk: Images per pass, which bounds the memory that a large batch takes; None takes all at once.
+
+    Returns:
+        The explanation. Its `defects` are empty if it is exact.
+
+    Raises:
+        InputError: For tensors that are no images as above.
+        TargetError: For a class, layer, output, unit, position or region that does not exist.
+        ModelStateError: For a model in training mode, or one that is no B-cos network.
+
+    Warns:
+        InexactWarning: If the network has parts that are not dynamic linear.
+
+    Examples:
+        >>> explanation = timm_bcos.explain(model, transform(photo)[None])
+        >>> explanation.completeness_error, explanation.contribution_map
+    """
+    with torch.inference_mode(False):
+        check_images(x, check_model(model))
+        asked, place = check_target(target, len(x)), check_place(position, region, x)
+        return explain_readout(model, x, asked, None, place, layer=layer, output=output, extra=extra, chunk=chunk)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the outputs: a position, or masks (N, H, W) as `check_region` returns them."""
+
+    position: Position = None
+    masks: Tensor | None = None
+
+
+def check_place(position: Position, region: Region, x: Tensor) -> Place:
+    """Of what a user has given; one of both at most.
+
+    Raises:
+        TargetError: For a region that is none, or both.
+    """
+    if position is not None and region is not None:
+        raise TargetError("give a position or a region, not both")
+    pairs = position_pairs(position, len(x))
+    return Place(position if pairs is None else pairs, check_region(region, len(x), (x.shape[2], x.shape[3])))
+
+
+def explain_readout(
+    model: nn.Module,
+    x: Tensor,
+    target: Asked,
+    versus: Asked,
+    place: Place,
+    *,
+    layer: str | None,
+    output: str | int | None,
+    extra: Mapping[str, object] | None,
+    chunk: int | None,
+) -> Explanation:
+    """`explain` and `contrast`, once their arguments are checked."""
+
+    def ask(part: Linearised, images: slice) -> list[Explanation]:
+        masks = None if place.masks is None else place.masks[images]
+        position = place.position
+        if position_pairs(position, len(x)) is not None:
+            position = position[images]  # type: ignore[index]
+        return [part.explain(of_images(target, images), of_images(versus, images), position, masks)]
+
+    def run(images: slice) -> Linearised:
+        return Linearised(model, x[images], layer, output, rows_of(extra, images, len(x)))
+
+    return _explain_all(len(x), run, ask, chunk, callers=3)[0]
+
+
+def explain_targets(
+    model: nn.Module,
+    x: Tensor,
+    targets: Sequence[Sequence[int]] | Tensor | None = None,
+    *,
+    top: int = 3,
+    chunk: int | None = None,
+) -> list[Explanation]:
+    """Explain several classes of each image with one forward pass, and a backward pass for all of them together.
+
+    Args:
+        model: As in `explain`.
+        x: As in `explain`.
+        targets: (N, T) classes; None takes the `top` most probable ones of each image, best first.
+        top: T where `targets` is None.
+        chunk: As in `explain`.
+
+    Returns:
+        T explanations, one per column of `targets`.
+    """
+    with torch.inference_mode(False):
+        check_images(x, check_model(model))
+        table = None if targets is None else check_table(targets, len(x))
+
+    def ask(part: Linearised, images: slice) -> list[Explanation]:
+        columns = part.best_classes(top) if table is None else table[images]
+        return part.explain_classes(columns)
+
+    return _explain_all(len(x), lambda images: Linearised(model, x[images], None), ask, chunk, callers=2)
+
+
+T = TypeVar("T")
+Run = Callable[[slice], Linearised]
+Ask = Callable[[Linearised, slice], list[Explanation]]
+
+
+def _explain_all(count: int, run: Run, ask: Ask, chunk: int | None, callers: int) -> list[Explanation]:
+    """Chunk by chunk; warnings name the line that called the function `callers` above."""
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+        raise InputError(f"chunk={chunk!r}: give the number of images per pass, at least 1, or None for all")
+    size = chunk or count
+    with torch.inference_mode(False):
+        parts = [_explain_chunk(run, ask, range(i, min(i + size, count))) for i in range(0, count, size)]
+    found = parts[0] if len(parts) == 1 else [Explanation.stack(column) for column in zip(*parts, strict=True)]
+    warn_if_inexact(found, callers + 1)
+    return found
+
+
+def warn_if_inexact(found: Sequence[Explanation], callers: int) -> None:
+    """Warn of each defect once; warnings name the line that called the function `callers` above this one."""
+    for defect in dict.fromkeys(defect for explanation in found for defect in explanation.defects):
+        warnings.warn(f"the explanation is not exact: {defect}", InexactWarning, stacklevel=callers + 1)
+
+
+def _explain_chunk(run: Run, ask: Ask, places: range) -> list[Explanation]:
+    def stack(singles: Sequence[list[Explanation]]) -> list[Explanation]:
+        return [Explanation.stack(column) for column in zip(*singles, strict=True)]
+
+    def with_defects(found: list[Explanation], defects: tuple[Defect, ...]) -> list[Explanation]:
+        return [replace(e, defects=tuple(dict.fromkeys((*e.defects, *defects)))) for e in found]
+
+    return together_or_apart(lambda images: ask(run(images), images), places, lambda found: found, stack, with_defects)
+
+
+def together_or_apart(
+    ask: Callable[[slice], T], places: range, explanations: Callable[[T], Sequence[Explanation]],
+    stack: Callable[[Sequence[T]], T], with_defects: Callable[[T, tuple[Defect, ...]], T],
+) -> T:  # fmt: skip
+    """All images at once, or one by one where a tensor's layout does not tell what is of which image.
+
+    Args:
+        ask: What is found for some of the images.
+        places: Of the images.
+        explanations: In what is found.
+        stack: Makes one of what is found for single images.
+        with_defects: Adds what only the batch has shown.
+    """
+    defects: tuple[Defect, ...] = ()
+    try:
+        found = ask(slice(places.start, places.stop))
+    except AmbiguousBatch as signal:
+        defects = signal.defects  # single images are never ambiguous
+    else:
+        seen = [defect for explanation in explanations(found) for defect in explanation.defects]
+        if len(places) == 1 or not any(defect.kind == "incomplete" for defect in seen):
+            return found
+        defects = tuple(defect for defect in seen if defect.kind == "images")
+    return with_defects(stack([ask(slice(i, i + 1)) for i in places]), defects)
+
+
+def contrast(
+    model: nn.Module,
+    x: Tensor,
+    a: Targets,
+    b: Targets,
+    *,
+    layer: str | None = None,
+    output: str | int | None = None,
+    position: Position = None,
+    region: Region = None,
+    extra: Mapping[str, object] | None = None,
+    chunk: int | None = None,
+) -> Explanation:
+    """Explain the difference of two outputs of each image: "why a, not b".
+
+    Outputs are linear in the encoded image, and so are their differences: row a minus row b of W(x) explains
+    logit a − logit b exactly, with one forward and one backward pass.
+
+    Args:
+        model: As in `explain`.
+        x: As in `explain`.
+        a: The class that is asked for: an int for all images, or N ints; a set of ints for the mean of their logits
+            (all dogs), or a direction, as in `explain`.
+        b: The class, set or direction that is asked against, given likewise; another than `a`.
+        layer: As in `explain`; a and b are then its units.
+        output: As in `explain`.
+        position: As in `explain`; None takes where the difference is largest.
+        region: As in `explain`.
+        extra: As in `explain`.
+        chunk: As in `explain`.
+
+    Returns:
+        The explanation of the difference: `weights`, `bias`, `logit` and all that follows from them are positive where
+        they speak for a. Of two classes, its `target` is a and its `versus` is b; else its `direction` is the
+        difference. A logit bias that the classes share cancels.
+
+    Raises:
+        InputError: As in `explain`.
+        TargetError: For classes that do not exist, are no ints, or are the same, and as in `explain`.
+        ModelStateError: As in `explain`.
+
+    Example:
+        >>> explanation = timm_bcos.contrast(model, images, a=281, b=282)
+        >>> explanation.logit, explanation.completeness_error
+        >>> dogs_not_cats = timm_bcos.contrast(model, images, set(range(151, 269)), set(range(281, 286)))
+    """
+    with torch.inference_mode(False):
+        check_images(x, check_model(model))
+        first, second = (_check_side(name, value, len(x)) for name, value in (("a", a), ("b", b)))
+        _refuse_same(first, second)
+        place = check_place(position, region, x)
+        return explain_readout(model, x, first, second, place, layer=layer, output=output, extra=extra, chunk=chunk)
+
+
+def _check_side(name: str, value: Targets, images: int) -> Asked:
+    asked = check_target(value, images, name)
+    if asked is None:
+        raise TargetError(f"{name}=None: give a class for it")
+    return asked.cpu() if isinstance(asked, Tensor) else asked
+
+
+def _refuse_same(a: Asked, b: Asked) -> None:
+    if isinstance(a, frozenset) or isinstance(b, frozenset):
+        if a == b:
+            raise TargetError(f"a and b are both the classes {set(a or ())}: give two different sets")
+        return
+    if a is None or b is None or a.is_floating_point() or b.is_floating_point():
+        return
+    same = a[a == b]
+    if len(same):
+        raise TargetError(f"a and b are both class {int(same[0])}: give two different classes")

@@ -1,0 +1,338 @@
+"""Is a model's explanation exact? And if it is not, where does it break?"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..dynamic_linear.bias_tracker import Account
+from ..dynamic_linear.mode import active, ordinary_autograd
+from ..dynamic_linear.tracking_mode import AccountingMode
+from ..dynamic_linear.violations import Defect
+from ..errors import BcosError, InexactWarning, InputError
+from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
+from ..nn.module_utils import channel_axis, converted_part, first_output, frozen_copy, hooked, image_size, pick_output
+from .api import explain
+from .linear_parts import linear_part
+from .linearized import Linearised, is_encoding, rows_of
+from .self_check import another_image, compare_with_another_image
+from .self_check import tolerance as rounding_of
+from .targets import check_images, check_model
+
+__all__ = [
+    "Check",
+    "check",
+    "first_break",
+    "first_dead",
+    "first_difference",
+    "random_image",
+    "settle",
+]
+
+Extra = Mapping[str, object]
+Outputs = list[tuple[str, Tensor]]
+
+
+def first_break(model: nn.Module, x: Tensor, extra: Extra, tolerance: float) -> str | None:
+    """The first module whose output is not W(x) · x + constants, or not the one outside of explanation mode.
+
+    Args:
+        model: A private copy, on which hooks may be registered.
+        x: Images; the first one is taken.
+        extra: Other arguments of the model.
+        tolerance: Of sums, relative.
+
+    Returns:
+        Its path, '' for the root; None if there is none.
+    """
+    image = _image(model, x)[:1]
+    own = rows_of(extra, slice(0, 1), len(x))
+    plain = _traced_outputs(model, image, own)
+    with ordinary_autograd(x.device):
+        leaf = image.clone().requires_grad_()
+        account = Account(model, 1, leaf)
+        with active(AccountingMode(leaf, account)):
+            found = _traced_outputs(model, leaf.clone(), own)
+        for (name, output), (_, expected) in zip(found, plain, strict=False):
+            is_shifted = output.shape != expected.shape or not _is_close(output.detach(), expected)
+            if is_shifted or (output.requires_grad and not _adds_up(output, leaf, account, tolerance)):
+                return name
+    return None
+
+
+def first_difference(model: nn.Module, x: Tensor, other: Tensor, rows: slice, extra: Extra) -> str | None:
+    """The first module whose outputs for x, of which the rows are taken, are not those for another batch."""
+    found = _traced_outputs(model, _image(model, x), extra)
+    again = _traced_outputs(model, _image(model, other), rows_of(extra, rows, len(x)))
+    for (name, output), (_, expected) in zip(found, again, strict=False):
+        part = output[rows] if len(output) == len(x) else output
+        if part.shape != expected.shape or not _is_close(part, expected):
+            return name
+    return None
+
+
+def first_dead(model: nn.Module, x: Tensor, extra: Extra) -> str | None:
+    """The first module whose output is 0 everywhere."""
+    found = _traced_outputs(model, _image(model, x), extra)
+    return next((name for name, output in found if not bool(output.any())), None)
+
+
+def _image(model: nn.Module, x: Tensor) -> Tensor:
+    channels = check_model(model).image_channels
+    return (x[:, :channels] if is_encoding(x, channels) else x).detach()
+
+
+def _traced_outputs(model: nn.Module, x: Tensor, extra: Extra) -> Outputs:
+    """What each module returns; the values are kept as they were then."""
+    outputs: Outputs = []
+    names = {module: name for name, module in model.named_modules()}
+
+    def record(module: nn.Module, args: object, output: object) -> None:
+        output = first_output(output)
+        if isinstance(output, Tensor) and output.is_floating_point():
+            outputs.append((names[module], output.clone()))
+
+    with hooked(names, record):
+        if x.requires_grad:
+            model(x, **extra)
+        else:
+            with torch.no_grad():
+                model(x.clone(), **extra)
+    return outputs
+
+
+def _is_close(output: Tensor, expected: Tensor) -> bool:
+    return bool((output - expected).abs().max() <= 100 * rounding_of(output.dtype) * expected.abs().max())
+
+
+def _adds_up(output: Tensor, leaf: Tensor, account: Account, tolerance: float) -> bool:
+    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+    expected = (output * direction).sum()
+    part = linear_part(expected, leaf, account)
+    encoded = torch.cat([leaf, 1 - leaf], 1)
+    total = (part.weights * encoded).sum() + part.constant_bias.sum() + part.gate_bias.sum()
+    return bool((total - expected).abs() <= tolerance * expected.abs().clamp_min((output * direction).norm()))
+
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+PLACELESS = ("shifted", "images", "incomplete", "random", "dead")
+
+
+@dataclass(frozen=True)
+class Check:
+    """The verdict on a model.
+
+    Attributes:
+        completeness_error: Largest |Σ contributions + bias - logit| / |logit - logit bias| over the images.
+        logit_shift: Largest change of a logit in explanation mode, relative to the largest logit.
+        image_share: Smallest share of (logit - logit bias) that the image explains; the rest comes from constants.
+        tolerance: What both errors are held against.
+        rounding: What a change of the image in its last digit does to the logits, relative to the largest. A deep
+            untrained model may amplify rounding a million times; a logit shift of that size is none.
+        randomness: Largest change of a logit from one run to the next, relative to the largest logit.
+        defects: Functions that are not known to be linear, values that depend on the image and are added, and what
+            else makes explanations inexact.
+        breaks_at: Path of the first module whose output is not W(x) · x + constants; None if exact.
+    """
+
+    completeness_error: float
+    logit_shift: float
+    image_share: float
+    tolerance: float
+    rounding: float = 0.0
+    randomness: float = 0.0
+    defects: tuple[Defect, ...] = ()
+    breaks_at: str | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is left unexplained: no defect, no randomness, a completeness error within the tolerance, and
+        a logit shift within it or mere rounding."""
+        return (
+            not self.defects
+            and self.randomness == 0
+            and self.completeness_error <= self.tolerance
+            and self.logit_shift <= max(self.tolerance, 10 * self.rounding)
+        )
+
+
+def check(
+    model: nn.Module,
+    x: Tensor | None = None,
+    *,
+    tolerance: float | None = None,
+    output: str | int | None = None,
+    extra: Mapping[str, object] | None = None,
+) -> Check:
+    """Measure whether a model's explanations sum up to its logits, and look for what they cannot hold.
+
+    Measured in float64, on a private copy, wherever the device and the model allow it: the faint signal of an untrained
+    model may drown in float32's rounding. Every constant is compared with the one that another image gives, and a batch
+    with its first image alone.
+
+    Args:
+        model: A B-cos model in evaluation mode. Let running statistics have a scale first (train it, or run it once
+            in training mode): a model whose signal vanishes proves nothing.
+        x: Images (N, C, H, W) in [0, 1]; None makes two random ones of the model's input size.
+        tolerance: None is 1e-10 for a model in float64, 1e-4 for one in float32 and 1e-2 for others.
+        output: Which of several outputs, as in `explain`. Of a map, the position with the strongest class is measured.
+        extra: Other arguments of the model, by name, as in `explain`.
+
+    Returns:
+        The verdict; where it is not exact, with the first module, in the order of execution, that breaks it.
+
+    Raises:
+        InputError: For what are no images.
+        ModelStateError: For a model in training mode, or one that is no B-cos model.
+    """
+    with torch.inference_mode(False):
+        return _check(model, x, tolerance, output, dict(extra or {}))
+
+
+def _check(
+    model: nn.Module, x: Tensor | None, tolerance: float | None, output: str | int | None, extra: dict[str, object]
+) -> Check:
+    stem = check_model(model)
+    if x is None:
+        image = random_image(stem.image_channels, image_size(model)).to(stem.weight.device)
+        x = image if extra else torch.cat([image, another_image(image)])
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise InputError(f"expected a tensor of pixels in [0, 1], got {getattr(x, 'dtype', type(x).__name__)}")
+    check_images(x, stem)
+    if tolerance is None:
+        tolerance = TOLERANCE.get(stem.weight.dtype, 1e-2)
+    network = frozen_copy(getattr(model, "_orig_mod", model))
+    if stem.weight.device.type != "mps":
+        network, x, extra = _widened(network, x, extra, output)
+    verdict = _measure(network, x, tolerance, output, extra)
+    return verdict if verdict.exact else _placed(network, verdict, x, output, extra)
+
+
+def _widened(
+    network: nn.Module, x: Tensor, extra: dict[str, object], output: str | int | None
+) -> tuple[nn.Module, Tensor, dict[str, object]]:
+    """The model, its images and other arguments in float64; as they are if the model has parts that stay narrow."""
+    dtypes = {name: t.dtype for name, t in (*network.named_parameters(), *network.named_buffers())}
+    own = next(t.dtype for t in network.parameters())
+    wide = {n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in extra.items()}
+    try:
+        _outputs(network.double(), x.detach().double(), output, wide)
+    except (RuntimeError, BcosError):
+        network.to(own)
+        for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+            tensor.data = tensor.data.to(dtypes[name])
+        return network, x.detach().to(own), extra
+    return network, x.detach().double(), wide
+
+
+def _measure(model: nn.Module, x: Tensor, tolerance: float, output: str | int | None, extra: Extra) -> Check:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InexactWarning)  # the verdict says it
+        explanation = explain(model, x, output=output, extra=extra)
+        first = Linearised(model, x[:1], None, output, rows_of(extra, slice(0, 1), len(x)), checks=False)
+        changed = first.backward(lambda: compare_with_another_image(first))
+    logits = partial(_logits, model, output=output, position=explanation.position, extra=extra)
+    image = x[:, : x.shape[1] // 2] if is_encoding(x, check_model(model).image_channels) else x
+    plain, again = logits(image), logits(image)
+    signal = explanation.logit - explanation.logit_bias
+    defects = [*explanation.defects, *changed]
+    if not bool((plain - explanation.logit_bias).any()):
+        defects.append(Defect("", "untrained or broken", "dead"))
+    randomness = _distance(again, plain)
+    if randomness:
+        defects.append(Defect("", f"by {randomness:.1e} of the largest", "random"))
+    return Check(
+        completeness_error=explanation.completeness_error.max().item(),
+        logit_shift=_distance(explanation.logits, plain),
+        image_share=(explanation.contributions.sum((1, 2, 3)) / signal).min().item(),
+        tolerance=tolerance,
+        rounding=_distance(logits(_with_other_last_digits(image)), plain),
+        randomness=randomness,
+        defects=tuple(dict.fromkeys(defects)),
+    )
+
+
+def _placed(model: nn.Module, verdict: Check, x: Tensor, output: str | int | None, extra: Extra) -> Check:
+    """The verdict with the first module that is to blame, in `breaks_at` and in defects that name none."""
+    found = next((d.module for d in verdict.defects if d.kind not in PLACELESS), None)
+    kinds = {defect.kind for defect in verdict.defects}
+    place = found
+    if place is None and "dead" in kinds:
+        place = first_dead(model, x, extra)
+    if place is None and "random" in kinds:
+        place = first_difference(model, x, x, slice(None), extra)
+    if place is None and "images" in kinds:
+        place = first_difference(model, x, x[:1], slice(0, 1), extra)
+    if place is None:
+        place = first_break(model, x, extra, verdict.tolerance)
+    if place is None and verdict.exact is False:
+        place = ""
+    named = [replace(d, module=place or "") if d.kind in PLACELESS else d for d in verdict.defects]
+    return replace(verdict, defects=tuple(dict.fromkeys(named)), breaks_at=place or "(root)")
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, x: Tensor, output: str | int | None, extra: Extra) -> Tensor:
+    channels = check_model(model).image_channels
+    image = x[:, :channels] if is_encoding(x, channels) else x
+    found: Tensor = pick_output(model(image.clone(), **extra), output, "the model")
+    return found
+
+
+def _logits(model: nn.Module, x: Tensor, output: str | int | None, position: Tensor | None, extra: Extra) -> Tensor:
+    """(N, K) outputs, of maps at the positions (N, 2)."""
+    found = _outputs(model, x, output, extra)
+    if position is None:
+        return found
+    part = converted_part(model)
+    maps = found.movedim(channel_axis(model, found, part), 1)
+    maps = maps[:, :, None] if maps.ndim == 3 else maps
+    return maps[torch.arange(len(maps), device=maps.device), :, position[:, 0], position[:, 1]]
+
+
+def _distance(logits: Tensor, reference: Tensor) -> float:
+    change = (logits - reference).abs().max()
+    return 0.0 if change == 0 else (change / reference.abs().max()).item()
+
+
+def _with_other_last_digits(x: Tensor) -> Tensor:
+    up = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x) < 0.5
+    return x * (1 + torch.finfo(x.dtype).eps * (2 * up.to(x.dtype) - 1))
+
+
+def settle(model: nn.Module, x: Tensor) -> nn.Module:
+    """Give an untrained model the running statistics of x, and logits that differ from their bias by about 1.
+
+    Untrained B-cos models answer so faintly that beside the logit bias nothing is left to compare. Not for a model
+    whose weights mean something.
+
+    Args:
+        model: Any model, plain ones included. Its temperatures and running statistics change; it ends in evaluation
+            mode.
+        x: Images that it takes.
+    """
+    momenta = {m: m.momentum for m in model.modules() if isinstance(getattr(m, "momentum", None), float)}
+    with torch.no_grad():
+        try:
+            for module in momenta:
+                module.momentum = 1.0  # type: ignore[assignment]
+            model.train()(torch.cat([x, x.flip(-1)]))
+        finally:
+            for module, momentum in momenta.items():
+                module.momentum = momentum
+            model.eval()
+        heads = [m for m in model.modules() if isinstance(m, BcosConvClassifier | BcosLinearClassifier)]
+        if heads:
+            strength = (first_output(model(x)) - heads[-1].logit_bias).abs().max().item()
+            for head in heads:
+                head.temperature *= strength or 1.0
+    return model
+
+
+def random_image(channels: int, size: Sequence[int]) -> Tensor:
+    """(1, channels, *size) smooth noise, which models answer as they answer photos, unlike white noise."""
+    coarse = torch.rand(1, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.interpolate(coarse, tuple(size), mode="bilinear").clamp(0, 1)

@@ -1,0 +1,366 @@
+"""A model at its images: one forward pass in explanation mode, from which any number of outputs are explained."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..dynamic_linear.bias_tracker import Account, AmbiguousBatch
+from ..dynamic_linear.mode import active, ordinary_autograd
+from ..dynamic_linear.tracking_mode import AccountingMode
+from ..dynamic_linear.violations import Defect
+from ..errors import BcosError, ModelStateError, TargetError
+from ..nn.functional import encode_image
+from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
+from ..nn.module_utils import channel_axis, converted_part, first_output, isolate, pick_output
+from .linear_parts import LinearPart, linear_part, linear_parts
+from .outputs import Outputs, Readout
+from .regions import Grid
+from .result import Explanation
+from .self_check import compare_outputs, compare_with_another_image, incomplete, measure_rounding
+from .targets import Asked, check_model
+
+__all__ = ["Linearised"]
+
+T = TypeVar("T")
+
+
+class Linearised:
+    """A model for a batch of images.
+
+    Args:
+        model: A B-cos model in evaluation mode, as `check_model` wants it. Not changed.
+        x: Images, as `check_images` wants them.
+        layer: Of the neurons to explain; None explains the model's outputs.
+        output: Which of several outputs, by name or number; None takes the first.
+        extra: Other arguments of the model, by name.
+        checks: Whether the outputs are compared with those of the model outside of explanation mode.
+
+    Attributes:
+        defects: What the comparison has found.
+
+    Raises:
+        TargetError: For a layer that does not exist, does not run once, or whose output has no units.
+        AmbiguousBatch: If constants cannot be told apart by image.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        layer: str | None,
+        output: str | int | None = None,
+        extra: Mapping[str, object] | None = None,
+        checks: bool = True,
+    ) -> None:
+        self.model, self.layer, self.output = getattr(model, "_orig_mod", model), layer, output  # of `torch.compile`
+        self.extra = dict(extra or {})
+        self._saves_copies = False
+        stem = check_model(model)
+        self.image_channels = stem.image_channels
+        if layer is not None:
+            _check_layer(self.model, layer)
+        with ordinary_autograd(x.device):
+            x = x.detach().clone()
+            is_encoded = is_encoding(x, self.image_channels)
+            channels = x.shape[1] // 2 if is_encoded else x.shape[1]
+            self.inputs = encode_image(x.to(stem.weight.dtype), channels).clone()
+            self.image = self.inputs[:, :channels].contiguous()
+            try:
+                self._run()
+            except AmbiguousBatch as signal:
+                signal.defects = tuple(compare_outputs(self)) if checks else ()
+                raise
+            self.defects = self.backward(self._compared) if checks else ()
+            self.outputs = self._outputs_of(self.tensor, self.layer)
+
+    def _run(self) -> None:
+        self.leaf, self.account, self.mode, whole, outputs = self._pass(self.image)
+        self._whole = whole
+        self.tensor = self._checked([whole] if self.layer is None else outputs)
+        self.outputs = self._outputs_of(self.tensor, self.layer)
+
+    @property
+    def eps(self) -> float:
+        """Of the narrowest type on the image's path."""
+        return self.mode.eps
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether a part of the model computes in a narrower type than its input's."""
+        return self.eps > torch.finfo(self.image.dtype).eps
+
+    @cached_property
+    def rounding(self) -> float | None:
+        """As `measure_rounding` finds it, once it is asked for."""
+        return measure_rounding(self)
+
+    def _pass(self, image: Tensor, names_places: bool = False) -> tuple[Any, ...]:
+        """One forward pass in explanation mode: the leaf, the account, the mode, what the model and layer return."""
+        outputs: list[object] = []
+        network = _network_to_run(self.model, self.layer, outputs)
+        leaf = image.clone().requires_grad_()
+        account = Account(network, len(image), leaf, names_places)
+        mode = AccountingMode(leaf, account)
+        mode.heeds_hooks = self._saves_copies
+        try:
+            with active(mode):
+                whole = network(leaf.clone(), **self.extra)  # a clone, in which it may write
+        except (BcosError, AmbiguousBatch):
+            raise
+        except Exception as error:
+            self.plain(image)  # raises the same where the model itself is at fault
+            raise ModelStateError(f"{type(self.model).__name__} cannot be explained: {error}") from error
+        return leaf, account, mode, whole, outputs
+
+    def plain(self, image: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The outputs outside of explanation mode, for some of the images."""
+        outputs: list[object] = []
+        network = _network_to_run(self.model, self.layer, outputs)
+        with torch.no_grad():
+            whole = network(image[rows].clone(), **rows_of(self.extra, rows, len(image)))
+        found: Tensor = pick_output(whole if self.layer is None else outputs[0], self.output, "the model")
+        return found
+
+    def _compared(self) -> tuple[Defect, ...]:
+        found = compare_outputs(self, self.tensor.detach())
+        if self.is_narrow and not found:
+            self.tensor = self.tensor + (self.plain(self.image) - self.tensor.detach())
+        if self.account.needs_another_image:
+            found += compare_with_another_image(self)
+        return tuple(found)
+
+    @property
+    def final(self) -> Outputs:
+        """What the model returns, whatever the layer is."""
+        output = first_output(self._whole)
+        return self._outputs_of(output, None)
+
+    def _checked(self, outputs: list[object]) -> Tensor:
+        what = "the model" if self.layer is None else f"layer {self.layer!r}"
+        if len(outputs) != 1:
+            times = f"runs {len(outputs)} times in a forward pass: pick the module around it" if outputs else (
+                "did not run for this input"
+            )  # fmt: skip
+            raise TargetError(f"{what} {times}")
+        output = pick_output(outputs[0], self.output, what)
+        if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4) or len(output) != len(self.leaf):
+            found = _described(output)
+            raise TargetError(f"{what} returns {found}; one row of units per image is needed{_hint(output)}")
+        if not output.requires_grad:
+            raise TargetError(
+                f"{what} ends in {self.mode.maker(output)}, a gate or a statistic that only scales the image's path: "
+                f"pick another layer, or say what it is with timm_bcos.declare"
+            )
+        return self.mode.seen(output)
+
+    def _outputs_of(self, x: Tensor, layer: str | None) -> Outputs:
+        size = (self.leaf.shape[2], self.leaf.shape[3])
+        what = "classes" if layer is None else f"units in layer {layer!r}"
+        maps = self._channels_first(x, layer)
+        if x.ndim == 2:
+            grid = Grid(1, 1)
+        elif x.ndim == 4:
+            grid = Grid(maps.shape[2], maps.shape[3])
+        else:
+            prefix = getattr(converted_part(self.model), "num_prefix_tokens", 0)
+            grid = Grid.of_tokens(maps.shape[2], prefix, size)
+        return Outputs(maps.flatten(2), grid, what, size, layer is not None or x.ndim > 2)
+
+    def by_position(self, x: Tensor) -> Tensor:
+        """(N, C, P), of a tensor in the format of the layer's output."""
+        return self._channels_first(x, self.layer).flatten(2)
+
+    def _channels_first(self, x: Tensor, layer: str | None) -> Tensor:
+        if x.ndim == 2:
+            return x[:, :, None]
+        module = self.model if layer is None else self.model.get_submodule(layer)
+        return x.movedim(channel_axis(module, x, converted_part(self.model)), 1)
+
+    def best_classes(self, top: int) -> Tensor:
+        """(N, top) the classes with the highest logits, best first.
+
+        Raises:
+            TargetError: For more than there are.
+        """
+        logits = self.outputs.maps.detach().amax(2)
+        if not 1 <= top <= logits.shape[1]:
+            raise TargetError(f"top={top}: the model has {logits.shape[1]} classes")
+        return logits.topk(top, dim=1).indices
+
+    def explain(self, target: Asked, versus: Asked, position: object, masks: Tensor | None) -> Explanation:
+        """One backward pass: images do not see each other, so the gradient of the sum holds each one's row of W.
+
+        Args:
+            target: As `check_target` returns it.
+            versus: What is subtracted, likewise.
+            position: Where; None for where it is strongest.
+            masks: Over what, as `check_region` returns it.
+        """
+
+        def explain() -> Explanation:
+            readout = self.outputs.read(target, versus, position, masks)
+            part = linear_part(readout.values.sum(), self.leaf, self.account)
+            return self.explanation(readout, part, self.layer)
+
+        return self.backward(explain)
+
+    def explain_classes(self, table: Tensor) -> list[Explanation]:
+        """Explain T classes of each image, as many in one backward pass as memory allows.
+
+        Args:
+            table: (N, T) classes.
+        """
+
+        def explain() -> list[Explanation]:
+            readouts = [self.outputs.read(column, None, None, None) for column in table.T]
+            values = torch.stack([readout.values.sum() for readout in readouts])
+            parts = linear_parts(values, self.leaf, self.account)
+            found = zip(readouts, parts, strict=True)
+            return [self.explanation(readout, part, self.layer) for readout, part in found]
+
+        return self.backward(explain)
+
+    def backward(self, function: Callable[[], T]) -> T:
+        """Run what takes backward passes; a second time, on copies, where the model has written over saved tensors.
+
+        Raises:
+            ModelStateError: For a model that autograd cannot differentiate.
+        """
+        with ordinary_autograd(self.leaf.device):
+            if not self._saves_copies:
+                try:
+                    return function()
+                except RuntimeError as error:
+                    if "modified by an inplace operation" not in str(error):
+                        raise ModelStateError(f"{type(self.model).__name__} cannot be explained: {error}") from error
+            with torch.autograd.graph.allow_mutation_on_saved_tensors():
+                self._saves_copies = True
+                self._run()
+                return function()
+
+    def explanation(self, readout: Readout, part: LinearPart, layer: str | None) -> Explanation:
+        """Of what has been taken apart.
+
+        Args:
+            readout: The numbers.
+            part: Their weights and constants.
+            layer: Whose numbers they are; None for the model's outputs.
+        """
+        has_bias = layer is None and readout.versus is None
+        found = Explanation(
+            logits=readout.activations,
+            target=readout.unit,
+            weights=part.weights,
+            inputs=self.inputs,
+            bias=part.constant_bias + part.gate_bias,
+            constant_bias=part.constant_bias,
+            logit_bias=_logit_bias(self.model) if has_bias else 0.0,
+            layer=layer,
+            position=readout.position,
+            probability_kind=_probability_kind(self.model),
+            versus=readout.versus,
+            direction=readout.direction,
+            region=readout.region,
+        )
+        return incomplete(self, found, (*part.defects, *self.defects))
+
+
+def is_encoding(x: Tensor, channels: int) -> bool:
+    """Whether images (N, 2C, H, W) are encoded ones: the second half is the first one's complement."""
+    if x.shape[1] != 2 * channels:
+        return False
+    first, second = x.chunk(2, 1)
+    return bool((first + second - 1).abs().max() <= max(1e-3, 4 * torch.finfo(x.dtype).eps))
+
+
+def rows_of(extra: Mapping[str, object] | None, rows: slice, count: int) -> dict[str, object]:
+    """Other arguments of a model for some of the images: of tensors with a row per image, these rows."""
+    return {
+        name: value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
+        for name, value in (extra or {}).items()
+    }
+
+
+def _described(output: object) -> str:
+    return str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
+
+
+def _hint(output: object) -> str:
+    if not isinstance(output, Tensor):
+        return ""
+    if output.ndim == 1:
+        return ": return one column per output, y[:, None]"
+    return ": name the output to explain with output=" if output.ndim == 0 else ""
+
+
+def _network_to_run(model: nn.Module, layer: str | None, outputs: list[object]) -> nn.Module:
+    """The model itself, or one whose layer of interest notes its outputs and which runs once, as it was written.
+
+    A compiled program holds no explanation mode, and the backward pass would run checkpointed parts without it.
+    """
+    changed = [name for name, m in model.named_modules() if _is_compiled(m) or _is_checkpointing(m) or _is_program(m)]
+    if layer is None and not changed:
+        return model
+    network = isolate(model, [name for name in (*changed, layer) if name])
+    for name in changed:
+        own = network.get_submodule(name)
+        own.grad_checkpointing = False  # type: ignore[assignment]
+        if _is_program(own):
+            own.__dict__["forward"] = own.get_submodule("_orig_mod").__call__
+    if layer is not None:
+        network.get_submodule(layer).register_forward_hook(lambda module, args, output: _noted(output, outputs))
+    return network
+
+
+def _noted(output: object, outputs: list[object]) -> object:
+    """A copy of what is noted is passed on: functions that follow may work in place."""
+    outputs.append(_copied(output))
+    return _copied(outputs[-1])
+
+
+def _copied(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output.clone()
+    if isinstance(output, dict):
+        return {name: _copied(value) for name, value in output.items()}
+    return tuple(map(_copied, output)) if isinstance(output, list | tuple) else output
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module.__dict__.get("_compiled_call_impl") is not None
+
+
+def _is_program(module: nn.Module) -> bool:
+    """Whether `torch.compile` has wrapped a part of the model."""
+    return type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules
+
+
+def _is_checkpointing(module: nn.Module) -> bool:
+    return getattr(module, "grad_checkpointing", False) is True
+
+
+def _check_layer(model: nn.Module, layer: str) -> None:
+    if layer == "":
+        raise TargetError("layer='' is the model itself: leave `layer` out to explain its logits")
+    names = dict(model.named_modules(remove_duplicate=False))
+    if layer not in names:
+        near = difflib.get_close_matches(layer, names, n=3)
+        hint = f"close names: {', '.join(near)}" if near else "see model.named_modules() for their names"
+        raise TargetError(f"no layer {layer!r}; {hint}")
+
+
+def _logit_bias(model: nn.Module) -> float:
+    part: Any = converted_part(model)
+    found = part.get_classifier() if hasattr(part, "get_classifier") else None
+    heads = [found] if isinstance(found, nn.Module) else list(model.modules())
+    biases = [m.logit_bias for m in heads if isinstance(m, BcosConvClassifier | BcosLinearClassifier)]
+    return biases[-1] if biases else 0.0
+
+
+def _probability_kind(model: nn.Module) -> str:
+    config = getattr(converted_part(model), "bcos_config", None)
+    return config.probability if config is not None else "sigmoid"

@@ -1,0 +1,121 @@
+"""Numbers read out of a network's outputs, one per image: linear in the outputs, so that they can be explained."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .regions import Grid, position_indices, region_weights
+from .targets import Asked, as_direction, check_units
+
+__all__ = ["Outputs", "Readout"]
+
+
+@dataclass
+class Readout:
+    """What is explained of each image.
+
+    Attributes:
+        values: (N,) the numbers, on the graph.
+        activations: (N, K) the outputs at the position, or their mean over the region; off the graph.
+        unit: (N,) the unit; of a direction, the one that it weighs most.
+        versus: (N,) the unit that is subtracted; None for none.
+        direction: (N, K) where it is more than a unit, or than the difference of two.
+        position: (N, 2) row and column; None for vectors and regions.
+        region: (N, rows, columns) weights of the output's positions, which sum to 1; None for a position.
+    """
+
+    values: Tensor
+    activations: Tensor
+    unit: Tensor
+    versus: Tensor | None = None
+    direction: Tensor | None = None
+    position: Tensor | None = None
+    region: Tensor | None = None
+
+
+@dataclass
+class Outputs:
+    """A layer's outputs, or the network's.
+
+    Attributes:
+        maps: (N, K, P) K units at P positions, on the graph.
+        grid: The positions.
+        what: The units, in words.
+        size: Of the images, in pixels.
+        is_placed: Whether positions are told, as those of inner neurons and dense outputs are.
+    """
+
+    maps: Tensor
+    grid: Grid
+    what: str
+    size: tuple[int, int]
+    is_placed: bool
+
+    def read(self, target: Asked, versus: Asked, position: object, masks: Tensor | None) -> Readout:
+        """Read a number out of the outputs of each image.
+
+        Args:
+            target: As `check_target` returns it.
+            versus: What is subtracted, likewise; None for nothing.
+            position: Where, as `explain` takes it.
+            masks: Over what, as `check_region` returns it.
+        """
+        peaks, direction = self.maps.detach(), self._direction(target, versus)
+        at, weights = None, None
+        if masks is None:
+            place = None if position is None else position_indices(position, self.grid, len(peaks)).to(peaks.device)
+            at = self._strongest(peaks, target, direction, place)
+            pooled = self.maps[torch.arange(len(at), device=at.device), :, at]
+        else:
+            weights = region_weights(masks.to(peaks), self.grid, self.size)
+            pooled = (self.maps * weights[:, None]).sum(2)
+        unit, against = self._units(target, pooled.detach(), direction), _units_of(versus)
+        rows = torch.arange(len(pooled), device=pooled.device)
+        is_pair = against is not None and _units_of(target) is not None
+        return Readout(
+            pooled[rows, unit] if direction is None else (pooled * direction).sum(1),
+            pooled.detach(),
+            unit,
+            versus=against.to(unit.device) if is_pair and against is not None else None,
+            direction=None if is_pair else direction,
+            position=None if at is None or not self.is_placed else self._rows_and_columns(at),
+            region=None if weights is None else self._on_grid(weights),
+        )
+
+    def _direction(self, target: Asked, versus: Asked) -> Tensor | None:
+        """(N, K), where not simply a unit is asked for."""
+        images, count = self.maps.shape[:2]
+        if target is None or (versus is None and _units_of(target) is not None):
+            return None
+        direction = as_direction(target, images, count, self.what)
+        if versus is not None:
+            direction = direction - as_direction(versus, images, count, self.what)
+        return direction.to(self.maps)
+
+    def _units(self, target: Asked, pooled: Tensor, direction: Tensor | None) -> Tensor:
+        units = _units_of(target)
+        if units is None:
+            return pooled.argmax(1) if direction is None else direction.argmax(1)
+        check_units(units, pooled.shape[1], self.what)
+        return units.to(pooled.device)
+
+    def _strongest(self, peaks: Tensor, target: Asked, direction: Tensor | None, place: Tensor | None) -> Tensor:
+        """(N,) where what is asked for is largest, unless a place is given."""
+        rows = torch.arange(len(peaks), device=peaks.device)
+        if place is not None:
+            return place
+        if direction is not None:
+            return (peaks * direction[:, :, None]).sum(1).argmax(1)
+        return peaks[rows, self._units(target, peaks.amax(2), None)].argmax(1)
+
+    def _rows_and_columns(self, at: Tensor) -> Tensor:
+        return torch.stack([at // self.grid.columns, at % self.grid.columns], 1)
+
+    def _on_grid(self, weights: Tensor) -> Tensor:
+        return weights[:, self.grid.hidden :].unflatten(1, self.grid.shape)
+
+
+def _units_of(asked: Asked) -> Tensor | None:
+    """(N,) where units are asked for, not sets or directions."""
+    return asked if isinstance(asked, Tensor) and not asked.is_floating_point() else None

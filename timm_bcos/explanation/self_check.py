@@ -1,0 +1,112 @@
+"""An explanation held against itself: does it sum up, and is it of what the model computes?"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..dynamic_linear.bias_tracker import changed_constants
+from ..dynamic_linear.violations import Defect
+from .result import Explanation
+
+if TYPE_CHECKING:
+    from .linearized import Linearised
+
+__all__ = [
+    "another_image",
+    "compare_outputs",
+    "compare_with_another_image",
+    "incomplete",
+    "measure_rounding",
+    "tolerance",
+]
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Relative differences that sums of many numbers show: 4e-11 in float64, 2e-5 in float32, 1e-2 in float16."""
+    return float(torch.finfo(dtype).eps ** (2 / 3))
+
+
+def measure_rounding(run: "Linearised") -> float | None:
+    """Largest change of an output when the image changes in its last digits; None if two runs differ anyway.
+
+    A deep untrained model may amplify rounding a million times.
+    """
+    plain, again = run.plain(run.image), run.plain(run.image)
+    if not torch.equal(plain.nan_to_num(), again.nan_to_num()):
+        return None
+    up = torch.rand(run.image.shape, generator=torch.Generator().manual_seed(0)).to(run.image) < 0.5
+    other = run.image * (1 + run.eps * (2 * up.to(run.image.dtype) - 1))
+    return float((run.plain(other) - plain).abs().max())
+
+
+def compare_outputs(run: "Linearised", found: Tensor | None = None) -> list[Defect]:
+    """Hold outputs in explanation mode against those outside of it, and a batch against its images in other company.
+
+    Args:
+        run: The model at its images.
+        found: The outputs in explanation mode; None compares the plain outputs of the batch.
+    """
+    apart = _apart(run)
+    if found is not None and not _difference(run, found, apart, "shifted"):
+        return []
+    together = run.plain(run.image)
+    defects = [] if found is None else _difference(run, found, together, "shifted")
+    return defects or _difference(run, together, apart, "images")
+
+
+def _apart(run: "Linearised") -> Tensor:
+    """The plain outputs of the first image alone, and of the others without it."""
+    if len(run.image) == 1:
+        return run.plain(run.image)
+    return torch.cat([run.plain(run.image, slice(0, 1)), run.plain(run.image, slice(1, None))])
+
+
+def _difference(run: "Linearised", found: Tensor, expected: Tensor, kind: str) -> list[Defect]:
+    if found.shape != expected.shape:
+        return [Defect("", f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}", kind)]
+    change, scale = (found - expected).abs().max().item(), expected.abs().max().item()
+    if change <= tolerance(expected.dtype) * scale:
+        return []
+    if run.rounding is None:
+        return [Defect("", f"by {change / scale if scale else change:.1e} of the largest", "random")]
+    return [] if change <= 10 * run.rounding else [
+        Defect("", f"by {change / scale if scale else change:.1e} of the largest", kind)
+    ]  # fmt: skip
+
+
+def another_image(image: Tensor) -> Tensor:
+    """Images of the same shape that have nothing in common with these, but look alike: half upside down, half noise."""
+    noise = torch.rand(image.shape, generator=torch.Generator().manual_seed(0)).to(image)
+    return (image.flip(-2, -1) + noise) / 2
+
+
+def compare_with_another_image(run: "Linearised") -> list[Defect]:
+    """Constants are the same for any image: run another one, and compare what was booked as constant.
+
+    With three others where a number, or what changes the image before it is read, may be the same for two by chance.
+    """
+    others = [another_image(run.image)]
+    if run.account.has_escaped or not all(boundary.is_direct for boundary in run.account.boundaries):
+        others += [torch.zeros_like(run.image), torch.ones_like(run.image)]
+    found: list[Defect] = []
+    for image in others:
+        _, account, *_ = run._pass(image, names_places=True)
+        found += changed_constants(run.account, account)
+    return list(dict.fromkeys(found))
+
+
+def incomplete(run: "Linearised", explanation: Explanation, defects: tuple[Defect, ...]) -> Explanation:
+    """The explanation with its defects; among them that it does not sum up, where it does not but for rounding."""
+    error = explanation.remainder.abs()
+    size = explanation.contributions.abs().double().sum((1, 2, 3)) + explanation.bias.abs().double()
+    excess = error > tolerance(explanation.logits.dtype) * (size + explanation.logit.abs().double())
+    if bool((excess | error.isnan()).any()):
+        figure = f"{explanation.completeness_error.max().item():.1e} is missing"
+        if run.rounding is None:
+            defects = (*defects, Defect("", "with " + figure, "random"))
+        elif not error.max().item() <= 10 * run.rounding:
+            defects = (*defects, Defect("", figure, "incomplete"))
+    narrow = 10 * (run.rounding or 0.0) if run.is_narrow else 0.0
+    return replace(explanation, defects=tuple(dict.fromkeys(defects)), rounding=narrow)

@@ -1,0 +1,206 @@
+"""The networks of the papers, as a table: timm's architecture, its conversion, and what the paper changed besides.
+
+Papers: B-cos Networks (CVPR 2022), https://arxiv.org/abs/2205.10268, names `bcos_*`; B-cos Alignment for Inherently
+Interpretable CNNs and Vision Transformers (TPAMI 2024), https://arxiv.org/abs/2306.10898, names `bcosv2_*`. Differs
+from the official code in that Inception's auxiliary head is optional, as in timm (`aux_logits=True`). `FINETUNED` are
+converted pretrained networks (B-cosification, NeurIPS 2024, https://arxiv.org/abs/2411.00715) whose weights come with
+this package.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from timm.models import model_entrypoint
+from torch import nn
+
+from .._compat import timm_layers
+from ..conversion.config import BcosConfig
+from ..conversion.converted import bcosify
+from ..nn.layers import BcosConv2d, BcosLinear
+from .cifar import CifarResNet, Cnn9
+from .densenet import restore_stem_width
+from .vit import SimpleVisionTransformer, conv_stem_embed, flatten_patches
+
+__all__ = ["FINETUNED", "NETWORKS", "SECOND_PAPER", "Network"]
+
+
+@dataclass(frozen=True)
+class Network:
+    """One registered network.
+
+    Attributes:
+        arch: timm's architecture, or a class.
+        config: Its conversion.
+        kwargs: The architecture's arguments, which the user's override.
+        prepare: What the family changes in the plain architecture first.
+        finish: What it changes in the converted one.
+        feature_cfg: How timm's `features_only` takes it apart.
+        cfg: What its pretrained cfg says beyond the architecture's own.
+        tagged: By tag of weights, another conversion than `config`, which made them.
+    """
+
+    arch: str | type[nn.Module]
+    config: BcosConfig
+    kwargs: dict[str, object] = field(default_factory=dict)
+    prepare: Callable[[nn.Module], None] | None = None
+    finish: Callable[[nn.Module], None] | None = None
+    feature_cfg: dict[str, object] = field(default_factory=dict)
+    cfg: dict[str, object] = field(default_factory=dict)
+    tagged: dict[str, BcosConfig] = field(default_factory=dict)
+
+    def build(self, config: BcosConfig, **kwargs: object) -> nn.Module:
+        """The converted network with fresh weights; kwargs are the architecture's."""
+        arch: Any = self.arch if isinstance(self.arch, type) else model_entrypoint(self.arch)
+        model = arch(**{**self.kwargs, **kwargs})
+        if config.mean == self.config.mean:
+            config = _for_channels(config, model.in_chans)
+        if self.prepare is not None:
+            self.prepare(model)
+        model = bcosify(model, config)
+        for module in model.modules():
+            if isinstance(module, BcosConv2d | BcosLinear):
+                module.reset_parameters()
+        if self.finish is not None:
+            self.finish(model)
+        return model
+
+
+def _for_channels(config: BcosConfig, channels: int) -> BcosConfig:
+    """A network's own statistics of colour images, for images of another number of channels: their average."""
+    if config.mean is None or config.std is None or len(config.mean) == channels:
+        return config
+    return config.change(mean=(sum(config.mean) / len(config.mean),), std=(sum(config.std) / len(config.std),))
+
+
+def _fully_convolutional(vgg: Any) -> None:
+    """VGG's first fully connected layer as a 7×7 convolution with padding 3, at whatever resolution."""
+    vgg.pre_logits.fc1.padding = (3, 3)
+    vgg.pre_logits.input_kernel_size = 1
+
+
+FLAT: dict[str, object] = dict(flatten_sequential=True)
+STEM_WIDTH = {121: 64, 161: 96, 169: 64, 201: 64}  # of DenseNets
+
+CNN9_LOG_T = {1.0: -3, 1.25: -3, 1.5: -2, 1.75: 1, 2.0: 2, 2.25: 2, 2.5: 3}
+CNN9_CFG: dict[str, object] = dict(
+    input_size=(3, 32, 32), pool_size=(8, 8), num_classes=10, crop_pct=1.0, first_conv="features.0", classifier="fc"
+)
+
+
+def _cnn9(b: float) -> Network:
+    config = BcosConfig.paper(
+        b=b, gamma=10 ** (1.5 * b - 1.75), temperature=10 ** CNN9_LOG_T[b], logit_bias=math.log(0.1 / 0.9)
+    )
+    return Network(Cnn9, config, feature_cfg=dict(out_indices=(0, 1, 2), **FLAT), cfg=CNN9_CFG)
+
+
+V2 = BcosConfig.v2()
+RESNET_V2: dict[str, object] = dict(zero_init_last=False)
+CONVNEXT_V2: dict[str, object] = dict(conv_mlp=True, conv_bias=False, head_norm_first=True)
+CONVNEXT_NORMS = {"": "layernorm2d", "_bnu": "batchnorm2d"}
+
+WIDTH_HEADS = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12), "large": (1024, 16)}
+CONV_STEMS = {
+    "tiny": (24, 48, 96, 192),
+    "small": (48, 96, 192, 384),
+    "base": (64, 128, 128, 256, 256, 512),
+    "large": (64, 128, 128, 256, 256, 512),
+}
+
+
+def _vit(size: str, stem: tuple[int, ...] = ()) -> Network:
+    """A simple ViT (https://arxiv.org/abs/2205.01580), which gives up one block for a convolutional stem."""
+    width, heads = WIDTH_HEADS[size]
+    depth = (14 if size == "large" else 12) - bool(stem)
+    kwargs: dict[str, object] = dict(
+        patch_size=1 if stem else 16, embed_dim=width, depth=depth, num_heads=heads, qkv_bias=False,
+        class_token=False, global_pool="avg", pos_embed="none", norm_layer=nn.LayerNorm,
+        embed_layer=partial(conv_stem_embed, widths=stem) if stem else timm_layers.PatchEmbed,
+    )  # fmt: skip
+    first_conv = "patch_embed.backbone.0.conv" if stem else "patch_embed.proj"
+    cfg = dict(input_size=(3, 224, 224), fixed_input_size=True, first_conv=first_conv, classifier="head")
+    getter = dict(out_indices=3, feature_cls="getter")
+    return Network(SimpleVisionTransformer, V2, kwargs, finish=flatten_patches, feature_cfg=getter, cfg=cfg)
+
+
+PAPER: dict[str, Network] = {
+    **{
+        f"bcos_densenet{size}": Network(
+            f"densenet{size}",
+            BcosConfig.paper(gamma_scale=100, temperature=1e-3),
+            prepare=partial(restore_stem_width, width=width),
+            feature_cfg=FLAT,
+        )
+        for size, width in STEM_WIDTH.items()
+    },
+    **{
+        f"bcos_resnet{size}": Network(f"resnet{size}", BcosConfig.paper(gamma_scale=100, temperature=10))
+        for size in (18, 34, 50, 101, 152)
+    },
+    **{
+        f"bcos_vgg{size}": Network(
+            f"vgg{size}",
+            BcosConfig.paper(gamma_scale=1000, temperature=0.1),
+            prepare=_fully_convolutional,
+            feature_cfg=FLAT,
+        )
+        for size in (11, 13, 16, 19)
+    },
+    "bcos_inception_v3": Network("inception_v3", BcosConfig.paper(gamma_scale=200)),
+    "bcos_cnn9": _cnn9(2.0),
+    **{f"bcos_cnn9_b{round(100 * b)}": _cnn9(b) for b in CNN9_LOG_T},
+}
+
+SECOND_PAPER: dict[str, Network] = {
+    **{
+        f"bcosv2_{arch}": Network(arch, V2, RESNET_V2)
+        for arch in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d")
+    },
+    **{
+        f"bcosv2_densenet{size}": Network(
+            f"densenet{size}", V2, prepare=partial(restore_stem_width, width=width), feature_cfg=FLAT
+        )
+        for size, width in STEM_WIDTH.items()
+    },
+    "bcosv2_vgg11_bn": Network("vgg11_bn", V2, prepare=_fully_convolutional, feature_cfg=FLAT),
+    **{
+        f"bcosv2_convnext_{size}{suffix}": Network(
+            f"convnext_{size}",
+            V2,
+            CONVNEXT_V2 | dict(norm_layer=norm),
+            feature_cfg=dict(out_indices=(0, 1, 2, 3), **FLAT),
+        )
+        for size in ("tiny", "base")
+        for suffix, norm in CONVNEXT_NORMS.items()
+    },
+    **{f"bcosv2_vit_{size}_patch16_224": _vit(size) for size in WIDTH_HEADS},
+    **{f"bcosv2_vitc_{size}_patch1_14": _vit(size, CONV_STEMS[size]) for size in WIDTH_HEADS},
+}
+
+CIFAR_CFG: dict[str, object] = dict(
+    input_size=(3, 32, 32), pool_size=(8, 8), num_classes=10, crop_pct=1.0, first_conv="conv1", classifier="linear"
+)
+IMAGENET_STEM: dict[str, Any] = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+FINETUNED: dict[str, Network] = {
+    "bcos_efficientnet_lite0": Network(
+        "tf_efficientnet_lite0",
+        BcosConfig.finetune(b=1.25, bias="gate", stem="encoded", probability="softmax"),
+        feature_cfg=FLAT,
+        cfg=dict(interpolation="bicubic"),
+        tagged=dict(
+            clothing=BcosConfig.finetune(bias="gate", stem="encoded", antialias=True, logit_bias=-2.2),
+        ),
+    ),
+    "bcos_cifar_resnet20": Network(
+        CifarResNet,
+        BcosConfig.finetune(logit_bias=-2.2, classify_positions="never", **IMAGENET_STEM),
+        feature_cfg=dict(out_indices=(0, 1, 2)),
+        cfg=CIFAR_CFG,
+    ),
+}
+
+NETWORKS = PAPER | SECOND_PAPER | FINETUNED

@@ -1,0 +1,81 @@
+"""The names of a network's classes."""
+
+import difflib
+from pathlib import Path
+
+import timm
+import timm.utils
+
+from ..errors import InputError, TargetError
+from .loading import TimmModel
+
+__all__ = ["class_names", "find_class", "read_class_names"]
+
+
+def class_names(network: TimmModel, path: Path | None = None) -> list[str]:
+    """Names of a network's classes: from a file, its cfg, or timm's ImageNet tables; numbers where there are none.
+
+    Raises:
+        InputError: If the file names another number of classes.
+    """
+    count = network.num_classes
+    if path is not None:
+        return read_class_names(path, count)
+    labels = network.pretrained_cfg.get("label_names")
+    if labels and len(labels) == count:
+        return list(labels)
+    if count == 1000:
+        info = timm.data.ImageNetInfo()
+        return [info.index_to_description(i).split(",")[0] for i in range(count)]
+    return [f"class {i}" for i in range(count)]
+
+
+def read_class_names(path: Path, count: int) -> list[str]:
+    """Class names from a file, one a line, or from a directory, which has a directory of images per class.
+
+    Raises:
+        InputError: If there is neither, or with another number of classes than `count`.
+    """
+    try:
+        names = _class_directories(path) if path.is_dir() else _lines(path.read_bytes().decode("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"no class names in {path}: {error}") from error
+    if len(names) != count:
+        raise InputError(f"{path} names {len(names)} classes, the model has {count}")
+    return names
+
+
+def _lines(text: str) -> list[str]:
+    """Lines ended by a line feed, or by a carriage return and a line feed; the last one perhaps by nothing.
+
+    `str.splitlines` would also split names at U+2028 and other separators.
+    """
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+
+
+def _class_directories(path: Path) -> list[str]:
+    """In the order of timm's image folders."""
+    return sorted((entry.name for entry in path.iterdir() if entry.is_dir()), key=timm.utils.natural_key)
+
+
+def find_class(wanted: str, names: list[str], count: int) -> int:
+    """The index of a class given by number, name, or a part of one name.
+
+    Raises:
+        TargetError: If there is none, or several.
+    """
+    if wanted.isdecimal():
+        if int(wanted) < count:
+            return int(wanted)
+        raise TargetError(f"class {wanted}: the model has {count} classes, counted from 0")
+    lower = [name.lower() for name in names]
+    matches = [i for i, name in enumerate(lower) if name == wanted.lower()]
+    matches = matches or [i for i, name in enumerate(lower) if wanted.lower() in name]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        several = ", ".join(names[i] for i in matches[:5])
+        raise TargetError(f"several classes match {wanted!r}: {several}; give a whole name or an index")
+    close = ", ".join(difflib.get_close_matches(wanted.lower(), lower, n=3))
+    hint = f"close names: {close}; or give" if close else "give"
+    raise TargetError(f"no class is called {wanted!r}; {hint} an index, 0 to {count - 1}")

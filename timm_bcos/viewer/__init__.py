@@ -1,0 +1,1 @@
+"""One explanation as a static HTML page that needs no server."""
