@@ -17,7 +17,7 @@ from pathlib import Path
 
 import timm
 import torch
-from benchmark_cases import JOBS, NETWORKS, Case, Settings, contestants, peak_memory, prepare, seconds
+from benchmark_cases import ARCHITECTURES, JOBS, Case, Settings, contestants, peak_memory, prepare, seconds
 from benchmark_methods import time_methods
 from benchmark_scaling import measure_scaling, plot_scaling
 from torch.profiler import ProfilerActivity
@@ -134,7 +134,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("networks", nargs="*", default=list(NETWORKS), help=f"of timm, or cnn9; default: {', '.join(NETWORKS)}")
+    add(
+        "networks",
+        nargs="*",
+        default=list(ARCHITECTURES),
+        help=f"of timm, or cnn9; default: {', '.join(ARCHITECTURES)}",
+    )
     add("--rounds", type=int, default=7)
     add("--batch", type=int, default=8)
     add("--size", type=int, default=224)

@@ -17,7 +17,7 @@ import timm_bcos
 from timm_bcos.conversion.converted import BcosModel
 from timm_bcos.models.cifar import CHANNELS, STRIDES, Cnn9
 
-__all__ = ["CLASSES", "JOBS", "NETWORKS", "Case", "Settings", "contestants", "peak_memory", "prepare", "seconds"]
+__all__ = ["ARCHITECTURES", "CLASSES", "JOBS", "Case", "Settings", "contestants", "peak_memory", "prepare", "seconds"]
 
 CLASSES = 16  # of one image, in the job of several classes
 SINGLY = "ours, one by one"
@@ -124,7 +124,7 @@ def contestants(name: str) -> Builders:
     return found
 
 
-NETWORKS = ("resnet50", "densenet121", "convnext_tiny", "vit_small_patch16_224", "cnn9")
+ARCHITECTURES = ("resnet50", "densenet121", "convnext_tiny", "vit_small_patch16_224", "cnn9")
 
 
 def train(case: Case) -> None:

@@ -1,4 +1,4 @@
-"""Classify a labelled data set with a plain timm model and with its function-preserving B-cos conversion.
+"""Classify a labeled data set with a plain timm model and with its function-preserving B-cos conversion.
 
 Prints the top-1 accuracy of both, on how many images their predictions agree, and the largest relative difference of
 their logits.

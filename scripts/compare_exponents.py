@@ -23,7 +23,7 @@ from torch import nn
 
 from timm_bcos import explain
 from timm_bcos.cli.exceptions import exit_status
-from timm_bcos.data.datasets import LabelledImages, image_batches, load_dataset
+from timm_bcos.data.datasets import LabeledImages, image_batches, load_dataset
 from timm_bcos.explanation.visualization import save_figure
 from timm_bcos.files import write_csv
 
@@ -47,7 +47,7 @@ class Point:
     alignment_high: float
 
 
-def measure(choice: str, model: nn.Module, dataset: LabelledImages) -> Point:
+def measure(choice: str, model: nn.Module, dataset: LabeledImages) -> Point:
     """A network on all images."""
     right, cosines = 0, []
     for _, images, labels in image_batches(model, dataset, range(len(dataset)), 16, choice):
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="labelled photos, as --data-dir takes them")
+    parser.add_argument("data", help="labeled photos, as --data-dir takes them")
     parser.add_argument("out", type=Path, help="folder for the table and the figure")
     parser.add_argument("networks", nargs="+", help="checkpoints of train.py, or names of networks with weights")
     parser.add_argument("--num-classes", type=int, default=10)

@@ -1,4 +1,4 @@
-"""What the mean over small shifts does to accuracy and to localisation: a clothes network beside its `ShiftAveraged`.
+"""What the mean over small shifts does to accuracy and to localization: a clothes network beside its `ShiftAveraged`.
 
     python scripts/compare_shifts.py data/clothing/test.tar runs/clothes/polished-0/last.pth.tar
 
@@ -8,7 +8,7 @@ A network is a checkpoint of timm's train.py or a name of timm's. Those without 
 import argparse
 from functools import partial
 
-from compare_localisation import compare
+from compare_localization import compare
 from networks import find_network
 
 from timm_bcos import ShiftAveraged
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     """Compare both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="labelled photos, as --data-dir takes them")
+    parser.add_argument("data", help="labeled photos, as --data-dir takes them")
     parser.add_argument("network", nargs="?", default="bcos_efficientnet_lite0.clothing")
     parser.add_argument("--size", type=int, default=4, help="of the shifts")
     parser.add_argument("--grids", type=int, default=40, help="of 2 × 2 photos")

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from timm_bcos import contrast, explain
 from timm_bcos.cli.exceptions import exit_status
-from timm_bcos.data.datasets import LabelledImages, load_dataset
+from timm_bcos.data.datasets import LabeledImages, load_dataset
 from timm_bcos.evaluation.paired import bootstrap_interval
 from timm_bcos.explanation.visualization import Bars, Row, draw_rows, overlay, save_figure
 from timm_bcos.files import write_csv
@@ -118,7 +118,7 @@ def in_margin(maps: Tensor) -> Tensor:
 
 
 def looks(
-    name: str, model: nn.Module, dataset: LabelledImages, files: Sequence[str], people: Sequence[str]
+    name: str, model: nn.Module, dataset: LabeledImages, files: Sequence[str], people: Sequence[str]
 ) -> Iterator[Sight]:
     """A network's sight of each photo."""
     views = frames(model)
@@ -228,7 +228,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="labelled photos, as --data-dir takes them")
+    parser.add_argument("data", help="labeled photos, as --data-dir takes them")
     parser.add_argument("contributors", type=Path, help="CSV file with the columns file and contributor")
     parser.add_argument("out", type=Path, help="folder for the tables")
     parser.add_argument("networks", nargs="+", help="NAME=CHECKPOINT of train.py, or NAME=MODEL with published weights")

@@ -113,7 +113,7 @@ def create_small(arch: str) -> tuple[nn.Module, int]:
     for size in (s for s in SIZES if s < own):
         try:
             model = create(arch, size)
-            timm_bcos.settle(model, torch.rand(1, 3, size, size))
+            timm_bcos.calibrate(model, torch.rand(1, 3, size, size))
         except Exception:  # whatever an architecture says to a size that it does not take
             continue
         return model, size
@@ -154,7 +154,7 @@ def _measure(row: Row) -> None:
     model, row.gamma = convert(plain, x.float())
     row.bcos_share = bcos_share(model)
     row.gradients = training_step(model, x.float())
-    timm_bcos.settle(model, x.float())
+    timm_bcos.calibrate(model, x.float())
     row.error32 = timm_bcos.explain(model, x.float()).completeness_error.item()
     verdict = timm_bcos.check(model.double(), x)
     row.error64, row.shift, row.image_share = verdict.completeness_error, verdict.logit_shift, verdict.image_share
@@ -196,10 +196,10 @@ def training_step(model: nn.Module, x: Tensor) -> str:
 def preserving_error(plain: nn.Module, known: Facts, x: Tensor) -> float:
     """Largest relative error of the logits after a conversion with B = 1 and biases, in the dtype of x."""
     mean, std = (torch.tensor(v, dtype=x.dtype).reshape(-1, 1, 1) for v in (known.mean, known.std))
-    normalised = (x - mean) / std
-    timm_bcos.settle(plain, normalised)
+    normalized = (x - mean) / std
+    timm_bcos.calibrate(plain, normalized)
     with torch.no_grad():
-        expected = first_output(plain(normalised))
+        expected = first_output(plain(normalized))
         model = timm_bcos.bcosify(plain, timm_bcos.BcosConfig.finetune(b=1, bias=True))
         found = first_output(model(x))
     return ((found - expected).abs().max() / expected.abs().max()).item()

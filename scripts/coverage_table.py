@@ -157,7 +157,7 @@ One row for each model file of timm and torchvision; [coverage.csv](coverage.csv
 | --- | --- |
 | architectures | how many of the file were measured: all of up to 60 million parameters, at least the smallest |
 | params | their parameters, in millions |
-| exact | how many are exact: both errors reach their goals, and `timm_bcos.check` finds no defect |
+| exact | how many are exact: both errors reach their goals, and `timm_bcos.check` finds no violation |
 | error64, error32 | the largest distance of Σ contributions + bias from the logit, relative to logit − logit bias; \
 goals {error64:g} and {error32:g} |
 | shift | the largest change of a logit in explanation mode, relative, float64; goal {error64:g} |

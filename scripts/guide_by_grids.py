@@ -13,7 +13,7 @@ from pathlib import Path
 
 import timm
 import torch
-from compare_localisation import compare
+from compare_localization import compare
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data.transforms_factory import create_transform
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_bcos import dynamic_weights, energy_loss, explain
-from timm_bcos.data.datasets import LabelledImages, load_dataset
+from timm_bcos.data.datasets import LabeledImages, load_dataset
 from timm_bcos.evaluation.pointing_game import Grid, compose
 from timm_bcos.explanation.visualization import on_white
 from timm_bcos.files import atomic_path
@@ -34,10 +34,10 @@ class Batches:
     """What step k trains on, the same in every run.
 
     Args:
-        dataset: Labelled photos.
+        dataset: Labeled photos.
     """
 
-    def __init__(self, dataset: LabelledImages) -> None:
+    def __init__(self, dataset: LabeledImages) -> None:
         self.dataset = dataset
         cfg = dict(scale=(0.35, 1), mean=(0.0,) * 3, std=(1.0,) * 3)
         self.transform = create_transform((3, SIZE, SIZE), is_training=True, **cfg)
@@ -68,14 +68,14 @@ class Batches:
 
 def train(model: nn.Module, batches: Batches, folder: Path, steps: int, rate: float, weight: float) -> None:
     """Fine-tune in evaluation mode, from the last checkpoint on."""
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, 1e-6)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, 1e-6)
     state, done = folder / "state.pt", 0
     if state.exists():
         saved = torch.load(state, weights_only=True)
         done = saved["done"]
         model.load_state_dict(saved["model"])
-        optimiser.load_state_dict(saved["optimiser"])
+        optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
     bar = tqdm(range(done, steps), "guiding", disable=None, initial=done, total=steps)
     for step in bar:
@@ -87,19 +87,19 @@ def train(model: nn.Module, batches: Batches, folder: Path, steps: int, rate: fl
         task = nn.functional.binary_cross_entropy_with_logits(model(images), smooth)
         grids, targets, masks = batches.grids(rng)
         guidance = energy_loss(dynamic_weights(model, grids, targets).contribution_map, masks)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (task + weight * guidance).backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
         if (step + 1) % 10 == 0:
             tqdm.write(f"step {step + 1}: classification {task.item():.4f}, outside the cell {guidance.item():.4f}")
         if (step + 1) % EVERY == 0 or step + 1 == steps:
-            states = dict(model=model.state_dict(), optimiser=optimiser.state_dict(), schedule=schedule.state_dict())
+            states = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict())
             with atomic_path(state) as path:
                 torch.save(states | dict(done=step + 1), path)
 
 
-def draw(models: dict[str, nn.Module], dataset: LabelledImages, grid: Grid, path: Path) -> None:
+def draw(models: dict[str, nn.Module], dataset: LabeledImages, grid: Grid, path: Path) -> None:
     """A grid, and each network's explanation of the class of its first cell."""
     image = compose(next(iter(models.values())), dataset, grid)
     pictures = [on_white(explain(model, image, grid.classes[0]).to_rgba())[0] for model in models.values()]
@@ -120,7 +120,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
-    def photos(split: str) -> LabelledImages:
+    def photos(split: str) -> LabeledImages:
         tar = args.data / f"{split}.tar"
         return load_dataset(str(tar if tar.exists() else args.data), 10, split=split)
 

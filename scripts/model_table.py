@@ -4,7 +4,7 @@ import argparse
 
 from markdown_blocks import DOCS, markdown_table, replace_block
 
-from timm_bcos.models.loading import Listed, list_networks
+from timm_bcos.models.loading import Listed, list_bcos_models
 
 PAGE = DOCS / "model-zoo.md"
 NAME = "models"
@@ -18,7 +18,7 @@ def row(network: Listed) -> list[str]:
 
 
 def table() -> str:
-    return markdown_table(HEADER, [row(network) for network in list_networks()], numeric_from=2)
+    return markdown_table(HEADER, [row(network) for network in list_bcos_models()], numeric_from=2)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from scipy.stats import binomtest
 
 from timm_bcos import InputError
 from timm_bcos.cli.exceptions import exit_status
-from timm_bcos.data.datasets import LabelledImages, load_dataset
+from timm_bcos.data.datasets import LabeledImages, load_dataset
 from timm_bcos.evaluation.paired import bootstrap_interval
 from timm_bcos.evaluation.pointing_game import confidences
 from timm_bcos.files import write_csv
@@ -63,7 +63,7 @@ def series(names: Sequence[str]) -> list[str]:
     return [Path(name).stem.rsplit("_", 1)[0] for name in names]
 
 
-def correct(checkpoint: Path, dataset: LabelledImages) -> np.ndarray:
+def correct(checkpoint: Path, dataset: LabeledImages) -> np.ndarray:
     """(N,) whether a network, B-cos or plain, is right."""
     model = load_plain_model(checkpoint=checkpoint).eval()
     return np.array([one.label == one.predicted for one in confidences(model, dataset, batch_size=32)])
@@ -206,7 +206,7 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     """Compare checkpoints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="labelled photos, as --data-dir takes them")
+    parser.add_argument("data", help="labeled photos, as --data-dir takes them")
     parser.add_argument("networks", nargs="+", help="NAME=CHECKPOINT of train.py, plain ones first")
     parser.add_argument("--contributors", type=Path, help="CSV file with the columns file and contributor")
     parser.add_argument("--num-classes", type=int, default=10)

@@ -27,7 +27,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def publish_official(
-    organisation: Annotated[str, typer.Argument(metavar="ORG")],
+    organization: Annotated[str, typer.Argument(metavar="ORG")],
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME.TAG]...", help="Only these.")] = None,
     photo: Annotated[list[Path] | None, typer.Option(help="Shown explained on the cards; repeat for several.")] = None,
     private: Annotated[bool, typer.Option("--private")] = False,
@@ -40,7 +40,7 @@ def publish_official(
     for tagged, weights in tqdm(official(names or ()).items(), "weights", disable=None):
         if tagged in hub_addresses():
             continue
-        address = f"{organisation}/{tagged}"
+        address = f"{organization}/{tagged}"
         try:
             model = timm.create_model(tagged, pretrained=True).eval()
             timm_bcos.publish(model, address, official_card(weights, photo or ()), private=private)

@@ -51,7 +51,7 @@ GAME = dict(
     among="grids",
 )
 GAINS = dict(
-    file="localisation_gains",
+    file="localization_gains",
     rows=dict(method="{method}", grids="{grids} of {cells}×{cells}"),
     columns="{smoothing}",
     cell="{mean} ({low} to {high})",
@@ -122,7 +122,7 @@ TABLES: dict[str, Table] = {
         for data in ("CIFAR-10", "clothes", "ImageNet")
         for cells in ("2", "3")
     },
-    "localisation of runs": Table("localisation_runs", RUNS),
+    "localization of runs": Table("localization_runs", RUNS),
     **{
         f"gains, {network}": Table(**GAINS, only=dict(network=network))  # type: ignore[arg-type]
         for network in ("bcos_cifar_resnet20", "bcos_efficientnet_lite0.clothing")

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from timm_bcos.demo.app import build_app, page_networks, serving
+from timm_bcos.demo.app import build_app, demo_models, serving
 from timm_bcos.files import atomic_path
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +39,7 @@ def show(page: Any, is_phone: bool) -> None:
 
 
 def main() -> None:
-    with serving(build_app(page_networks())) as address, sync_playwright() as playwright:
+    with serving(build_app(demo_models())) as address, sync_playwright() as playwright:
         options: Any = dict(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         browser = playwright.chromium.launch(**options)
         for name, (width, height) in WINDOWS.items():

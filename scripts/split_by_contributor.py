@@ -4,7 +4,7 @@
 
 The source's own validation shares most of its contributors with train, so that settings chosen on it are chosen for
 known floors and cameras. Here the photos of train and validation are pooled and dealt out person by person; test stays.
-Of the photos of extra.tar, where there is one, those of nobody in validation or test go into `unlabelled`.
+Of the photos of extra.tar, where there is one, those of nobody in validation or test go into `unlabeled`.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def choose_places(rows: Sequence[Row], share: float, seed: int) -> dict[tuple[st
         if split == "test":
             place = "test"
         elif split == "extra":
-            place = "" if person in people | tested else "unlabelled"
+            place = "" if person in people | tested else "unlabeled"
         else:
             place = "validation" if person in people else "train"
         places[split, row["file"]] = place

@@ -7,8 +7,8 @@
     python scripts/teach.py plain/model_best.pth.tar taught --photos clothes/train --test clothes --split validation
 
 A network without biases is another function, however near its weights are. So the student's activations are gated by
-what its original's biases make of a grey image (`BcosConfig(bias="gate")`): at B = 1 its features then are the
-original's, less those of a grey image, but at the borders. From there it learns to answer as the original does:
+what its original's biases make of a gray image (`BcosConfig(bias="reference")`): at B = 1 its features then are the
+original's, less those of a gray image, but at the borders. From there it learns to answer as the original does:
 features behind each block, and logits. What the norms divide by is fixed at the start, since the photos at hand may not
 be those that the original learned from. The photos of --test are only looked at. A run that was interrupted resumes;
 `log.csv` has the accuracy as it goes, and `student.pth.tar` in the end is a checkpoint like those of timm's train.py.
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from tqdm import tqdm
-from unlabelled import SOURCES, Batches, load_images
+from unlabeled import SOURCES, Batches, load_images
 
 from timm_bcos import BcosConfig, bcosify
 from timm_bcos.cli.exceptions import exit_status
@@ -36,10 +36,10 @@ from timm_bcos.evaluation.pointing_game import confidences
 from timm_bcos.evaluation.results import remember_settings
 from timm_bcos.files import atomic_path
 from timm_bcos.models.loading import DATA_ARGUMENTS, load_plain_model
-from timm_bcos.nn.norms import UncentredBatchNormAct2d
+from timm_bcos.nn.norms import UncenteredBatchNormAct2d
 
 NOT_REMEMBERED = ("out", "every", "compile", "device", "workers")
-GREY = 448, 448  # so large that its middle does not see the borders
+GRAY = 448, 448  # so large that its middle does not see the borders
 CALIBRATION = range(1_000_000, 1_000_004)  # numbers of batches, beyond those of training
 
 
@@ -98,7 +98,7 @@ def variance(x: Tensor) -> Tensor:
 
 
 def accuracy(network: Any, args: argparse.Namespace) -> float:
-    """Top 1 on labelled photos, in percent."""
+    """Top 1 on labeled photos, in percent."""
     dataset = load_dataset(args.test, network.num_classes, split=args.split, class_map=args.class_map)
     found = list(confidences(network.eval(), dataset, batch_size=32, progress=False))
     return 100 * sum(one.label == one.predicted for one in found) / len(found)
@@ -115,11 +115,11 @@ class Lesson:
         self.kwargs = self.conversion()
         self.config = BcosConfig.finetune(**self.kwargs)
         self.student: Any = bcosify(original, self.config)
-        self.norms = {n: m for n, m in self.student.named_modules() if isinstance(m, UncentredBatchNormAct2d)}
+        self.norms = {n: m for n, m in self.student.named_modules() if isinstance(m, UncenteredBatchNormAct2d)}
         for network in (self.student, self.teacher):
             network.to(self.device, memory_format=torch.channels_last)
-        self.grey = self.answer_to_grey()
-        self.optimiser = self.make_optimiser()
+        self.gray = self.answer_to_gray()
+        self.optimizer = self.make_optimizer()
         self.loss = torch.compile(self.whole_loss) if args.compile else self.whole_loss
         self.done, self.state = 0, args.out / "state.pt"
         if self.state.exists():
@@ -140,10 +140,10 @@ class Lesson:
         """The fields of `BcosConfig`."""
         is_softmax = self.args.probability == "softmax"  # which does not know what is added to all logits
         logit_bias = 0.0 if is_softmax else round(self.teacher.get_classifier().bias.mean().item(), 3)
-        given = dict(bias="gate", b=self.args.b, antialias=self.args.antialias, probability=self.args.probability)
+        given = dict(bias="reference", b=self.args.b, antialias=self.args.antialias, probability=self.args.probability)
         return given | dict(stem="encoded", logit_bias=logit_bias)
 
-    def make_optimiser(self) -> torch.optim.Optimizer:
+    def make_optimizer(self) -> torch.optim.Optimizer:
         parameters = list(self.student.parameters())
         matrices, gains = ([p for p in parameters if (p.ndim > 1) is wanted] for wanted in (True, False))
         groups = [dict(params=matrices, weight_decay=0.01), dict(params=gains, weight_decay=0.0)]
@@ -152,7 +152,7 @@ class Lesson:
     def resume(self, path: Path) -> None:
         saved = torch.load(path, map_location=self.device, weights_only=True)
         self.student.load_state_dict(saved["student"])
-        self.optimiser.load_state_dict(saved["optimiser"])
+        self.optimizer.load_state_dict(saved["optimizer"])
         self.done = saved["done"]
 
     @torch.no_grad()
@@ -163,9 +163,9 @@ class Lesson:
         self.follow(self.teacher, lambda x: (x - self.mean) / self.std)
 
     @torch.no_grad()
-    def answer_to_grey(self) -> list[Tensor]:
-        """(C, 1, 1) the original's features behind each block, in the middle of a grey image."""
-        features, _ = answers(self.teacher, torch.zeros(1, len(self.mean), *GREY, device=self.device))
+    def answer_to_gray(self) -> list[Tensor]:
+        """(C, 1, 1) the original's features behind each block, in the middle of a gray image."""
+        features, _ = answers(self.teacher, torch.zeros(1, len(self.mean), *GRAY, device=self.device))
         return [f[0, :, f.shape[2] // 2, f.shape[3] // 2, None, None] for f in features]
 
     @torch.no_grad()
@@ -209,7 +209,7 @@ class Lesson:
             with torch.no_grad():
                 features, logits = answers(self.teacher, (x - self.mean) / self.std)
             found, guessed = answers(self.student, x)
-        difference = feature_difference([f.float() for f in found], [f.float() for f in features], self.grey)
+        difference = feature_difference([f.float() for f in found], [f.float() for f in features], self.gray)
         distance = divergence(guessed.float(), logits.float(), self.args.probability)
         return self.args.hints * difference + self.args.weight * distance
 
@@ -219,13 +219,13 @@ class Lesson:
         batches = self.batches.prepared(self.done, steps, self.args.workers, self.device.type == "cuda")
         for x in tqdm(batches, "steps", steps, initial=self.done, disable=None):
             cosine = 0.5 * (1 + math.cos(math.pi * self.done / steps))
-            for group in self.optimiser.param_groups:
+            for group in self.optimizer.param_groups:
                 group["lr"] = self.args.rate * min(1.0, (self.done + 1) / 30) * (0.02 + 0.98 * cosine)
             loss = self.loss(x.to(self.device, non_blocking=True))
-            self.optimiser.zero_grad()
+            self.optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.student.parameters(), 5.0)
-            self.optimiser.step()
+            self.optimizer.step()
             self.done += 1
             if self.done % self.args.every == 0 or self.done == steps:
                 self.record(loss.item())
@@ -244,7 +244,7 @@ class Lesson:
 
     def record(self, loss: float) -> None:
         """A checkpoint, and a line in the log."""
-        parts = dict(student=self.student.state_dict(), optimiser=self.optimiser.state_dict(), done=self.done)
+        parts = dict(student=self.student.state_dict(), optimizer=self.optimizer.state_dict(), done=self.done)
         with atomic_path(self.state) as path:
             torch.save(parts | dict(b=self.args.b), path)
         top1 = accuracy(self.student, self.args)
@@ -273,7 +273,7 @@ def main() -> None:
     parser.add_argument("--photos", nargs="+", required=True, help="tars or folders, whose labels are not looked at")
     parser.add_argument("--scenes", nargs="*", default=[], help="likewise, large photos that are cut into small ones")
     parser.add_argument("--icons", nargs="*", default=[], help="likewise, tiny photos")
-    parser.add_argument("--test", required=True, help="labelled photos, as --data-dir takes them")
+    parser.add_argument("--test", required=True, help="labeled photos, as --data-dir takes them")
     parser.add_argument("--split", default="", help="of --test")
     parser.add_argument("--class-map", default="", help="of --test")
     parser.add_argument("--start", type=Path, help="state.pt of another run, whose student this one starts as")

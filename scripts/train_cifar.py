@@ -124,7 +124,7 @@ class Run:
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.rate = torch.tensor(RATES[0], device=self.device)
         on_gpu = self.device.type == "cuda"
-        self.optimiser = torch.optim.Adam(self.model.parameters(), self.rate, capturable=on_gpu, fused=on_gpu)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), self.rate, capturable=on_gpu, fused=on_gpu)
         count = len(data["train"][1])
         self.per_epoch = count // args.batch_size
         self.total = args.epochs * self.per_epoch
@@ -141,9 +141,9 @@ class Run:
     def resume(self) -> None:
         saved = torch.load(self.state, map_location=self.device, weights_only=True)
         self.model.load_state_dict(saved["model"])
-        self.optimiser.load_state_dict(saved["optimiser"])
+        self.optimizer.load_state_dict(saved["optimizer"])
         self.done, self.losses = saved["done"], saved["losses"]
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = self.rate
         self.draw(self.done // self.per_epoch)
 
@@ -173,7 +173,7 @@ class Run:
     def recorded(self) -> torch.cuda.CUDAGraph:
         """A step that can be launched as a whole."""
         graph = torch.cuda.CUDAGraph()
-        self.optimiser.zero_grad()  # gradients then live in the graph's own memory
+        self.optimizer.zero_grad()  # gradients then live in the graph's own memory
         with torch.cuda.graph(graph, stream=self.stream):
             self.step()
         return graph
@@ -184,9 +184,9 @@ class Run:
         with self.precision():
             logits = self.answer(images)
         loss = F.binary_cross_entropy_with_logits(logits.float(), F.one_hot(labels, CLASSES).float())
-        self.optimiser.zero_grad()
+        self.optimizer.zero_grad()
         loss.backward()
-        self.optimiser.step()
+        self.optimizer.step()
         self.losses += loss.detach()
 
     def batch(self) -> tuple[Tensor, Tensor]:
@@ -226,7 +226,7 @@ class Run:
                 save_model(self.model, str(path))
 
     def save(self) -> None:
-        parts = dict(model=self.model.state_dict(), optimiser=self.optimiser.state_dict())
+        parts = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
         with atomic_path(self.state) as path:
             torch.save(parts | dict(done=self.done, losses=self.losses), path)
 

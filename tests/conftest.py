@@ -100,7 +100,7 @@ def enliven(model: nn.Module, x: Tensor) -> nn.Module:
         for name, parameter in model.named_parameters():
             if parameter.ndim <= 1 and "gamma" not in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    return timm_bcos.settle(model, x)
+    return timm_bcos.calibrate(model, x)
 
 
 def assert_exact(model: nn.Module, x: Tensor, tolerance: float) -> timm_bcos.Explanation:
@@ -115,7 +115,7 @@ def assert_exact(model: nn.Module, x: Tensor, tolerance: float) -> timm_bcos.Exp
     return explanation
 
 
-def normalised(x: Tensor, cfg: dict) -> Tensor:
+def normalized(x: Tensor, cfg: dict) -> Tensor:
     """As timm's transform does it for a plain network."""
     mean, std = (torch.tensor(cfg[key], dtype=x.dtype)[:, None, None] for key in ("mean", "std"))
     return (x - mean) / std

@@ -463,7 +463,7 @@ READS_EXACT: Blocks = {
         (x - x.amin((1, 2, 3), keepdim=True)) / (x.amax((1, 2, 3), keepdim=True) - x.amin((1, 2, 3), keepdim=True))
     ),
     "BGR, x[:, [2, 1, 0]]": lambda x: x[:, [2, 1, 0]],
-    "grey, three equal channels": lambda x: x.mean(1, keepdim=True).expand(-1, 3, -1, -1),
+    "gray, three equal channels": lambda x: x.mean(1, keepdim=True).expand(-1, 3, -1, -1),
     "a patch of the image set to 0": lambda x: x * (torch.arange(12) > 4),
     "crop": lambda x: x[..., 1:11, 2:12],
     "pad": lambda x: F.pad(x, (1, 1, 1, 1)),

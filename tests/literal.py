@@ -58,7 +58,7 @@ def bcos_conv2d(
     return out
 
 
-def uncentred_batch_norm(x: Tensor, weight: Tensor, variance: Tensor, eps: float) -> Tensor:
+def uncentered_batch_norm(x: Tensor, weight: Tensor, variance: Tensor, eps: float) -> Tensor:
     out = torch.empty_like(x)
     for c in range(x.shape[1]):
         out[:, c] = weight[c] * x[:, c] / math.sqrt(float(variance[c]) + eps)
@@ -66,8 +66,8 @@ def uncentred_batch_norm(x: Tensor, weight: Tensor, variance: Tensor, eps: float
 
 
 def rgba_pixel(weights: Tensor, contribution: float) -> list[float]:
-    """Colour and unsmoothed, unscaled opacity of one pixel with six weights."""
+    """Color and unsmoothed, unscaled opacity of one pixel with six weights."""
     scaled = [max(float(w) / float(weights.abs().max()), 0.0) for w in weights]
     pairs = [(scaled[c], scaled[c + 3]) for c in range(3)]
-    colour = [p / (p + q) if p + q > 0 else 0.0 for p, q in pairs]
-    return [*colour, 0.0 if contribution < 0 else float(weights.norm())]
+    color = [p / (p + q) if p + q > 0 else 0.0 for p, q in pairs]
+    return [*color, 0.0 if contribution < 0 else float(weights.norm())]

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from timm_bcos import BcosConfig
 
-COLOURS: dict[str, Any] = dict(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.2))
-PRESERVE = BcosConfig.finetune(b=1, bias=True, **COLOURS)
+COLORS: dict[str, Any] = dict(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.2))
+PRESERVE = BcosConfig.finetune(b=1, bias=True, **COLORS)
 
 
 class Two(nn.Module):

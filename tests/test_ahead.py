@@ -6,15 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from timm_bcos.prefetch import read_ahead
+from timm_bcos.prefetch import prefetch
 
 
 def test_items_in_their_order_from_another_thread() -> None:
     seen = [
-        (i, thread != threading.get_ident()) for i, thread in read_ahead((i, threading.get_ident()) for i in range(9))
+        (i, thread != threading.get_ident()) for i, thread in prefetch((i, threading.get_ident()) for i in range(9))
     ]
     assert seen == [(i, True) for i in range(9)]
-    assert list(read_ahead([])) == []
+    assert list(prefetch([])) == []
 
 
 def test_no_more_than_what_waits() -> None:
@@ -25,7 +25,7 @@ def test_no_more_than_what_waits() -> None:
             made.append(i)
             yield i
 
-    reader = read_ahead(items(), waiting=3)
+    reader = prefetch(items(), waiting=3)
     assert next(reader) == 0
     time.sleep(0.2)
     assert len(made) == 4  # the one that was given, and three that wait
@@ -39,7 +39,7 @@ def test_errors_come_in_their_turn() -> None:
         yield 1
         raise OSError("torn file")
 
-    reader = read_ahead(items())
+    reader = prefetch(items())
     assert next(reader) == 1
     with pytest.raises(OSError, match="torn file"):
         next(reader)
@@ -54,6 +54,6 @@ def test_what_it_reads_from_is_closed() -> None:
         finally:
             ended.set()
 
-    for _ in read_ahead(items()):
+    for _ in prefetch(items()):
         break
     assert ended.wait(5)

@@ -23,11 +23,11 @@ from timm_bcos.nn.stems import BcosStem
 
 Double = torch.float64
 # architecture and image size
-NETWORKS = {"test_resnet": 64, "test_efficientnet": 64, "resnet18": 64}
+ARCHITECTURES = {"test_resnet": 64, "test_efficientnet": 64, "resnet18": 64}
 
 
 def network(name: str, dtype: torch.dtype = Double, **kwargs: Any) -> tuple[nn.Module, Tensor]:
-    x = real_image(NETWORKS[name], 2, dtype)
+    x = real_image(ARCHITECTURES[name], 2, dtype)
     model = timm.create_model("bcosify", arch=name, num_classes=5, **{"antialias": True, **kwargs})
     return enliven(model.to(dtype), x), x
 
@@ -182,7 +182,7 @@ def test_other_max_pools_stay(pool: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("kwargs", [dict(), dict(b=1, bias=True), dict(b=1.5, stem="encoded")], ids=str)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_networks_are_exact_and_train(name: str, kwargs: dict[str, Any]) -> None:
     model, x = network(name, temperature=1e-2, **kwargs)
     assert_exact(model, x, 1e-10)
@@ -222,7 +222,7 @@ def test_patches_that_do_not_overlap_stay(name: str) -> None:
     assert filters(bcosify(timm.create_model(name), BcosConfig(antialias=True))) == []
 
 
-def test_weight_standardisation() -> None:
+def test_weight_standardization() -> None:
     model = bcosify(timm.create_model("nf_resnet26", num_classes=5), BcosConfig(antialias=True))
     assert "stem.conv.low_pass" in filters(model)
 
@@ -249,7 +249,7 @@ def test_a_plain_network_on_the_meta_device() -> None:
     assert bcosify(plain, BcosConfig(antialias=True)).layer2[0].conv1.low_pass.filt.is_meta
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_fused(name: str) -> None:
     model, x = network(name)
     fused = timm_bcos.fuse(model)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
-from conftest import assert_exact, enliven, normalised, real_image
-from own_networks import COLOURS, PRESERVE, Two, small
+from conftest import assert_exact, enliven, normalized, real_image
+from own_networks import COLORS, PRESERVE, Two, small
 from timm.layers import SelectAdaptivePool2d
 from torch import Tensor, nn
 
@@ -69,7 +69,7 @@ class Timmlike(nn.Module):
 @pytest.mark.parametrize("kind", [Two, Late, Skip, Timmlike])
 def test_whatever_reads_the_image_the_function_is_preserved(kind: type[nn.Module]) -> None:
     model, x = kind().double().eval(), real_image(16, 2, torch.float64)
-    expected = model(normalised(x, COLOURS)).detach()
+    expected = model(normalized(x, COLORS)).detach()
     converted = bcosify(model, PRESERVE)
     assert converted is model and isinstance(model.image_reader, ImageReader)
     torch.testing.assert_close(converted(x), expected)
@@ -94,8 +94,8 @@ def test_networks_of_two_images_say_what_reads_them() -> None:
     with pytest.raises(UnsupportedModuleError, match=r"several inputs \(x, y\).*first_conv="):
         bcosify(model, PRESERVE)
     y = x.flip(0)
-    expected = model(normalised(x, COLOURS), normalised(y, COLOURS)).detach()
-    model.pretrained_cfg = dict(first_conv=("left", "right"), **COLOURS)
+    expected = model(normalized(x, COLORS), normalized(y, COLORS)).detach()
+    model.pretrained_cfg = dict(first_conv=("left", "right"), **COLORS)
     converted = bcosify(model, BcosConfig.finetune(b=1, bias=True))
     torch.testing.assert_close(converted(x, y), expected)
     assert isinstance(converted.left, BcosStem) and isinstance(converted.right, BcosStem)
@@ -103,7 +103,7 @@ def test_networks_of_two_images_say_what_reads_them() -> None:
 
 def test_methods_behind_a_reader_read_once_each() -> None:
     model, x = Timmlike().eval(), real_image(16, 2)
-    expected = model.forward_features(normalised(x, COLOURS)).detach()
+    expected = model.forward_features(normalized(x, COLORS)).detach()
     converted = bcosify(model, PRESERVE)
     torch.testing.assert_close(converted.forward_features(x), expected)
     torch.testing.assert_close(converted(image=x), converted(x))
@@ -127,7 +127,7 @@ def test_a_method_behind_a_reader_can_be_checkpointed() -> None:
     x, gradients = real_image(16, 2), []
     plain = Checkpointed()
     for model in (bcosify(copy.deepcopy(plain), PRESERVE), plain):
-        model(x if isinstance(model, BcosModel) else normalised(x, COLOURS)).square().sum().backward()
+        model(x if isinstance(model, BcosModel) else normalized(x, COLORS)).square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     for converted, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(converted, expected.reshape(converted.shape), rtol=1e-4, atol=1e-5)
@@ -176,8 +176,8 @@ def test_formats_keep_the_reader(kind: type[nn.Module]) -> None:
 def test_images_of_other_channels(create: Callable[[int], nn.Module], channels: int) -> None:
     cfg = dict(mean=(0.5, 0.4, 0.3, 0.2)[:channels], std=(0.2, 0.2, 0.3, 0.2)[:channels])
     x = torch.rand(2, channels, 64, 64, dtype=torch.float64)
-    model = enliven(create(channels).double().eval(), normalised(x, cfg))
-    expected = model(normalised(x, cfg)).detach()
+    model = enliven(create(channels).double().eval(), normalized(x, cfg))
+    expected = model(normalized(x, cfg)).detach()
     converted = bcosify(model, BcosConfig.finetune(b=1, bias=True, **cfg))
     torch.testing.assert_close(converted(x), expected)
     assert image_channels(converted) == converted.in_chans == channels
@@ -242,7 +242,7 @@ def test_a_pooling_to_several_positions_stays_one() -> None:
     pool = SelectAdaptivePool2d(2, pool_type="avg", flatten=True)
     plain = nn.Sequential(nn.Conv2d(3, 8, 3), pool, nn.Linear(8 * 4, 5))
     x = real_image(16, 2, torch.float64)
-    expected = plain.double().eval()(normalised(x, COLOURS)).detach()
+    expected = plain.double().eval()(normalized(x, COLORS)).detach()
     model = bcosify(plain, PRESERVE)
     torch.testing.assert_close(model(x), expected)
     assert_exact(model, x, 1e-10)

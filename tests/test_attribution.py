@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import timm_bcos
 from timm_bcos import InputError, MethodError, ModelStateError, TargetError
 from timm_bcos.attribution import methods
-from timm_bcos.attribution.registry import METHODS, Subject, attribute, register
+from timm_bcos.attribution.registry import METHODS, AttributionModel, attribute, register
 
 pytest.importorskip("captum")
 FEW: dict[str, dict[str, Any]] = dict(rise=dict(masks=40), lime=dict(samples=40), smoothgrad=dict(samples=3),
@@ -109,8 +109,8 @@ def test_new_methods_register_in_one_line(plain: nn.Module) -> None:
 
 def test_probabilities_follow_the_config(plain: nn.Module, converted: nn.Module) -> None:
     x = real_image(64)
-    assert Subject(plain).probability(x).sum().item() == pytest.approx(1)
-    torch.testing.assert_close(Subject(converted).probability(x), converted(x).sigmoid().detach())
+    assert AttributionModel(plain).probability(x).sum().item() == pytest.approx(1)
+    torch.testing.assert_close(AttributionModel(converted).probability(x), converted(x).sigmoid().detach())
 
 
 def test_bad_input(plain: nn.Module) -> None:
@@ -187,12 +187,12 @@ def test_networks_of_other_channels(channels: int, method: str) -> None:
         attribute(model, real_image(64), 1, method)
 
 
-def test_plain_networks_of_other_channels_say_how_their_images_are_normalised() -> None:
+def test_plain_networks_of_other_channels_say_how_their_images_are_normalized() -> None:
     model, x = timm.create_model("test_resnet", num_classes=4, in_chans=1).eval(), real_image(64)[:, :1]
     z = (x - 0.5) / 0.5  # the cfg's three means are equal
     torch.testing.assert_close(attribute(model, x, 1, "ixg"), attribute_of_input(model, z, 1))
     model.pretrained_cfg["mean"] = (0.4, 0.5, 0.6)
-    with pytest.raises(ModelStateError, match=r"how images of 1 channels are normalised \(mean \(0.4, 0.5, 0.6\)"):
+    with pytest.raises(ModelStateError, match=r"how images of 1 channels are normalized \(mean \(0.4, 0.5, 0.6\)"):
         attribute(model, x, 1, "ixg")
 
 
@@ -227,7 +227,7 @@ def test_networks_of_ones_own() -> None:
     with pytest.raises(TargetError, match="from 0 to 4"):
         attribute(converted, x, 5)
     with pytest.raises(ModelStateError, match=r"returns \(1, 8, 14, 14\): attribution needs logits"):
-        Subject(nn.Sequential(nn.Conv2d(3, 8, 3)).eval())(x)
+        AttributionModel(nn.Sequential(nn.Conv2d(3, 8, 3)).eval())(x)
 
 
 class State:
@@ -288,7 +288,7 @@ class Interrupted(BaseException):
 
 @pytest.fixture
 def interrupting() -> Iterator[str]:
-    def method(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
+    def method(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
         def stop(*_: Any) -> None:
             raise Interrupted
 

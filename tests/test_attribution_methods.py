@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import enliven, normalised, real_image
+from conftest import enliven, normalized, real_image
 from torch import Tensor, nn
 
 from timm_bcos import MethodError
@@ -23,9 +23,9 @@ def plain() -> nn.Module:
     return enliven(timm.create_model("test_resnet", num_classes=4), real_image(64, 2))
 
 
-def test_gradients_are_those_of_the_normalised_image(plain: nn.Module) -> None:
+def test_gradients_are_those_of_the_normalized_image(plain: nn.Module) -> None:
     x = real_image(64)
-    z = normalised(x, plain.pretrained_cfg).requires_grad_()
+    z = normalized(x, plain.pretrained_cfg).requires_grad_()
     (expected,) = torch.autograd.grad(plain(z)[0, 3], z)
     std = torch.tensor(plain.pretrained_cfg["std"])[:, None, None]
     torch.testing.assert_close(attribute(plain, x, 3, "gradient"), (expected / std).sum(1))
@@ -39,12 +39,12 @@ def test_gradients_of_a_pixel_go_through_both_its_encodings() -> None:
     (expected,) = torch.autograd.grad(converted(x)[0, 1], x)
     found = attribute(converted, x.detach(), 1, "gradient")
     torch.testing.assert_close(found, expected.sum(1))
-    assert found.abs().max() > 1e-3  # the two encodings of a colour would cancel if they were summed
+    assert found.abs().max() > 1e-3  # the two encodings of a color would cancel if they were summed
 
 
 def test_integrated_gradients_sum_up_to_the_difference(plain: nn.Module) -> None:
     x = real_image(64)
-    z = normalised(x, plain.pretrained_cfg)
+    z = normalized(x, plain.pretrained_cfg)
     with torch.no_grad():
         difference = (plain(z) - plain(torch.zeros_like(z)))[0, 2]
     total = attribute(plain, x, 2, "ig", n_steps=300).sum()
@@ -66,7 +66,7 @@ def test_large_images_pass_few_at_a_time(plain: nn.Module, method: str, options:
 def test_deep_lift_sums_up_to_the_difference() -> None:
     """In a network of linear layers and activations, of a kind that captum's own table lacks."""
     model, x = enliven(timm.create_model("tf_efficientnet_lite0", num_classes=4), real_image(64)), real_image(64)
-    z = normalised(x, model.pretrained_cfg)
+    z = normalized(x, model.pretrained_cfg)
     with torch.no_grad():
         difference = (model(z) - model(torch.zeros_like(z)))[0, 2]
     torch.testing.assert_close(attribute(model, x, 2, "deeplift").sum(), difference, rtol=1e-3, atol=1e-3)
@@ -75,7 +75,7 @@ def test_deep_lift_sums_up_to_the_difference() -> None:
 
 def test_grad_cam_literally(plain: nn.Module) -> None:
     x = real_image(64)
-    features = plain.forward_features(normalised(x, plain.pretrained_cfg)).detach().requires_grad_()
+    features = plain.forward_features(normalized(x, plain.pretrained_cfg)).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(plain.forward_head(features)[0, 1], features)
     cam = (features * gradient.mean((2, 3), keepdim=True)).sum(1, keepdim=True)
     expected = F.interpolate(cam, (64, 64), mode="bilinear")[:, 0].detach()
@@ -141,7 +141,7 @@ def test_signs_say_what_speaks_for_a_class_and_what_against_it(method: str) -> N
 
 
 class Contrast(Brightness):
-    """The same for contrast, which LIME takes away when it fills a segment with its mean colour."""
+    """The same for contrast, which LIME takes away when it fills a segment with its mean color."""
 
     def forward(self, x: Tensor) -> Tensor:
         half = x.shape[-1] // 2
@@ -180,7 +180,7 @@ def test_attention_rollout_literally(pool: str) -> None:
     x = real_image(160)
     qkv = [block.attn.qkv for block in model.blocks]
     with torch.no_grad(), hooked(qkv, lambda module, args, output: projected.append(output[0].double())):
-        model(normalised(x, model.pretrained_cfg))
+        model(normalized(x, model.pretrained_cfg))
     rolled = torch.eye(101, dtype=torch.double)
     for output, block in zip(projected, model.blocks, strict=True):
         q, k, _ = output.unflatten(1, (3, block.attn.num_heads, -1)).permute(1, 2, 0, 3)
@@ -209,7 +209,7 @@ def test_smooth_grad_literally(plain: nn.Module) -> None:
     gradients = []
     for one in noise:
         noisy = (x + one).requires_grad_()
-        plain(normalised(noisy, plain.pretrained_cfg))[0, 1].backward(inputs=[noisy])
+        plain(normalized(noisy, plain.pretrained_cfg))[0, 1].backward(inputs=[noisy])
         gradients.append(noisy.grad.sum(1))
     found = attribute(plain, x, 1, "smoothgrad", samples=2, stdev=0.2, seed=3)
     torch.testing.assert_close(found, sum(gradients) / 2)

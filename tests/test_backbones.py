@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import normalised, real_image
+from conftest import normalized, real_image
 from safetensors.torch import save_file
 from torch import nn
 
@@ -56,7 +56,7 @@ def test_backbones_convert_and_give_the_same_maps(name: str) -> None:
     model = plain(name)
     x = image(model)
     with torch.no_grad():
-        expected = maps(model(normalised(x, model.pretrained_cfg)))
+        expected = maps(model(normalized(x, model.pretrained_cfg)))
         converted = bcosify(model, PRESERVE)
         found = maps(converted(x))
     assert isinstance(converted, BcosModel) and [m.shape for m in found] == [m.shape for m in expected]
@@ -124,7 +124,7 @@ def test_networks_without_pooling_keep_their_shape(arch: str, num_classes: int) 
     model = timm.create_model(arch, num_classes=num_classes, global_pool="", **small).eval()
     x = image(model)
     try:
-        expected = model(normalised(x, model.pretrained_cfg))
+        expected = model(normalized(x, model.pretrained_cfg))
     except RuntimeError:
         pytest.skip("timm's own classifier reads no maps")
     converted = bcosify(model, PRESERVE)

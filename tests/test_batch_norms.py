@@ -1,4 +1,4 @@
-"""What timm, torch and others do to batch norms, done to uncentred ones: freezing, averaging, synchronising."""
+"""What timm, torch and others do to batch norms, done to uncentered ones: freezing, averaging, synchronizing."""
 
 import copy
 import os
@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from literal import uncentred_batch_norm
+from literal import uncentered_batch_norm
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm
 from timm.utils import freeze, unfreeze
 from torch import Tensor, nn
@@ -17,16 +17,16 @@ from torch.multiprocessing import start_processes
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
-from timm_bcos import BcosConfig, UncentredBatchNorm2d, UnsupportedModuleError, bcosify, explain
-from timm_bcos.nn.norms import UncentredBatchNorm1d, UncentredBatchNormAct2d
+from timm_bcos import BcosConfig, UncenteredBatchNorm2d, UnsupportedModuleError, bcosify, explain
+from timm_bcos.nn.norms import UncenteredBatchNorm1d, UncenteredBatchNormAct2d
 
-NETWORKS = {
+ARCHITECTURES = {
     "norms": dict(arch="test_resnet"),
     "norms with activations": dict(arch="resnetv2_18"),
-    "gates": dict(arch="test_efficientnet", bias="gate"),
+    "gates": dict(arch="test_efficientnet", bias="reference"),
 }
-NAMES = [*NETWORKS, "norms of vectors"]
-SYNCHRONISE: dict[str, Callable[[nn.Module], nn.Module]] = {
+NAMES = [*ARCHITECTURES, "norms of vectors"]
+SYNCHRONIZE: dict[str, Callable[[nn.Module], nn.Module]] = {
     "torch": nn.SyncBatchNorm.convert_sync_batchnorm,
     "timm": convert_sync_batchnorm,
 }
@@ -38,7 +38,7 @@ def network(name: str) -> nn.Module:
         layers = [nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(8), nn.Linear(8, 4)]
         model = bcosify(nn.Sequential(*layers), BcosConfig(mean=(0.5,), std=(0.5,)))
     else:
-        model = timm.create_model("bcosify", num_classes=4, **NETWORKS[name])
+        model = timm.create_model("bcosify", num_classes=4, **ARCHITECTURES[name])
     model.train()(images())
     return model
 
@@ -48,7 +48,7 @@ def images() -> Tensor:
 
 
 def own_norms(model: nn.Module) -> dict[str, type]:
-    kinds = UncentredBatchNorm1d | UncentredBatchNorm2d
+    kinds = UncenteredBatchNorm1d | UncenteredBatchNorm2d
     return {name: type(m) for name, m in model.named_modules() if isinstance(m, kinds)}
 
 
@@ -67,7 +67,7 @@ def test_norms_are_found_by_whoever_looks_for_batch_norms(name: str) -> None:
     assert not any(parameter_name == f"{n}.bias" for n in found for parameter_name, _ in model.named_parameters())
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_frozen_networks_stay_as_they_are_while_others_train(name: str) -> None:
     model = network(name).eval()
     x = images()
@@ -124,21 +124,21 @@ def test_weights_of_a_frozen_network_load() -> None:
     torch.testing.assert_close(fresh(x), model(x))
 
 
-def test_a_centred_norms_weights_do_not_load() -> None:
+def test_a_centered_norms_weights_do_not_load() -> None:
     plain = nn.BatchNorm2d(3)
     plain.running_mean.fill_(1.0)
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"running_mean"'):
-        UncentredBatchNorm2d(3).load_state_dict(plain.state_dict())
+        UncenteredBatchNorm2d(3).load_state_dict(plain.state_dict())
 
 
 def test_lightnings_way_of_freezing() -> None:
     """Its `BaseFinetuning.freeze` sets `track_running_stats` of every `_BatchNorm`."""
-    norm, x = UncentredBatchNorm2d(3, dtype=torch.float64), torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    norm, x = UncenteredBatchNorm2d(3, dtype=torch.float64), torch.randn(4, 3, 5, 5, dtype=torch.float64)
     norm.track_running_stats = False
     y = norm(x)
     assert torch.equal(norm.running_var, torch.ones(3, dtype=torch.float64)) and norm.num_batches_tracked == 0
     variance = x.var((0, 2, 3), unbiased=False)
-    torch.testing.assert_close(y, uncentred_batch_norm(x, norm.weight.detach(), variance, norm.eps))
+    torch.testing.assert_close(y, uncentered_batch_norm(x, norm.weight.detach(), variance, norm.eps))
 
 
 def test_statistics_of_averaged_weights() -> None:
@@ -153,10 +153,10 @@ def test_statistics_of_averaged_weights() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("by", SYNCHRONISE)
-def test_synchronised_networks_stay_uncentred(by: str, name: str) -> None:
+@pytest.mark.parametrize("by", SYNCHRONIZE)
+def test_synchronized_networks_stay_uncentred(by: str, name: str) -> None:
     model, x = network(name), images()
-    shared = SYNCHRONISE[by](copy.deepcopy(model))
+    shared = SYNCHRONIZE[by](copy.deepcopy(model))
     torch.testing.assert_close(shared(x), model(x))
     norms = [m for m in shared.modules() if isinstance(m, _BatchNorm)]
     assert len(norms) == len(own_norms(model)) and all(norm.is_synchronized for norm in norms)
@@ -164,11 +164,11 @@ def test_synchronised_networks_stay_uncentred(by: str, name: str) -> None:
     torch.testing.assert_close(shared.eval()(x), model.eval()(x))
 
 
-def test_a_plain_network_that_is_synchronised_is_converted_to_one() -> None:
+def test_a_plain_network_that_is_synchronized_is_converted_to_one() -> None:
     plain = convert_sync_batchnorm(timm.create_model("resnetv2_18", num_classes=4))
     model = bcosify(plain, BcosConfig(mean=(0.5,), std=(0.5,)))
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    assert {type(norm) for norm in norms} == {UncentredBatchNormAct2d}
+    assert {type(norm) for norm in norms} == {UncenteredBatchNormAct2d}
     assert all(norm.is_synchronized for norm in norms)
 
 
@@ -193,7 +193,7 @@ def test_norms_are_trained_in_torchscript(name: str) -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_norms_that_belong_to_the_network_stay_centred() -> None:
+def test_norms_that_belong_to_the_network_stay_centered() -> None:
     model = timm.create_model("bcosify", arch="test_resnet", num_classes=4, b=1, bias=True).train()
     kinds = {name: type(m) for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
     assert set(kinds.values()) == {nn.BatchNorm2d}
@@ -214,9 +214,9 @@ def one_of_two(rank: int, port: int) -> None:
     torch.manual_seed(0)
     x, upstream = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64)
     x = x.requires_grad_()
-    alone = UncentredBatchNorm2d(3, dtype=torch.float64)
+    alone = UncenteredBatchNorm2d(3, dtype=torch.float64)
     nn.init.uniform_(alone.weight, 0.5, 2)
-    shared = UncentredBatchNorm2d.from_batch_norm(convert_sync_batchnorm(copy.deepcopy(alone)))
+    shared = UncenteredBatchNorm2d.from_batch_norm(convert_sync_batchnorm(copy.deepcopy(alone)))
     (alone(x) * upstream).sum().backward()
     part = slice(3 * rank, 3 + rank)  # three images and one
     own = x.detach()[part].clone().requires_grad_()

@@ -14,7 +14,7 @@ script = load_script("compare_exponents")
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of four photos one is labelled wrongly; Wilson's interval of 3 of 4 is known."""
+    """Of four photos one is labeled wrongly; Wilson's interval of 3 of 4 is known."""
     for name, photo in (("hat", "hat"), ("pants", "pants"), ("shoes", "shoes"), ("skirt", "jacket")):
         (tmp_path / "test" / name).mkdir(parents=True)
         shutil.copy(PHOTOS / "clothes" / f"{photo}.jpg", tmp_path / "test" / name)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import PHOTOS, enliven, normalised, real_image
+from conftest import PHOTOS, enliven, normalized, real_image
 from PIL import Image
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -43,7 +43,7 @@ def x() -> Tensor:
 def converted(name: str, x: Tensor) -> nn.Module:
     kwargs = dict(img_size=SIZE) if "vit" in name else {}
     plain = timm.create_model(name, **kwargs).double()
-    enliven(plain, normalised(x, plain.pretrained_cfg))
+    enliven(plain, normalized(x, plain.pretrained_cfg))
     return bcosify(plain, BcosConfig.finetune(b=1.5, bias=True)).eval()
 
 

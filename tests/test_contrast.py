@@ -5,7 +5,7 @@ import re
 import pytest
 import timm
 import torch
-from conftest import enliven, normalised, real_image
+from conftest import enliven, normalized, real_image
 from torch import Tensor, nn
 
 import timm_bcos
@@ -21,7 +21,7 @@ def x() -> Tensor:
 def model(x: Tensor) -> nn.Module:
     """A converted network with constants of its own for each class."""
     plain = timm.create_model("test_resnet").double()
-    enliven(plain, normalised(x, plain.pretrained_cfg))
+    enliven(plain, normalized(x, plain.pretrained_cfg))
     return bcosify(plain, BcosConfig.finetune(b=1.5, bias=True)).eval()
 
 
@@ -107,5 +107,5 @@ def test_defects_of_either_are_told() -> None:
     x = real_image(32)
     model = enliven(Adding().eval(), x)
     with pytest.warns(timm_bcos.InexactWarning) as warned:
-        assert contrast(model, x, 1, 0).defects
+        assert contrast(model, x, 1, 0).violations
     assert all(w.filename == __file__ for w in warned if w.category is timm_bcos.InexactWarning)

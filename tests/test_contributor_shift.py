@@ -70,7 +70,7 @@ def test_shows_a_clear_error_of_each_contributor_first() -> None:
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pants labelled as a hat are wrong, and what speaks against the hat sums up to the difference of the logits."""
+    """Pants labeled as a hat are wrong, and what speaks against the hat sums up to the difference of the logits."""
     for name in ("hat", "shoes"):
         (tmp_path / "test" / name).mkdir(parents=True)
     (tmp_path / "classes.txt").write_text("\n".join(CLOTHES))

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import assert_exact, enliven, normalised, real_image
-from own_networks import COLOURS, PRESERVE, Two, small
+from conftest import assert_exact, enliven, normalized, real_image
+from own_networks import COLORS, PRESERVE, Two, small
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -69,7 +69,7 @@ def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(UnsupportedModuleError) as caught:
         bcosify(model, BcosConfig(positions="attention"))
     assert len(caught.value.problems) == 4
-    for text in ("BcosConfig(mean=", "left: has a parametrised weight", "act: no rule", "vision transformer"):
+    for text in ("BcosConfig(mean=", "left: has a parametrized weight", "act: no rule", "vision transformer"):
         assert text in str(caught.value)
     assert_unchanged(model, before)
 
@@ -85,18 +85,18 @@ class Inner(nn.Module):
 
 def test_a_replaced_root_is_adopted() -> None:
     """By a rule for its type, whether the replacement reads images itself or not."""
-    x, cfg = real_image(16, 2, torch.float64), BcosConfig.finetune(b=1, bias=True, **COLOURS)
+    x, cfg = real_image(16, 2, torch.float64), BcosConfig.finetune(b=1, bias=True, **COLORS)
 
     def rule(module: Any, *_: Any) -> nn.Module:
         return nn.Sequential(module.body, nn.Identity()).eval()  # its parts are the rule's business
 
     plain = Inner().double().eval()
-    expected = plain(normalised(x, COLOURS)).detach()
+    expected = plain(normalized(x, COLORS)).detach()
     model = bcosify(plain, cfg, rules=RULES | {Inner: rule})
     assert isinstance(model, BcosModel) and model.bcos_config == cfg and model is not plain
     torch.testing.assert_close(model(x), expected)
     assert_exact(model, x, 1e-10)
-    linear = bcosify(nn.Linear(8, 5), BcosConfig(**COLOURS))
+    linear = bcosify(nn.Linear(8, 5), BcosConfig(**COLORS))
     assert isinstance(linear, BcosModel) and isinstance(linear, timm_bcos.BcosLinear)
     assert linear(real_image(8)).shape == (1, 3, 8, 5)
     for twin in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
@@ -150,7 +150,7 @@ def test_hooks_that_would_vanish_are_refused() -> None:
 
 
 COMPUTED: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
-    "parametrised": (parametrizations.weight_norm, "remove_parametrizations"),
+    "parametrized": (parametrizations.weight_norm, "remove_parametrizations"),
     "spectral": (parametrizations.spectral_norm, "remove_parametrizations"),
     "weight_norm": (nn.utils.weight_norm, "remove_weight_norm"),
     "spectral_norm": (nn.utils.spectral_norm, "remove_spectral_norm"),
@@ -201,10 +201,10 @@ def test_distributed_networks_are_refused(tmp_path: Any) -> None:
 
 def test_a_network_in_a_sequential() -> None:
     x = real_image(32, 2, torch.float64)
-    plain = enliven(timm.create_model("test_resnet", num_classes=5).double(), normalised(x, COLOURS))
-    expected = plain(normalised(x, COLOURS)).detach()
+    plain = enliven(timm.create_model("test_resnet", num_classes=5).double(), normalized(x, COLORS))
+    expected = plain(normalized(x, COLORS)).detach()
     for inner in (copy.deepcopy(plain), bcosify(copy.deepcopy(plain), PRESERVE)):
-        with pytest.raises(UnsupportedModuleError, match=r"converted with|how its images are normalised"):
+        with pytest.raises(UnsupportedModuleError, match=r"converted with|how its images are normalized"):
             bcosify(nn.Sequential(inner), BcosConfig())
         model = bcosify(nn.Sequential(inner).eval(), PRESERVE)
         assert model.bcos_config.probability == "softmax"

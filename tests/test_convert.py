@@ -4,7 +4,7 @@ import pickle
 import pytest
 import timm
 import torch
-from conftest import assert_exact, enliven, normalised, real_image
+from conftest import assert_exact, enliven, normalized, real_image
 from torch import Tensor, nn
 
 import timm_bcos
@@ -36,7 +36,7 @@ KINDS = {
 def plain_and_image(name: str, size: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
     model = timm.create_model(name).to(dtype)
     x = real_image(size, 2, dtype)
-    return enliven(model, normalised(x, model.pretrained_cfg)), x
+    return enliven(model, normalized(x, model.pretrained_cfg)), x
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
@@ -47,7 +47,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 def test_function_is_preserved(name: str) -> None:
     model, x = plain_and_image(name, PLAIN[name], torch.float32)
     with torch.no_grad():
-        expected = model(normalised(x, model.pretrained_cfg))
+        expected = model(normalized(x, model.pretrained_cfg))
         converted = bcosify(model, PRESERVE)
         assert relative_error(converted(x), expected) <= 1e-4
         assert relative_error(converted(timm_bcos.encode_image(x, 3)), expected) <= 1e-4
@@ -58,7 +58,7 @@ def test_function_is_preserved(name: str) -> None:
 def test_every_kind_of_block_is_preserved_and_exact(name: str) -> None:
     model, x = plain_and_image(name, KINDS[name], torch.float64)
     with torch.no_grad():
-        expected = model(normalised(x, model.pretrained_cfg))
+        expected = model(normalized(x, model.pretrained_cfg))
     converted = bcosify(model, PRESERVE)
     with torch.no_grad():
         assert relative_error(converted(x), expected) <= 1e-10
@@ -162,7 +162,7 @@ def test_own_network() -> None:
     with pytest.raises(BcosError, match=r"BcosConfig\(mean="):
         bcosify(copy.deepcopy(model))
     cfg = dict(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.2))
-    expected = model(normalised(x, cfg)).detach()
+    expected = model(normalized(x, cfg)).detach()
     converted = bcosify(model, BcosConfig.finetune(b=1, bias=True, **cfg))
     torch.testing.assert_close(converted(x).detach(), expected)
     assert converted.shared is converted.again
@@ -178,7 +178,7 @@ def test_root_can_be_replaced() -> None:
 def test_networks_without_a_convolution_read_through_a_reader() -> None:
     plain = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5)).double().eval()
     x, cfg = real_image(8, 2, torch.float64), dict(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.2))
-    expected = plain(normalised(x, cfg)).detach()
+    expected = plain(normalized(x, cfg)).detach()
     model = bcosify(plain, BcosConfig.finetune(b=1, bias=True, **cfg))
     torch.testing.assert_close(model(x).detach(), expected)
     assert_exact(model, x, 1e-10)
@@ -214,7 +214,7 @@ def test_converted_networks_copy_pickle_and_reset(name: str, config: BcosConfig)
 
 
 def test_bad_config_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"norm='none'.*keep, uncentred, remove"):
+    with pytest.raises(ValueError, match=r"norm='none'.*keep, uncentered, remove"):
         BcosConfig(norm="none")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="b >= 1"):
         BcosConfig(b=0)

@@ -39,7 +39,7 @@ KINDS = {
     "starnet_s1": "products of two activations",
     "swin_tiny_patch4_window7_224": "shifted windows, NHWC",
     "swinv2_cr_tiny_ns_224": "cosine attention",
-    "test_nfnet": "weight standardisation",
+    "test_nfnet": "weight standardization",
     "tnt_s_legacy_patch16_224": "unfolded pixels",
     "tresnet_m": "a folded image",
     "vit_tiny_r_s16_p8_224": "a convolutional network in front",

@@ -27,12 +27,12 @@ from timm_bcos import InputError, MethodError, TargetError, attribute, explain_t
 pytest.importorskip("gradio")
 
 from timm_bcos.demo import uploads, visits
-from timm_bcos.demo.app import build_app, page_networks, serving
+from timm_bcos.demo.app import build_app, demo_models, serving
 from timm_bcos.demo.components import notice, pictures_side_by_side
 from timm_bcos.demo.handlers import NO_VISIT, Answers
 from timm_bcos.demo.uploads import decode_photo, encode_file
 from timm_bcos.demo.visits import (
-    PageNetwork,
+    DemoModel,
     Picture,
     Visit,
     begin,
@@ -48,13 +48,13 @@ COMMAND = "from timm_bcos.cli.main import main; main()"
 
 
 @pytest.fixture(scope="module")
-def networks() -> list[PageNetwork]:
+def networks() -> list[DemoModel]:
     everyday, clothes, cifar = embedded_networks()
     return [clothes, cifar, everyday]
 
 
 @pytest.fixture(scope="module")
-def hat(networks: list[PageNetwork]) -> Visit:
+def hat(networks: list[DemoModel]) -> Visit:
     return begin(networks[0], encode_file(PHOTOS / "clothes" / "hat.jpg"))
 
 
@@ -71,7 +71,7 @@ def image_file(mode: str = "RGB", size: tuple[int, int] = (40, 30), form: str = 
 # ---- what is asked of a network -------------------------------------------------------------------------------------
 
 
-def test_a_visit_is_what_the_network_says(networks: list[PageNetwork], hat: Visit) -> None:
+def test_a_visit_is_what_the_network_says(networks: list[DemoModel], hat: Visit) -> None:
     network = networks[0]
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network.model), is_training=False)
     x = transform(Image.open(PHOTOS / "clothes" / "hat.jpg").convert("RGB"))[None]
@@ -107,7 +107,7 @@ def test_other_methods_are_those_of_the_package(hat: Visit) -> None:
         map_of_method(hat, 0, "attention_rollout")
 
 
-def test_the_strongest_neurons_are_the_strongest(networks: list[PageNetwork], hat: Visit) -> None:
+def test_the_strongest_neurons_are_the_strongest(networks: list[DemoModel], hat: Visit) -> None:
     outputs: list[Tensor] = []
     handle = hat.network.model.get_submodule("blocks.2").register_forward_hook(
         lambda m, a, output: outputs.append(output)
@@ -122,13 +122,13 @@ def test_the_strongest_neurons_are_the_strongest(networks: list[PageNetwork], ha
     for picture in pictures:
         assert picture.pixels is not None and picture.pixels.shape == (160, 160, 3)
         assert picture.pixels.min() >= 0 and picture.pixels.max() <= 1
-        assert (picture.pixels.std(-1) > 0.1).any(), "no colour"
+        assert (picture.pixels.std(-1) > 0.1).any(), "no color"
 
 
 @pytest.mark.parametrize("name", ["bcos_efficientnet_lite0.clothing", "bcosv2_vit_tiny_patch16_224", "bcos_cnn9"])
 def test_every_layer_that_is_offered_can_be_explained(name: str) -> None:
     model = enliven(timm.create_model(name), real_image(timm.get_pretrained_cfg_value(name, "input_size")[-1]))
-    network = PageNetwork(name, model, list(map(str, range(model.num_classes))))
+    network = DemoModel(name, model, list(map(str, range(model.num_classes))))
     assert network.layer in network.layers
     visit = begin(network, encode_file(PHOTOS / "coffee.jpg"))
     for layer in network.layers:
@@ -137,7 +137,7 @@ def test_every_layer_that_is_offered_can_be_explained(name: str) -> None:
 
 def test_networks_of_one_channel() -> None:
     model = enliven(timm.create_model("bcos_cnn9", in_chans=1), real_image(32)[:, :1])
-    visit = begin(PageNetwork("grey", model, list("0123456789")), encode_file(PHOTOS / "coffee.jpg"))
+    visit = begin(DemoModel("gray", model, list("0123456789")), encode_file(PHOTOS / "coffee.jpg"))
     assert visit.image.shape == (1, 1, 32, 32)
     assert '"classes"' in explain_classes(visit)
     assert map_of_method(visit, 0, "bcos").pixels is not None
@@ -146,7 +146,7 @@ def test_networks_of_one_channel() -> None:
 
 def test_networks_of_other_channels_are_refused() -> None:
     with pytest.raises(InputError, match="photos have 1 or 3 channels"):
-        PageNetwork("four", timm.create_model("bcos_cnn9", in_chans=4).eval(), [])
+        DemoModel("four", timm.create_model("bcos_cnn9", in_chans=4).eval(), [])
 
 
 # ---- uploads --------------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize(("sentence", "address"), [(s, a) for s, addresses in HOSTILE.items() for a in addresses])
-def test_hostile_uploads_get_a_sentence(networks: list[PageNetwork], sentence: str, address: object) -> None:
+def test_hostile_uploads_get_a_sentence(networks: list[DemoModel], sentence: str, address: object) -> None:
     with pytest.raises(InputError, match=sentence):
         begin(networks[1], address)
 
@@ -227,7 +227,7 @@ def test_an_animation_writes_no_line_into_the_log(caplog: pytest.LogCaptureFixtu
     assert not caplog.records
 
 
-def test_a_broken_photo_empties_the_page(networks: list[PageNetwork]) -> None:
+def test_a_broken_photo_empties_the_page(networks: list[DemoModel]) -> None:
     told, document, visit, *others = Answers(networks).take_photo(networks[0].label, address_of(b"text"))
     assert 'role="alert"' in told and "send a JPEG" in told
     assert document == {"document": ""} and visit is None
@@ -235,7 +235,7 @@ def test_a_broken_photo_empties_the_page(networks: list[PageNetwork]) -> None:
 
 
 def test_what_fails_is_logged_and_told_without_a_traceback(
-    networks: list[PageNetwork], hat: Visit, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    networks: list[DemoModel], hat: Visit, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*args: object) -> None:
         raise RuntimeError("out of <memory>\nsecond line")
@@ -248,7 +248,7 @@ def test_what_fails_is_logged_and_told_without_a_traceback(
     assert "Traceback" in caplog.text
 
 
-def test_methods_come_one_after_the_other(networks: list[PageNetwork], hat: Visit) -> None:
+def test_methods_come_one_after_the_other(networks: list[DemoModel], hat: Visit) -> None:
     answers = Answers(networks)
     shown = list(answers.compare(hat, 0, ["ixg", "lrp"]))
     assert [one.count("<figure>") for one in shown] == [1, 2, 3]
@@ -258,7 +258,7 @@ def test_methods_come_one_after_the_other(networks: list[PageNetwork], hat: Visi
     assert "no layer" in answers.show_neurons(hat, "nowhere")
 
 
-def test_an_example_gives_way_to_one_that_suits_the_network(networks: list[PageNetwork]) -> None:
+def test_an_example_gives_way_to_one_that_suits_the_network(networks: list[DemoModel]) -> None:
     answers, (clothes, cifar, _) = Answers(networks), networks
     photo, more, target, layer = answers.take_network(cifar.label, encode_file(clothes.examples[1]))
     assert photo["value"] == encode_file(cifar.examples[0])
@@ -268,7 +268,7 @@ def test_an_example_gives_way_to_one_that_suits_the_network(networks: list[PageN
     assert "value" not in photo
 
 
-def test_several_visitors_at_once_get_what_each_gets_alone(networks: list[PageNetwork]) -> None:
+def test_several_visitors_at_once_get_what_each_gets_alone(networks: list[DemoModel]) -> None:
     answers = Answers(networks)
     asked = [(network.label, encode_file(photo)) for network in networks for photo in network.examples]
     alone = [answers.take_photo(*one)[1] for one in asked]
@@ -288,7 +288,7 @@ def test_markup_is_escaped() -> None:
 # ---- the page -------------------------------------------------------------------------------------------------------
 
 
-def test_examples_come_with_the_package(networks: list[PageNetwork]) -> None:
+def test_examples_come_with_the_package(networks: list[DemoModel]) -> None:
     photos = [photo for network in networks for photo in network.examples]
     assert len(photos) >= 6 and all(photo.stat().st_size <= 40_000 for photo in photos)
     assert {photo.parent for photo in photos} == {Path(uploads.__file__).parent / "examples"}
@@ -300,15 +300,15 @@ def test_examples_come_with_the_package(networks: list[PageNetwork]) -> None:
 def test_the_network_that_is_asked_for_comes_first(tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("\n".join(f"name {i}" for i in range(10)))
-    asked, *embedded = page_networks("bcos_cifar_resnet20", classes=names)
+    asked, *embedded = demo_models("bcos_cifar_resnet20", classes=names)
     assert asked.label == "bcos_cifar_resnet20" and asked.names[3] == "name 3" and len(embedded) == 3
     assert asked.examples == [photo for network in embedded for photo in network.examples]
     with pytest.raises(TargetError, match="bcos_cifar_resnet21"):
-        page_networks("bcos_cifar_resnet21")
+        demo_models("bcos_cifar_resnet21")
 
 
 @pytest.fixture
-def address(networks: list[PageNetwork]) -> Iterator[str]:
+def address(networks: list[DemoModel]) -> Iterator[str]:
     with serving(build_app(networks), free_port()) as address:
         yield address
 
@@ -342,7 +342,7 @@ def test_the_page_takes_no_files_and_no_floods(address: str) -> None:
     assert status_of(address) == 200
 
 
-def test_a_taken_port(networks: list[PageNetwork]) -> None:
+def test_a_taken_port(networks: list[DemoModel]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -18,7 +18,7 @@ from timm_bcos.demo.app import App, build_app, serving
 from timm_bcos.demo.handlers import LOOKED_AT
 from timm_bcos.demo.limits import SLOW_AT_ONCE, SLOW_WAITING, UNHEARD
 from timm_bcos.demo.uploads import encode_file
-from timm_bcos.demo.visits import PageNetwork, embedded_networks
+from timm_bcos.demo.visits import DemoModel, embedded_networks
 from timm_bcos.demo.work import CLOSING, BusyError, ClosedError, Collector, Work
 
 load = load_script("demo_load")
@@ -41,7 +41,7 @@ def work() -> Iterator[Work]:
 
 
 @pytest.fixture(scope="module")
-def network() -> PageNetwork:
+def network() -> DemoModel:
     return embedded_networks()[2]
 
 
@@ -55,7 +55,7 @@ def eventually(condition: Callable[[], bool]) -> bool:
 # ---- photos together ------------------------------------------------------------------------------------------------
 
 
-def test_photos_together_are_explained_as_each_alone(network: PageNetwork) -> None:
+def test_photos_together_are_explained_as_each_alone(network: DemoModel) -> None:
     images = [network.read(encode_file(PHOTOS / "clothes" / f"{name}.jpg")) for name in ("hat", "pants", "shoes")]
     for image, (visit, explanation) in zip(images, visits.explain_photos(network, images), strict=True):
         [(alone, expected)] = visits.explain_photos(network, [image])
@@ -155,7 +155,7 @@ def test_only_so_many_slow_steps(work: Work) -> None:
 
 
 @pytest.mark.parametrize("method", LOOKED_AT)
-def test_slow_methods_look_at_as_many_images_as_is_announced(network: PageNetwork, method: str) -> None:
+def test_slow_methods_look_at_as_many_images_as_is_announced(network: DemoModel, method: str) -> None:
     pytest.importorskip("captum")
     pytest.importorskip("skimage")
     visit, seen = visits.begin(network, encode_file(HAT)), []
@@ -255,7 +255,7 @@ def test_a_signal_ends_in_order_and_tells_who_waits(number: signal.Signals) -> N
     assert error.splitlines() == [f"timm-bcos: stopped by {number.name}"]
 
 
-def test_a_page_can_be_served_again(network: PageNetwork) -> None:
+def test_a_page_can_be_served_again(network: DemoModel) -> None:
     app = build_app([network])
     for _ in range(2):
         port = load.free_port()

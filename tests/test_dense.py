@@ -9,7 +9,7 @@ from conftest import real_image
 from torch import Tensor, nn
 from torchvision.models import detection, segmentation
 
-from timm_bcos import BcosConfig, bcosify, check, contrast, explain, settle
+from timm_bcos import BcosConfig, bcosify, calibrate, check, contrast, explain
 from timm_bcos.nn.heads import BcosConvClassifier
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -51,7 +51,7 @@ def converted(plain: nn.Module, x: Tensor) -> nn.Module:
         for parameter in plain.parameters():
             if parameter.ndim == 1:
                 parameter += 0.05 * torch.randn_like(parameter)
-    return settle(bcosify(plain.double(), BcosConfig.finetune(b=1.5, bias=True, **IMAGENET)), x)
+    return calibrate(bcosify(plain.double(), BcosConfig.finetune(b=1.5, bias=True, **IMAGENET)), x)
 
 
 @pytest.mark.parametrize("name", SEGMENTERS)

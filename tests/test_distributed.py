@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from timm_bcos import BcosConv2d, BcosLinear, UncentredBatchNorm2d
+from timm_bcos import BcosConv2d, BcosLinear, UncenteredBatchNorm2d
 
 STEPS = 3
 
@@ -21,7 +21,7 @@ def network(norm: bool = False) -> nn.Sequential:
     """Small, of every kind of layer; a batch norm would see other batches in two processes."""
     torch.manual_seed(0)
     layers = [BcosConv2d(3, 6, 3, padding=1), BcosConv2d(6, 6, 3, groups=6, b=1.5), BcosConv2d(6, 4, 1, max_out=2)]
-    norms = [UncentredBatchNorm2d(6)] if norm else []
+    norms = [UncenteredBatchNorm2d(6)] if norm else []
     return nn.Sequential(layers[0], *norms, *layers[1:], nn.Flatten(), BcosLinear(4 * 4 * 4, 2)).double()
 
 

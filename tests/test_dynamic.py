@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import timm_bcos
-from timm_bcos.dynamic_linear.bias_tracker import Account
+from timm_bcos.dynamic_linear.bias_tracker import BiasTracker
 from timm_bcos.dynamic_linear.mode import active, explanation_mode
 from timm_bcos.dynamic_linear.registry import TABLE
-from timm_bcos.dynamic_linear.tracking_mode import AccountingMode
+from timm_bcos.dynamic_linear.tracking_mode import BiasTrackingMode
 from timm_bcos.explanation.linear_parts import LinearPart, linear_part
 
 Double = torch.float64
@@ -128,8 +128,8 @@ def into_constant(x: Tensor) -> Tensor:
 def take_apart(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, LinearPart, Tensor]:
     """A random projection of f(x) by linear algebra: its value, its parts, and W x."""
     leaf = x.detach().clone().requires_grad_()
-    account = Account(nn.Identity(), 1, leaf)
-    with active(AccountingMode(leaf, account)):
+    account = BiasTracker(nn.Identity(), 1, leaf)
+    with active(BiasTrackingMode(leaf, account)):
         value = function(leaf)
     direction = torch.randn(value.shape, dtype=Double)
     projected = ((value.real if value.is_complex() else value) * direction).sum()
@@ -147,7 +147,7 @@ def test_every_function_adds_up(name: str) -> None:
     torch.manual_seed(1)
     direction = torch.randn(function(x).shape, dtype=Double)
     torch.testing.assert_close(value, (function(x) * direction).sum(), rtol=1e-12, atol=1e-12)
-    assert part.defects == ()
+    assert part.violations == ()
     torch.testing.assert_close(image + part.constant_bias.sum(), value, rtol=1e-10, atol=1e-10)
 
 
@@ -155,8 +155,8 @@ def test_constants_are_derivatives_by_their_factor() -> None:
     """What constants contribute is the derivative by α when all of them are multiplied by α, the rest frozen."""
     x = torch.randn(3, 6, dtype=Double)
     leaf = x.clone().requires_grad_()
-    account = Account(nn.Identity(), 3, leaf)
-    with active(AccountingMode(leaf, account)):
+    account = BiasTracker(nn.Identity(), 3, leaf)
+    with active(BiasTrackingMode(leaf, account)):
         hidden = F.layer_norm(F.linear(leaf, WEIGHT, BIAS), (6,), STATS, BIAS)
     contributed = torch.stack([linear_part(hidden[:, k].sum(), leaf, account).constant_bias for k in range(6)], 1)
     plain = F.linear(x, WEIGHT, BIAS)
@@ -169,8 +169,8 @@ def test_constants_are_booked_to_their_image(shape: tuple[int, ...]) -> None:
     """Images lie in front, second behind a sequence's positions, or as several rows each."""
     x = torch.randn(2, 12 if shape != (2, 5, 3) else 15, dtype=Double)
     leaf = x.clone().requires_grad_()
-    account = Account(nn.Identity(), 2, leaf)
-    with active(AccountingMode(leaf, account)):
+    account = BiasTracker(nn.Identity(), 2, leaf)
+    with active(BiasTrackingMode(leaf, account)):
         y = leaf.reshape(2, 4, 3).transpose(0, 1) if shape == (4, 2, 3) else leaf.reshape(shape)
         y = y + BIAS[:3]
         y = y.transpose(0, 1) if shape == (4, 2, 3) else y
@@ -206,7 +206,7 @@ def test_declare_adds_a_function() -> None:
             return torch.overrides.handle_torch_function(cube, (x,), x)
         return x**3
 
-    @timm_bcos.declare(cube)
+    @timm_bcos.register_function(cube)
     def _cube(func: object, x: Tensor) -> Tensor:
         return x * x.detach() ** 2
 

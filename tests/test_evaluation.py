@@ -21,10 +21,10 @@ from timm_bcos.evaluation.pointing_game import (
     cell_shares,
     compose,
     confidences,
-    localisation,
+    localization,
     sample_grids,
 )
-from timm_bcos.evaluation.pointing_results import read_values, summarise
+from timm_bcos.evaluation.pointing_results import read_values, summarize
 
 CONFIDENCES = "timm_bcos.evaluation.pointing_results.confidences"
 PLAY = ("evaluate", "pointing-game")
@@ -42,7 +42,7 @@ def test_a_uniform_map_scores_alike_everywhere() -> None:
     torch.testing.assert_close(cell_shares(torch.full((2, 12, 12), 0.7), 3), torch.full((2, 3, 3), 1 / 9))
 
 
-def test_pixels_are_of_the_cell_that_their_centres_lie_in() -> None:
+def test_pixels_are_of_the_cell_that_their_centers_lie_in() -> None:
     literal = [int((i + 0.5) / (224 / 3)) for i in range(224)]
     for row in (0, 74, 75, 149, 223):
         single = torch.zeros(1, 224, 224)
@@ -60,7 +60,7 @@ def test_only_positive_attribution_counts() -> None:
 
 
 def test_smoothing_comes_before_the_sign() -> None:
-    """Neighbours of opposite signs cancel: what is left is the cell that is positive on average."""
+    """Neighbors of opposite signs cancel: what is left is the cell that is positive on average."""
     maps = torch.ones(1, 12, 12)
     maps[0, ::2, ::2] = maps[0, 1::2, 1::2] = -1.0
     maps[0, :6, :6] += 1
@@ -150,7 +150,7 @@ def test_grid_pictures_are_made_of_their_images(model: nn.Module, photos: Path) 
     assert compose(model, dataset, grid).shape == (1, 3, 32, 32)
 
 
-def test_localisation_asks_for_the_class_of_each_cell(
+def test_localization_asks_for_the_class_of_each_cell(
     model: nn.Module, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = timm.data.create_dataset("", root=str(photos), split="test")
@@ -164,8 +164,8 @@ def test_localisation_asks_for_the_class_of_each_cell(
         return maps
 
     monkeypatch.setattr("timm_bcos.evaluation.pointing_game.attribute", perfect)
-    assert localisation(model, dataset, grid, smooth=[1]).tolist() == [[1, 1, 1, 1]]
-    assert localisation(model, dataset, grid, smooth=[1, 3]).shape == (2, 4)
+    assert localization(model, dataset, grid, smooth=[1]).tolist() == [[1, 1, 1, 1]]
+    assert localization(model, dataset, grid, smooth=[1, 3]).shape == (2, 4)
 
 
 def test_confidences(model: nn.Module, photos: Path) -> None:
@@ -213,13 +213,13 @@ def test_images_without_a_label(model: nn.Module) -> None:
 def test_grey_networks_see_grey_photos(photos: Path) -> None:
     dataset = timm.data.create_dataset("", root=str(photos), split="test")
     overlay = dict(input_size=(3, 32, 32), crop_pct=1.0)
-    grey, colour, other = (
+    gray, color, other = (
         timm.create_model("bcosify", arch="test_resnet", in_chans=channels, pretrained_cfg_overlay=overlay).eval()
         for channels in (1, 3, 4)
     )
-    (seen, label), (coloured, _) = image_loader(grey, dataset)(2), image_loader(colour, dataset)(2)
+    (seen, label), (colored, _) = image_loader(gray, dataset)(2), image_loader(color, dataset)(2)
     assert seen.shape == (1, 32, 32) and label == 1
-    brightness = (torch.tensor([0.299, 0.587, 0.114])[:, None, None] * coloured).sum(0, keepdim=True)
+    brightness = (torch.tensor([0.299, 0.587, 0.114])[:, None, None] * colored).sum(0, keepdim=True)
     torch.testing.assert_close(seen, brightness, rtol=0, atol=1.5 / 255)
     with pytest.raises(InputError, match=r"photos have 1 or 3 channels, .* takes 4"):
         image_loader(other, dataset)
@@ -231,7 +231,7 @@ def test_networks_of_ones_own_play_too(photos: Path) -> None:
     layers = nn.Conv2d(3, 8, 3, stride=8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 9)
     own = bcosify(nn.Sequential(*layers), BcosConfig(stem="encoded")).eval()
     assert len(list(confidences(own, dataset, progress=False))) == 18
-    assert localisation(own, dataset, Grid(2, (0, 3, 5, 8), (7, 5, 3, 1)), smooth=[1]).shape == (1, 4)
+    assert localization(own, dataset, Grid(2, (0, 3, 5, 8), (7, 5, 3, 1)), smooth=[1]).shape == (1, 4)
     with pytest.raises(MethodError, match="batch_size=0"):
         list(confidences(own, dataset, batch_size=0, progress=False))
 
@@ -305,7 +305,7 @@ def test_the_command_resumes(
     ahead = np.mean([np.subtract(values[2, 1, "bcos", k], values[2, 1, "ixg", k]) for k in (0, 1)])
     assert float(gains[0]["mean"]) == pytest.approx(float(ahead))
     assert "| ixg | 2×2 | 15×15 | 2 |" in (out / "summary.md").read_text()
-    assert summarise(out, ["gradcam"]) == {}  # which has not been played
+    assert summarize(out, ["gradcam"]) == {}  # which has not been played
     assert command(*PLAY, "--data-dir", photos, *options, "--method", "bcos", "--seed", 1) == 2
     assert "holds results for seed=0, not 1" in capsys.readouterr().err
     assert read_values(out) == values

@@ -92,7 +92,7 @@ EXACT: dict[str, Callable[[Tensor], Tensor]] = {
         (z.flatten(2) @ MATRIX.new_ones(z[0, 0].numel(), 6) + channels(z)[..., 0].sigmoid()).softmax(-1) @ z.flatten(2)
     )[..., None],
     "unknown function in a gate": lambda z: z * torch.special.bessel_j0(z).detach(),
-    "normalised": lambda z: F.normalize(z, dim=1),
+    "normalized": lambda z: F.normalize(z, dim=1),
     "local response": lambda z: F.local_response_norm(z, 3),
     "deviation scales": lambda z: z / z.std((1, 2, 3), keepdim=True),
     "masked": masked,
@@ -148,7 +148,7 @@ class Block(nn.Module):
         return self.function(z)
 
 
-class Network(nn.Module):
+class Architecture(nn.Module):
     """A bias-free convolution, the block, and a bias-free classifier: nothing in it is constant but the block's."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -165,7 +165,7 @@ def build(function: Callable[[Tensor], Tensor]) -> nn.Module:
     torch.manual_seed(0)
     config = timm_bcos.BcosConfig(mean=(0.5,), std=(0.5,), b=1)
     rules = timm_bcos.RULES | {Block: timm_bcos.keep}
-    return timm_bcos.bcosify(Network(function).double(), config, rules=rules).eval()
+    return timm_bcos.bcosify(Architecture(function).double(), config, rules=rules).eval()
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -186,7 +186,7 @@ def test_calls_not_exact_what_is_not(name: str) -> None:
     model, x = build(INEXACT[name]), smooth_noise(2, 3, 16)
     verdict = timm_bcos.check(model, x)
     assert not verdict.exact
-    assert verdict.randomness > 0 or any(d.module == "block" or d.kind == "unseen" for d in verdict.defects), verdict
+    assert verdict.randomness > 0 or any(d.module == "block" or d.kind == "unseen" for d in verdict.violations), verdict
 
 
 @pytest.mark.parametrize("name", sorted(INEXACT.keys() - {"random"}))
@@ -194,7 +194,7 @@ def test_explanations_say_what_is_not_exact(name: str) -> None:
     model, x = build(INEXACT[name]), smooth_noise(2, 3, 16)
     with pytest.warns(timm_bcos.InexactWarning, match="block|does not see into"):
         explanation = timm_bcos.explain(model, x)
-    assert explanation.defects
+    assert explanation.violations
     if name != "number":  # which is a literal from then on
         assert (explanation.constant_bias.abs() <= 1e-12).all()
 
@@ -227,14 +227,16 @@ def test_sigmoids_can_be_activations() -> None:
         pass
 
     torch.manual_seed(0)
-    network = Network(nn.Identity()).double()
+    network = Architecture(nn.Identity()).double()
     network.block = nn.Sequential(Passing(), nn.Conv2d(6, 6, 1, bias=False)).double()
     config, x = timm_bcos.BcosConfig(mean=(0.5,), std=(0.5,), b=1), smooth_noise(2, 3, 16)
     rules = timm_bcos.RULES | {Passing: timm_bcos.keep}
     gates = timm_bcos.bcosify(copy.deepcopy(network), config, rules=rules).eval()
     with pytest.raises(timm_bcos.TargetError, match="to_logits"):
         timm_bcos.explain(gates, x)
-    told = timm_bcos.bcosify(copy.deepcopy(network), config, rules=rules | {Passing: timm_bcos.pass_sigmoid}).eval()
+    told = timm_bcos.bcosify(
+        copy.deepcopy(network), config, rules=rules | {Passing: timm_bcos.sigmoid_as_activation}
+    ).eval()
     network.block[0] = nn.Sigmoid()
     for model in (told, timm_bcos.bcosify(network, config).eval()):  # in a Sequential it is seen
         assert timm_bcos.check(model, x).exact
@@ -259,7 +261,7 @@ def test_check_takes_other_types_of_images() -> None:
 
 
 def test_outputs_that_are_gates_name_their_function() -> None:
-    class Probabilities(Network):
+    class Probabilities(Architecture):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).log_softmax(1)
 
@@ -305,9 +307,9 @@ def test_declared_constants_are_told_apart_by_image() -> None:
             return torch.overrides.handle_torch_function(shift, (z,), z)
         return z * z.square() + TABLE[0, :, None, None]
 
-    @timm_bcos.declare(shift)
+    @timm_bcos.register_function(shift)
     def _shift(func: object, z: Tensor) -> Tensor:
-        return z * z.detach().square() + timm_bcos.constant(TABLE[0, :, None, None])
+        return z * z.detach().square() + timm_bcos.mark_constant(TABLE[0, :, None, None])
 
     try:
         model, x = build(lambda z: shift(z) * z.sigmoid()), smooth_noise(2, 3, 16)
@@ -320,7 +322,7 @@ def test_declared_constants_are_told_apart_by_image() -> None:
         del FUNCTIONS[shift]
 
 
-class Prepares(Network):
+class Prepares(Architecture):
     """Changes images by itself before it reads them."""
 
     def __init__(self, prepare: Callable[[Tensor], Tensor]) -> None:
@@ -379,6 +381,6 @@ def test_images_changed_by_gates_are_not_exact(name: str) -> None:
     model = timm_bcos.bcosify(Prepares(GATED[name]).double(), config).eval()
     verdict = timm_bcos.check(model, x)
     assert not verdict.exact
-    assert verdict.defects
+    assert verdict.violations
     with pytest.warns(timm_bcos.InexactWarning, match="depends on the image"):
         timm_bcos.explain(model, x)

@@ -86,7 +86,7 @@ def test_inexact_blocks(kind: type[nn.Module], name: str) -> None:
     model, x = build(function_of(kind, name), kind), images()
     verdict = timm_bcos.check(model, x)
     assert not verdict.exact
-    assert verdict.defects and verdict.breaks_at is not None
+    assert verdict.violations and verdict.breaks_at is not None
     with pytest.warns(timm_bcos.InexactWarning):
         timm_bcos.explain(model, x)
 
@@ -106,7 +106,7 @@ def test_weights_are_those_of_each_image_alone(name: str) -> None:
 def test_a_dead_model_is_said_to_be_one() -> None:
     verdict = timm_bcos.check(build(lambda z: z * 0, Behind), images())
     assert not verdict.exact
-    assert any("its output is 0 for every image" in str(defect) for defect in verdict.defects)
+    assert any("its output is 0 for every image" in str(violation) for violation in verdict.violations)
     assert verdict.breaks_at == "block"
 
 
@@ -115,7 +115,7 @@ def test_check_without_images_measures_a_batch() -> None:
     model.pretrained_cfg = dict(input_size=(3, 12, 12))
     verdict = timm_bcos.check(model)
     assert not verdict.exact
-    assert any(defect.kind == "images" for defect in verdict.defects), verdict
+    assert any(violation.kind == "images" for violation in verdict.violations), verdict
     assert verdict.breaks_at == "block"
 
 

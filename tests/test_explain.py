@@ -1,7 +1,7 @@
 import pytest
 import timm
 import torch
-from conftest import enliven, normalised, real_image
+from conftest import enliven, normalized, real_image
 from torch import Tensor, nn
 
 import timm_bcos
@@ -23,7 +23,7 @@ def model(x: Tensor) -> nn.Module:
 def transformer() -> nn.Module:
     """A converted transformer with biases, position embedding and class token: constants of every kind."""
     plain = timm.create_model("test_vit").double()
-    enliven(plain, normalised(real_image(160, 2, torch.float64), plain.pretrained_cfg))
+    enliven(plain, normalized(real_image(160, 2, torch.float64), plain.pretrained_cfg))
     return bcosify(plain, BcosConfig.finetune(b=1.5, bias=True)).eval()
 
 
@@ -178,7 +178,7 @@ def test_state_is_restored_when_the_model_fails(model: nn.Module, x: Tensor) -> 
 
 
 BAD_IMAGES = {
-    "looks mean/std-normalised": lambda x: (x - 0.5) / 0.25,
+    "looks mean/std-normalized": lambda x: (x - 0.5) / 0.25,
     r"got \[0, 255\]; divide by 255": lambda x: torch.linspace(0, 255, x.numel()).reshape(x.shape),
     "divide by 255 first": lambda x: (255 * x).to(torch.uint8),
     "NaN or infinite": lambda x: x / 0,
@@ -356,7 +356,7 @@ def test_large_batches_in_chunks(model: nn.Module, x: Tensor, chunk: int) -> Non
         whole, parts = explain(model, x, [1, 2, 3], layer=layer), explain(model, x, [1, 2, 3], layer=layer, chunk=chunk)
         for name in ("weights", "bias", "logits", "target", "inputs"):
             torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
-        assert parts.defects == whole.defects and len(parts) == 3
+        assert parts.violations == whole.violations and len(parts) == 3
     for part, whole in zip(explain_targets(model, x, chunk=chunk), explain_targets(model, x), strict=True):
         torch.testing.assert_close(part.weights, whole.weights)
 

@@ -13,11 +13,11 @@ from conftest import enliven, real_image
 from torch import Tensor, nn
 
 import timm_bcos
-from timm_bcos import BcosConfig, BcosConv2d, BcosLinear, ModelStateError, UncentredBatchNorm2d, bcosify, fuse
+from timm_bcos import BcosConfig, BcosConv2d, BcosLinear, ModelStateError, UncenteredBatchNorm2d, bcosify, fuse
 from timm_bcos.nn.fused import fuse_layer, norm_scale
 
 # name, keywords, image size, norms that stay
-NETWORKS: dict[str, tuple[str, dict[str, Any], int, int]] = {
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "resnet": ("bcosv2_resnet18", {}, 64, 0),
     "densenet": ("bcosv2_densenet121", {}, 64, 1),  # the stem's, which pooling reads
     "convnext": ("bcosv2_convnext_tiny_bnu", {}, 64, 1),
@@ -34,26 +34,26 @@ NETWORKS: dict[str, tuple[str, dict[str, Any], int, int]] = {
 
 def network(kind: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
     """With norms of either sign."""
-    name, kwargs, size, _ = NETWORKS[kind]
+    name, kwargs, size, _ = ARCHITECTURES[kind]
     torch.manual_seed(0)
     x = real_image(size, 2, dtype=torch.float64)
     model = enliven(timm.create_model(name, num_classes=5, **kwargs).double(), x)
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, UncentredBatchNorm2d):
+            if isinstance(module, UncenteredBatchNorm2d):
                 module.weight.mul_(torch.randn_like(module.weight))
     return model.to(dtype), x.to(dtype)
 
 
 def norms(model: nn.Module) -> int:
-    return sum(isinstance(m, UncentredBatchNorm2d) for m in model.modules())
+    return sum(isinstance(m, UncenteredBatchNorm2d) for m in model.modules())
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_the_same_logits_and_explanations(kind: str) -> None:
     model, x = network(kind)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -63,9 +63,9 @@ def test_the_same_logits_and_explanations(kind: str) -> None:
     expected, found = timm_bcos.explain(model, x, 1), timm_bcos.explain(fused, x, 1)
     assert distance(found.weights, expected.weights) < 1e-10
     assert distance(found.bias + 1, expected.bias + 1) < 1e-10
-    assert not found.defects and found.completeness_error.max() < 1e-9
+    assert not found.violations and found.completeness_error.max() < 1e-9
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    left = NETWORKS[kind][3]
+    left = ARCHITECTURES[kind][3]
     assert left is None or norms(fused) == left
 
 
@@ -114,7 +114,7 @@ def test_linear_layers(b: float, kwargs: dict[str, Any]) -> None:
 
 
 def test_the_scale_of_a_norm_is_what_it_does() -> None:
-    norm = UncentredBatchNorm2d(3).double().eval()
+    norm = UncenteredBatchNorm2d(3).double().eval()
     nn.init.normal_(norm.weight)
     norm.running_var.uniform_(0.1, 3)
     x = torch.randn(2, 3, 4, 4).double()

@@ -36,7 +36,7 @@ def test_a_column_for_each_method_that_suits(model: nn.Module) -> None:
     with pytest.warns(UserWarning, match="left out: lrp has rules"):
         figure = plot_methods(model, real_image(64, 2), [0, 1], ["bcos", "lrp", "ixg"], ["a", "b", "c"])
     titles = [ax.get_title() for ax in figure.axes[:4]]
-    assert titles == ["image", "B-cos in colour", "bcos", "ixg"]  # lrp does not suit
+    assert titles == ["image", "B-cos in color", "bcos", "ixg"]  # lrp does not suit
     assert len(figure.axes) == 8
 
 

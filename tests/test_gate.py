@@ -1,11 +1,11 @@
-"""Biases that only gate: `BcosConfig(bias="gate")`."""
+"""Biases that only gate: `BcosConfig(bias="reference")`."""
 
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from conftest import assert_exact, command, enliven, normalised, real_image
+from conftest import assert_exact, command, enliven, normalized, real_image
 from safetensors.torch import save_file
 from timm.layers import BatchNormAct2d, SelectAdaptivePool2d
 from torch import Tensor, nn
@@ -74,8 +74,8 @@ def test_gradients_are_those_of_finite_differences() -> None:
 def test_the_image_explains_all(arch: str, b: float) -> None:
     x = real_image(64, 2, Double)
     plain = timm.create_model(arch, num_classes=6).double()
-    enliven(plain, normalised(x, plain.pretrained_cfg))
-    model = timm_bcos.settle(bcosify(plain, BcosConfig.finetune(b=b, bias="gate", stem="encoded")), x).eval()
+    enliven(plain, normalized(x, plain.pretrained_cfg))
+    model = timm_bcos.calibrate(bcosify(plain, BcosConfig.finetune(b=b, bias="reference", stem="encoded")), x).eval()
     for module in model.modules():
         if isinstance(module, ShiftedActivation):
             nn.init.normal_(module.shift)
@@ -84,7 +84,7 @@ def test_the_image_explains_all(arch: str, b: float) -> None:
     assert timm_bcos.check(model).exact
 
 
-def test_without_borders_it_is_the_original_less_its_answer_to_grey() -> None:
+def test_without_borders_it_is_the_original_less_its_answer_to_gray() -> None:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3, bias=False), BatchNormAct2d(8), nn.Conv2d(8, 12, 3, stride=2, bias=False),
               BatchNormAct2d(12, act_layer=nn.SiLU), SelectAdaptivePool2d(flatten=True), nn.Linear(12, 4)]  # fmt: skip
@@ -94,19 +94,19 @@ def test_without_borders_it_is_the_original_less_its_answer_to_grey() -> None:
             nn.init.normal_(tensor)
     plain.pretrained_cfg = dict(input_size=(3, 15, 15), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.2))
     x = torch.rand(4, 3, 15, 15, dtype=Double)
-    wanted = plain(normalised(x, plain.pretrained_cfg)) - plain(torch.zeros(1, 3, 15, 15, dtype=Double))
-    model = bcosify(plain, BcosConfig.finetune(b=1, bias="gate")).eval()
+    wanted = plain(normalized(x, plain.pretrained_cfg)) - plain(torch.zeros(1, 3, 15, 15, dtype=Double))
+    model = bcosify(plain, BcosConfig.finetune(b=1, bias="reference")).eval()
     torch.testing.assert_close(model(x), wanted, rtol=1e-9, atol=1e-9)
 
 
-def test_pretrained_weights_begin_at_their_answers_to_grey(tmp_path: Path) -> None:
+def test_pretrained_weights_begin_at_their_answers_to_gray(tmp_path: Path) -> None:
     plain = lively().float()
     save_file(plain.state_dict(), tmp_path / "plain.safetensors")
     overlay = dict(file=str(tmp_path / "plain.safetensors"))
     loaded = timm.create_model(
-        "bcosify", True, arch="test_efficientnet", bias="gate", pretrained_cfg_overlay=overlay, num_classes=5
+        "bcosify", True, arch="test_efficientnet", bias="reference", pretrained_cfg_overlay=overlay, num_classes=5
     )
-    wanted = bcosify(plain, BcosConfig.finetune(bias="gate")).state_dict()
+    wanted = bcosify(plain, BcosConfig.finetune(bias="reference")).state_dict()
     found = loaded.state_dict()
     assert found.keys() == wanted.keys() and any(key.endswith("act.shift") for key in found)
     assert any(value.any() for key, value in found.items() if key.endswith("act.shift"))
@@ -115,22 +115,22 @@ def test_pretrained_weights_begin_at_their_answers_to_grey(tmp_path: Path) -> No
 
 
 def test_its_own_weights_pass_unchanged(tmp_path: Path) -> None:
-    model = bcosify(lively().float(), BcosConfig.finetune(bias="gate"))
+    model = bcosify(lively().float(), BcosConfig.finetune(bias="reference"))
     for module in model.modules():
         if isinstance(module, ShiftedActivation):
             nn.init.normal_(module.shift)
     save_file(model.state_dict(), tmp_path / "own.safetensors")
     overlay = dict(file=str(tmp_path / "own.safetensors"))
     loaded = timm.create_model(
-        "bcosify", True, arch="test_efficientnet", bias="gate", pretrained_cfg_overlay=overlay, num_classes=5
+        "bcosify", True, arch="test_efficientnet", bias="reference", pretrained_cfg_overlay=overlay, num_classes=5
     )
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
 
 
 def test_untrained_networks_and_those_without_storage_begin_at_0() -> None:
-    model = timm.create_model("bcosify", arch="test_efficientnet", bias="gate", device="meta")
+    model = timm.create_model("bcosify", arch="test_efficientnet", bias="reference", device="meta")
     assert model.bn1.act.shift.is_meta
-    model = timm.create_model("bcosify", arch="test_efficientnet", bias="gate")
+    model = timm.create_model("bcosify", arch="test_efficientnet", bias="reference")
     assert not model.bn1.act.shift.any()
 
 
@@ -140,20 +140,20 @@ def test_networks_of_other_shapes_begin_at_their_answers_too(kwargs: dict[str, o
     plain = timm.create_model("test_efficientnet", **kwargs).eval()
     nn.init.normal_(plain.bn1.bias)
     wanted = plain.bn1.bias.detach().clone()
-    model = bcosify(plain, BcosConfig.finetune(bias="gate", mean=(0.5,), std=(0.5,)))
+    model = bcosify(plain, BcosConfig.finetune(bias="reference", mean=(0.5,), std=(0.5,)))
     torch.testing.assert_close(model.bn1.act.shift.data, wanted)
 
 
 def test_other_biases_are_dropped() -> None:
-    model = bcosify(timm.create_model("test_resnet"), BcosConfig.finetune(bias="gate"))
+    model = bcosify(timm.create_model("test_resnet"), BcosConfig.finetune(bias="reference"))
     assert not [name for name, _ in model.named_parameters() if name.endswith("bias") and ".se." not in name]  # gates
-    model = bcosify(timm.create_model("test_efficientnet"), BcosConfig.finetune(bias="gate"))
+    model = bcosify(timm.create_model("test_efficientnet"), BcosConfig.finetune(bias="reference"))
     assert not [name for name, _ in model.named_parameters() if name.endswith("bias") and ".se." not in name]  # gates
 
 
 @pytest.fixture(scope="module")
 def gated() -> tuple[nn.Module, Tensor]:
-    return bcosify(lively().float(), BcosConfig.finetune(b=1.25, bias="gate")).eval(), real_image(64, 2)
+    return bcosify(lively().float(), BcosConfig.finetune(b=1.25, bias="reference")).eval(), real_image(64, 2)
 
 
 def test_fuses(gated: tuple[nn.Module, Tensor]) -> None:
@@ -186,7 +186,7 @@ def test_post_hoc_methods_see_each_image(gated: tuple[nn.Module, Tensor], method
 def test_settings_are_checked() -> None:
     with pytest.raises(InputError, match=r"bias='gates'.*give True or False or 'gate'"):
         BcosConfig(bias="gates")
-    assert not BcosConfig(bias="gate").adds_bias and BcosConfig(bias=True).adds_bias
+    assert not BcosConfig(bias="reference").adds_bias and BcosConfig(bias=True).adds_bias
 
 
 def test_converts_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,4 +196,4 @@ def test_converts_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     given = ("--model", "test_efficientnet", "--checkpoint", tmp_path / "plain.pth", "--gate", "--b", "1.5")
     assert command("convert", *given, "--out", tmp_path / "out") == 0
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
-    assert model.bcos_config.bias == "gate" and model.bn1.act.shift.any()
+    assert model.bcos_config.bias == "reference" and model.bn1.act.shift.any()

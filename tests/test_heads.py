@@ -16,7 +16,7 @@ from timm_bcos import GuidedClassificationTask
 from timm_bcos.cli.commands import run
 from timm_bcos.training.tasks import DeletionClassificationTask
 
-NETWORKS = {
+ARCHITECTURES = {
     "by position": dict(model_name="bcosify", arch="test_resnet", num_classes=4),
     "by position, in a head": dict(model_name="bcosv2_convnext_tiny", num_classes=4, depths=(1, 1, 1, 1)),
     "of features": dict(model_name="bcosify", arch="test_resnet", num_classes=4, classify_positions="never"),
@@ -25,7 +25,7 @@ NETWORKS = {
 
 
 def create(name: str) -> nn.Module:
-    return timm.create_model(**NETWORKS[name]).eval()
+    return timm.create_model(**ARCHITECTURES[name]).eval()
 
 
 def place_of(model: nn.Module) -> tuple[nn.Module, str]:
@@ -47,7 +47,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_wrapped_classifier_answers_as_before(name: str, wrapper: str) -> None:
     model, x = create(name), image(name)
     expected = timm_bcos.explain(model, x, 1)
@@ -66,7 +66,7 @@ def test_a_wrapped_classifier_answers_as_before(name: str, wrapper: str) -> None
     torch.testing.assert_close(model(x), expected.logits)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_plain_head_gets_pooled_features(name: str) -> None:
     model, x = create(name), image(name)
     owner, child = place_of(model)
@@ -80,7 +80,7 @@ def test_a_plain_head_gets_pooled_features(name: str) -> None:
     assert model(x).shape == (1, 6) and isinstance(getattr(owner, child)[1], timm_bcos.BcosLinear)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_classifier_that_peft_trains_beside_adapters(name: str) -> None:
     peft = pytest.importorskip("peft")
     model, x = create(name), image(name)
@@ -98,7 +98,7 @@ def test_a_classifier_that_peft_trains_beside_adapters(name: str) -> None:
 
 
 @pytest.mark.parametrize("task", [ClassificationTask, DeletionClassificationTask, GuidedClassificationTask])
-@pytest.mark.parametrize("name", [*NETWORKS, "plain"])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "plain"])
 def test_adaptive_clipping_leaves_out_classifiers_alone(name: str, task: type, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrainingTask, "get_clip_parameters", TrainingTask.get_clip_parameters)
     run._clip_all_but_heads()

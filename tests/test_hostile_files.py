@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from timm_bcos.cli import exceptions
-from timm_bcos.cli.outputs import Outputs, slug
+from timm_bcos.cli.outputs import OutputPaths, slug
 from timm_bcos.data.photos import is_own_picture, open_photo
 from timm_bcos.errors import InputError
 from timm_bcos.explanation.visualization import save_image
@@ -111,7 +111,7 @@ def test_outputs_that_cannot_be_a_folder(small: list[str], folder: Path, capsys:
         assert "is no directory" in capsys.readouterr().err
     assert snapshot(folder) == before
     with pytest.raises(InputError, match="cannot be written"):
-        Outputs(Path("/proc/1/none"))
+        OutputPaths(Path("/proc/1/none"))
 
 
 # No traceback.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import timm_bcos
 from timm_bcos import BcosConfig, InputError, UnsupportedModuleError
-from timm_bcos.conversion.reference import responses_to_grey
+from timm_bcos.conversion.reference import reference_activations
 from timm_bcos.nn.activations import ShiftedActivation
 
 PIXELS = BcosConfig(mean=(0.0,), std=(1.0,))
@@ -79,7 +79,7 @@ class AsVolume(nn.Module):
 def test_networks_that_make_sequences_or_volumes_of_images_convert(kind: type[nn.Module]) -> None:
     network = timm_bcos.bcosify(kind(), PIXELS).eval()
     x = real_image(32, 2)
-    timm_bcos.settle(network, x)
+    timm_bcos.calibrate(network, x)
     assert timm_bcos.check(network, x).exact
 
 
@@ -107,8 +107,8 @@ def test_gates_of_a_network_of_a_fixed_size() -> None:
             network.conv(torch.zeros(1, 3, 32, 32)), network.norm.running_mean, network.norm.running_var,
             network.norm.weight, network.norm.bias, eps=network.norm.eps,
         )[0, :, 16, 16]  # fmt: skip
-    torch.testing.assert_close(responses_to_grey(network)["norm"], expected)
-    converted = timm_bcos.bcosify(network, BcosConfig.finetune(bias="gate"))
+    torch.testing.assert_close(reference_activations(network)["norm"], expected)
+    converted = timm_bcos.bcosify(network, BcosConfig.finetune(bias="reference"))
     (gate,) = [module for module in converted.modules() if isinstance(module, ShiftedActivation)]
     torch.testing.assert_close(gate.shift.detach(), expected)
 
@@ -116,12 +116,12 @@ def test_gates_of_a_network_of_a_fixed_size() -> None:
 def test_gates_of_a_network_of_a_size_that_nobody_knows() -> None:
     network = OfOneSize(False).eval()
     with pytest.raises(InputError, match=r"OfOneSize does not run on one of 224 × 224 pixels.*dict\(input_size="):
-        timm_bcos.bcosify(network, BcosConfig.finetune(bias="gate", mean=(0.5,), std=(0.5,)))
+        timm_bcos.bcosify(network, BcosConfig.finetune(bias="reference", mean=(0.5,), std=(0.5,)))
     assert type(network.norm) is BatchNormAct2d
 
 
 def test_gates_of_a_timm_model_with_attention_of_a_fixed_size() -> None:
     model = timm.create_model("botnet26t_256", img_size=64, pretrained_cfg_overlay=dict(input_size=(3, 64, 64)))
-    found = responses_to_grey(model.eval())
+    found = reference_activations(model.eval())
     gated = [m for m in model.modules() if type(m) is BatchNormAct2d and not isinstance(m.act, nn.Identity)]
     assert len(found) == len(gated) > 9 and all(value.isfinite().all() for value in found.values())

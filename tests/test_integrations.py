@@ -92,7 +92,7 @@ def test_unmerged_adapters_are_explained_exactly(kind: str, options: dict[str, A
     model = timm_bcos.bcosify(network, timm_bcos.BcosConfig(mean=(0.5,), std=(0.5,)))
     adapted, x = adapt(model, kind, ["1"], **options), torch.rand(2, 3, 12, 12)
     explanation = timm_bcos.explain(adapted, x)
-    assert explanation.defects == () and explanation.completeness_error.max() < 1e-5
+    assert explanation.violations == () and explanation.completeness_error.max() < 1e-5
     merged = adapted.merge_and_unload().eval()
     torch.testing.assert_close(explanation.weights, timm_bcos.explain(merged, x).weights, rtol=1e-4, atol=1e-6)
 

@@ -6,10 +6,10 @@ import timm
 import timm.utils
 import torch
 import torch.nn.functional as F
-from literal import bcos_conv2d, bcos_linear, uncentred_batch_norm
+from literal import bcos_conv2d, bcos_linear, uncentered_batch_norm
 from timm.layers import Conv2dSame
 
-from timm_bcos import BcosConv2d, BcosLinear, InputError, UncentredBatchNorm2d, encode_image
+from timm_bcos import BcosConv2d, BcosLinear, InputError, UncenteredBatchNorm2d, encode_image
 from timm_bcos.nn import execution, functional
 from timm_bcos.nn.heads import BcosConvClassifier
 from timm_bcos.nn.primitives import max_out, patch_norm, scale_by_cosine
@@ -86,7 +86,7 @@ def test_gradients(unit: dict) -> None:
         assert torch.autograd.gradgradcheck(layer, (value,))
 
 
-def test_max_out_picks_the_largest_neighbour() -> None:
+def test_max_out_picks_the_largest_neighbor() -> None:
     x = torch.randn(2, 6, 3, 3, dtype=Double, requires_grad=True)
     for value in (x, x.contiguous(memory_format=torch.channels_last)):
         out = max_out(value, 3, 1)
@@ -128,22 +128,22 @@ def test_agrees_with_the_official_package(unit: dict) -> None:
 
 
 def test_uncentred_norm() -> None:
-    norm = UncentredBatchNorm2d(3, momentum=0.5, dtype=Double)
+    norm = UncenteredBatchNorm2d(3, momentum=0.5, dtype=Double)
     norm.weight.data.uniform_()
     x = 2 + torch.randn(4, 3, 5, 5, dtype=Double)
     variance = x.var((0, 2, 3), correction=0)
-    expected = uncentred_batch_norm(x, norm.weight.detach(), variance, norm.eps)
+    expected = uncentered_batch_norm(x, norm.weight.detach(), variance, norm.eps)
     torch.testing.assert_close(norm(x).detach(), expected)
     torch.testing.assert_close(norm.running_var, 0.5 + 0.5 * variance)
-    expected = uncentred_batch_norm(x, norm.weight.detach(), norm.running_var, norm.eps)
+    expected = uncentered_batch_norm(x, norm.weight.detach(), norm.running_var, norm.eps)
     torch.testing.assert_close(norm.eval()(x).detach(), expected)
     assert torch.autograd.gradcheck(
-        UncentredBatchNorm2d(2, dtype=Double), torch.randn(2, 2, 3, 3, dtype=Double, requires_grad=True)
+        UncenteredBatchNorm2d(2, dtype=Double), torch.randn(2, 2, 3, 3, dtype=Double, requires_grad=True)
     )
 
 
 def test_batch_norm_without_momentum_averages_all_batches() -> None:
-    norm = UncentredBatchNorm2d(3, momentum=None, dtype=Double)
+    norm = UncenteredBatchNorm2d(3, momentum=None, dtype=Double)
     batches = torch.randn(3, 4, 3, 5, 5, dtype=Double)
     for x in batches:
         norm(x)
@@ -152,17 +152,17 @@ def test_batch_norm_without_momentum_averages_all_batches() -> None:
 
 
 def test_batch_norm_begins_anew() -> None:
-    norm = UncentredBatchNorm2d(3)
+    norm = UncenteredBatchNorm2d(3)
     norm.weight.data.uniform_()
     norm(torch.randn(4, 3, 5, 5))
     norm.reset_parameters()
-    for name, value in UncentredBatchNorm2d(3).state_dict().items():
+    for name, value in UncenteredBatchNorm2d(3).state_dict().items():
         torch.testing.assert_close(norm.state_dict()[name], value)
 
 
 def test_uncentred_norm_agrees_with_the_official_package() -> None:
     norms = pytest.importorskip("bcos.modules.norms.uncentered_norms.batchnorm_uncentered")
-    theirs, ours = norms.BatchNormUncentered2d(3).double(), UncentredBatchNorm2d(3, dtype=Double)
+    theirs, ours = norms.BatchNormUncentered2d(3).double(), UncenteredBatchNorm2d(3, dtype=Double)
     x = 2 + torch.randn(4, 3, 5, 5, dtype=Double)
     torch.testing.assert_close(ours(x), theirs(x))
     torch.testing.assert_close(ours.running_var, theirs.running_var)
@@ -232,7 +232,7 @@ def test_stem_takes_images_and_encodings() -> None:
         stem(x[0])
 
 
-def test_normalising_stem_equals_the_original_at_the_borders_too() -> None:
+def test_normalizing_stem_equals_the_original_at_the_borders_too() -> None:
     conv = torch.nn.Conv2d(3, 4, 3, padding=2, bias=False, dtype=Double)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     stem = BcosStem(3, 4, 3, padding=2, b=1, normalize_weight=False, mean=mean, std=std, dtype=Double)

@@ -14,8 +14,8 @@ PACKAGE = Path(timm_bcos.__file__).parent
 MODULES = {path: path.relative_to(PACKAGE.parent).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")}
 # from the cellar to the roof: a room imports from those before it
 ROOMS = (
-    "errors", "_compat", "files", "ahead", "nn", "dynamic", "explaining", "conversion", "integrations", "libraries",
-    "weights", "models", "data", "training", "attribution", "judging", "concepts", "hub", "page", "cli",
+    "errors", "_compat", "files", "prefetch", "nn", "dynamic_linear", "explanation", "conversion", "integrations",
+    "weights", "models", "data", "training", "attribution", "evaluation", "concepts", "hub", "viewer", "demo", "cli",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Localisation beyond the grid pointing game, on cases worked by hand: disconnected cells, mean maps, boxes, masks."""
+"""Localization beyond the grid pointing game, on cases worked by hand: disconnected cells, mean maps, boxes, masks."""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import pytest
 import timm
 import torch
-from conftest import LOADING, command, normalised, real_image
+from conftest import LOADING, command, normalized, real_image
 from PIL import Image
 from torch import Tensor, nn
 
@@ -90,7 +90,7 @@ def test_maps_of_the_whole_grid_are_seen_by_gradcam(grid: Tensor) -> None:
     model = timm.create_model("test_resnet", num_classes=5).eval()
     apart = Disconnected(model, 2, "full")
     found = attribute(apart, grid, 5 + 3, "gradcam")[0]
-    maps = model.forward_features(normalised(cut_cells(grid, 2), model.pretrained_cfg))
+    maps = model.forward_features(normalized(cut_cells(grid, 2), model.pretrained_cfg))
     row = model.get_classifier().weight[3] / maps[0, 0].numel()  # the gradient in the cell, everywhere alike
     mixed = join_cells((maps * row[:, None, None]).sum(1, keepdim=True), 2) / 4
     expected = nn.functional.interpolate(mixed, (128, 128), mode="bilinear")[0, 0]

@@ -11,7 +11,7 @@ import torch
 from conftest import enliven, real_image
 from torch import Tensor, nn
 
-from timm_bcos.attribution.registry import METHODS, WITH_GRAPH, Subject, images_at_once
+from timm_bcos.attribution.registry import METHODS, WITH_GRAPH, AttributionModel, images_at_once
 from timm_bcos.evaluation.pointing_game import Grid, grid_shares
 
 pytest.importorskip("captum")
@@ -60,7 +60,7 @@ def test_the_pixels_of_a_pass_are_bounded(network: nn.Module, monkeypatch: pytes
 
 
 def test_gradcam_keeps_nothing_of_what_comes_before_its_layer(network: nn.Module) -> None:
-    subject, x = Subject(network), real_image(96)
+    subject, x = AttributionModel(network), real_image(96)
     with kept_for_backward() as whole:
         logits = subject(subject.leaf(x))
     with kept_for_backward() as of_layer:

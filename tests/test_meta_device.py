@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from timm_bcos import BcosConfig, bcosify
 
-NETWORKS: dict[str, dict] = {
+ARCHITECTURES: dict[str, dict] = {
     "a stem": dict(model_name="bcosify", arch="test_resnet", antialias=True),
     "a stem that encodes": dict(model_name="bcosv2_resnet18", num_classes=5),
-    "gates": dict(model_name="bcosify", arch="test_efficientnet", bias="gate"),
+    "gates": dict(model_name="bcosify", arch="test_efficientnet", bias="reference"),
     "a reader": dict(model_name="bcosify", arch="test_mambaout"),
     "zeros for biases": dict(model_name="bcosify", arch="convnextv2_atto", num_classes=5),
     "positions": dict(model_name="bcosify", arch="test_vit", positions="attention"),
@@ -28,7 +28,7 @@ def create(name: str) -> nn.Module:
     if name == "a sequence":
         layers = [nn.Unfold(4, stride=4), nn.Flatten(), nn.Linear(48 * 1600, 4)]
         return bcosify(nn.Sequential(*layers), BcosConfig(mean=(0.4,), std=(0.3,))).eval()
-    return timm.create_model(**NETWORKS[name]).eval()
+    return timm.create_model(**ARCHITECTURES[name]).eval()
 
 
 def forget(model: nn.Module) -> None:
@@ -43,7 +43,7 @@ def same(model: nn.Module, original: nn.Module, x: Tensor) -> None:
         torch.testing.assert_close(model(x), original(x), rtol=0, atol=0)
 
 
-@pytest.fixture(params=NETWORKS)
+@pytest.fixture(params=ARCHITECTURES)
 def case(request: pytest.FixtureRequest) -> tuple[str, nn.Module, Tensor]:
     original = create(request.param)
     config = getattr(original, "pretrained_cfg", {})

@@ -157,7 +157,7 @@ def test_max_sensitivity_is_captums(middling: Tensor) -> None:
     generator = torch.Generator().manual_seed(0)
     noises = [0.02 * (2 * torch.rand(middling.shape, generator=generator) - 1) for _ in range(5)]
     function = METHODS["ixg"].function
-    subject = metrics.Subject(model)
+    subject = metrics.AttributionModel(model)
     expected = sensitivity_max(
         lambda x: (function(subject, first_output(x), torch.tensor([1, 0])),), middling, lambda x: x + noises.pop(0),
         n_perturb_samples=5, max_examples_per_batch=2,
@@ -172,7 +172,7 @@ def test_ranks_by_hand() -> None:
     torch.testing.assert_close(metrics._correlation(*map(metrics._ranks, low_high)), torch.tensor([1.0, -1.0]).double())
 
 
-def test_randomisation_draws_other_weights_from_a_generator_of_its_own() -> None:
+def test_randomization_draws_other_weights_from_a_generator_of_its_own() -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3), nn.LSTM(2, 2), nn.Embedding(2, 2), nn.Linear(2, 2))
     state, weights = torch.random.get_rng_state(), []
     for seed in (1, 1, 2):
@@ -193,16 +193,16 @@ def test_faithfulness_correlation_tells_right_from_wrong(oracle: None) -> None:
     assert right > 0.2 > -0.2 > wrong
 
 
-def test_a_map_that_never_changes_is_stable_and_fails_the_randomisation(given: Any) -> None:
+def test_a_map_that_never_changes_is_stable_and_fails_the_randomization(given: Any) -> None:
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=2).eval()
     x, targets = real_image(32, 2), torch.tensor([0, 1])
     ramp = torch.arange(32.0 * 32).reshape(32, 32)
     given("constant", ramp)
     assert evaluate(model, x, targets, "max_sensitivity", "constant").abs().max() == 0
-    assert evaluate(model, x, targets, "randomisation", "constant").min() == pytest.approx(1)
+    assert evaluate(model, x, targets, "randomization", "constant").min() == pytest.approx(1)
     assert evaluate(model, x, targets, "max_sensitivity", "gradient").min() > 0
-    assert evaluate(model, x, targets, "randomisation", "gradient").abs().max() < 0.9
+    assert evaluate(model, x, targets, "randomization", "gradient").abs().max() < 0.9
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -224,7 +224,7 @@ def test_repeatable_and_without_traces(metric: str) -> None:
 
 def test_batch_norms_keep_the_signal_of_random_weights_alive() -> None:
     model = timm.create_model("bcos_efficientnet_lite0.clothing", pretrained=True).eval()
-    correlation = evaluate(model, real_image(64, 2), torch.tensor([1, 6]), "randomisation")
+    correlation = evaluate(model, real_image(64, 2), torch.tensor([1, 6]), "randomization")
     assert correlation.isfinite().all() and 0 < correlation.abs().max() < 0.9
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import assert_exact, enliven, load_script, normalised, real_image, timm_vits_trace
+from conftest import assert_exact, enliven, load_script, normalized, real_image, timm_vits_trace
 from timm.models import register_model
 from torch import nn
 
 import timm_bcos
 from timm_bcos import CheckpointError, NotFineTunedWarning, TargetError
-from timm_bcos.models.architectures import NETWORKS
+from timm_bcos.models.architectures import ARCHITECTURES
 from timm_bcos.models.bcos_models import ENTRY_POINTS
 from timm_bcos.models.loading import load_model
 from timm_bcos.models.vit import sincos_positions
@@ -45,7 +45,7 @@ def small(name: str, **kwargs: object) -> nn.Module:
     return timm.create_model(name, **(defaults | kwargs))
 
 
-@pytest.mark.parametrize("name", sorted(NETWORKS))
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_every_registered_network_is_exact(name: str) -> None:
     """Σ contributions + bias = logit, to rounding, in float64; in float32 for all but the slowest."""
     size = 299 if "inception" in name else 32 if "cnn9" in name or "cifar" in name else 96
@@ -192,12 +192,12 @@ PRESERVING: dict[str, object] = dict(b=1, bias=True)
 
 
 def test_bcosify_takes_an_architecture_from_a_folder(tmp_path: Path) -> None:
-    """Weights, arguments and normalisation come from the folder's config; what is given beside them wins."""
+    """Weights, arguments and normalization come from the folder's config; what is given beside them wins."""
     plain = timm.create_model("test_resnet", num_classes=7, act_layer="silu").eval()
     plain.pretrained_cfg = {**plain.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
     timm.models.save_for_hf(plain, tmp_path, model_args=dict(act_layer="silu"), safe_serialization=True)
     x = real_image(64)
-    expected = plain(normalised(x, plain.pretrained_cfg))
+    expected = plain(normalized(x, plain.pretrained_cfg))
     model = timm.create_model("bcosify", arch=f"local-dir:{tmp_path}", pretrained=True, **PRESERVING).eval()
     torch.testing.assert_close(model(x), expected)
     assert model.pretrained_cfg["mean"] == (0.0, 0.0, 0.0) and isinstance(model.layer1[0].act1, nn.SiLU)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import LOADING, PHOTOS, command, normalised
+from conftest import LOADING, PHOTOS, command, normalized
 from PIL import Image
 from torch import nn
 
@@ -89,7 +89,7 @@ def test_units_are_where_the_layer_has_them(
     images = torch.stack([image_loader(model, dataset)(i)[0] for i in range(9)])
     outputs: list[torch.Tensor] = []
     with torch.no_grad(), hooked([model.get_submodule(layer)], lambda module, args, output: outputs.append(output)):
-        model(normalised(images, model.pretrained_cfg))
+        model(normalized(images, model.pretrained_cfg))
     assert outputs[0].shape[axis] == units
     peaks = outputs[0].movedim(axis, 0).flatten(2).amax(2)
     torch.testing.assert_close(found.values, peaks.topk(2, dim=1).values)

@@ -100,14 +100,14 @@ def test_nobody_is_in_train_and_validation(tmp_path: Path) -> None:
     (source / "extra.csv").write_text("\n".join(extra))
     lines += [line.replace(",", ",extra,") for line in extra[1:]]
     counts = split.lay_out(source, tmp_path / "out", 0.2, seed=1)
-    assert counts == dict(train=96, validation=24, test=6, unlabelled=18)  # whole people, of six photos each
+    assert counts == dict(train=96, validation=24, test=6, unlabeled=18)  # whole people, of six photos each
     people = {line.split(",")[0]: line.split(",")[2] for line in lines[1:]}
     found = {}
     for name in counts:
         folder = tmp_path / "out" / name
         found[name] = {people[path.relative_to(folder).as_posix()] for path in folder.rglob("*.jpg")}
     assert not found["train"] & found["validation"] and found["test"] == {"20", "21"}
-    assert found["unlabelled"] == found["train"] | {"22", "23"}
+    assert found["unlabeled"] == found["train"] | {"22", "23"}
     assert split.choose_people([dict(contributor=p) for p in "aab"], 0.4, 0) == {"b"}
     (source / "extra.csv").write_text("\n".join(extra[:-1]))
     with pytest.raises(InputError, match=r"who sent class2/1023\.jpg of extra\.tar"):

@@ -48,8 +48,8 @@ def test_pictures_of_wider_numbers_keep_their_greys(name: str, tmp_path: Path) -
     for mode in ("RGB", "L"):
         photo = open_photo(tmp_path / name, mode)
         assert photo.mode == mode
-        grey = np.asarray(photo).reshape(16, 16, -1)[..., 0]
-        assert np.abs(grey - RAMP * 255).max() <= 1
+        gray = np.asarray(photo).reshape(16, 16, -1)[..., 0]
+        assert np.abs(gray - RAMP * 255).max() <= 1
 
 
 def test_dark_pictures_of_sixteen_bits_stay_dark(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_animated_images_say_that_one_picture_is_taken(
     assert "only its first picture is taken" in caplog.text
 
 
-def test_own_pictures_are_recognised_and_hidden_files_left_out(tmp_path: Path) -> None:
+def test_own_pictures_are_recognized_and_hidden_files_left_out(tmp_path: Path) -> None:
     save_image(torch.rand(8, 8, 3), tmp_path / "own.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
     (tmp_path / ".hidden").mkdir()

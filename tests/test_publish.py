@@ -7,7 +7,7 @@ import hub_server
 import pytest
 import timm
 import torch
-from conftest import PHOTOS, load_script, normalised, real_image
+from conftest import PHOTOS, load_script, normalized, real_image
 from hub_server import Hub
 from torch import nn
 
@@ -24,7 +24,7 @@ def python(python: Run) -> Run:
     return lambda code, **environment: python(f"import timm, timm_bcos, torch\n{code}", **environment)
 
 
-NETWORKS = {
+ARCHITECTURES = {
     "registered": "timm.create_model('bcos_cnn9', b=1.5, num_classes=4)",
     "by-arch": "timm.create_model('bcosify', arch='test_resnet', num_classes=4, logit_bias=-1.0)",
     "converted": "timm_bcos.bcosify(timm.create_model('test_vit', num_classes=4), "
@@ -46,7 +46,7 @@ x = torch.load('x.pt')
 e = timm_bcos.explain(model, x)
 torch.save((model(x).detach(), e.weights, e.bias), '{name}.pt')
 """
-        for name, code in NETWORKS.items()
+        for name, code in ARCHITECTURES.items()
     )  # fmt: skip
     output = python(publish)
     assert output.count(f"{hub.url}/org/") == 3, output
@@ -59,7 +59,7 @@ for name in %r:
     assert all(torch.equal(a, b) for a, b in zip((model(x), e.weights, e.bias), expected)), name
     print(name, 'is back', model.pretrained_cfg['label_names'], timm.data.resolve_model_data_config(model)['mean'])
 """
-    output = python(load % list(NETWORKS))
+    output = python(load % list(ARCHITECTURES))
     assert output.count("is back ['a', 'b', 'c', 'd'] [0.0, 0.0, 0.0]") == 3, output
     files = hub.repositories["org/registered"].files
     assert sorted(files) == ["README.md", "bcos_timm.py", "config.json", "explanation.png", "model.safetensors"]
@@ -188,18 +188,18 @@ def test_what_timm_cannot_create_again(tmp_path: Path) -> None:
     with pytest.raises(ModelStateError, match="no B-cos network"):
         timm_bcos.save_repository(timm.create_model("test_resnet"), tmp_path / "plain", "org/plain")
     config = BcosConfig(b=1.5, mean=(0.1, 0.1, 0.1), std=(0.3, 0.3, 0.3))
-    renormalised = bcosify(timm.create_model("test_resnet"), config).eval()
-    timm_bcos.save_repository(renormalised, tmp_path / "config", "org/config")  # the config says it
+    renormalized = bcosify(timm.create_model("test_resnet"), config).eval()
+    timm_bcos.save_repository(renormalized, tmp_path / "config", "org/config")  # the config says it
     elsewhere = timm.create_model("test_resnet")
     elsewhere.pretrained_cfg = {**elsewhere.pretrained_cfg, "mean": (0.1, 0.1, 0.1)}
     with pytest.raises(ModelStateError, match="its logits differ"):
         timm_bcos.save_repository(bcosify(elsewhere).eval(), tmp_path / "config", "org/elsewhere")
     kept = timm.create_model(f"local-dir:{tmp_path / 'config'}", pretrained=True)
-    assert torch.equal(kept.fc.weight, renormalised.fc.weight)
+    assert torch.equal(kept.fc.weight, renormalized.fc.weight)
     files = {"README.md", "bcos_timm.py", "config.json", "model.safetensors"}
     assert {file.name for file in (tmp_path / "config").iterdir()} == files
     with pytest.raises(InputError, match="2 label names for a network of 1000"):
-        timm_bcos.save_repository(renormalised, tmp_path / "labels", "org/labels", label_names=["a", "b"])
+        timm_bcos.save_repository(renormalized, tmp_path / "labels", "org/labels", label_names=["a", "b"])
     assert not (tmp_path / "labels").exists()
 
 
@@ -221,7 +221,7 @@ def test_a_plain_network_of_the_hub_is_converted(hub: Hub, python: Run, tmp_path
     timm.models.save_for_hf(plain, tmp_path / "plain", safe_serialization=True)
     files = {file.name: file.read_bytes() for file in (tmp_path / "plain").iterdir()}
     hub.repositories["org/plain"] = hub_server.Repository(files=files)
-    torch.save((x, plain(normalised(x, plain.pretrained_cfg)).detach()), tmp_path / "expected.pt")
+    torch.save((x, plain(normalized(x, plain.pretrained_cfg)).detach()), tmp_path / "expected.pt")
     code = """
 from timm_bcos.models.loading import load_model
 x, expected = torch.load("expected.pt")

@@ -5,11 +5,11 @@ import re
 import pytest
 import timm
 import torch
-from conftest import enliven, normalised, real_image
+from conftest import enliven, normalized, real_image
 from torch import Tensor, nn
 
 from timm_bcos import BcosConfig, Explanation, InputError, TargetError, bcosify, check, contrast, explain
-from timm_bcos.explanation.regions import Grid
+from timm_bcos.explanation.regions import PositionGrid
 
 SIZE = 96
 
@@ -22,7 +22,7 @@ def x() -> Tensor:
 def converted(name: str, x: Tensor, **kwargs: object) -> nn.Module:
     """With constants of its own for each output."""
     plain = timm.create_model(name, **kwargs).double()
-    enliven(plain, normalised(x, plain.pretrained_cfg))
+    enliven(plain, normalized(x, plain.pretrained_cfg))
     return bcosify(plain, BcosConfig.finetune(b=1.5, bias=True)).eval()
 
 
@@ -170,7 +170,7 @@ def test_regions_of_tokens(x: Tensor) -> None:
 )
 def test_tokens_that_form_a_grid(count: int, prefix: int, size: tuple[int, int], shape: tuple[int, int]) -> None:
     """Only where rows and columns are in the image's proportion: a detector's boxes may have any number."""
-    assert Grid.of_tokens(count, prefix, size).shape == shape
+    assert PositionGrid.of_tokens(count, prefix, size).shape == shape
 
 
 def test_outputs_by_name_with_regions(dense: nn.Module, x: Tensor) -> None:
@@ -222,7 +222,7 @@ def test_other_inputs_by_name(model: nn.Module, x: Tensor, chunk: int | None) ->
     factor = 2 * prior.sigmoid().mean(1)
     torch.testing.assert_close(found.weights, factor[:, None, None, None] * own.weights)
     torch.testing.assert_close(found.bias, factor * own.bias + prior[:, 3])
-    assert found.completeness_error.max() <= 1e-10 and not found.defects
+    assert found.completeness_error.max() <= 1e-10 and not found.violations
     pair = contrast(captioned, x, 3, 5, extra=extra, chunk=chunk)
     torch.testing.assert_close(pair.weights, found.weights - explain(captioned, x, 5, extra=extra).weights)
     verdict = check(captioned, x, extra=dict(prior=prior.float(), scale=2.0))

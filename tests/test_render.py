@@ -19,7 +19,7 @@ def explanation() -> timm_bcos.Explanation:
     return timm_bcos.explain(enliven(timm.create_model("bcos_cnn9"), x), x)
 
 
-def test_colours_are_the_formula() -> None:
+def test_colors_are_the_formula() -> None:
     weights = torch.randn(1, 6, 5, 4, dtype=torch.float64)
     contribution = torch.randn(1, 5, 4, dtype=torch.float64)
     rgba = weights_to_rgba(weights, contribution, smooth=0, percentile=100)[0]
@@ -50,12 +50,12 @@ def test_shapes_and_ranges(explanation: timm_bcos.Explanation) -> None:
     assert overlay(explanation.image, explanation.contribution_map).shape == (2, 32, 32, 3)
 
 
-def test_contribution_colours_are_symmetric() -> None:
+def test_contribution_colors_are_symmetric() -> None:
     values = torch.tensor([[[-2.0, -1.0, 0.0, 1.0, 2.0]]])
-    colours = map_to_rgba(values, percentile=100)[0, 0, :, :3]
-    torch.testing.assert_close(colours, colours.flip(0).flip(-1), atol=1e-2, rtol=0)  # blue and red swap
-    assert colours[0].tolist() == [0, 0, 1]
-    assert colours[2].min() > 0.99
+    colors = map_to_rgba(values, percentile=100)[0, 0, :, :3]
+    torch.testing.assert_close(colors, colors.flip(0).flip(-1), atol=1e-2, rtol=0)  # blue and red swap
+    assert colors[0].tolist() == [0, 0, 1]
+    assert colors[2].min() > 0.99
 
 
 def test_transparent_is_white() -> None:

@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import assert_exact, normalised, real_image
+from conftest import assert_exact, normalized, real_image
 from timm import layers as timm_layers
 from timm import models as timm_models
 from timm.layers import norm, norm_act
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import timm_bcos
 from timm_bcos import RULES, BcosConfig, BcosConv2d, UnsupportedModuleError, bcosify, keep
-from timm_bcos.conversion.rules import Place
+from timm_bcos.conversion.rules import LayerRole
 from timm_bcos.nn.heads import BcosConvClassifier, BcosLinearClassifier, BcosPool2d
 from timm_bcos.nn.stems import BcosStem, ImageReader
 
@@ -34,7 +34,7 @@ def network(*inner: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 1), *inner, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
 
 
-def randomised(module: nn.Module) -> nn.Module:
+def randomized(module: nn.Module) -> nn.Module:
     """In float64 and evaluation mode, with weights and statistics that are not 0 and 1."""
     module = module.double().eval()
     for tensor in [*module.parameters(), *module.buffers()]:
@@ -44,7 +44,7 @@ def randomised(module: nn.Module) -> nn.Module:
 
 
 def converted(module: nn.Module, config: BcosConfig) -> nn.Module:
-    return RULES[type(module)](module, Place("here"), config)
+    return RULES[type(module)](module, LayerRole("here"), config)
 
 
 # `scripts/coverage.py` measures; here every model file is at least planned.
@@ -87,7 +87,7 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", [*NORMS, *NORM_ACTS, *OTHERS])
 def test_norms_follow_the_config(name: str) -> None:
     """Kept with its bias it is the same function; without, only the additive parts are gone; removed, it is gone."""
-    plain = randomised((NORMS | NORM_ACTS | OTHERS)[name]())
+    plain = randomized((NORMS | NORM_ACTS | OTHERS)[name]())
     x = torch.randn(2, 8, 8, 8, dtype=torch.float64)
     expected, state = plain(x), copy.deepcopy(plain.state_dict())
     torch.testing.assert_close(converted(plain, PRESERVE)(x), expected, rtol=1e-5, atol=1e-5)
@@ -96,7 +96,7 @@ def test_norms_follow_the_config(name: str) -> None:
             getattr(plain, member).data.zero_()
     expected = plain(x)
     plain.load_state_dict(state)
-    for config in (CONFIG, BcosConfig(norm="uncentred", bias=False)):
+    for config in (CONFIG, BcosConfig(norm="uncentered", bias=False)):
         unbiased = converted(plain, config)
         torch.testing.assert_close(unbiased(x), expected, rtol=1e-5, atol=1e-5)
         assert unbiased(0 * x).abs().max() == 0
@@ -109,8 +109,8 @@ def test_norms_follow_the_config(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in [*NORMS, *NORM_ACTS] if name.endswith("Fp32")])
 def test_float32_norms_keep_the_digits_of_float64(name: str) -> None:
-    plain = randomised((NORMS | NORM_ACTS)[name]())
-    sibling = randomised((NORMS | NORM_ACTS)[name.removesuffix("Fp32")]())
+    plain = randomized((NORMS | NORM_ACTS)[name]())
+    sibling = randomized((NORMS | NORM_ACTS)[name.removesuffix("Fp32")]())
     sibling.load_state_dict(plain.state_dict())
     x = torch.randn(2, 8, 8, 8, dtype=torch.float64)
     wide = converted(plain, PRESERVE)
@@ -121,7 +121,7 @@ def test_float32_norms_keep_the_digits_of_float64(name: str) -> None:
 
 @pytest.mark.parametrize("kind", [EvoNorm2dS0, EvoNorm2dS0a, FilterResponseNormTlu2d])
 def test_norm_and_activation_in_one(kind: type[nn.Module]) -> None:
-    plain = randomised(kind(8, groups=2))
+    plain = randomized(kind(8, groups=2))
     x = torch.randn(2, 8, 8, 8, dtype=torch.float64)
     assert converted(plain, PRESERVE) is plain
     expected = kind.forward(plain, x)
@@ -138,12 +138,12 @@ def test_norm_and_activation_in_one(kind: type[nn.Module]) -> None:
 def test_batch_norm_without_affine_or_running_statistics() -> None:
     x = real_image(8, 2, torch.float64)
     plain = network(nn.BatchNorm2d(8, affine=False)).double()
-    timm_bcos.settle(plain, normalised(x, CFG))
-    expected = plain(normalised(x, CFG)).detach()
+    timm_bcos.calibrate(plain, normalized(x, CFG))
+    expected = plain(normalized(x, CFG)).detach()
     torch.testing.assert_close(bcosify(copy.deepcopy(plain), PRESERVE)(x).detach(), expected)
-    uncentred = bcosify(plain, CONFIG)
-    assert_exact(uncentred, x, 1e-10)
-    assert not uncentred[1].weight.requires_grad
+    uncentered = bcosify(plain, CONFIG)
+    assert_exact(uncentered, x, 1e-10)
+    assert not uncentered[1].weight.requires_grad
     by_batch = network(nn.BatchNorm2d(8, track_running_stats=False))
     for config in (PRESERVE, CONFIG):
         with pytest.raises(UnsupportedModuleError, match=r"1: .*BatchNorm2d has no running statistics.*norm='remove'"):
@@ -163,7 +163,7 @@ def test_batch_norm_without_affine_or_running_statistics() -> None:
     ids=lambda module: type(module).__name__,
 )  # fmt: skip
 def test_owned_biases_go_with_the_others(module: nn.Module) -> None:
-    plain = randomised(module)
+    plain = randomized(module)
     x = torch.randn(2, 8, 8, 8, dtype=torch.float64)
     name = "beta" if hasattr(plain, "beta") else "bias"
     assert converted(plain, PRESERVE) is plain
@@ -212,7 +212,7 @@ def test_global_pooling_keeps_its_output_size() -> None:
     torch.testing.assert_close(BcosPool2d.from_pool(pool)(x), pool(x))
     plain = nn.Sequential(nn.Conv2d(3, 8, 1), pool, nn.Linear(32, 5)).double().eval()
     image = real_image(8, 2, torch.float64)
-    expected = plain(normalised(image, CFG)).detach()
+    expected = plain(normalized(image, CFG)).detach()
     model = bcosify(plain, PRESERVE)
     assert type(model[2]) is BcosLinearClassifier, "a classifier of 2 × 2 positions cannot act per position"
     torch.testing.assert_close(model(image).detach(), expected)
@@ -249,7 +249,7 @@ class Hidden(nn.Module):
         return self.act(F.conv2d(x, self.kernel))
 
 
-class Standardised(nn.Conv2d):
+class Standardized(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight / self.weight.std(), self.bias)
 
@@ -298,7 +298,7 @@ class CosineHead(nn.Module):
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "own weight": (lambda: network(Hidden()), r"1: no rule for .*Hidden; pass rules=RULES \| \{Hidden: rule\}"),
-    "weight standardisation": (lambda: network(Standardised(8, 8, 1)), "1: no rule for .*Standardised"),
+    "weight standardization": (lambda: network(Standardized(8, 8, 1)), "1: no rule for .*Standardized"),
     "container of a ruled type": (lambda: network(WithNorm()), "1: no rule for .*WithNorm"),
     "GeM": (lambda: nn.Sequential(nn.Conv2d(3, 8, 1), GeM(), nn.Linear(8, 5)), "1: no rule for .*GeM"),
     "cosine head": (lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.Linear(8, 8), CosineHead()), "2: no rule for"),
@@ -324,7 +324,7 @@ def test_what_no_rule_can_be_right_for_is_refused(name: str) -> None:
 def test_containers_with_scales_are_kept_and_rules_can_be_given() -> None:
     x = real_image(8, 2, torch.float64)
     model = network(Scaled()).double().eval()
-    expected = model(normalised(x, CFG)).detach()
+    expected = model(normalized(x, CFG)).detach()
     model = bcosify(model, PRESERVE)
     assert type(model[1].inner) is BcosConv2d
     torch.testing.assert_close(model(x).detach(), expected)
@@ -339,10 +339,10 @@ def test_sigmoid_gates_are_kept() -> None:
 
 
 @pytest.mark.parametrize("version", [torchvision.transforms.Normalize, torchvision.transforms.v2.Normalize])
-def test_networks_that_normalise_themselves(version: type[nn.Module]) -> None:
+def test_networks_that_normalize_themselves(version: type[nn.Module]) -> None:
     inner = network().double().eval()
     x = real_image(8, 2, torch.float64)
-    expected = inner(normalised(x, CFG)).detach()
+    expected = inner(normalized(x, CFG)).detach()
     model = bcosify(nn.Sequential(version(**CFG), inner).eval(), BcosConfig.finetune(b=1, bias=True))
     torch.testing.assert_close(model(x).detach(), expected)
     assert_exact(model, x, 1e-10)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import PHOTOS, command, normalised, real_image
+from conftest import PHOTOS, command, normalized, real_image
 from timm.optim import create_optimizer_v2
 from timm.utils import CheckpointSaver
 from typer.testing import CliRunner
@@ -24,14 +24,14 @@ from timm_bcos.models.loading import load_model, load_plain_model
 SCRIPT = """
 import sys
 import timm
-import neighbour
-print(__name__, sys.argv, len(timm.list_models('bcos_cnn9*')), neighbour.NUMBER)
+import neighbor
+print(__name__, sys.argv, len(timm.list_models('bcos_cnn9*')), neighbor.NUMBER)
 """
 
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
-    (tmp_path / "neighbour.py").write_text("NUMBER = 7")
+    (tmp_path / "neighbor.py").write_text("NUMBER = 7")
     path = tmp_path / "train.py"
     path.write_text(SCRIPT)
     return path
@@ -213,7 +213,7 @@ def test_local_folders_of_plain_networks_are_converted(tmp_path: Path) -> None:
     converted = load_model(f"local-dir:{tmp_path}").eval()
     assert isinstance(converted, BcosModel)
     x = real_image(64)
-    torch.testing.assert_close(converted(x), plain(normalised(x, plain.pretrained_cfg)))
+    torch.testing.assert_close(converted(x), plain(normalized(x, plain.pretrained_cfg)))
 
 
 class Planted:

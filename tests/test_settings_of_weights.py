@@ -81,7 +81,7 @@ def test_the_clothes_weights_are_refused_by_the_network_for_everyday_photos() ->
     with pytest.raises(CheckpointError, match=r"b=2.0, antialias=True.*b=1.25, antialias=False"):
         model.load_state_dict(load_file(CLOTHES))
     same = timm.create_model(
-        "bcosify", arch="tf_efficientnet_lite0", num_classes=10, b=2.0, bias="gate", stem="encoded", antialias=True,
+        "bcosify", arch="tf_efficientnet_lite0", num_classes=10, b=2.0, bias="reference", stem="encoded", antialias=True,
         logit_bias=-2.2,
     ).eval()  # fmt: skip
     same.load_state_dict(load_file(CLOTHES))
@@ -132,12 +132,12 @@ def test_a_classifier_for_other_classes_is_no_contradiction() -> None:
     model.load_state_dict({key: value for key, value in weights.items() if not key.startswith("fc.")})
 
 
-def test_colour_weights_for_grey_images_are_no_contradiction() -> None:
+def test_color_weights_for_grey_images_are_no_contradiction() -> None:
     weights = small().state_dict()
     overlay = dict(state_dict=weights, num_classes=4)
-    grey = small(in_chans=1, pretrained=True, pretrained_cfg_overlay=overlay)
+    gray = small(in_chans=1, pretrained=True, pretrained_cfg_overlay=overlay)
     expected = weights["conv1.0.weight"].unflatten(1, (2, 3)).sum(2)
-    torch.testing.assert_close(grey.conv1[0].weight.data, expected)
+    torch.testing.assert_close(gray.conv1[0].weight.data, expected)
 
 
 def test_weights_of_a_fused_network_are_refused_by_the_network_itself() -> None:

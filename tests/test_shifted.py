@@ -34,7 +34,7 @@ def test_is_the_mean_over_shifts(network: nn.Module, x: Tensor) -> None:
     images = [shifted(x, row, column) for row in (-1, 0, 1) for column in (-1, 0, 1)]
     torch.testing.assert_close(model(x), torch.stack([network(image) for image in images]).mean(0))
     found = explain(model, x, 3)
-    assert found.completeness_error.max() <= 1e-10 and not found.defects
+    assert found.completeness_error.max() <= 1e-10 and not found.violations
     total = torch.zeros_like(found.weights)
     for row in (-1, 0, 1):
         for column in (-1, 0, 1):

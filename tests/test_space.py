@@ -36,7 +36,7 @@ needs_page = pytest.mark.skipif(
 
 
 def test_the_hub_reads_a_space(tmp_path: Path) -> None:
-    save_space(tmp_path, "org/show", "org/net", photos=[PHOTOS / "coffee.jpg"], title='Why: "a"?', licence="mit")
+    save_space(tmp_path, "org/show", "org/net", photos=[PHOTOS / "coffee.jpg"], title='Why: "a"?', license="mit")
     card = SpaceCard.load(tmp_path / "README.md")
     assert isinstance(card.data, SpaceCardData)
     data = metadata_load(tmp_path / "README.md")
@@ -67,7 +67,7 @@ def test_examples_are_small_and_tell_nothing_of_the_camera(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("repo_id", "model_id", "photo", "message"),
     [
-        ("org/show", 'org/n"et', "coffee.jpg", "is no repository of the Hub, ORGANISATION/NAME"),
+        ("org/show", 'org/n"et', "coffee.jpg", "is no repository of the Hub, ORGANIZATION/NAME"),
         ("org/show/more", "org/net", "coffee.jpg", "'org/show/more' is no repository"),
         ("org/show", "org/net", "none.jpg", r"example photo .*none\.jpg: no such file"),
     ],
@@ -84,7 +84,7 @@ def test_the_command_writes_a_folder(tmp_path: Path) -> None:
         "org/name", "--model", "bcos_cifar_resnet20", "--classes", str(tmp_path / "names.txt"),
         "--photo", str(PHOTOS / "coffee.jpg"), "--photo", str(PHOTOS / "rocket.jpg"), "--description", "Told.",
         "--accuracy", "86.6", "--dataset", "CIFAR-10", "--command", "measured so", "--trained-on", "cifar10",
-        "--licence", "bsd-2-clause", "--note", "one", "--note", "two", "--dtype", "float16",
+        "--license", "bsd-2-clause", "--note", "one", "--note", "two", "--dtype", "float16",
         "--folder", str(tmp_path / "out"), "--space",
     ])  # fmt: skip
     assert result.exit_code == 0, result.output

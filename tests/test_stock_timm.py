@@ -22,7 +22,7 @@ needs_train_script = pytest.mark.skipif(
     not TRAIN_SCRIPT.is_file(), reason="TIMM_SCRIPTS names no folder with timm's train.py"
 )
 COMMON = "--num-classes 2 --device cpu -j 0 --no-prefetcher -b 4 --epochs 1 --warmup-epochs 0 --opt adamw --lr 1e-3"
-NETWORKS = {
+ARCHITECTURES = {
     "registered": ["--model", "bcos_cnn9"],
     "by-arch": ["--model", "bcosify", "--model-kwargs", "arch=test_resnet", "b=1.5", "--input-size", "3", "32", "32"],
 }
@@ -51,9 +51,9 @@ def train(data: Path, *arguments: str) -> str:
 
 
 @needs_train_script
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_train_py_imports_the_package_by_its_own_option(name: str, data: Path) -> None:
-    output = train(data, "--device-modules", "timm_bcos", *NETWORKS[name], "--output", "out", "--experiment", name)
+    output = train(data, "--device-modules", "timm_bcos", *ARCHITECTURES[name], "--output", "out", "--experiment", name)
     checkpoint = data.parent / "out" / name / "last.pth.tar"
     assert checkpoint.is_file(), output
     model = load_model(checkpoint=checkpoint).eval()
@@ -63,7 +63,7 @@ def test_train_py_imports_the_package_by_its_own_option(name: str, data: Path) -
 
 @needs_train_script
 def test_train_py_without_the_option_does_not_know_the_networks(data: Path) -> None:
-    assert "Unknown model (bcos_cnn9)" in train(data, *NETWORKS["registered"])
+    assert "Unknown model (bcos_cnn9)" in train(data, *ARCHITECTURES["registered"])
 
 
 @pytest.mark.parametrize(

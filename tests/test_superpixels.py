@@ -12,7 +12,7 @@ from captum._utils.models.model import Model
 from captum.attr import Lime
 from skimage.segmentation import quickshift
 
-from timm_bcos.attribution.lime import local_weights, mean_colours, quickshift_segments
+from timm_bcos.attribution.lime import local_weights, mean_colors, quickshift_segments
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_all_segments_are_captums_lime(masks: Tensor) -> None:
     network = torch.nn.Sequential(
         torch.nn.Conv2d(3, 4, 5), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(1600, 2)
     )
-    background = mean_colours(image[0], segments)
+    background = mean_colors(image[0], segments)
     rows = iter(masks[:, None])
     lime = Lime(network, Ridge(), lambda x, changed, mask, **_: closeness(mask[0]), lambda x, **_: next(rows))
     expected = lime.attribute(image, background[None], 1, feature_mask=segments[None, None], n_samples=300,
@@ -93,15 +93,15 @@ def test_all_segments_are_captums_lime(masks: Tensor) -> None:
     torch.testing.assert_close(local_weights(masks, answers, 9)[1].float(), expected.flatten(), rtol=1e-3, atol=1e-5)
 
 
-def test_segments_and_their_colours() -> None:
+def test_segments_and_their_colors() -> None:
     image = real_image(48)[0]
     pixels = image.permute(1, 2, 0).double().numpy()
     segments = quickshift_segments(image, 2)
     assert (segments.numpy() == quickshift(pixels, kernel_size=2, max_dist=200, ratio=0.2)).all()
     assert segments.unique().tolist() == list(range(int(segments.max()) + 1)) and segments.max() > 1
-    found = mean_colours(image, segments)
+    found = mean_colors(image, segments)
     for number in segments.unique():
         place = segments == number
         torch.testing.assert_close(found[:, place], image[:, place].mean(1, keepdim=True).expand(-1, int(place.sum())))
-    grey = image[:1]
-    assert torch.equal(quickshift_segments(grey, 2), quickshift_segments(grey.expand(3, -1, -1), 2))
+    gray = image[:1]
+    assert torch.equal(quickshift_segments(gray, 2), quickshift_segments(gray.expand(3, -1, -1), 2))

@@ -16,7 +16,7 @@ from timm_bcos.cli.commands.explain_photos import open_photo
 from timm_bcos.models.loading import load_model
 
 teach = load_script("teach")
-unlabelled = load_script("unlabelled")
+unlabeled = load_script("unlabeled")
 ARCH = "test_efficientnet"
 
 
@@ -44,8 +44,8 @@ def lesson(tmp_path: Path, **changes: object) -> "teach.Lesson":
     return teach.Lesson(SimpleNamespace(**given | changes), dict.fromkeys(teach.CALIBRATION, torch.rand(2, 3, 64, 64)))
 
 
-def test_the_student_starts_as_its_original_less_the_answer_to_grey(arguments: list[str], tmp_path: Path) -> None:
-    """At B = 1, but at the borders, where zeros stand for grey in the one and for nothing in the other."""
+def test_the_student_starts_as_its_original_less_the_answer_to_gray(arguments: list[str], tmp_path: Path) -> None:
+    """At B = 1, but at the borders, where zeros stand for gray in the one and for nothing in the other."""
     started = lesson(tmp_path)
     started.student.eval()
     for name, norm in started.norms.items():  # measured with the borders
@@ -57,10 +57,10 @@ def test_the_student_starts_as_its_original_less_the_answer_to_grey(arguments: l
         margin = 2 * (block + 1)
         inner = (..., slice(margin, -margin), slice(margin, -margin))
         torch.testing.assert_close(
-            found[block][inner], (wanted[block] - started.grey[block])[inner], rtol=1e-3, atol=1e-4
+            found[block][inner], (wanted[block] - started.gray[block])[inner], rtol=1e-3, atol=1e-4
         )
     assert (
-        teach.feature_difference([w - z for w, z in zip(wanted, started.grey, strict=True)], wanted, started.grey) == 0
+        teach.feature_difference([w - z for w, z in zip(wanted, started.gray, strict=True)], wanted, started.gray) == 0
     )
 
 
@@ -134,13 +134,13 @@ def test_teaching_brings_the_student_nearer(arguments: list[str], tmp_path: Path
     torch.manual_seed(0)
     started = lesson(tmp_path, b=1.25)
     x = torch.rand(4, 3, 64, 64)
-    optimiser = torch.optim.Adam(started.student.parameters(), 1e-3)
+    optimizer = torch.optim.Adam(started.student.parameters(), 1e-3)
     losses = []
     for _ in range(20):
         loss = started.whole_loss(x)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0], losses
 
@@ -167,19 +167,19 @@ def test_divergences_are_the_formulas() -> None:
 def test_batches_are_the_same_in_every_run() -> None:
     photo = open_photo(PHOTOS / "coffee.jpg")
     images = dict(photos=[photo], scenes=[], icons=[photo.resize((32, 32))])
-    batches = unlabelled.Batches(images, 40, batch_size=8)
+    batches = unlabeled.Batches(images, 40, batch_size=8)
     assert batches.counts == dict(photos=6, icons=2)
-    again = list(unlabelled.Batches(images, 40, batch_size=8).prepared(3, 6))
+    again = list(unlabeled.Batches(images, 40, batch_size=8).prepared(3, 6))
     assert len(again) == 3
     for number, batch in enumerate(again, 3):
         assert batch.shape == (8, 3, 40, 40) and batch.min() >= 0 and batch.max() <= 1
         assert torch.equal(batch, batches[number])
     assert not torch.equal(again[0], again[1])
-    assert not torch.equal(unlabelled.Batches(images, 40, 8, seed=1)[3], again[0])
+    assert not torch.equal(unlabeled.Batches(images, 40, 8, seed=1)[3], again[0])
 
 
 def test_reads_images_and_leaves_out_the_tiny_ones(tmp_path: Path) -> None:
     for name, size in dict(large=(900, 600), tiny=(40, 30)).items():
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
-    assert [image.size for image in unlabelled.load_images([str(tmp_path)], 256)] == [(384, 256)]
-    assert len(unlabelled.load_images([str(tmp_path)], 30)) == 2
+    assert [image.size for image in unlabeled.load_images([str(tmp_path)], 256)] == [(384, 256)]
+    assert len(unlabeled.load_images([str(tmp_path)], 30)) == 2

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torchvision
-from conftest import enliven, normalised, real_image
+from conftest import enliven, normalized, real_image
 from torch import Tensor, nn
 from torchvision.models import swin_transformer as swin
 from torchvision.models.convnext import CNBlockConfig
@@ -58,7 +58,7 @@ def swin_v2() -> nn.Module:
 
 UNTRAINED = dict(num_classes=7, init_weights=False, transform_input=True)
 # builder and image size
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "alexnet": (lambda: with_small_head(models.alexnet, 256, 1), 64),
     "convnext": (lambda: models.ConvNeXt([CNBlockConfig(8, 16, 2), CNBlockConfig(16, None, 2)], num_classes=7), 32),
     "densenet": (lambda: models.DenseNet(8, (2, 2), 16, num_classes=7), 32),
@@ -82,16 +82,16 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 
 
 def plain_and_image(name: str, batch: int = 2) -> tuple[nn.Module, Tensor]:
-    builder, size = NETWORKS[name]
+    builder, size = ARCHITECTURES[name]
     x = real_image(size, batch, torch.float64)
-    return enliven(builder().double(), normalised(x, IMAGENET)), x
+    return enliven(builder().double(), normalized(x, IMAGENET)), x
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_function_is_preserved_and_exact(name: str) -> None:
     model, x = plain_and_image(name)
     with torch.no_grad():
-        expected = model(normalised(x, IMAGENET))
+        expected = model(normalized(x, IMAGENET))
         converted = bcosify(model, PRESERVE)
         torch.testing.assert_close(converted(x), expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
     assert timm_bcos.explain(converted, x).completeness_error.max() <= 1e-10
@@ -100,9 +100,9 @@ def test_function_is_preserved_and_exact(name: str) -> None:
     assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_bcos_conversion_is_exact_and_trains(name: str) -> None:
-    builder, size = NETWORKS[name]
+    builder, size = ARCHITECTURES[name]
     x = real_image(size, 2, torch.float64)
     gamma = 8.0 if name in ("squeezenet", "vgg") else 1.0  # without norms the signal of an untrained network fades
     model = enliven(bcosify(builder().double(), BcosConfig(gamma=gamma)), x)
@@ -138,7 +138,7 @@ def test_converted_networks_copy_pickle_and_take_the_encoding(name: str) -> None
 
 
 def test_what_reads_the_image() -> None:
-    """The first convolution; a reader where the network splits the colours itself, as with Inception's weights."""
+    """The first convolution; a reader where the network splits the colors itself, as with Inception's weights."""
     assert type(bcosify(models.resnet18()).conv1) is BcosStem
     assert type(bcosify(models.googlenet(aux_logits=False, **UNTRAINED)).image_reader) is ImageReader
     plain = models.googlenet(aux_logits=False, init_weights=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import SCRIPTS, enliven, normalised, real_image
+from conftest import SCRIPTS, enliven, normalized, real_image
 from test_stock_timm import COMMON, TRAIN_SCRIPT, data, needs_train_script  # noqa: F401  (a fixture)
 from timm.task import LogitDistillationTask
 from torch import Tensor, nn
@@ -26,14 +26,14 @@ from timm_bcos import (
     InputError,
     ModelStateError,
     TargetError,
-    UncentredBatchNorm2d,
+    UncenteredBatchNorm2d,
     bcosify,
     cosine_loss,
     dynamic_weights,
     energy_loss,
     explain,
 )
-from timm_bcos.dynamic_linear.dual_graph import Streams
+from timm_bcos.dynamic_linear.dual_graph import DualGraph
 from timm_bcos.dynamic_linear.mode import DynamicLinearMode, active
 from timm_bcos.nn.activations import ShiftedActivation
 
@@ -43,8 +43,8 @@ ARCHITECTURES = ["test_resnet", "test_efficientnet", "test_vit", "test_convnext"
 
 def network(arch: str, x: Tensor, **config: object) -> nn.Module:
     plain = timm.create_model(arch, num_classes=6).to(x.dtype)
-    enliven(plain, normalised(x, plain.pretrained_cfg))
-    return timm_bcos.settle(bcosify(plain, BcosConfig.finetune(b=1.5, **config)), x).eval()
+    enliven(plain, normalized(x, plain.pretrained_cfg))
+    return timm_bcos.calibrate(bcosify(plain, BcosConfig.finetune(b=1.5, **config)), x).eval()
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_beside_the_formula() -> None:
         return (second @ first)[1]
 
     u, v = (w.detach().flatten(1).clone().requires_grad_() for w in (stem.weight, head.weight))
-    seen = torch.cat([x, -x], 1)  # the encoding (x, 1 - x), normalised by the mean 0
+    seen = torch.cat([x, -x], 1)  # the encoding (x, 1 - x), normalized by the mean 0
     expected = torch.stack([row(u, v, pixels.flatten()) for pixels in seen]).reshape(seen.shape)
     found = dynamic_weights(model, x, 1).weights
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
@@ -120,7 +120,7 @@ PARTS: dict[str, Callable[[], nn.Module]] = {
     "B = 1.5": lambda: conv(b=1.5),
     "free rows": lambda: conv(normalize_weight=False),
     "depthwise": lambda: nn.Sequential(conv(groups=4), conv()),
-    "uncentred norm": lambda: nn.Sequential(conv(), UncentredBatchNorm2d(4, dtype=Double), conv()),
+    "uncentered norm": lambda: nn.Sequential(conv(), UncenteredBatchNorm2d(4, dtype=Double), conv()),
     "batch norm": lambda: nn.Sequential(conv(), nn.BatchNorm2d(4, dtype=Double), conv()),
     "group norm": lambda: nn.Sequential(conv(), nn.GroupNorm(2, 4, dtype=Double), conv()),
     "layer norm": lambda: nn.Sequential(conv(), nn.LayerNorm([4, 2, 3], dtype=Double), conv()),
@@ -142,7 +142,7 @@ def test_gradients_of_rows_by_finite_differences(name: str, training: bool) -> N
     def rows(*parameters: Tensor) -> Tensor:
         leaf, members = x.clone().requires_grad_(), dict(zip(own, parameters, strict=True))
         statistics = {key: buffer.clone() for key, buffer in part.named_buffers()}
-        with Streams(leaf).active(), active(DynamicLinearMode(leaf)):
+        with DualGraph(leaf).active(), active(DynamicLinearMode(leaf)):
             outputs = functional_call(part, members | statistics, leaf.clone())
         (found,) = torch.autograd.grad(outputs.flatten(1)[:, :3].sum(), leaf, create_graph=True)
         return found  # type: ignore[no-any-return]
@@ -157,7 +157,7 @@ def test_second_derivatives_by_weights(layer: nn.Module) -> None:
     assert torch.autograd.gradgradcheck(lambda w, x: functional_call(layer, dict(weight=w), x), (weight, x))
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["uncentred", "centred"])
+@pytest.mark.parametrize("bias", [False, True], ids=["uncentered", "centered"])
 def test_training_mode_is_one_step(bias: bool, x: Tensor) -> None:
     """Dropout draws the same for both streams, statistics follow once."""
     model = network("test_resnet", x, bias=bias)
@@ -182,7 +182,7 @@ def test_activations_near_zero(act: type[nn.Module]) -> None:
     layer, tiny = act(), torch.tensor([[0.0, 1e-38, -1e-30, 1e-20, -1e-10, 1e-5, 0.5]])
     scale = torch.ones(1, 7, requires_grad=True)
     leaf = tiny.clone().requires_grad_()
-    streams = Streams(leaf)
+    streams = DualGraph(leaf)
     with streams.active(), active(DynamicLinearMode(leaf)):
         outputs = layer(leaf * scale)
     (slopes,) = torch.autograd.grad(outputs.sum(), leaf, create_graph=True)
@@ -237,12 +237,12 @@ def test_losses_by_hand() -> None:
 
 
 def steps(task: nn.Module, count: int, *batch: object) -> list[dict[str, float]]:
-    optimiser, results = torch.optim.Adam(task.trainable_module.parameters(), 2e-3), []
+    optimizer, results = torch.optim.Adam(task.trainable_module.parameters(), 2e-3), []
     for _ in range(count):
         losses = task(*batch)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         losses["loss"].backward()
-        optimiser.step()
+        optimizer.step()
         results.append({name: loss.item() for name, loss in losses.items() if name != "output"})
     return results
 

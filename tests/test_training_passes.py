@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from timm_bcos import BcosConv2d, BcosLinear, UncentredBatchNorm2d
+from timm_bcos import BcosConv2d, BcosLinear, UncenteredBatchNorm2d
 from timm_bcos.nn import autograd, execution, functional, primitives
 from timm_bcos.nn.autograd import divide_by_deviation
 from timm_bcos.nn.primitives import unit_weight
@@ -52,7 +52,7 @@ def test_division_by_the_deviation(dtype: torch.dtype, layout: torch.memory_form
 @pytest.mark.parametrize("large", [1, 1 << 21], ids=["one by one", "whole"])
 def test_a_convolution_and_its_norm(layout: torch.memory_format, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execution, "LARGE", large)
-    conv, norm = BcosConv2d(4, 5, 3, padding=1, dtype=Double), UncentredBatchNorm2d(5, dtype=Double)
+    conv, norm = BcosConv2d(4, 5, 3, padding=1, dtype=Double), UncenteredBatchNorm2d(5, dtype=Double)
     x = torch.randn(3, 4, 6, 5, dtype=Double).contiguous(memory_format=layout)
     weight, scale = torch.randn(5, 4, 3, 3, dtype=Double), torch.randn(5, dtype=Double)
 
@@ -73,7 +73,7 @@ def test_second_derivatives_of_depthwise_convolutions() -> None:
 
 
 def test_second_derivatives() -> None:
-    conv, norm = BcosConv2d(2, 2, 3, padding=1, dtype=Double), UncentredBatchNorm2d(2, dtype=Double)
+    conv, norm = BcosConv2d(2, 2, 3, padding=1, dtype=Double), UncenteredBatchNorm2d(2, dtype=Double)
     x = torch.randn(2, 2, 3, 3, dtype=Double, requires_grad=True)
     weight = torch.randn(2, 2, 3, 3, dtype=Double, requires_grad=True)
     scale = torch.randn(2, dtype=Double, requires_grad=True)
@@ -132,7 +132,7 @@ def test_second_derivatives_of_a_layer_behind_a_layer() -> None:
 
 
 def test_checkpointing_computes_the_same() -> None:
-    block = nn.Sequential(BcosConv2d(3, 4, 3, padding=1), UncentredBatchNorm2d(4), BcosConv2d(4, 4, 1)).double()
+    block = nn.Sequential(BcosConv2d(3, 4, 3, padding=1), UncenteredBatchNorm2d(4), BcosConv2d(4, 4, 1)).double()
     x = torch.randn(2, 3, 5, 5, dtype=Double)
     plain = gradients(block, x)
     for reentrant in (False, True):
@@ -141,7 +141,7 @@ def test_checkpointing_computes_the_same() -> None:
             torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("between", [[UncentredBatchNorm2d(16)], []], ids=["norm between", "layer behind layer"])
+@pytest.mark.parametrize("between", [[UncenteredBatchNorm2d(16)], []], ids=["norm between", "layer behind layer"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_stays_close(dtype: torch.dtype, between: list[nn.Module]) -> None:
     block = nn.Sequential(BcosConv2d(8, 16, 3, padding=1), *between, BcosConv2d(16, 8, 1))
@@ -237,7 +237,7 @@ def test_what_a_convolution_and_its_norm_keep(unit: dict[str, float], kept: list
 
     With MaxOut also who won, in a byte each; at other B the linear response.
     """
-    conv, norm = BcosConv2d(4, 5, 3, padding=1, **unit), UncentredBatchNorm2d(5)
+    conv, norm = BcosConv2d(4, 5, 3, padding=1, **unit), UncenteredBatchNorm2d(5)
     x = torch.randn(2, 4, 7, 6, requires_grad=True)
     maps = [x.numel(), 2 * 5 * 7 * 6, 2 * 7 * 6, *kept]
     found = [t.numel() for t in kept_by(lambda: norm(conv(x)))]
@@ -269,7 +269,7 @@ WAYS: dict[str, Callable[[Tensor, Tensor], Callable[[], Tensor]]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_gradients_by_a_response_between_layers(way: str, training: bool) -> None:
     """Whoever asks, and when: as of any tensor of torch's."""
-    first, norm, second = BcosConv2d(3, 4, 1), UncentredBatchNorm2d(4), BcosConv2d(4, 2, 3, padding=1)
+    first, norm, second = BcosConv2d(3, 4, 1), UncenteredBatchNorm2d(4), BcosConv2d(4, 2, 3, padding=1)
     network, x = nn.Sequential(first, norm, second).double().train(training), torch.randn(2, 3, 5, 5, dtype=Double)
     for behind in (nn.Sequential(norm, second), second):
         y = network[0](x)
@@ -283,7 +283,7 @@ def test_gradients_by_a_response_between_layers(way: str, training: bool) -> Non
 
 
 def test_backward_hooks_of_modules() -> None:
-    conv, norm, seen = BcosConv2d(3, 4, 1, dtype=Double), UncentredBatchNorm2d(4, dtype=Double), []
+    conv, norm, seen = BcosConv2d(3, 4, 1, dtype=Double), UncenteredBatchNorm2d(4, dtype=Double), []
     x = torch.randn(2, 3, 5, 5, dtype=Double)
     leaf = conv(x).detach().requires_grad_()
     (expected,) = torch.autograd.grad(literal_norm(leaf, norm.weight, norm.eps).square().sum(), leaf)

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import normalised, real_image
+from conftest import normalized, real_image
 from torch import Tensor, nn
 
 from timm_bcos import MethodError
@@ -19,7 +19,7 @@ EXACT = dict(gamma=0.0, conv_gamma=0.0)
 
 
 def readable(module: Any, channels: int = 1) -> Any:
-    """A network of pixels in [0, 1] that are not normalised."""
+    """A network of pixels in [0, 1] that are not normalized."""
     module.num_classes, module.in_chans = 2, channels
     module.pretrained_cfg = dict(mean=(0.0,) * channels, std=(1.0,) * channels)
     return module.double().eval()
@@ -109,7 +109,7 @@ def test_chefer_literally(kind: str, pool: str) -> None:
     twin = copy.deepcopy(model)
     for block in twin.blocks:
         block.attn.forward = shown(block.attn, kept)
-    logits = twin(normalised(x, model.pretrained_cfg) if kind == "test_vit" else x)
+    logits = twin(normalized(x, model.pretrained_cfg) if kind == "test_vit" else x)
     relevance = torch.eye(101, dtype=torch.double)
     for attention, gradient in zip(kept, torch.autograd.grad(logits[0, 2], kept), strict=True):
         relevance = relevance + (attention * gradient).clamp(min=0)[0].mean(0).detach() @ relevance

@@ -46,5 +46,5 @@ def test_converts_and_explains(name: str, x: Tensor) -> None:
         torch.testing.assert_close(model(x).logits, expected, rtol=1e-10, atol=1e-12)
     found = timm_bcos.explain(model, x)
     torch.testing.assert_close(found.logits, expected, rtol=1e-10, atol=1e-12)
-    assert found.completeness_error.max() < 1e-10 and not found.defects
+    assert found.completeness_error.max() < 1e-10 and not found.violations
     assert timm_bcos.check(model, x).exact

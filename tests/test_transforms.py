@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.export import Dim
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
-from timm_bcos import BcosConv2d, BcosLinear, UncentredBatchNorm2d
+from timm_bcos import BcosConv2d, BcosLinear, UncenteredBatchNorm2d
 from timm_bcos.nn import autograd
 
 Double = torch.float64
@@ -111,7 +111,7 @@ def literal_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 def test_transforms_of_the_uncentred_norm() -> None:
     """Whose running statistics cannot follow inside a transform, as with torch's."""
-    norm, x = UncentredBatchNorm2d(3, dtype=Double), torch.randn(2, 3, 4, 4, dtype=Double)
+    norm, x = UncenteredBatchNorm2d(3, dtype=Double), torch.randn(2, 3, 4, 4, dtype=Double)
     weight = torch.randn(3, dtype=Double)
     leaf = x.clone().requires_grad_()
     y, expected = called(norm)(leaf, weight), literal_norm(leaf, weight)
@@ -174,7 +174,7 @@ class Tokens(nn.Module):
 @pytest.mark.parametrize("unit", [dict(), dict(max_out=2), dict(b=1.5, normalize_weight=False)], ids=str)
 def test_training_a_compiled_network_of_any_size(unit: dict[str, Any]) -> None:
     convs = BcosConv2d(4, 6, 1, **unit), BcosConv2d(6, 6, 3, stride=2, padding=1, groups=6, **unit)
-    network = nn.Sequential(convs[0], UncentredBatchNorm2d(6), convs[1], Tokens(), BcosLinear(6, 3, **unit)).double()
+    network = nn.Sequential(convs[0], UncenteredBatchNorm2d(6), convs[1], Tokens(), BcosLinear(6, 3, **unit)).double()
     torch._dynamo.reset()
     compiled = torch.compile(network, dynamic=True, fullgraph=True, backend="aot_eager")
     for size in ((2, 4, 8, 8), (3, 4, 12, 10)):

@@ -60,7 +60,7 @@ def test_every_frame_is_explained_beside_itself(model: nn.Module, clip: Path, tm
     x = transform(Image.fromarray(given[5]))[None]
     expected = torch.cat([x[0].movedim(0, -1), on_white(timm_bcos.explain(model, x, 1).to_rgba())[0]], 1)
     difference = (to_tensor(Image.fromarray(found[5])).movedim(0, -1) - expected).abs().mean()
-    assert difference < (0.03 if clip.suffix == ".gif" else 0.12)  # 256 colours; half the resolution of colours
+    assert difference < (0.03 if clip.suffix == ".gif" else 0.12)  # 256 colors; half the resolution of colors
 
 
 @pytest.mark.parametrize("suffix", VIDEO_SUFFIXES)

@@ -15,7 +15,7 @@ from explained_photos import HOSTILE, NAMES, clothes_network, explained_hat, pho
 from PIL import Image
 from torch import Tensor
 
-from timm_bcos import Defect, Explanation, contrast
+from timm_bcos import Explanation, Violation, contrast
 from timm_bcos.explanation.visualization import on_white
 from timm_bcos.viewer.document import save_viewer
 
@@ -133,7 +133,7 @@ def test_opens_with_the_best_class_and_its_pictures(viewer: Viewer, hat: Path, e
     assert account["logit"] == [pytest.approx(explanation.logit[0].item(), abs=1e-4)]
     assert account["outside"][0] + account["constants"][0] == pytest.approx(account["total"][0], abs=2e-4)
     assert account["total"] == account["logit"]
-    assert viewer.page.locator("#defects").is_hidden()
+    assert viewer.page.locator("#violations").is_hidden()
     at = explanation.contribution_map[0].abs().argmax().item()
     assert viewer.text("#place") == f"Row {at // 160}, column {at % 160} (the strongest)"
 
@@ -155,9 +155,9 @@ def test_pointing_reads_a_pixel(viewer: Viewer, hat: Path, explanation: Explanat
     expected = explanation.contribution_map[0, 120, 47]
     assert_close(viewer.text("#contribution"), expected)
     assert viewer.page.locator(".tip:visible").all_inner_texts() == [viewer.text("#contribution")]
-    colour = viewer.page.locator(".swatch i").evaluate("e => getComputedStyle(e).backgroundColor")
+    color = viewer.page.locator(".swatch i").evaluate("e => getComputedStyle(e).backgroundColor")
     row = (explanation.to_rgba()[0, 120, 47, :3] * 255).round().int().tolist()
-    assert colour == f"rgb({row[0]}, {row[1]}, {row[2]})"
+    assert color == f"rgb({row[0]}, {row[1]}, {row[2]})"
     strength = explanation.weights[0].norm(dim=0)
     shown = float(re.findall(r"[\d.]+", viewer.text(".swatch .note"))[0])
     assert shown == pytest.approx(100 * (strength[120, 47] / strength.max()).item(), rel=0.1, abs=0.06)
@@ -248,7 +248,7 @@ def test_pictures_can_be_kept(viewer: Viewer, hat: Path, explanation: Explanatio
 def test_fits_its_window(viewer: Viewer, explanation: Explanation, tmp_path: Path) -> None:
     names = [f"{name}, a class with quite a long name" for name in NAMES]
     save_viewer(
-        replace(explanation, defects=(Defect("a.path" * 30, "gelu", "unknown"),)),
+        replace(explanation, violations=(Violation("a.path" * 30, "gelu", "unknown"),)),
         tmp_path / "page.html",
         names,
         "x" * 200,
@@ -299,11 +299,11 @@ def test_hostile_names_are_text(viewer: Viewer, tmp_path: Path) -> None:
 
 def test_inexact_explanations_say_so(viewer: Viewer, tmp_path: Path) -> None:
     one = small()
-    inexact = replace(one, defects=(Defect("head.<b>", "gelu", "added"),), constant_bias=one.constant_bias - 1)
+    inexact = replace(one, violations=(Violation("head.<b>", "gelu", "added"),), constant_bias=one.constant_bias - 1)
     save_viewer(inexact, tmp_path / "page.html")
     viewer.open(tmp_path / "page.html")
-    assert "This explanation is not exact" in viewer.text("#defects")
-    assert "head.<b>: gelu adds a value" in viewer.text("#defects")
+    assert "This explanation is not exact" in viewer.text("#violations")
+    assert "head.<b>: gelu adds a value" in viewer.text("#violations")
     assert viewer.page.locator("#promise").is_hidden()
     account = viewer.account()
     assert account["rest"] == [pytest.approx(1, abs=1e-4)]
@@ -317,8 +317,8 @@ def test_grey_networks(viewer: Viewer, tmp_path: Path) -> None:
     assert viewer.page.locator("#bars .name").first.inner_text() == f"class {one.target[0]}"
     viewer.hover(1, 10, 20, 32)
     assert_close(viewer.text("#contribution"), one.contribution_map[0, 10, 20])
-    colour = viewer.page.locator(".swatch i").evaluate("e => getComputedStyle(e).backgroundColor")
-    red, green, blue = re.findall(r"\d+", colour)
+    color = viewer.page.locator(".swatch i").evaluate("e => getComputedStyle(e).backgroundColor")
+    red, green, blue = re.findall(r"\d+", color)
     assert red == green == blue
 
 

@@ -46,7 +46,7 @@ def test_similarity_to_another_image(name: str, positions: str, x: Tensor) -> No
     cosine = torch.cosine_similarity(embedding, other)
     torch.testing.assert_close(model(x)[:, 0], cosine)
     found = explain(model, x, 0)
-    assert found.completeness_error.max() <= 1e-10 and not found.defects
+    assert found.completeness_error.max() <= 1e-10 and not found.violations
     direction = other[0] / other.norm() / embedding.norm(dim=1, keepdim=True)
     literal = explain(image, x, direction.detach())
     torch.testing.assert_close(found.weights, literal.weights, rtol=1e-8, atol=1e-12)

@@ -2,9 +2,9 @@ from .attribution.registry import attribute
 from .conversion.config import BcosConfig
 from .conversion.converted import bcosify
 from .conversion.fusing import fuse
-from .conversion.rules import RULES, Place, keep, keep_whole, pass_sigmoid
-from .dynamic_linear.bias_tracker import Defect
-from .dynamic_linear.mode import constant, declare, explanation_mode, on_linear_path
+from .conversion.rules import RULES, LayerRole, keep, keep_leaf, sigmoid_as_activation
+from .dynamic_linear.bias_tracker import Violation
+from .dynamic_linear.mode import explanation_mode, mark_constant, on_linear_path, register_function
 from .errors import (
     BcosError,
     CheckpointError,
@@ -18,7 +18,7 @@ from .errors import (
     UnsupportedModuleError,
 )
 from .explanation.api import contrast, explain, explain_targets
-from .explanation.exactness import Check, check, settle
+from .explanation.exactness import ExactnessReport, calibrate, check
 from .explanation.export import export_explainer
 from .explanation.result import Explanation
 from .hub.card import Card, Evaluation
@@ -28,7 +28,7 @@ from .models.shift_averaged import ShiftAveraged
 from .models.zero_shot import ZeroShotClassifier, embed_texts
 from .nn.functional import encode_image
 from .nn.layers import BcosConv2d, BcosLinear
-from .nn.norms import UncentredBatchNorm2d
+from .nn.norms import UncenteredBatchNorm2d
 from .training.losses import DynamicWeights, cosine_loss, dynamic_weights, energy_loss
 from .training.tasks import DeletionClassificationTask, ExplanationDistillationTask, GuidedClassificationTask
 
@@ -41,34 +41,33 @@ __all__ = [
     "BcosError",
     "BcosLinear",
     "Card",
-    "Check",
     "CheckpointError",
-    "Defect",
     "DeletionClassificationTask",
     "DynamicWeights",
     "Evaluation",
+    "ExactnessReport",
     "Explanation",
     "ExplanationDistillationTask",
     "GuidedClassificationTask",
     "InexactWarning",
     "InputError",
+    "LayerRole",
     "MethodError",
     "ModelStateError",
     "NotFineTunedWarning",
-    "Place",
     "PublishError",
     "ShiftAveraged",
     "TargetError",
-    "UncentredBatchNorm2d",
+    "UncenteredBatchNorm2d",
     "UnsupportedModuleError",
+    "Violation",
     "ZeroShotClassifier",
     "attribute",
     "bcosify",
+    "calibrate",
     "check",
-    "constant",
     "contrast",
     "cosine_loss",
-    "declare",
     "dynamic_weights",
     "embed_texts",
     "encode_image",
@@ -79,12 +78,13 @@ __all__ = [
     "export_explainer",
     "fuse",
     "keep",
-    "keep_whole",
+    "keep_leaf",
+    "mark_constant",
     "on_linear_path",
-    "pass_sigmoid",
     "publish",
     "publish_space",
+    "register_function",
     "save_repository",
     "save_space",
-    "settle",
+    "sigmoid_as_activation",
 ]

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-__all__ = ["read_ahead"]
+__all__ = ["prefetch"]
 
 T = TypeVar("T")
 
 
-def read_ahead(items: Iterable[T], waiting: int = 2) -> Iterator[T]:
+def prefetch(items: Iterable[T], waiting: int = 2) -> Iterator[T]:
     """The items, made in a thread of its own, a few before they are asked for.
 
     Args:

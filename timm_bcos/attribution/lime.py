@@ -8,22 +8,22 @@ import torch
 from skimage.segmentation import quickshift
 from torch import Tensor
 
-__all__ = ["local_weights", "mean_colours", "quickshift_segments"]
+__all__ = ["local_weights", "mean_colors", "quickshift_segments"]
 
 KERNEL_WIDTH = 0.25
 RIDGE = 1.0
 
 
 def quickshift_segments(image: Tensor, kernel_size: float) -> Tensor:
-    """(H, W) number of the segment that each pixel of an image (C, H, W) is in; grey ones are segmented as colours."""
+    """(H, W) number of the segment that each pixel of an image (C, H, W) is in; gray ones are segmented as colors."""
     image = image.expand(3, -1, -1) if len(image) == 1 else image
     pixels = image.movedim(0, -1).double().cpu().numpy()
     segments = quickshift(pixels, ratio=0.2, kernel_size=kernel_size, max_dist=200, convert2lab=len(image) == 3)
     return torch.from_numpy(segments).unique(return_inverse=True)[1].to(image.device)
 
 
-def mean_colours(image: Tensor, segments: Tensor) -> Tensor:
-    """(C, H, W) with each segment in its mean colour."""
+def mean_colors(image: Tensor, segments: Tensor) -> Tensor:
+    """(C, H, W) with each segment in its mean color."""
     places = segments.flatten()
     sums = image.new_zeros(len(image), int(places.max()) + 1, dtype=torch.double)
     sums.index_add_(1, places, image.flatten(1).double())
@@ -44,7 +44,7 @@ def local_weights(masks: Tensor, answers: Tensor, features: int) -> Tensor:
     masks, answers = masks.double(), answers.double()
     distance = 1 - masks.mean(1).sqrt()  # of the cosine, to a vector of ones
     closeness = torch.exp(-((distance / KERNEL_WIDTH) ** 2) / 2)
-    columns, values = (_centred(x, closeness) for x in (masks, answers))
+    columns, values = (_centered(x, closeness) for x in (masks, answers))
     weights = masks.new_zeros(values.shape[1], masks.shape[1])
     for row, value in zip(weights, values.T, strict=True):
         chosen = _forward_selection(columns, value, features)
@@ -54,7 +54,7 @@ def local_weights(masks: Tensor, answers: Tensor, features: int) -> Tensor:
     return weights
 
 
-def _centred(x: Tensor, closeness: Tensor) -> Tensor:
+def _centered(x: Tensor, closeness: Tensor) -> Tensor:
     """Least squares of these, without an intercept, are the weighted ones with an intercept."""
     mean = (closeness[:, None] * x).sum(0) / closeness.sum()
     return closeness.sqrt()[:, None] * (x - mean)

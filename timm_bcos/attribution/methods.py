@@ -20,7 +20,7 @@ from ..errors import MethodError, ModelStateError
 from ..explanation.api import explain, explain_targets
 from ..nn.module_utils import channel_axis, first_output, hooked
 from .deep_lift import multiplied_contributions
-from .registry import Subject, check_counts, images_at_once, register
+from .registry import AttributionModel, check_counts, images_at_once, register
 
 __all__ = [
     "GuidedBackpropOfRectifiers",
@@ -72,7 +72,7 @@ def _captum() -> ModuleType:
 
 
 @register("bcos")
-def bcos(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
+def bcos(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
     """The network's own explanation, W(x) · x."""
     if not subject.is_bcos:
         raise MethodError(
@@ -93,9 +93,9 @@ def bcos(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
 
 
 class _OfPixels(nn.Module):
-    """Logits of images in [0, 1]: gradients of a pixel go through its encoding r and 1 - r, or its normalisation."""
+    """Logits of images in [0, 1]: gradients of a pixel go through its encoding r and 1 - r, or its normalization."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: AttributionModel) -> None:
         super().__init__()
         self.subject = subject
 
@@ -104,19 +104,19 @@ class _OfPixels(nn.Module):
 
 
 @register("gradient")
-def gradient(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
-    """Gradient by the pixels, summed over colours."""
+def gradient(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
+    """Gradient by the pixels, summed over colors."""
     return _captum().Saliency(_OfPixels(subject)).attribute(_pixels(x), targets, abs=False).sum(1)
 
 
 @register("ixg")
-def input_x_gradient(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
+def input_x_gradient(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
     """Input times gradient."""
     return _captum().InputXGradient(subject).attribute(subject.leaf(x), targets).sum(1)
 
 
 @register("ig")
-def integrated_gradients(subject: Subject, x: Tensor, targets: Tensor, *, n_steps: int = 50) -> Tensor:
+def integrated_gradients(subject: AttributionModel, x: Tensor, targets: Tensor, *, n_steps: int = 50) -> Tensor:
     """Integrated Gradients from a baseline of zeros."""
     check_counts(n_steps=n_steps)
     method = _captum().IntegratedGradients(subject)
@@ -125,13 +125,15 @@ def integrated_gradients(subject: Subject, x: Tensor, targets: Tensor, *, n_step
 
 
 @register("deeplift")
-def deep_lift(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
+def deep_lift(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
     """DeepLIFT from a baseline of zeros: the rescale rule for activations, the gradient for B-cos layers and norms."""
     return multiplied_contributions(subject, subject.leaf(x), targets, ELEMENTWISE).sum(1)
 
 
 @register("smoothgrad")
-def smooth_grad(subject: Subject, x: Tensor, targets: Tensor, *, samples: int = 25, stdev: float = 0.1) -> Tensor:
+def smooth_grad(
+    subject: AttributionModel, x: Tensor, targets: Tensor, *, samples: int = 25, stdev: float = 0.1
+) -> Tensor:
     """Gradient by the pixels, averaged over noisy images; all images get the same noise."""
     check_counts(samples=samples)
     if not 0 <= stdev < math.inf:
@@ -141,7 +143,7 @@ def smooth_grad(subject: Subject, x: Tensor, targets: Tensor, *, samples: int = 
 
 
 @register("guided_backprop")
-def guided_backprop(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
+def guided_backprop(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
     """Guided Backpropagation, for networks with ReLU or ReLU6 modules."""
     if not any(isinstance(module, RECTIFIERS) for module in subject.modules()):
         raise MethodError("guided_backprop changes the gradient of ReLU modules, of which the model has none")
@@ -150,7 +152,7 @@ def guided_backprop(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
 
 
 @register("gradcam")
-def grad_cam(subject: Subject, x: Tensor, targets: Tensor, *, layer: str | None = None) -> Tensor:
+def grad_cam(subject: AttributionModel, x: Tensor, targets: Tensor, *, layer: str | None = None) -> Tensor:
     """Grad-CAM of the last layer with spatial positions before the classifier, or of a named one, upsampled."""
     model = subject.part
     if hasattr(model, "num_prefix_tokens") or getattr(model, "output_fmt", "NCHW") != "NCHW":
@@ -162,7 +164,7 @@ def grad_cam(subject: Subject, x: Tensor, targets: Tensor, *, layer: str | None 
 
 
 @register("lrp")
-def lrp(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
+def lrp(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
     """Layer-wise Relevance Propagation of the logit: z⁺ in convolutions, ε in linear ones, flat in the first layer."""
     if subject.is_bcos:
         raise MethodError("lrp has rules for linear layers between activations; a B-cos layer is neither")
@@ -176,7 +178,7 @@ def lrp(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
 
 @register("occlusion", slow=True)
 def occlusion(
-    subject: Subject, x: Tensor, targets: Tensor, *, window: int | None = None, stride: int | None = None
+    subject: AttributionModel, x: Tensor, targets: Tensor, *, window: int | None = None, stride: int | None = None
 ) -> Tensor:
     """How much the logit falls where a square of the input is zero; by default an eighth of the image, half apart."""
     window = max(x.shape[-1] // 8, 1) if window is None else window
@@ -194,7 +196,13 @@ def occlusion(
 
 @register("lime", slow=True)
 def lime(
-    subject: Subject, x: Tensor, targets: Tensor, *, samples: int = 500, kernel_size: float = 4, features: int = 5
+    subject: AttributionModel,
+    x: Tensor,
+    targets: Tensor,
+    *,
+    samples: int = 500,
+    kernel_size: float = 4,
+    features: int = 5,
 ) -> Tensor:
     """LIME on quickshift segments: the weights of the strongest ones, of the image itself before any encoding."""
     check_counts(samples=samples, features=features)
@@ -202,7 +210,7 @@ def lime(
         raise MethodError(f"kernel_size={kernel_size!r}: give a number from 1")
     superpixels = _library(".superpixels")
     segments = superpixels.quickshift_segments(x[0], kernel_size)
-    background = superpixels.mean_colours(x[0], segments)
+    background = superpixels.mean_colors(x[0], segments)
     masks = torch.randint(2, (samples, int(segments.max()) + 1), generator=subject.generator).to(x.device)
     masks[0] = 1
     answers = [
@@ -214,7 +222,9 @@ def lime(
 
 
 @register("rise", slow=True)
-def rise(subject: Subject, x: Tensor, targets: Tensor, *, masks: int = 500, cells: int = 8, p: float = 0.1) -> Tensor:
+def rise(
+    subject: AttributionModel, x: Tensor, targets: Tensor, *, masks: int = 500, cells: int = 8, p: float = 0.1
+) -> Tensor:
     """RISE (arXiv 1806.07421): Σ probability · mask over all random masks, divided by masks · p."""
     check_counts(masks=masks, cells=cells)
     if not 0 < p <= 1:
@@ -244,7 +254,7 @@ def _pixels(x: Tensor) -> Tensor:
     return x.detach().clone().requires_grad_()
 
 
-def _named_layer(subject: Subject, z: Tensor, name: str) -> nn.Module:
+def _named_layer(subject: AttributionModel, z: Tensor, name: str) -> nn.Module:
     """A layer whose output is a map (N, C, H, W)."""
     module = dict(subject.model.named_modules()).get(name) if name else None
     if module is None:
@@ -259,7 +269,7 @@ def _named_layer(subject: Subject, z: Tensor, name: str) -> nn.Module:
     return module
 
 
-def _last_spatial_layer(subject: Subject, z: Tensor) -> nn.Module:
+def _last_spatial_layer(subject: AttributionModel, z: Tensor) -> nn.Module:
     """The last module, in the order of execution, whose output is a map (N, C, H, W) of more than one position.
 
     A map has the image's proportions, but for rounding; heads × tokens × features inside attention has not.

@@ -24,8 +24,8 @@ from ..nn.stems import BcosStem, ImageReader
 
 __all__ = [
     "METHODS",
+    "AttributionModel",
     "Method",
-    "Subject",
     "Targets",
     "attribute",
     "check_counts",
@@ -55,13 +55,13 @@ Targets = Sequence[int] | Tensor | int | None
 ROUNDING = 1e-4  # by which pixels may lie outside of [0, 1], as in `explain`: resizing rounds
 
 
-class Subject(nn.Module):
-    """A network as the methods see it: images in [0, 1] in, logits out, whatever its own normalisation.
+class AttributionModel(nn.Module):
+    """A network as the methods see it: images in [0, 1] in, logits out, whatever its own normalization.
 
     It holds a private copy of the network's modules, which shares the memory of its numbers: what methods do to it
     (hooks, modes, merged weights) no other user of the network sees.
 
-    Methods that follow gradients start from `prepare(x)`: the six encoded channels of a B-cos network, the normalised
+    Methods that follow gradients start from `prepare(x)`: the six encoded channels of a B-cos network, the normalized
     three of a plain one. Methods that change images change x itself.
 
     Args:
@@ -93,7 +93,7 @@ class Subject(nn.Module):
 
         Raises:
             InputError: For images of other channels than the network's.
-            ModelStateError: For a plain network that does not say how its images are normalised.
+            ModelStateError: For a plain network that does not say how its images are normalized.
         """
         if self.channels not in (None, x.shape[1]):
             raise InputError(f"images have {x.shape[1]} channels, {self.kind} takes {self.channels}")
@@ -124,7 +124,7 @@ class Subject(nn.Module):
         found = [values[:1] if values and len(set(values)) == 1 else values for values in found]
         if any(values is None or len(values) not in (1, channels) for values in found):
             raise ModelStateError(
-                f"{self.kind} does not say how images of {channels} channels are normalised (mean {found[0]}, std "
+                f"{self.kind} does not say how images of {channels} channels are normalized (mean {found[0]}, std "
                 f"{found[1]}): set model.pretrained_cfg = dict(mean=..., std=...), for instance to (0.0,) and (1.0,) "
                 f"if it takes pixels in [0, 1]"
             )
@@ -242,7 +242,7 @@ def attribute(
 
     Args:
         model: A B-cos network or a plain timm model, in eval mode.
-        x: Images (N, C, H, W) in [0, 1], for plain models too: their cfg says how to normalise.
+        x: Images (N, C, H, W) in [0, 1], for plain models too: their cfg says how to normalize.
         targets: A class per image, one for all, or None for the predicted ones.
         method: A key of `METHODS`.
         batch_size: Images per pass. None takes as many as `images_at_once`, which bounds the memory. Slow methods take
@@ -258,7 +258,7 @@ def attribute(
         MethodError: For an unknown method or option, or a method that the model's architecture does not support.
         InputError: For tensors that are no images of this network.
         TargetError: For classes that the model does not have.
-        ModelStateError: For a model in training mode, or a plain one without normalisation.
+        ModelStateError: For a model in training mode, or a plain one without normalization.
     """
     check_methods([method])
     if batch_size is not None:
@@ -269,7 +269,7 @@ def attribute(
     batch_size = batch_size or images_at_once(x)
     maps = []
     with ordinary_autograd(x.device):
-        subject, x = Subject(model), x.clone()
+        subject, x = AttributionModel(model), x.clone()
         classes = subject.classes(x, targets, batch_size)
         sizes = _runs(x) if chosen.slow else batch_size
         batches = list(zip(x.split(sizes), classes.split(sizes), strict=True))
@@ -311,7 +311,7 @@ def checked_images(model: nn.Module, x: Tensor) -> Tensor:
         found = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
         raise InputError(f"expected images (N, C, H, W) of floating point, got {found}")
     if not bool(x.isfinite().all()) or x.min() < -ROUNDING or x.max() > 1 + ROUNDING:
-        raise InputError("images must be in [0, 1] and finite, without mean/std normalisation")
+        raise InputError("images must be in [0, 1] and finite, without mean/std normalization")
     like = next((p for p in model.parameters() if p.is_floating_point()), x)
     if x.device != like.device:
         raise InputError(f"images are on {x.device}, the model is on {like.device}: move one of them")

@@ -12,16 +12,16 @@ from ..dynamic_linear.attention import attention_weights
 from ..dynamic_linear.bias_tracker import function_name
 from ..dynamic_linear.mode import DynamicLinearMode, active
 from ..dynamic_linear.products import CONVOLUTIONS
-from ..dynamic_linear.registry import TABLE, Function, Handler, Mode, named, on_linear_path
+from ..dynamic_linear.registry import TABLE, Function, FunctionRule, Mode, named, on_linear_path
 from ..errors import MethodError
 from ..nn.module_utils import hooked
-from .registry import Subject, register
+from .registry import AttributionModel, register
 
 __all__: list[str] = []
 
 
 @register("attention_rollout")
-def attention_rollout(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
+def attention_rollout(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
     """Attention roll-out (arXiv 2005.00928) of a vision transformer; the same map for every class."""
     _check_transformer(subject, "attention_rollout")
     with torch.no_grad():
@@ -33,7 +33,7 @@ def attention_rollout(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
 
 
 @register("chefer")
-def chefer(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
+def chefer(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
     """Generic attention explainability (Chefer et al., arXiv 2103.15679, section 3) of a vision transformer.
 
     R = I, and R ← R + Ā · R in each layer, with Ā = mean over heads of (∇A ⊙ A)⁺: attention where more of it would
@@ -52,7 +52,7 @@ def chefer(subject: Subject, x: Tensor, targets: Tensor) -> Tensor:
 
 @register("attnlrp")
 def attention_relevance(
-    subject: Subject, x: Tensor, targets: Tensor, *, gamma: float = 0.05, conv_gamma: float = 0.25
+    subject: AttributionModel, x: Tensor, targets: Tensor, *, gamma: float = 0.05, conv_gamma: float = 0.25
 ) -> Tensor:
     """AttnLRP (Achtibat et al., arXiv 2402.05602, section 3) as input × a changed gradient of the logit.
 
@@ -91,7 +91,7 @@ class _RelevanceMode(DynamicLinearMode):
     """
 
     def __init__(self, leaf: Tensor, gamma: float, conv_gamma: float) -> None:
-        rules: dict[Function, Handler] = dict.fromkeys([attention_weights, *named("softmax")], _ordinary_gradient)
+        rules: dict[Function, FunctionRule] = dict.fromkeys([attention_weights, *named("softmax")], _ordinary_gradient)
         if gamma:
             rules |= dict.fromkeys(named("linear"), _gamma_rule(gamma))
         if conv_gamma:
@@ -100,7 +100,9 @@ class _RelevanceMode(DynamicLinearMode):
 
     def suspected(self, result: object, func: Function) -> object:
         if on_linear_path(result):
-            raise MethodError(f"attnlrp has no rule for {function_name(func)}: tell with timm_bcos.declare what it is")
+            raise MethodError(
+                f"attnlrp has no rule for {function_name(func)}: tell with timm_bcos.register_function what it is"
+            )
         return result
 
 
@@ -109,7 +111,7 @@ def _ordinary_gradient(mode: Mode, func: Function, /, *args: object, **kwargs: o
     return func(*args, **kwargs)
 
 
-def _gamma_rule(gamma: float) -> Handler:
+def _gamma_rule(gamma: float) -> FunctionRule:
     """The γ rule for inputs of both signs: contributions of the output's sign count 1 + γ times, a bias' as well."""
 
     def linear(
@@ -140,12 +142,12 @@ def _wanted(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(1, targets[:, None]).sum()
 
 
-def _check_transformer(subject: Subject, method: str) -> None:
+def _check_transformer(subject: AttributionModel, method: str) -> None:
     if not all(hasattr(subject.part, name) for name in ("num_prefix_tokens", "patch_embed", "blocks")):
         raise MethodError(f"{method} is for vision transformers, not for {subject.kind}")
 
 
-def _logits_and_attention(subject: Subject, prepared: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _logits_and_attention(subject: AttributionModel, prepared: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The logits, and the weights (N, heads, T, T) of each layer."""
     dropouts = [module for name, module in subject.model.named_modules() if name.endswith("attn_drop")]
     for module in subject.model.modules():

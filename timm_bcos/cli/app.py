@@ -63,7 +63,7 @@ COMMANDS = (
     ),
 )
 GROUPS = {
-    ("evaluate", "Judge attribution methods on labelled images."): (
+    ("evaluate", "Judge attribution methods on labeled images."): (
         Command(
             pointing_game,
             "evaluate pointing-game --data-dir photos --split test --method bcos --method gradcam --n 2 --grids 100",

@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..files import first_line
 
 if TYPE_CHECKING:
-    from ..data.datasets import LabelledImages
+    from ..data.datasets import LabeledImages
 
 __all__ = [
     "Checkpoint",
@@ -124,14 +124,14 @@ class NetworkChoice:
 
 @dataclass(frozen=True)
 class DataChoice:
-    """Which labelled images, as timm's scripts say it."""
+    """Which labeled images, as timm's scripts say it."""
 
     data_dir: str
     dataset: str = ""
     split: str = "validation"
     class_map: str = ""
 
-    def load(self, num_classes: int) -> "LabelledImages":
+    def load(self, num_classes: int) -> "LabeledImages":
         """The data set.
 
         Raises:

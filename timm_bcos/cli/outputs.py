@@ -10,7 +10,7 @@ from ..errors import InputError
 from ..explanation.video import VIDEO_SUFFIXES, is_own_film
 from ..viewer.document import is_own_page
 
-__all__ = ["Outputs", "is_film", "is_own", "slug"]
+__all__ = ["OutputPaths", "is_film", "is_own", "slug"]
 
 LONGEST_NAME = 255  # bytes, on almost every file system
 
@@ -26,7 +26,7 @@ def is_own(path: Path) -> bool:
     return os.path.isfile(path) and known(path)
 
 
-class Outputs:
+class OutputPaths:
     """Paths of new files in one folder.
 
     Args:

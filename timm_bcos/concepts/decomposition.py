@@ -13,21 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from ..dynamic_linear.mode import ordinary_autograd
-from ..dynamic_linear.violations import Defect
+from ..dynamic_linear.violations import Violation
 from ..errors import InputError, TargetError
-from ..explanation.api import together_or_apart, warn_if_inexact
+from ..explanation.api import warn_if_inexact, with_single_image_fallback
 from ..explanation.linear_parts import linear_parts
-from ..explanation.linearized import Linearised
+from ..explanation.linearized import LinearizedModel
 from ..explanation.outputs import Readout
 from ..explanation.result import Explanation
-from ..explanation.targets import Asked, Targets, check_images, check_model, check_target, of_images
+from ..explanation.targets import Target, Targets, check_images, check_model, check_target, of_images
 from .dictionary import Concepts
 
-__all__ = ["Account", "explain_concepts"]
+__all__ = ["ConceptDecomposition", "explain_concepts"]
 
 
 @dataclass(frozen=True, eq=False)
-class Account:
+class ConceptDecomposition:
     """What a logit of each image is made of: logit = Σ shares + rest + other.
 
     Attributes:
@@ -59,7 +59,7 @@ class Account:
         return torch.where(error == 0, error, error / (logit - self.explanation.logit_bias).abs())
 
     @classmethod
-    def stack(cls, accounts: Sequence["Account"]) -> "Account":
+    def stack(cls, accounts: Sequence["ConceptDecomposition"]) -> "ConceptDecomposition":
         """One account of the images of several, of the same concepts."""
         joined = {
             name: torch.cat([getattr(account, name) for account in accounts])
@@ -73,7 +73,7 @@ class Account:
 
 def explain_concepts(
     model: nn.Module, x: Tensor, concepts: Concepts, target: Targets = None, *, top: int = 3
-) -> Account:
+) -> ConceptDecomposition:
     """Explain one logit per image by a layer's concepts, and the strongest of these by pixels.
 
     Args:
@@ -97,21 +97,25 @@ def explain_concepts(
     if isinstance(top, bool) or not isinstance(top, int) or top < 0:
         raise InputError(f"top={top!r}: give the number of concepts to explain by pixels, at least 0")
 
-    def ask(images: slice) -> Account:
-        run = Linearised(model, x[images], concepts.layer)
+    def ask(images: slice) -> ConceptDecomposition:
+        run = LinearizedModel(model, x[images], concepts.layer)
         return _account(run, concepts, of_images(asked, images), min(top, len(concepts)))
 
-    def with_defects(account: Account, defects: tuple[Defect, ...]) -> Account:
-        whole = replace(account.explanation, defects=tuple(dict.fromkeys((*account.explanation.defects, *defects))))
+    def with_defects(account: ConceptDecomposition, violations: tuple[Violation, ...]) -> ConceptDecomposition:
+        whole = replace(
+            account.explanation, violations=tuple(dict.fromkeys((*account.explanation.violations, *violations)))
+        )
         return replace(account, explanation=whole)
 
     with ordinary_autograd(x.device):
-        account = together_or_apart(ask, range(len(x)), lambda found: [found.explanation], Account.stack, with_defects)
+        account = with_single_image_fallback(
+            ask, range(len(x)), lambda found: [found.explanation], ConceptDecomposition.stack, with_defects
+        )
     warn_if_inexact([account.explanation, *account.pixels], 2)
     return account
 
 
-def _account(run: Linearised, concepts: Concepts, asked: Asked, top: int) -> Account:
+def _account(run: LinearizedModel, concepts: Concepts, asked: Target, top: int) -> ConceptDecomposition:
     features = run.outputs.maps  # (N, C, P)
     if features.shape[1] != concepts.decoder.shape[1]:
         raise InputError(
@@ -129,7 +133,7 @@ def _account(run: Linearised, concepts: Concepts, asked: Asked, top: int) -> Acc
     shown = _values(features, concepts, weights * gates, strongest)
     through = (slopes * features).sum()
     whole, by_features, *parts = linear_parts(
-        torch.stack([readout.values.sum(), through, *shown]), run.leaf, run.account
+        torch.stack([readout.values.sum(), through, *shown]), run.leaf, run.tracker
     )
     around = ((whole.weights - by_features.weights) * run.inputs).sum((1, 2, 3))
     other = around + (whole.constant_bias + whole.gate_bias) - (by_features.constant_bias + by_features.gate_bias)
@@ -138,10 +142,12 @@ def _account(run: Linearised, concepts: Concepts, asked: Asked, top: int) -> Acc
         run.explanation(Readout(shares[rows, column], shares, column), part, name)
         for column, part in zip(strongest.T, parts, strict=True)
     ]
-    return Account(run.explanation(readout, whole, None), concepts, shares, rest, other, strengths, strongest, pixels)
+    return ConceptDecomposition(
+        run.explanation(readout, whole, None), concepts, shares, rest, other, strengths, strongest, pixels
+    )
 
 
-def _slopes(readout: Readout, run: Linearised) -> Tensor:
+def _slopes(readout: Readout, run: LinearizedModel) -> Tensor:
     """(N, C, P) G: the gradient of the logit by the features."""
     (slopes,) = torch.autograd.grad(readout.values.sum(), run.tensor, retain_graph=True, allow_unused=True)
     if slopes is None:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..data.datasets import LabelledImages, image_batches
+from ..data.datasets import LabeledImages, image_batches
 from ..explanation.result import unit_name
 from ..explanation.visualization import Bars, Row, draw_rows, on_white
 from ..files import write_csv
-from .decomposition import Account, explain_concepts
+from .decomposition import ConceptDecomposition, explain_concepts
 from .dictionary import Concepts
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["class_shares", "plot_account", "save_shares"]
 
 
-def plot_account(account: Account, class_names: Sequence[str] | None = None) -> "Figure":
+def plot_account(account: ConceptDecomposition, class_names: Sequence[str] | None = None) -> "Figure":
     """A matplotlib figure with a row per image: the logit's picture, those of its strongest concepts, all shares.
 
     Args:
@@ -40,7 +40,7 @@ def plot_account(account: Account, class_names: Sequence[str] | None = None) -> 
     return draw_rows(rows)
 
 
-def _bars(account: Account, image: int, most: int = 8) -> Bars:
+def _bars(account: ConceptDecomposition, image: int, most: int = 8) -> Bars:
     shares = account.shares[image]
     order = shares.abs().topk(min(most, len(shares))).indices.tolist()
     values = {f"concept {concept}": float(shares[concept]) for concept in order}
@@ -53,7 +53,7 @@ def _bars(account: Account, image: int, most: int = 8) -> Bars:
 
 def class_shares(
     model: nn.Module,
-    dataset: LabelledImages,
+    dataset: LabeledImages,
     concepts: Concepts,
     num_classes: int,
     *,

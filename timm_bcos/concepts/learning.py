@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..attribution.registry import Subject, check_counts
-from ..data.datasets import LabelledImages, image_batches
+from ..attribution.registry import AttributionModel, check_counts
+from ..data.datasets import LabeledImages, image_batches
 from ..errors import InputError
 from ..evaluation.neurons import layer_maps
 from .dictionary import Concepts
@@ -18,7 +18,7 @@ __all__ = ["METHODS", "collect_features", "learn_concepts"]
 
 def learn_concepts(
     model: nn.Module,
-    dataset: LabelledImages,
+    dataset: LabeledImages,
     layer: str,
     count: int = 16,
     method: str = "nmf",
@@ -57,7 +57,7 @@ def learn_concepts(
 
 def collect_features(
     model: nn.Module,
-    dataset: LabelledImages,
+    dataset: LabeledImages,
     layer: str,
     vectors: int,
     *,
@@ -68,7 +68,7 @@ def collect_features(
     """(M, C) feature vectors at random positions of random images, at most `vectors`."""
     if len(dataset) == 0:
         raise InputError("the data set has no images")
-    generator, subject = torch.Generator().manual_seed(seed), Subject(model)
+    generator, subject = torch.Generator().manual_seed(seed), AttributionModel(model)
     order = torch.randperm(len(dataset), generator=generator).tolist()
     each = max(1, -(-vectors // len(order)))
     found: list[Tensor] = []
@@ -98,8 +98,8 @@ def _kmeans(layer: str, features: Tensor, count: int, seed: int) -> Concepts:
 
     unit = F.normalize(features[features.norm(dim=1) > 0], dim=1)
     clusters = MiniBatchKMeans(min(count, len(unit)), random_state=seed, n_init=3).fit(unit.double().numpy())
-    centres = F.normalize(torch.from_numpy(clusters.cluster_centers_).to(features), dim=1)
-    return Concepts(layer, centres, centres.clone(), "nearest", method="kmeans")
+    centers = F.normalize(torch.from_numpy(clusters.cluster_centers_).to(features), dim=1)
+    return Concepts(layer, centers, centers.clone(), "nearest", method="kmeans")
 
 
 def _sae(layer: str, features: Tensor, count: int, seed: int, steps: int = 1000, batch: int = 1024) -> Concepts:

@@ -12,17 +12,17 @@ __all__ = ["BcosConfig"]
 T = TypeVar("T")
 
 CHOICES = {
-    "norm": ("keep", "uncentred", "remove"),
+    "norm": ("keep", "uncentered", "remove"),
     "activation": ("keep", "remove"),
     "max_pool": ("keep", "average"),
-    "stem": ("normalised", "encoded"),
+    "stem": ("normalized", "encoded"),
     "probability": ("sigmoid", "softmax"),
     "classify_positions": ("never", "linear", "always"),
     "positions": ("keep", "attention"),
 }
 
 # True or False, or what else they may be.
-SWITCHES: dict[str, tuple[str, ...]] = {"normalize_weight": (), "bias": ("gate",), "antialias": ()}
+SWITCHES: dict[str, tuple[str, ...]] = {"normalize_weight": (), "bias": ("reference",), "antialias": ()}
 
 
 def _is_number(value: object) -> bool:
@@ -65,16 +65,16 @@ class BcosConfig:
         gamma: Fixed output scale γ of every layer.
         gamma_scale: s, which replaces `gamma` by γ = s / √d, d = kernel height · width · input channels.
         normalize_weight: Unit-norm rows ŵ, or free rows as pretrained weights have them.
-        bias: True keeps additive biases (of layers and norms). They are not explained by the image. 'gate' lets those
+        bias: True keeps additive biases (of layers and norms). They are not explained by the image. 'reference' lets those
             of batch norms with an activation of their own act in its gate only (`ShiftedActivation`) and drops the
             others, so that the image explains all while much of what the network has learned remains.
-        norm: 'keep' (as a dynamic linear map), 'uncentred' (batch norm only divides), or 'remove'. Without biases
-            a kept batch norm is uncentred too, since its running mean is one.
+        norm: 'keep' (as a dynamic linear map), 'uncentered' (batch norm only divides), or 'remove'. Without biases
+            a kept batch norm is uncentered too, since its running mean is one.
         activation: 'keep' (as a dynamic linear map) or 'remove'.
         max_pool: 'keep' or 'average'.
-        stem: 'normalised' feeds the encoding with the pretrained mean and std, so that the first layer starts as the
+        stem: 'normalized' feeds the encoding with the pretrained mean and std, so that the first layer starts as the
             original; 'encoded' feeds it as it is, to a first layer with twice the input channels.
-        mean: Channel means of the 'normalised' stem, one for each channel of the image or one for all; None takes them
+        mean: Channel means of the 'normalized' stem, one for each channel of the image or one for all; None takes them
             from `model.pretrained_cfg`.
         std: Channel standard deviations, likewise.
         classify_positions: Apply the classifier at each position, before average pooling: 'never', where only 'linear'
@@ -102,11 +102,11 @@ class BcosConfig:
     gamma: float = 1.0
     gamma_scale: float | None = None
     normalize_weight: bool = False
-    bias: bool | Literal["gate"] = False
-    norm: Literal["keep", "uncentred", "remove"] = "keep"
+    bias: bool | Literal["reference"] = False
+    norm: Literal["keep", "uncentered", "remove"] = "keep"
     activation: Literal["keep", "remove"] = "keep"
     max_pool: Literal["keep", "average"] = "keep"
-    stem: Literal["normalised", "encoded"] = "normalised"
+    stem: Literal["normalized", "encoded"] = "normalized"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     classify_positions: Literal["never", "linear", "always"] = "linear"
@@ -162,15 +162,15 @@ class BcosConfig:
 
     @classmethod
     def v2(cls, **changes: Any) -> "BcosConfig":
-        """The networks of the second paper: unit norm, γ = 1, uncentred batch norm (section 3 of arXiv 2306.10898)."""
+        """The networks of the second paper: unit norm, γ = 1, uncentered batch norm (section 3 of arXiv 2306.10898)."""
         preset: dict[str, Any] = dict(
-            normalize_weight=True, norm="uncentred", activation="remove", max_pool="average", stem="encoded",
+            normalize_weight=True, norm="uncentered", activation="remove", max_pool="average", stem="encoded",
             logit_bias=None, classify_positions="always",
         )  # fmt: skip
         return cls(**(preset | changes))
 
     @classmethod
-    def finetune(cls, *, b: float = 2.0, bias: bool | Literal["gate"] = False, **changes: Any) -> "BcosConfig":
+    def finetune(cls, *, b: float = 2.0, bias: bool | Literal["reference"] = False, **changes: Any) -> "BcosConfig":
         """Start from pretrained weights (B-cosification, https://arxiv.org/abs/2411.00715): weights, norms and
         activations are kept.
 

@@ -18,12 +18,12 @@ from ..explanation.result import Explanation
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosPool2d
 from ..nn.layers import BcosConv2d, BcosLinear, LowPass2d, refuse_fused
 from ..nn.module_utils import buffer_device, clone
-from ..nn.norms import UncentredBatchNorm1d, UncentredBatchNorm2d
+from ..nn.norms import UncenteredBatchNorm1d, UncenteredBatchNorm2d
 from ..nn.stems import BcosStem, ImageReader
 from .config import BcosConfig
 from .plan import FOLDING, Plan, convertible, move_hooks, plan_conversion
 from .positions import POSITIONED, Positions, on_grid_of
-from .reference import responses_to_grey, take_shifts
+from .reference import reference_activations, set_reference_shifts
 from .replacements import OFFSETS
 from .rules import RULES, Rules
 from .settings import SETTINGS, encode_settings, refuse_contradictions
@@ -105,7 +105,7 @@ class BcosModel:
 LAYERS = (BcosConv2d, BcosLinear)
 POOLING = (BcosPool2d, BcosFlatten)
 CONTAINERS = (list, tuple, dict)
-OWN_BUFFERS = (BcosStem, ImageReader, LowPass2d, UncentredBatchNorm1d, UncentredBatchNorm2d)
+OWN_BUFFERS = (BcosStem, ImageReader, LowPass2d, UncenteredBatchNorm1d, UncenteredBatchNorm2d)
 
 
 def _link_heads(model: Any) -> None:
@@ -134,9 +134,9 @@ TRAINED_NORMS = (
 
 
 def _keep_uncentred(model: Any) -> None:
-    """Convert batch norms that others have put in place of uncentred ones: trained, they would subtract means.
+    """Convert batch norms that others have put in place of uncentered ones: trained, they would subtract means.
 
-    `timm.utils.unfreeze` makes plain ones of frozen ones, `convert_sync_batchnorm` synchronised ones of ours.
+    `timm.utils.unfreeze` makes plain ones of frozen ones, `convert_sync_batchnorm` synchronized ones of ours.
     """
     if not any(type(module) in TRAINED_NORMS for module in model.modules()):
         return
@@ -322,7 +322,7 @@ def bcosify(model: nn.Module, config: BcosConfig | None = None, *, rules: Rules 
 
     Raises:
         UnsupportedModuleError: Lists every module that cannot be converted, and what else is missing: how the network's
-            images are normalised, if nothing says so.
+            images are normalized, if nothing says so.
         InputError: For a mean or std that does not fit the image's channels.
 
     Examples:
@@ -334,9 +334,9 @@ def bcosify(model: nn.Module, config: BcosConfig | None = None, *, rules: Rules 
     if rules is None:
         rules = RULES if converted is None else converted.bcos_rules
     plan = plan_conversion(model, config, rules)
-    responses = responses_to_grey(model) if config.bias == "gate" else {}
+    responses = reference_activations(model) if config.bias == "reference" else {}
     network = _apply(plan)
-    take_shifts(network, responses)
+    set_reference_shifts(network, responses)
     return network
 
 

@@ -18,7 +18,7 @@ from ..files import first_line
 from ..nn.fused import FoldedNorm, fuse_layer, norm_scale
 from ..nn.layers import BcosConv2d, BcosLinear
 from ..nn.module_utils import frozen_copy, image_size
-from ..nn.norms import UncentredBatchNorm2d
+from ..nn.norms import UncenteredBatchNorm2d
 from ..nn.stems import image_channels
 from .settings import SETTINGS, encode_settings
 
@@ -31,7 +31,7 @@ LAYERS = (BcosConv2d, BcosLinear)
 def fuse(model: ModelT, x: Tensor | None = None) -> ModelT:
     """A copy of a B-cos network for inference, which computes the same logits and the same explanations faster.
 
-    Weights are normalised once. Uncentred batch norms move into the layers before or behind them, wherever nothing else
+    Weights are normalized once. Uncentered batch norms move into the layers before or behind them, wherever nothing else
     sees what lies between the two.
 
     Args:
@@ -70,15 +70,15 @@ def fuse(model: ModelT, x: Tensor | None = None) -> ModelT:
 class _Folds:
     """Which norm each layer takes over: the one behind it, and the one before it."""
 
-    after: dict[nn.Module, UncentredBatchNorm2d] = field(default_factory=dict)
-    before: dict[nn.Module, UncentredBatchNorm2d] = field(default_factory=dict)
+    after: dict[nn.Module, UncenteredBatchNorm2d] = field(default_factory=dict)
+    before: dict[nn.Module, UncenteredBatchNorm2d] = field(default_factory=dict)
 
 
 @torch.no_grad()
 def _flow_through(model: nn.Module, modules: Sequence[nn.Module], x: Tensor | None) -> "_Flow":
     """Watch images pass through a network's layers and norms."""
     flow = _Flow()
-    watched = [module for module in modules if isinstance(module, (*LAYERS, UncentredBatchNorm2d))]
+    watched = [module for module in modules if isinstance(module, (*LAYERS, UncenteredBatchNorm2d))]
     seen = {module for module in watched if not module._forward_hooks and not module._forward_pre_hooks}
     handles = [module.register_forward_pre_hook(flow.enter) for module in seen]
     handles += [module.register_forward_hook(flow.leave) for module in seen]
@@ -106,7 +106,7 @@ def _own_image(model: nn.Module) -> Tensor:
 
 def _find_folds(model: nn.Module, modules: Sequence[nn.Module], x: Tensor | None) -> _Folds:
     flow, folds = _flow_through(model, modules, x), _Folds()
-    for norm in [m for m in modules if isinstance(m, UncentredBatchNorm2d) and flow.runs[m] == 1]:
+    for norm in [m for m in modules if isinstance(m, UncenteredBatchNorm2d) and flow.runs[m] == 1]:
         maker, readers = flow.makers.get(flow.inputs[norm]), flow.readers[flow.outputs[norm]]
         if isinstance(maker, BcosConv2d) and flow.runs[maker] == 1 and flow.readers[flow.inputs[norm]] == {norm}:
             folds.after[maker] = norm

@@ -16,8 +16,8 @@ from ..nn.stems import BcosStem, ImageReader
 from .config import BcosConfig
 from .positions import PositionedQkv, Positions, attention_paths
 from .problems import computed_weight_problem, config_problems, reads_no_image, several_inputs, wrapper_problem
-from .roles import IN_ORDER, Places
-from .rules import ADVICE, Rule, Rules, is_container, keep, keep_whole, resolve
+from .roles import IN_ORDER, LayerRoles
+from .rules import ADVICE, Rule, Rules, is_container, keep, keep_leaf, resolve
 
 __all__ = [
     "FOLDING",
@@ -99,7 +99,7 @@ def plan_conversion(model: nn.Module, config: BcosConfig, rules: Rules) -> Plan:
         UnsupportedModuleError: With all that is in the way.
         InputError: For a mean or std of another number of channels than the image.
     """
-    places = Places(model, config)
+    places = LayerRoles(model, config)
     found = _Replacements(model, config, resolve(rules), places)
     network = found.by_path[""]
     is_read = any(isinstance(m, BcosStem | ImageReader) for m in found.modules())
@@ -149,7 +149,7 @@ class _Replacements:
     model: nn.Module
     config: BcosConfig
     rules: RulesByType
-    places: "Places"
+    places: "LayerRoles"
     by_path: dict[str, nn.Module] = field(default_factory=dict)
     changed: dict[str, nn.Module] = field(default_factory=dict)
     by_id: dict[int, nn.Module] = field(default_factory=dict)
@@ -167,7 +167,7 @@ class _Replacements:
     def _convert(self, name: str, module: nn.Module) -> nn.Module:
         """The module's replacement; itself where something is in the way."""
         rule = _rule_for(module, self.rules)
-        advice = wrapper_problem(module) or (None if rule in (keep, keep_whole) else computed_weight_problem(module))
+        advice = wrapper_problem(module) or (None if rule in (keep, keep_leaf) else computed_weight_problem(module))
         if rule is None or advice is not None:
             self.problems.append(_problem(name, module) if advice is None else f"{name or '(root)'}: {advice}")
             return module
@@ -234,7 +234,7 @@ def _plan_positions(model: Any, config: BcosConfig, found: _Replacements, proble
     return positions
 
 
-def _image_reader(model: nn.Module, places: "Places") -> ImageReader:
+def _image_reader(model: nn.Module, places: "LayerRoles") -> ImageReader:
     like = next(model.parameters(), torch.empty(0))
     reader = ImageReader(places.channels, places.mean, places.std, buffer_device(like), like.dtype)
     return reader.train(model.training)
@@ -246,7 +246,7 @@ def _read_through(reader: ImageReader, network: nn.Module) -> nn.Sequential:
     return root
 
 
-def _traits(network: nn.Module, places: "Places", found: _Replacements) -> dict[str, object]:
+def _traits(network: nn.Module, places: "LayerRoles", found: _Replacements) -> dict[str, object]:
     """What the network says of itself: images are in [0, 1], with so many channels, and so many classes."""
     traits: dict[str, object] = {}
     if cfg := getattr(network, "pretrained_cfg", None):
@@ -268,7 +268,7 @@ def _walk(
     """Modules with their paths, parents first, into whatever its rule has left in place."""
     yield name, module
     kept = done[id(module)]
-    if _rule_for(module, rules) is keep_whole or wrapper_problem(module) is not None:
+    if _rule_for(module, rules) is keep_leaf or wrapper_problem(module) is not None:
         return
     for child_name, child in module._modules.items():  # `named_children` names a shared module only once
         is_kept = getattr(kept, child_name, None) is child
@@ -280,7 +280,7 @@ def convertible(model: nn.Module, rules: Rules) -> Iterator[tuple[str, nn.Module
     """The modules of a network, with their paths, that a conversion would replace if their config says so."""
     by_type = resolve(rules)
     for name, module in _walk("", model, by_type, {id(m): m for m in model.modules()}):
-        if _rule_for(module, by_type) not in (keep, keep_whole):
+        if _rule_for(module, by_type) not in (keep, keep_leaf):
             yield name, module
 
 

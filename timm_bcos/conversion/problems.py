@@ -54,7 +54,7 @@ def computed_weight_problem(module: nn.Module) -> str | None:
     if parametrize.is_parametrized(module):
         name = next(iter(module.parametrizations))  # type: ignore[arg-type]
         mend = f"torch.nn.utils.parametrize.remove_parametrizations(module, {name!r})"
-        return f"has a parametrised {name}: call {mend} first"
+        return f"has a parametrized {name}: call {mend} first"
     for hook in module._forward_pre_hooks.values():
         for kind, mend in WEIGHT_HOOKS.items():
             if isinstance(hook, kind):

@@ -1,8 +1,8 @@
-"""What a plain network makes of a grey image: where activations that are gated by biases begin.
+"""What a plain network makes of a gray image: where activations that are gated by biases begin.
 
-With additive biases features are those of a grey image (the mean that the images are normalised by) plus what the image
-adds to them. `BcosConfig(bias="gate")` keeps what the image adds: a(x + r) - a(r) for an activation a that a grey image
-gives r. At B = 1 that is the original, less its answer to grey, but at the borders, where zeros pad.
+With additive biases features are those of a gray image (the mean that the images are normalized by) plus what the image
+adds to them. `BcosConfig(bias="reference")` keeps what the image adds: a(x + r) - a(r) for an activation a that a gray image
+gives r. At B = 1 that is the original, less its answer to gray, but at the borders, where zeros pad.
 """
 
 from collections.abc import Mapping
@@ -18,13 +18,13 @@ from ..files import first_line
 from ..nn.activations import ShiftedActivation
 from ..nn.module_utils import frozen_copy, image_size
 
-__all__ = ["responses_to_grey", "take_shifts"]
+__all__ = ["reference_activations", "set_reference_shifts"]
 
 GATED_NORMS = (timm_layers.BatchNormAct2d, timm_layers.SyncBatchNormAct)
 
 
-def responses_to_grey(model: nn.Module) -> dict[str, Tensor]:
-    """What activations inside of batch norms are given in the middle of a grey image.
+def reference_activations(model: nn.Module) -> dict[str, Tensor]:
+    """What activations inside of batch norms are given in the middle of a gray image.
 
     The image is twice as large as the network's own, so that its middle hardly sees the borders; or of the network's
     own size, where it takes no other.
@@ -62,7 +62,7 @@ def responses_to_grey(model: nn.Module) -> dict[str, Tensor]:
             found.clear()
             failure = error
     raise InputError(
-        f"bias='gate' needs the network's answer to a grey image, but {type(model).__name__} does not run on one of "
+        f"bias='reference' needs the network's answer to a gray image, but {type(model).__name__} does not run on one of "
         f"{height} × {width} pixels ({first_line(failure)}): tell its size, model.pretrained_cfg = dict(input_size=...)"
     ) from failure
 
@@ -72,7 +72,7 @@ def _is_gated(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def take_shifts(network: nn.Module, responses: Mapping[str, Tensor]) -> None:
+def set_reference_shifts(network: nn.Module, responses: Mapping[str, Tensor]) -> None:
     """Let a converted network's gates begin where those responses are."""
     for name, response in responses.items():
         act = getattr(network.get_submodule(name), "act", None)

@@ -1,6 +1,6 @@
 """What replaces a module in a conversion: one function per kind of module.
 
-Each takes the module, its `Place` in the network and the config, and returns the replacement, which adopts the
+Each takes the module, its `LayerRole` in the network and the config, and returns the replacement, which adopts the
 module's parameters, or the module itself; it never changes what it was given. What is returned unchanged is made
 dynamic linear, where needed, by explanation mode (`timm_bcos.dynamic_linear`). What cannot be converted is refused by an
 `UnsupportedModuleError`, whose lines the plan collects.
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from .._compat import Library, timm_layers
 from ..errors import UnsupportedModuleError
-from ..nn.activations import PassedSigmoid, ShiftedActivation
+from ..nn.activations import ShiftedActivation, SigmoidActivation
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, BcosPool2d
 from ..nn.layers import BcosConv2d, BcosLinear
 from ..nn.module_utils import buffer_device, clone
-from ..nn.norms import UncentredBatchNorm1d, UncentredBatchNorm2d, UncentredBatchNormAct2d
+from ..nn.norms import UncenteredBatchNorm1d, UncenteredBatchNorm2d, UncenteredBatchNormAct2d
 from ..nn.stems import BcosStem
 from .attention import WINDOWED, BcosAttention
 from .blocks import AVERAGED, BARE, WIDE, WIDE_NORM_ACTS, WIDE_NORMS, antialiased_max_pool, is_patchifying
@@ -31,7 +31,7 @@ pool2d_same: Any = Library("timm.layers.pool2d_same")
 
 
 @dataclass(frozen=True)
-class Place:
+class LayerRole:
     """Where a module stands.
 
     Attributes:
@@ -48,25 +48,25 @@ class Place:
     std: tuple[float, ...] | None = None
 
 
-def hidden_place(name: str, config: BcosConfig) -> Place:
+def hidden_place(name: str, config: BcosConfig) -> LayerRole:
     """The place of a module that neither reads the image nor gives the logits."""
-    return Place(name, "linear" if any(fnmatch(name, pattern) for pattern in config.linear) else "hidden")
+    return LayerRole(name, "linear" if any(fnmatch(name, pattern) for pattern in config.linear) else "hidden")
 
 
-Rule = Callable[[Any, Place, BcosConfig], nn.Module]
+Rule = Callable[[Any, LayerRole, BcosConfig], nn.Module]
 
 
-def keep(module: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
+def keep(module: nn.Module, place: LayerRole, config: BcosConfig) -> nn.Module:
     """The module stays; its children are converted by their own rules."""
     return module
 
 
-def keep_whole(module: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
+def keep_leaf(module: nn.Module, place: LayerRole, config: BcosConfig) -> nn.Module:
     """The module stays with all it contains: a gate or a statistic, which only scales the linear path."""
     return module
 
 
-def refuse(place: Place, module: nn.Module, what_to_do: str) -> NoReturn:
+def refuse(place: LayerRole, module: nn.Module, what_to_do: str) -> NoReturn:
     """Stop the conversion with a line about one module; the plan collects such lines."""
     kind = type(module)
     raise UnsupportedModuleError([f"{place.name or '(root)'}: {kind.__module__}.{kind.__name__} {what_to_do}"])
@@ -102,7 +102,7 @@ def _rows(weight: Tensor, unit: dict[str, Any]) -> Tensor:
     return weight if max_out == 1 else weight.detach().repeat_interleave(max_out, 0)
 
 
-def replace_conv(conv: nn.Conv2d, place: Place, config: BcosConfig) -> nn.Module:
+def replace_conv(conv: nn.Conv2d, place: LayerRole, config: BcosConfig) -> nn.Module:
     """Convolutions, with padding of their own or as TensorFlow has it."""
     channels = 2 * conv.in_channels if place.role == "stem" else conv.in_channels  # an image is encoded
     fan_in = channels * conv.kernel_size[0] * conv.kernel_size[1]
@@ -123,8 +123,8 @@ def replace_conv(conv: nn.Conv2d, place: Place, config: BcosConfig) -> nn.Module
     return _adopt(stem, conv, _rows(weight, unit), config)
 
 
-def replace_standardised_conv(conv: Any, place: Place, config: BcosConfig) -> nn.Module:
-    """Weight standardisation is applied once and for all: what it gives is the weight to start from."""
+def replace_standardized_conv(conv: Any, place: LayerRole, config: BcosConfig) -> nn.Module:
+    """Weight standardization is applied once and for all: what it gives is the weight to start from."""
     plain = nn.Conv2d(
         conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
         bias=False, device="meta", dtype=conv.weight.dtype,
@@ -138,13 +138,13 @@ def replace_standardised_conv(conv: Any, place: Place, config: BcosConfig) -> nn
 
 
 def replace_linear_layer(
-    layer: nn.Conv1d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d, place: Place, config: BcosConfig
+    layer: nn.Conv1d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d, place: LayerRole, config: BcosConfig
 ) -> nn.Module:
     """A layer that has no B-cos form here stays linear; only its bias may go."""
     return layer if config.adds_bias or layer.bias is None else clone(layer, bias=None)
 
 
-def replace_lstm(lstm: nn.LSTM, place: Place, config: BcosConfig) -> nn.Module:
+def replace_lstm(lstm: nn.LSTM, place: LayerRole, config: BcosConfig) -> nn.Module:
     """Explanation mode knows them (`timm_bcos.dynamic_linear.recurrent`); without biases a new one adopts the weights."""
     if config.adds_bias or not lstm.bias:
         return lstm
@@ -157,7 +157,7 @@ def replace_lstm(lstm: nn.LSTM, place: Place, config: BcosConfig) -> nn.Module:
     return new.train(lstm.training)
 
 
-def _conv_classifier(module: nn.Linear | nn.Conv2d, place: Place, config: BcosConfig) -> BcosConv2d | BcosLinear:
+def _conv_classifier(module: nn.Linear | nn.Conv2d, place: LayerRole, config: BcosConfig) -> BcosConv2d | BcosLinear:
     features, num_classes = module.weight.shape[1], module.weight.shape[0]
     unit = _unit(config, features)
     layer = BcosConvClassifier(
@@ -168,7 +168,7 @@ def _conv_classifier(module: nn.Linear | nn.Conv2d, place: Place, config: BcosCo
     return _adopt(layer, module, _rows(weight, unit), config)
 
 
-def replace_linear(linear: nn.Linear, place: Place, config: BcosConfig) -> BcosConv2d | BcosLinear:
+def replace_linear(linear: nn.Linear, place: LayerRole, config: BcosConfig) -> BcosConv2d | BcosLinear:
     """Linear layers; a classifier that pools becomes a convolution."""
     if place.role in ("positions", "map"):
         return _conv_classifier(linear, place, config)
@@ -180,35 +180,35 @@ def replace_linear(linear: nn.Linear, place: Place, config: BcosConfig) -> BcosC
     return _adopt(layer, linear, _rows(linear.weight, unit), config)
 
 
-def replace_batch_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, place: Place, config: BcosConfig) -> nn.Module:
-    """One- and two-dimensional batch norms, and the synchronised one."""
+def replace_batch_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, place: LayerRole, config: BcosConfig) -> nn.Module:
+    """One- and two-dimensional batch norms, and the synchronized one."""
     if hasattr(norm, "act"):  # torch's `convert_sync_batchnorm` leaves the layers inside of timm's norms unused
         return replace_batch_norm_act(norm, place, config)
     if config.norm == "remove":
         return nn.Identity()
     if _stays(norm, place, config):
         return norm
-    kind = UncentredBatchNorm1d if isinstance(norm, nn.BatchNorm1d) else UncentredBatchNorm2d
+    kind = UncenteredBatchNorm1d if isinstance(norm, nn.BatchNorm1d) else UncenteredBatchNorm2d
     return kind.from_batch_norm(_with_weight(norm))
 
 
-def replace_batch_norm_act(norm: Any, place: Place, config: BcosConfig) -> nn.Module:
+def replace_batch_norm_act(norm: Any, place: LayerRole, config: BcosConfig) -> nn.Module:
     """timm's batch norms with a drop and an activation layer behind them."""
     if config.norm == "remove":
         return _removed_norm_act(norm, config)
     if _stays(norm, place, config):
         return norm
-    new = UncentredBatchNormAct2d.from_batch_norm(_with_weight(norm))
+    new = UncenteredBatchNormAct2d.from_batch_norm(_with_weight(norm))
     new.drop, new.act = norm.drop, norm.act
-    if config.bias == "gate" and not isinstance(norm.act, nn.Identity | ShiftedActivation):
+    if config.bias == "reference" and not isinstance(norm.act, nn.Identity | ShiftedActivation):
         shift = torch.zeros_like(new.weight, requires_grad=new.weight.requires_grad)  # trained as the bias was
         new.act = ShiftedActivation(norm.act, shift)
     return new
 
 
-def _stays(norm: nn.BatchNorm1d | nn.BatchNorm2d, place: Place, config: BcosConfig) -> bool:
+def _stays(norm: nn.BatchNorm1d | nn.BatchNorm2d, place: LayerRole, config: BcosConfig) -> bool:
     if norm.running_var is None:
-        why = "has no running statistics: it normalises by the batch, so that images would explain each other"
+        why = "has no running statistics: it normalizes by the batch, so that images would explain each other"
         refuse(place, norm, f"{why}; train it with track_running_stats=True, or pass norm='remove'")
     return config.norm == "keep" and config.adds_bias
 
@@ -224,7 +224,7 @@ def _with_weight(norm: BatchNormT) -> BatchNormT:
     return clone(norm, weight=nn.Parameter(torch.ones_like(norm.running_var), requires_grad=False))
 
 
-def replace_frozen_batch_norm(norm: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
+def replace_frozen_batch_norm(norm: nn.Module, place: LayerRole, config: BcosConfig) -> nn.Module:
     """Batch norms whose numbers are all buffers, with or without an activation behind them."""
     if config.norm == "remove":
         return _removed_norm_act(norm, config) if hasattr(norm, "act") else nn.Identity()
@@ -237,7 +237,7 @@ def _removed_norm_act(norm: Any, config: BcosConfig) -> nn.Module:
     return nn.Identity() if config.activation == "remove" else nn.Sequential(norm.drop, norm.act)
 
 
-def replace_norm(norm: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
+def replace_norm(norm: nn.Module, place: LayerRole, config: BcosConfig) -> nn.Module:
     """A norm over x's own features is dynamic linear as it is, except for its bias."""
     if config.norm == "remove":
         return nn.Identity()
@@ -245,12 +245,12 @@ def replace_norm(norm: nn.Module, place: Place, config: BcosConfig) -> nn.Module
     return norm if config.adds_bias or getattr(norm, "bias", None) is None else clone(norm, bias=None)
 
 
-def replace_norm_act(norm_act: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
+def replace_norm_act(norm_act: nn.Module, place: LayerRole, config: BcosConfig) -> nn.Module:
     """Likewise with an activation behind it."""
     return _removed_norm_act(norm_act, config) if config.norm == "remove" else replace_norm(norm_act, place, config)
 
 
-def replace_fused_norm_act(norm: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
+def replace_fused_norm_act(norm: nn.Module, place: LayerRole, config: BcosConfig) -> nn.Module:
     """Norm and activation in one formula, whose activation has a parameter, `v` or `tau`."""
     if config.norm == "remove":
         if config.activation == "keep":
@@ -264,7 +264,7 @@ def replace_fused_norm_act(norm: nn.Module, place: Place, config: BcosConfig) ->
 OFFSETS = ("bias", "beta", "q_bias", "v_bias", "mlp_bias")
 
 
-def replace_offset(module: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
+def replace_offset(module: nn.Module, place: LayerRole, config: BcosConfig) -> nn.Module:
     """A module that owns an additive bias directly; its children are converted by their own rules.
 
     timm's forwards ask whether `q_bias` and its like are there; a `bias` of 0 takes part in the others.
@@ -281,7 +281,7 @@ def replace_offset(module: nn.Module, place: Place, config: BcosConfig) -> nn.Mo
     return new
 
 
-def replace_activation(act: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
+def replace_activation(act: nn.Module, place: LayerRole, config: BcosConfig) -> nn.Module:
     """Activations, which explanation mode makes dynamic linear."""
     return nn.Identity() if config.activation == "remove" else act
 
@@ -293,18 +293,18 @@ PLAIN_FORMS: dict[str, type[nn.Module]] = {
 }  # fmt: skip
 
 
-def replace_memory_efficient(act: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
+def replace_memory_efficient(act: nn.Module, place: LayerRole, config: BcosConfig) -> nn.Module:
     """timm's memory-efficient activations compute inside autograd functions, where explanation mode cannot look."""
     plain = PLAIN_FORMS[type(act).__name__]().train(act.training)
     return plain if type(plain) is nn.Hardsigmoid else replace_activation(plain, place, config)
 
 
-def replace_activation_with_offset(act: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
+def replace_activation_with_offset(act: nn.Module, place: LayerRole, config: BcosConfig) -> nn.Module:
     """An activation that adds a constant of its own."""
     return nn.Identity() if config.activation == "remove" else replace_offset(act, place, config)
 
 
-def replace_sequential(sequence: nn.Sequential, place: Place, config: BcosConfig) -> nn.Module:
+def replace_sequential(sequence: nn.Sequential, place: LayerRole, config: BcosConfig) -> nn.Module:
     """A container, in which a sigmoid that feeds another layer is an activation, not a gate."""
     children = list(sequence.named_children())
     feeding = [
@@ -312,22 +312,22 @@ def replace_sequential(sequence: nn.Sequential, place: Place, config: BcosConfig
         for i, (name, child) in enumerate(children)
         if type(child) is nn.Sigmoid and any(m._parameters for _, m in children[i + 1 :])
     ]
-    return clone(sequence, **{name: PassedSigmoid() for name in feeding}) if feeding else sequence
+    return clone(sequence, **{name: SigmoidActivation() for name in feeding}) if feeding else sequence
 
 
-def replace_bare(block: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
+def replace_bare(block: nn.Module, place: LayerRole, config: BcosConfig) -> nn.Module:
     """A block that calls its activation as a function."""
     return block if config.activation == "keep" else _with_class(block, BARE)
 
 
-def keep_unless_bare(model: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
+def keep_unless_bare(model: nn.Module, place: LayerRole, config: BcosConfig) -> nn.Module:
     """A network that calls its last activation in its own forward pass."""
     if config.activation == "remove":
         refuse(place, model, "applies a ReLU in its own forward pass: take another network, or activation='keep'")
     return model
 
 
-def replace_max_pool(pool: nn.MaxPool1d | nn.MaxPool2d, place: Place, config: BcosConfig) -> nn.Module:
+def replace_max_pool(pool: nn.MaxPool1d | nn.MaxPool2d, place: LayerRole, config: BcosConfig) -> nn.Module:
     """Max pooling in one or two dimensions, with padding of its own or as TensorFlow has it."""
     if config.max_pool == "keep":
         return antialiased_max_pool(pool) if config.antialias else pool
@@ -339,32 +339,32 @@ def replace_max_pool(pool: nn.MaxPool1d | nn.MaxPool2d, place: Place, config: Bc
     return kind(pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)  # type: ignore[no-any-return]
 
 
-def replace_global_pool(pool: Any, place: Place, config: BcosConfig) -> nn.Module:
+def replace_global_pool(pool: Any, place: LayerRole, config: BcosConfig) -> nn.Module:
     """timm's global average pooling, which a classifier after it may take over."""
     return BcosPool2d.from_pool(pool) if isinstance(pool.pool, nn.AdaptiveAvgPool2d) else pool
 
 
-def replace_flatten(flatten: nn.Flatten, place: Place, config: BcosConfig) -> nn.Module:
+def replace_flatten(flatten: nn.Flatten, place: LayerRole, config: BcosConfig) -> nn.Module:
     """Flattening before a classifier, which may want the map."""
     return BcosFlatten(flatten.start_dim, flatten.end_dim).train(flatten.training)
 
 
-def replace_averaged(block: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
+def replace_averaged(block: nn.Module, place: LayerRole, config: BcosConfig) -> nn.Module:
     """A block that calls its max pooling as a function."""
     return block if config.max_pool == "keep" else _with_class(block, AVERAGED)
 
 
-def replace_wide(block: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
+def replace_wide(block: nn.Module, place: LayerRole, config: BcosConfig) -> nn.Module:
     """A block that computes in float32 whatever its input."""
     return _with_class(block, WIDE)
 
 
-def replace_window_attention(block: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
+def replace_window_attention(block: nn.Module, place: LayerRole, config: BcosConfig) -> nn.Module:
     """torchvision's, with projections that are called."""
     return _with_class(block, WINDOWED)
 
 
-def replace_multihead_attention(attention: nn.MultiheadAttention, place: Place, config: BcosConfig) -> nn.Module:
+def replace_multihead_attention(attention: nn.MultiheadAttention, place: LayerRole, config: BcosConfig) -> nn.Module:
     """torch's; queries, keys and values come from one linear layer, called `in_proj` as timm does."""
     if attention.in_proj_weight is None or attention.bias_k is not None or attention.add_zero_attn:
         refuse(place, attention, "has separate key or value sizes, or keys and values of its own: write a rule for it")
@@ -386,11 +386,11 @@ def _with_class(block: nn.Module, table: Mapping[type[nn.Module], type[nn.Module
     return new
 
 
-def pass_sigmoid(act: nn.Sigmoid, place: Place, config: BcosConfig) -> nn.Module:
+def sigmoid_as_activation(act: nn.Sigmoid, place: LayerRole, config: BcosConfig) -> nn.Module:
     """For sigmoids whose value is passed on, not multiplied."""
-    return PassedSigmoid().train(act.training)
+    return SigmoidActivation().train(act.training)
 
 
-def pass_gates(block: nn.Module, place: Place, config: BcosConfig) -> nn.Module:
+def pass_gates(block: nn.Module, place: LayerRole, config: BcosConfig) -> nn.Module:
     """iFormer's attention takes values and gates from one sigmoid."""
-    return clone(block, gate_act=PassedSigmoid().train(block.training))
+    return clone(block, gate_act=SigmoidActivation().train(block.training))

@@ -11,10 +11,10 @@ from ..errors import InputError, UnsupportedModuleError
 from ..nn.stems import BcosStem, ImageReader, image_channels
 from .config import BcosConfig
 from .problems import unread_layers
-from .rules import PROBABILITIES, Place
+from .rules import PROBABILITIES, LayerRole
 from .statistics import Stats, image_statistics, reads_image_itself
 
-__all__ = ["IN_ORDER", "Places", "name_in_backbone"]
+__all__ = ["IN_ORDER", "LayerRoles", "name_in_backbone"]
 
 AUXILIARY = ("AuxLogits", "aux1", "aux2", "aux_classifier")  # what timm and torchvision call their auxiliary heads
 # timm's backbones, of which the first two run what they contain one after the other
@@ -23,7 +23,7 @@ WITHOUT_CLASSIFIER = (*IN_ORDER, private.FeatureGetterNet)
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose2d)
 
 
-class Places:
+class LayerRoles:
     """The role of each module: which reads the image, which gives the logits, which stay linear."""
 
     def __init__(self, model: nn.Module, config: BcosConfig) -> None:
@@ -43,20 +43,20 @@ class Places:
 
     def _take_statistics(self) -> None:
         try:
-            found = _normalisation(self.model, self.config)
+            found = _normalization(self.model, self.config)
         except UnsupportedModuleError as refusal:
             self.problems += refusal.problems
             return
         self.mean, self.std = (_per_channel(values, self.channels) for values in found)
 
-    def of(self, name: str, module: nn.Module) -> Place:
+    def of(self, name: str, module: nn.Module) -> LayerRole:
         if name in self.stems:
-            return Place(name, "stem", self.mean, self.std)
+            return LayerRole(name, "stem", self.mean, self.std)
         if id(module) in self.classifiers:
-            return Place(name, self._classifier_role(name))
+            return LayerRole(name, self._classifier_role(name))
         if any(fnmatch(name, pattern) for pattern in self.config.linear):
-            return Place(name, "linear")
-        return Place(name)
+            return LayerRole(name, "linear")
+        return LayerRole(name)
 
     def _classifier_role(self, name: str) -> str:
         """Whether the classifier's global pooling can be moved behind it."""
@@ -146,7 +146,7 @@ def name_in_backbone(name: str, layers: Container[str]) -> str:
 def _channels_of(model: nn.Module, config: BcosConfig) -> int:
     """Channels of the images that a network takes.
 
-    Most networks tell. Of others, the config's statistics may; then a convolution that could read colours, or else the
+    Most networks tell. Of others, the config's statistics may; then a convolution that could read colors, or else the
     first one.
     """
     told = image_channels(model)
@@ -163,14 +163,14 @@ def _channels_of(model: nn.Module, config: BcosConfig) -> int:
     return told
 
 
-def _normalisation(model: nn.Module, config: BcosConfig) -> tuple[Stats, Stats]:
+def _normalization(model: nn.Module, config: BcosConfig) -> tuple[Stats, Stats]:
     if config.stem == "encoded":
         return None, None
     mean, std = image_statistics(model)
     mean, std = config.mean or mean, config.std or std
     if mean is None or std is None:
         problem = (
-            f"(root): {type(model).__name__} does not say how its images are normalised: pass BcosConfig(mean=..., "
+            f"(root): {type(model).__name__} does not say how its images are normalized: pass BcosConfig(mean=..., "
             f"std=...), or mean=(0.0,) and std=(1.0,) if it takes pixels in [0, 1]"
         )
         raise UnsupportedModuleError([problem])
@@ -178,7 +178,7 @@ def _normalisation(model: nn.Module, config: BcosConfig) -> tuple[Stats, Stats]:
 
 
 def _per_channel(values: Stats, channels: int) -> Stats:
-    """A cfg's statistics of colour images for a network that takes another number of channels: their average."""
+    """A cfg's statistics of color images for a network that takes another number of channels: their average."""
     if values is None or len(values) in (1, channels):
         return values
     return (sum(values) / len(values),)

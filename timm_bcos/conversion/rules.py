@@ -17,21 +17,30 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from .._compat import timm_layers
-from ..nn.activations import PassedSigmoid, ShiftedActivation
+from ..nn.activations import ShiftedActivation, SigmoidActivation
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, BcosPool2d
 from ..nn.layers import BcosConv2d, BcosLinear, LowPass2d
-from ..nn.norms import UncentredBatchNorm1d, UncentredBatchNorm2d, UncentredBatchNormAct2d
+from ..nn.norms import UncenteredBatchNorm1d, UncenteredBatchNorm2d, UncenteredBatchNormAct2d
 from ..nn.stems import BcosStem, ImageReader
 from . import replacements as to
 from .attention import WINDOWED, BcosAttention
 from .blocks import AVERAGED, BARE, WIDE, WIDE_NORM_ACTS, WIDE_NORMS
 from .positions import PositionedQkv
-from .replacements import Place, Rule, keep, keep_whole, pass_sigmoid
-from .statistics import NORMALISERS
+from .replacements import LayerRole, Rule, keep, keep_leaf, sigmoid_as_activation
+from .statistics import NORMALIZERS
 
 __all__ = [
-    "ADVICE", "PROBABILITIES", "RULES", "Place", "Rule", "Rules", "is_container", "keep", "keep_whole", "pass_sigmoid",
+    "ADVICE",
+    "PROBABILITIES",
+    "RULES",
+    "LayerRole",
+    "Rule",
+    "Rules",
+    "is_container",
+    "keep",
+    "keep_leaf",
     "resolve",
+    "sigmoid_as_activation",
 ]  # fmt: skip
 
 Rules: TypeAlias = Mapping[type[nn.Module] | str, Rule]  # by exact type, or the type's qualified name
@@ -109,7 +118,7 @@ class RuleTable(dict[Any, Rule]):
 RULES = RuleTable({
     **_named(to.replace_conv, "torch.nn.Conv2d timm.layers.Conv2dSame"),
     **_named(
-        to.replace_standardised_conv,
+        to.replace_standardized_conv,
         """
         timm.layers.StdConv2d timm.layers.StdConv2dSame timm.layers.ScaledStdConv2d timm.layers.ScaledStdConv2dSame
         """,
@@ -203,7 +212,7 @@ RULES = RuleTable({
     ),
     # gates and statistics
     **_named(
-        keep_whole,
+        keep_leaf,
         """
         torch.nn.Sigmoid torch.nn.Softmax torch.nn.Softmax2d torch.nn.Hardsigmoid torch.nn.LocalResponseNorm
         timm.layers.Sigmoid timm.layers.HardSigmoid timm.layers.split_attn.RadixSoftmax timm.layers.SEModule
@@ -236,7 +245,7 @@ RULES = RuleTable({
         torchvision.models.maxvit.WindowPartition torchvision.models.maxvit.WindowDepartition
         """,
     ),
-    **dict.fromkeys((*NORMALISERS,), keep),
+    **dict.fromkeys((*NORMALIZERS,), keep),
     # owners of scales
     **_named(
         keep,
@@ -271,19 +280,19 @@ RULES = RuleTable({
         """,
     ),
     # linear maps that explanation mode covers, without a B-cos form yet
-    **_named(keep_whole, "timm.layers.CondConv2d"),
+    **_named(keep_leaf, "timm.layers.CondConv2d"),
     # this package's own
     **dict.fromkeys(
         (
             BcosConv2d, BcosStem, ImageReader, BcosConvClassifier, BcosLinear, BcosLinearClassifier, BcosPool2d,
-            BcosFlatten, UncentredBatchNorm1d, UncentredBatchNorm2d, LowPass2d, PositionedQkv, PassedSigmoid,
+            BcosFlatten, UncenteredBatchNorm1d, UncenteredBatchNorm2d, LowPass2d, PositionedQkv, SigmoidActivation,
             ShiftedActivation,
         ),
-        keep_whole,
+        keep_leaf,
     ),
     **dict.fromkeys(
         (
-            BcosAttention, UncentredBatchNormAct2d, *(own for table in (AVERAGED, BARE, WIDE, WIDE_NORMS,
+            BcosAttention, UncenteredBatchNormAct2d, *(own for table in (AVERAGED, BARE, WIDE, WIDE_NORMS,
             WIDE_NORM_ACTS, WINDOWED) for own in table.values()),
         ),
         keep,

@@ -118,7 +118,7 @@ def _differences(
             yield Contradiction(name, theirs[name], own[name])
     for path, statistics in own["images"].items():
         for name, values in theirs.get("images", {}).get(path, {}).items():
-            fits = not values or not statistics[name] or len(values) == len(statistics[name])  # colour, or grey
+            fits = not values or not statistics[name] or len(values) == len(statistics[name])  # color, or gray
             if fits and values != statistics[name]:
                 yield Contradiction(name, values, statistics[name])
 

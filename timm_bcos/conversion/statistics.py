@@ -1,4 +1,4 @@
-"""How a network's images are normalised: told by timm's cfg, by torchvision's weights, or by the network itself."""
+"""How a network's images are normalized: told by timm's cfg, by torchvision's weights, or by the network itself."""
 
 import inspect
 import sys
@@ -9,15 +9,15 @@ from torchvision.models import WeightsEnum
 from torchvision.transforms import Normalize
 from torchvision.transforms.v2 import Normalize as NormalizeV2
 
-__all__ = ["NORMALISERS", "Stats", "image_statistics", "reads_image_itself"]
+__all__ = ["NORMALIZERS", "Stats", "image_statistics", "reads_image_itself"]
 
 Stats = tuple[float, ...] | None
-NORMALISERS = (Normalize, NormalizeV2)
+NORMALIZERS = (Normalize, NormalizeV2)
 
 
 def image_statistics(model: nn.Module) -> tuple[Stats, Stats]:
     """Mean and standard deviation per channel that a network's images need; None where nothing says so."""
-    if _normalises_itself(model):
+    if _normalizes_itself(model):
         return (0.0,), (1.0,)
     cfg = getattr(model, "pretrained_cfg", None) or _torchvision_cfg(model)
     mean, std = cfg.get("mean"), cfg.get("std")
@@ -25,12 +25,12 @@ def image_statistics(model: nn.Module) -> tuple[Stats, Stats]:
 
 
 def reads_image_itself(model: nn.Module) -> bool:
-    """Whether the network treats the colours before its first layer: it cannot take their encoding."""
-    return _normalises_itself(model) or getattr(model, "transform_input", False)  # torchvision's Inception networks
+    """Whether the network treats the colors before its first layer: it cannot take their encoding."""
+    return _normalizes_itself(model) or getattr(model, "transform_input", False)  # torchvision's Inception networks
 
 
-def _normalises_itself(model: nn.Module) -> bool:
-    return any(isinstance(m, NORMALISERS) for m in model.modules())
+def _normalizes_itself(model: nn.Module) -> bool:
+    return any(isinstance(m, NORMALIZERS) for m in model.modules())
 
 
 def _torchvision_cfg(model: nn.Module) -> dict[str, tuple[float, ...]]:

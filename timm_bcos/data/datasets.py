@@ -1,4 +1,4 @@
-"""Labelled data sets, as `timm.data.create_dataset` makes them."""
+"""Labeled data sets, as `timm.data.create_dataset` makes them."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..prefetch import read_ahead
+from ..prefetch import prefetch
 from .photos import photo_transform
 
-__all__ = ["LabelledImages", "image_batches", "image_loader", "load_dataset"]
+__all__ = ["LabeledImages", "image_batches", "image_loader", "load_dataset"]
 
 # what folders of splits are called; timm takes each for the others of its line, and none for all images
 SPLITS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"), ("test", "testing"))
 DEFAULT_SPLIT = "validation"
 
 
-class LabelledImages(Protocol):
+class LabeledImages(Protocol):
     """What the tools need of a data set."""
 
     def __len__(self) -> int: ...
@@ -30,13 +30,13 @@ class LabelledImages(Protocol):
     def __getitem__(self, index: int, /) -> tuple[Image.Image, int]: ...
 
 
-def image_loader(model: nn.Module, dataset: LabelledImages) -> Callable[[int], tuple[Tensor, int]]:
+def image_loader(model: nn.Module, dataset: LabeledImages) -> Callable[[int], tuple[Tensor, int]]:
     """A function from an index to an image (C, H, W) in [0, 1] and its class.
 
-    Images are cut and scaled as the model's cfg says, but not normalised. An image without a label is an `InputError`.
+    Images are cut and scaled as the model's cfg says, but not normalized. An image without a label is an `InputError`.
 
     Raises:
-        InputError: For a network that takes neither grey nor coloured images.
+        InputError: For a network that takes neither gray nor colored images.
     """
     mode, transform = photo_transform(model)
 
@@ -50,7 +50,7 @@ def image_loader(model: nn.Module, dataset: LabelledImages) -> Callable[[int], t
 
 
 def image_batches(
-    model: nn.Module, dataset: LabelledImages, indices: Sequence[int], batch_size: int, bar: str | None = None
+    model: nn.Module, dataset: LabeledImages, indices: Sequence[int], batch_size: int, bar: str | None = None
 ) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
     """Batches of a data set, loaded while the one before is in use.
 
@@ -66,7 +66,7 @@ def image_batches(
     """
     load, device = image_loader(model, dataset), next(model.parameters()).device
     parts = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    batches = zip(parts, read_ahead([load(i) for i in part] for part in parts), strict=True)
+    batches = zip(parts, prefetch([load(i) for i in part] for part in parts), strict=True)
     for some, loaded in tqdm(batches, bar, len(parts), disable=True if bar is None else None):
         images, labels = zip(*loaded, strict=True)
         yield some, torch.stack(images).to(device), torch.tensor(labels)
@@ -74,8 +74,8 @@ def image_batches(
 
 def load_dataset(
     root: str, num_classes: int, *, kind: str = "", split: str = DEFAULT_SPLIT, class_map: str = ""
-) -> LabelledImages:
-    """A labelled data set as timm's scripts read it, which says so if it is not the one that was meant.
+) -> LabeledImages:
+    """A labeled data set as timm's scripts read it, which says so if it is not the one that was meant.
 
     Args:
         root: A folder of one folder per class, with or without folders of splits above them, a tar file, or whatever
@@ -104,7 +104,7 @@ def load_dataset(
             f"{place} has images of {count} classes, the model {num_classes}: labels come from a folder per class, or "
             f"from folders and --class-map, which lists the names of all classes"
         )
-    return cast(LabelledImages, dataset)
+    return cast(LabeledImages, dataset)
 
 
 def _refuse_missing_split(root: Path, split: str) -> None:

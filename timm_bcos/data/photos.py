@@ -68,7 +68,7 @@ def open_photo(file: Path | BinaryIO, mode: str = "RGB", formats: tuple[str, ...
 
     Args:
         file: A path, or an open file.
-        mode: Pillow's: 'RGB', or 'L' for grey.
+        mode: Pillow's: 'RGB', or 'L' for gray.
         formats: Those that are read, by Pillow's names; all by default.
 
     Raises:
@@ -113,7 +113,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _in_eight_bits(image: Image.Image) -> Image.Image:
-    """Pictures of wider numbers in grey of 8 bits; Pillow would clip them."""
+    """Pictures of wider numbers in gray of 8 bits; Pillow would clip them."""
     if not image.mode.startswith(("I", "F")):
         return image
     values = np.asarray(image)
@@ -124,23 +124,23 @@ def _in_eight_bits(image: Image.Image) -> Image.Image:
         white = SIXTEEN_BITS
     elif black == 0:  # otherwise any range is as good as its own
         white = next((float(full) for full in WHITES[image.mode] if white <= full), white)
-    grey = np.empty(values.shape, np.uint8)
-    for row, target in zip(values, grey, strict=True):  # a whole photo in float64 takes many times its own memory
+    gray = np.empty(values.shape, np.uint8)
+    for row, target in zip(values, gray, strict=True):  # a whole photo in float64 takes many times its own memory
         target[:] = ((row.astype(np.float64) - black) / ((white - black) or 1) * 255).round()
-    return Image.fromarray(grey)
+    return Image.fromarray(gray)
 
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by channels
 
 
 def photo_transform(model: nn.Module) -> tuple[str, Callable[[Image.Image], Tensor]]:
-    """How a photo becomes an image (C, H, W) in [0, 1]: cut and scaled as the model's cfg says, but not normalised.
+    """How a photo becomes an image (C, H, W) in [0, 1]: cut and scaled as the model's cfg says, but not normalized.
 
     Returns:
         Pillow's mode that the photo must have, and the transform.
 
     Raises:
-        InputError: For a network that takes neither grey nor coloured images.
+        InputError: For a network that takes neither gray nor colored images.
     """
     channels = image_channels(model) or 3
     if channels not in MODES:

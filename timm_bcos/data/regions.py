@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .datasets import LabelledImages
+from .datasets import LabeledImages
 from .photos import photo_transform
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def cell_of_pixels(side: int, n: int) -> Tensor:
-    """(n, side), 1 where a pixel lies in a row or column of cells; where n divides no side, its centre counts."""
+    """(n, side), 1 where a pixel lies in a row or column of cells; where n divides no side, its center counts."""
     return F.one_hot((2 * torch.arange(side) + 1) * n // (2 * side), n).T
 
 
@@ -38,7 +38,7 @@ def cell_masks(height: int, width: int, n: int) -> Tensor:
 
 
 def without_cell(x: Tensor, cells: Tensor, n: int) -> Tensor:
-    """Images that show their mean colour in one cell.
+    """Images that show their mean color in one cell.
 
     Args:
         x: (N, C, H, W).
@@ -72,7 +72,7 @@ COLUMNS = ("image", "left", "top", "right", "bottom")
 Box = tuple[float, float, float, float]
 
 
-def region_loader(model: nn.Module, dataset: LabelledImages, regions: Path) -> Callable[[int], Tensor]:
+def region_loader(model: nn.Module, dataset: LabeledImages, regions: Path) -> Callable[[int], Tensor]:
     """A function from an index of the data set to the mask (H, W) of its object, cut and scaled as the image is.
 
     Args:

@@ -22,12 +22,12 @@ from .guard import Guard
 from .limits import (IN_QUEUE, LARGEST_PHOTO, REMEMBERED, SECONDS_OF_A_VISIT, SLOW_AT_ONCE, SLOW_WAITING, WAITING_AT_ONCE)
 from .log import FewLines
 from .sessions import Mailboxes
-from .visits import (PageNetwork, embedded_networks)
+from .visits import (DemoModel, embedded_networks)
 from .components import page_theme
 from .uploads import encode_file
 from .visits import MOST_CLASSES
 
-__all__ = ["build_app", "launch", "page_networks", "serving"]
+__all__ = ["build_app", "launch", "demo_models", "serving"]
 
 TITLE = "What a B-cos network sees"
 LEAD = (
@@ -71,13 +71,13 @@ class App(gr.Blocks):
         return Calls(functions)
 
 
-def page_networks(
+def demo_models(
     model: str | None = None,
     checkpoint: Path | None = None,
     classes: Path | None = None,
     device: torch.device | str = "cpu",
     examples: Sequence[Path] = (),
-) -> list[PageNetwork]:
+) -> list[DemoModel]:
     """The networks that come with the package, after the one that is asked for.
 
     Args:
@@ -97,13 +97,13 @@ def page_networks(
         network = load_model(model, checkpoint).eval()
         label = model or (checkpoint.name if checkpoint else f"{networks[0].label} with {classes}")
         photos = examples or [photo for embedded in networks for photo in embedded.examples]
-        networks.insert(0, PageNetwork(label, network, class_names(network, classes), photos))
+        networks.insert(0, DemoModel(label, network, class_names(network, classes), photos))
     for one in networks:
         one.model.to(device)
     return networks
 
 
-def build_app(networks: Sequence[PageNetwork]) -> App:
+def build_app(networks: Sequence[DemoModel]) -> App:
     """The page.
 
     Args:
@@ -167,7 +167,7 @@ def build_app(networks: Sequence[PageNetwork]) -> App:
     return app.queue(max_size=IN_QUEUE, api_open=False)  # type: ignore[return-value]  # it returns itself
 
 
-def _first_photo(network: PageNetwork) -> str:
+def _first_photo(network: DemoModel) -> str:
     return encode_file(network.examples[0]) if network.examples else ""
 
 
@@ -235,22 +235,22 @@ def launch(
     """Serve the page until Ctrl-C; all that the `app.py` of a Hugging Face Space needs.
 
     Args:
-        model: As in `page_networks`, for instance 'hf-hub:ORG/NAME'.
+        model: As in `demo_models`, for instance 'hf-hub:ORG/NAME'.
         checkpoint: As there.
         classes: As there.
         port: As in `serving`.
         share: As in `serving`.
         device: Where to compute.
-        examples: As in `page_networks`.
+        examples: As in `demo_models`.
 
     Raises:
-        BcosError: As in `page_networks` and `serving`.
+        BcosError: As in `demo_models` and `serving`.
 
     Example:
         >>> from timm_bcos.demo.app import launch
         >>> launch(model="hf-hub:ORG/NAME")
     """
-    app = build_app(page_networks(model, checkpoint, classes, device, examples))
+    app = build_app(demo_models(model, checkpoint, classes, device, examples))
     with serving(app, port, share) as address:
         print(f"the page is at {address} (Ctrl-C ends it)", flush=True)
         with contextlib.suppress(KeyboardInterrupt):

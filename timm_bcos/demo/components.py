@@ -47,7 +47,7 @@ def _figure(picture: Picture) -> str:
 
 
 FONTS = ["Inter", "system-ui", "Segoe UI", "Roboto", "Noto Sans", "Helvetica Neue", "sans-serif"]
-COLOURS = {  # by Gradio's name: light, dark
+COLORS = {  # by Gradio's name: light, dark
     "body_background_fill": ("#fbfaf8", "#131417"),
     "background_fill_primary": ("#ffffff", "#1c1e22"),
     "block_background_fill": ("#ffffff", "#1c1e22"),
@@ -66,8 +66,8 @@ COLOURS = {  # by Gradio's name: light, dark
 def page_theme() -> gr.themes.Base:
     """A theme that asks no other host for fonts."""
     theme = gr.themes.Base(primary_hue="red", neutral_hue="stone", font=FONTS, font_mono=["ui-monospace", "monospace"])
-    light = {name: colour for name, (colour, _) in COLOURS.items()}
-    dark = {f"{name}_dark": colour for name, (_, colour) in COLOURS.items()}
+    light = {name: color for name, (color, _) in COLORS.items()}
+    dark = {f"{name}_dark": color for name, (_, color) in COLORS.items()}
     return theme.set(**light, **dark, block_radius="14px", button_large_radius="10px", input_radius="10px")
 
 

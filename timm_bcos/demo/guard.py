@@ -22,7 +22,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
-Check = Callable[[bytes], bytes]
+ExactnessReport = Callable[[bytes], bytes]
 
 FILE = r"(?:[A-Za-z0-9_@-][A-Za-z0-9_.@-]*/)*[A-Za-z0-9_@-][A-Za-z0-9_.@-]*"  # no part of it begins with a dot
 
@@ -120,7 +120,7 @@ class Guard:
         closing: Set when the page is being closed: then nothing new begins, and streams end with a sentence.
     """
 
-    def __init__(self, app: App, checks: Mapping[str, Check], listeners: Listeners, closing: threading.Event) -> None:
+    def __init__(self, app: App, checks: Mapping[str, ExactnessReport], listeners: Listeners, closing: threading.Event) -> None:
         self.app, self.checks, self.listeners, self.closing = app, checks, listeners, closing
         self.held = self.connections = 0
         self.reading: list[_Held] = []  # the oldest first

@@ -19,7 +19,7 @@ from .components import (example_props, framed)
 from .guard import Listeners
 from .limits import (BATCH, DECODING, GRACE, TICK)
 from .components import (notice, pictures_side_by_side)
-from .visits import PageNetwork
+from .visits import DemoModel
 from .uploads import encode_file
 from .visits import (Picture, Visit)
 from .work import (ClosedError, Collector, SlowJob, Work)
@@ -47,7 +47,7 @@ class Answers:
         listeners: The visitors who listen for answers; a call of nobody's is dropped.
     """
 
-    def __init__(self, networks: Sequence[PageNetwork]) -> None:
+    def __init__(self, networks: Sequence[DemoModel]) -> None:
         self.networks = {network.label: network for network in networks}
         self.examples = {encode_file(photo) for network in networks for photo in network.examples}
         self.listeners = Listeners()
@@ -57,7 +57,7 @@ class Answers:
     def open(self) -> None:
         """Begin, also after `close`."""
         self.work = Work()
-        self.photos: Collector[PageNetwork, Tensor, tuple[Visit, Explanation]] = Collector(
+        self.photos: Collector[DemoModel, Tensor, tuple[Visit, Explanation]] = Collector(
             self.work, visits.explain_photos, lambda network: BATCH.get(network.device.type, 1)
         )
 
@@ -76,7 +76,7 @@ class Answers:
         best = visit.classes[0] if visit else None
         return notice(problem), framed(document), visit, gr.update(value=[]), gr.update(value=best), "", ""
 
-    def _explained(self, network: PageNetwork, address: object) -> tuple[Visit, str]:
+    def _explained(self, network: DemoModel, address: object) -> tuple[Visit, str]:
         with self.work.asking():
             with self.decoding:
                 image = network.read(address)

@@ -32,7 +32,7 @@ def decode_photo(address: object, mode: str = "RGB") -> Image.Image:
 
     Args:
         address: A data address.
-        mode: Pillow's: 'RGB', or 'L' for grey.
+        mode: Pillow's: 'RGB', or 'L' for gray.
 
     Raises:
         InputError: For what is no photo, is broken, or is larger than a photo is.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from ..data.photos import photo_transform
 from ..models.class_names import class_names
-from ..models.loading import BcosNetwork
+from ..models.loading import TimmBcosModel
 from ..models.loading import load_model
 from ..nn.module_utils import (first_output, frozen_copy, hooked)
 from ..nn.stems import image_channels
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from ..attribution.registry import (Subject, attribute)
+from ..attribution.registry import (AttributionModel, attribute)
 from ..errors import InputError
 from ..explanation.result import Explanation
 from ..explanation.api import (explain, explain_targets)
@@ -32,7 +32,7 @@ from ..viewer.document import viewer_html
 
 __all__ = [
     "MOST_CLASSES",
-    "PageNetwork",
+    "DemoModel",
     "Picture",
     "Visit",
     "begin",
@@ -53,7 +53,7 @@ EMBEDDED = {
 }
 
 
-class PageNetwork:
+class DemoModel:
     """A network on the page.
 
     Args:
@@ -68,10 +68,10 @@ class PageNetwork:
         seconds_per_image: That a pass took when a photo was shown to it last; None before the first.
 
     Raises:
-        InputError: For a network that takes neither grey nor coloured images.
+        InputError: For a network that takes neither gray nor colored images.
     """
 
-    def __init__(self, label: str, model: BcosNetwork, names: Sequence[str], examples: Sequence[Path] = ()) -> None:
+    def __init__(self, label: str, model: TimmBcosModel, names: Sequence[str], examples: Sequence[Path] = ()) -> None:
         self.label, self.model, self.names, self.examples = label, model, list(names), list(examples)
         self.mode, self.transform = photo_transform(model)
         self.seconds_per_image: float | None = None
@@ -97,17 +97,17 @@ class PageNetwork:
         return next(self.model.parameters()).device
 
 
-def embedded_networks() -> list[PageNetwork]:
+def embedded_networks() -> list[DemoModel]:
     """The networks that need no download."""
     return [
-        PageNetwork(f"{known}: {name}", model, class_names(model), [EXAMPLES / f"{photo}.jpg" for photo in photos])
+        DemoModel(f"{known}: {name}", model, class_names(model), [EXAMPLES / f"{photo}.jpg" for photo in photos])
         for name, (known, photos) in EMBEDDED.items()
         for model in [load_model(name).eval()]
     ]
 
 
 @torch.no_grad()
-def _layers_with_positions(model: BcosNetwork) -> list[str]:
+def _layers_with_positions(model: TimmBcosModel) -> list[str]:
     """The network's larger parts whose output is a map, or tokens, in the order of execution.
 
     Those that run several times have no single activation to explain.
@@ -152,7 +152,7 @@ class Visit:
         classes: The most probable ones, best first.
     """
 
-    network: PageNetwork
+    network: DemoModel
     image: Tensor
     classes: Sequence[int]
 
@@ -172,7 +172,7 @@ class Picture:
     note: str = ""
 
 
-def begin(network: PageNetwork, address: object) -> Visit:
+def begin(network: DemoModel, address: object) -> Visit:
     """Show a photo to a network.
 
     Args:
@@ -185,7 +185,7 @@ def begin(network: PageNetwork, address: object) -> Visit:
     return _visits(network, [network.read(address)])[0]
 
 
-def explain_photos(network: PageNetwork, images: Sequence[Tensor]) -> list[tuple[Visit, Explanation]]:
+def explain_photos(network: DemoModel, images: Sequence[Tensor]) -> list[tuple[Visit, Explanation]]:
     """Show photos to a network and explain their most probable classes, all in one pass.
 
     Args:
@@ -226,7 +226,7 @@ def document_of(visit: Visit, explanation: Explanation) -> str:
 
 
 @torch.no_grad()
-def _visits(network: PageNetwork, images: Sequence[Tensor]) -> list[Visit]:
+def _visits(network: DemoModel, images: Sequence[Tensor]) -> list[Visit]:
     started = time.perf_counter()
     logits = network.model(torch.cat(list(images)))
     network.seconds_per_image = (time.perf_counter() - started) / len(images)
@@ -256,7 +256,7 @@ def map_of_method(visit: Visit, target: int, method: str, before_batch: Callable
 def strongest_neurons(
     visit: Visit, layer: str, run: Callable[[Callable[[], Any]], Any] = lambda step: step()
 ) -> list[Picture]:
-    """What a layer's most active units see in the photo: their explanations, over the photo in pale grey.
+    """What a layer's most active units see in the photo: their explanations, over the photo in pale gray.
 
     Args:
         visit: The photo and the network.
@@ -267,7 +267,7 @@ def strongest_neurons(
         TargetError: For a layer that has no neurons to explain.
     """
     model, image = visit.network.model, visit.image
-    peaks = run(lambda: peak_activations(Subject(model), layer, image)[:, 0])
+    peaks = run(lambda: peak_activations(AttributionModel(model), layer, image)[:, 0])
     best = peaks.topk(min(NEURONS, len(peaks)))
     pictures: list[Tensor] = []
     for units in best.indices.split(NEURONS_AT_ONCE):
@@ -306,8 +306,8 @@ class _InParts(nn.Module):
 
 
 def _on_photo(explanation: Explanation) -> Tensor:
-    """(N, H, W, 3) explanations in colour over the photo in pale grey, so that one sees where they are."""
-    colours = explanation.to_rgba().cpu()
-    opacity = colours[..., 3:]
-    grey = 0.6 + 0.4 * explanation.image.mean(1).cpu()[..., None]
-    return colours[..., :3] * opacity + grey * (1 - opacity)
+    """(N, H, W, 3) explanations in color over the photo in pale gray, so that one sees where they are."""
+    colors = explanation.to_rgba().cpu()
+    opacity = colors[..., 3:]
+    gray = 0.6 + 0.4 * explanation.image.mean(1).cpu()[..., None]
+    return colors[..., :3] * opacity + gray * (1 - opacity)

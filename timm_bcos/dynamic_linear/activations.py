@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import functional, primitives
-from .registry import Function, Mode, Operand, detached, handles, kept, named, on_linear_path
+from .registry import Function, Mode, Operand, detached, kept, named, on_linear_path, rule
 from .sums import extremum
 
 __all__ = ["activate", "steady"]
@@ -21,7 +21,7 @@ OTHERS = (
 )
 
 
-@handles(functional.passed_sigmoid, *named(ZERO_AT_ZERO), *named(OTHERS))
+@rule(functional.sigmoid_activation, *named(ZERO_AT_ZERO), *named(OTHERS))
 def activate(mode: Mode, func: Function, /, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """A torch function of one tensor, elementwise."""
     if not on_linear_path(input):
@@ -59,7 +59,7 @@ OUT_OF_PLACE = {
     for space in (torch, torch.Tensor, F)
     if hasattr(space, f"{name}_") and hasattr(space, name)
 }
-NEVER_ZERO_AT_ZERO = {functional.passed_sigmoid, *named("softplus threshold")}
+NEVER_ZERO_AT_ZERO = {functional.sigmoid_activation, *named("softplus threshold")}
 BOUNDED = {*named("clamp clip clamp_min clamp_max hardtanh")}
 
 
@@ -95,7 +95,7 @@ def _between_tensors(
     return input.copy_(result) if inplace or func.__name__.endswith("_") else result
 
 
-@handles(functional.shifted_activation)
+@rule(functional.shifted_activation)
 def _shifted(mode: Mode, func: Function, /, input: Tensor, shift: Tensor, act: nn.Module) -> Tensor:
     """x · (a(x + shift) - a(shift)) / x; at 0 the slope beside it, a quotient that rounding leaves some digits of."""
     point, shift = detached(input), detached(shift)
@@ -104,7 +104,7 @@ def _shifted(mode: Mode, func: Function, /, input: Tensor, shift: Tensor, act: n
     return input * (change / point)
 
 
-@handles(*named("pow __pow__ square float_power"))
+@rule(*named("pow __pow__ square float_power"))
 def _power(mode: Mode, func: Function, /, input: Tensor, exponent: Operand = 2) -> Tensor:
     """xᵖ = x · xᵖ⁻¹ for a number p of at least 1, or a tensor of exponents; other powers are statistics."""
     if not on_linear_path(input) or (not isinstance(exponent, Tensor) and exponent < 1):
@@ -116,13 +116,13 @@ def _power(mode: Mode, func: Function, /, input: Tensor, exponent: Operand = 2) 
     return input * torch.where(slope.isfinite() | (point != 0), slope, 0.0)
 
 
-@handles(*named("glu"))
+@rule(*named("glu"))
 def _glu(mode: Mode, func: Function, /, input: Tensor, dim: int = -1) -> Tensor:
     half, gate = input.chunk(2, dim)
     return half * detached(gate).sigmoid()
 
 
-@handles(*named("hypot"))
+@rule(*named("hypot"))
 def _hypot(mode: Mode, func: Function, /, input: Tensor, other: Tensor) -> Tensor:
     """√(a² + b²) = a · (a / h) + b · (b / h)."""
     length = func(detached(input), detached(other))
@@ -134,12 +134,12 @@ def _hypot(mode: Mode, func: Function, /, input: Tensor, other: Tensor) -> Tenso
     return y
 
 
-@handles(primitives.max_out)
+@rule(primitives.max_out)
 def _max_out(mode: Mode, func: Function, /, x: Tensor, units: int, dim: int) -> Tensor:
     return x.unflatten(dim, (-1, units)).max(dim + 1 if dim >= 0 else dim).values
 
 
-@handles(primitives.scale_by_cosine)
+@rule(primitives.scale_by_cosine)
 def _scale_by_cosine(
     mode: Mode, func: Function, /, linear: Tensor, norm: Tensor, b: float, gamma: float, inplace: bool = False,
     groups: int = 1,
@@ -147,7 +147,7 @@ def _scale_by_cosine(
     return linear * primitives.cosine_factor(detached(linear), detached(norm), b, gamma, groups).to(linear.dtype)
 
 
-@handles(primitives.unit_weight, primitives.row_norm)
+@rule(primitives.unit_weight, primitives.row_norm)
 def _of_weights(mode: Mode, func: Function, /, weight: Tensor, *args: float) -> Tensor:
     """Weights that depend on the image: their norms are statistics."""
     norm = primitives.row_norm(detached(weight))

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .products import share
-from .registry import Function, Mode, detached, handles, named
+from .registry import Function, Mode, detached, named, rule
 
 __all__ = ["attention_weights"]
 
 
-@handles(*named("scaled_dot_product_attention"))
+@rule(*named("scaled_dot_product_attention"))
 def _attention(
     mode: Mode, func: Function, /, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
@@ -48,12 +48,12 @@ def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None, is_causal
     return scores.softmax(-1)
 
 
-@handles(attention_weights)
+@rule(attention_weights)
 def _constant_weights(mode: Mode, func: Function, /, *args: object) -> Tensor:
     return func(*map(detached, args))  # type: ignore[no-any-return]
 
 
-@handles(F.multi_head_attention_forward)
+@rule(F.multi_head_attention_forward)
 def _multi_head_attention(
     mode: Mode, func: Function, /, query: Tensor, key: Tensor, value: Tensor, embed_dim_to_check: int, num_heads: int,
     in_proj_weight: Tensor | None, in_proj_bias: Tensor | None, bias_k: Tensor | None, bias_v: Tensor | None,

@@ -23,15 +23,15 @@ from torch.autograd.function import FunctionCtx
 
 from .boundaries import Boundary
 from .registry import Function
-from .violations import Defect
+from .violations import Violation
 
-__all__ = ["Account", "AmbiguousBatch", "Noted", "by_image", "changed_constants", "function_name"]
+__all__ = ["AmbiguousBatch", "BiasTracker", "Noted", "by_image", "changed_constants", "function_name"]
 
 
 class AmbiguousBatch(Exception):  # noqa: N818  (a signal: the images are explained one by one instead)
     """A constant is added to a tensor whose layout does not tell which part belongs to which image."""
 
-    defects: tuple[Defect, ...] = ()
+    violations: tuple[Violation, ...] = ()
 
 
 class _Context(FunctionCtx):
@@ -106,7 +106,7 @@ class Noted:
 
     function: str
     values: tuple[object, ...]
-    place: Defect | None
+    place: Violation | None
 
     def is_zero(self) -> bool:
         """Whether it adds nothing, so that it does not matter whether the function was called."""
@@ -130,7 +130,7 @@ def _is_same(one: object, other: object) -> bool:
     return bool((values == values[0]).all()) if len(values) else True
 
 
-class Account:
+class BiasTracker:
     """The factors of one forward pass.
 
     Args:
@@ -141,7 +141,7 @@ class Account:
 
     Attributes:
         constants: (N,) factor of all additive constants.
-        suspects: A factor and its defect for each place that adds what is no constant, or is not known.
+        suspects: A factor and its violation for each place that adds what is no constant, or is not known.
         boundaries: Where the image is read, in the order of execution.
         noted: What was booked as a constant, in the order of execution.
         has_escaped: Whether a value that depends on the image has left torch, as a number or a shape.
@@ -151,7 +151,7 @@ class Account:
     def __init__(self, model: nn.Module, images: int, like: Tensor, names_places: bool = False) -> None:
         self.model = model
         self.constants = self._factor(images, like)
-        self.suspects: list[tuple[Tensor, Defect]] = []
+        self.suspects: list[tuple[Tensor, Violation]] = []
         self.boundaries: list[Boundary] = []
         self.noted: list[Noted] = []
         self.has_escaped = self.needs_another_image = False
@@ -194,7 +194,7 @@ class Account:
 
         Args:
             y: The result.
-            kind: Of the defect.
+            kind: Of the violation.
             func: What made it.
             addend: The part of y that is added; y itself then changes in place.
         """
@@ -204,30 +204,30 @@ class Account:
             return _Tap.apply(y.clone(), factor, y.detach())  # type: ignore[no-any-return]
         return _Tap.apply(y, factor, addend.detach())  # type: ignore[no-any-return]
 
-    def place(self, func: Function | str, kind: str = "unknown") -> Defect:
-        """The module whose code is running, as a defect."""
-        return Defect(_running_module(self.model), function_name(func), kind)
+    def place(self, func: Function | str, kind: str = "unknown") -> Violation:
+        """The module whose code is running, as a violation."""
+        return Violation(_running_module(self.model), function_name(func), kind)
 
 
-def changed_constants(one: Account, other: Account) -> list[Defect]:
+def changed_constants(one: BiasTracker, other: BiasTracker) -> list[Violation]:
     """What was booked as a constant, but is not the same for two images.
 
     Args:
         one: Of the forward pass of one image.
         other: Of another, with `names_places`.
     """
-    here, there = ([noted for noted in account.noted if not noted.is_zero()] for account in (one, other))
-    found: list[Defect] = []
+    here, there = ([noted for noted in tracker.noted if not noted.is_zero()] for tracker in (one, other))
+    found: list[Violation] = []
     for mine, yours in zip_longest(here, there):
         if mine is None or yours is None or not mine.is_like(yours):
             place = yours or mine
-            found.append(replace(place.place or Defect("", place.function, "calls"), kind="calls"))
+            found.append(replace(place.place or Violation("", place.function, "calls"), kind="calls"))
             break  # from here on the two passes cannot be compared
         if not mine.equals(yours):
-            found.append(yours.place or Defect("", yours.function, "changes"))
+            found.append(yours.place or Violation("", yours.function, "changes"))
     readings = zip(one.boundaries, other.boundaries, strict=False)
     if len(one.boundaries) != len(other.boundaries) or not all(a.loses_as(b) for a, b in readings):
-        found.append(Defect("", "its shares of white differ", "reads"))
+        found.append(Violation("", "its shares of white differ", "reads"))
     return list(dict.fromkeys(found))
 
 

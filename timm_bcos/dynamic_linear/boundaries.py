@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ModelStateError
 from ..nn import functional
-from .registry import Function, Mode, detached, handles
+from .registry import Function, Mode, detached, rule
 
 __all__ = [
     "Boundary",
@@ -71,10 +71,10 @@ class Boundary:
         return list(torch.autograd.grad(self.read, factors, grad, retain_graph=True, allow_unused=True))
 
 
-@handles(functional.encode_image)
+@rule(functional.encode_image)
 def _encode_image(mode: Mode, func: Function, /, image: Tensor, in_chans: int) -> Tensor:
     """The encoding of the image is a boundary; that of features, or where nobody keeps account, a sum and a join."""
-    if mode.account is None or not torch.is_grad_enabled():
+    if mode.tracker is None or not torch.is_grad_enabled():
         return _checked(mode, func(image, in_chans))
     encoded: Tensor = func(detached(image), in_chans)
     first, second = encoded.chunk(2, 1)
@@ -82,7 +82,7 @@ def _encode_image(mode: Mode, func: Function, /, image: Tensor, in_chans: int) -
         return image  # of twice the channels: no encoding, as far as values tell
     if mode.is_image(image) and mode.leaf is not None:
         boundary = Boundary(image[:, :in_chans], mode.leaf)
-        mode.account.boundaries.append(boundary)
+        mode.tracker.boundaries.append(boundary)
         return boundary.encoded.clone()
     if encoded.shape == image.shape:
         return image

@@ -1,7 +1,7 @@
 """Explanations that are trained: gates of the linear path are taken from a second stream, where they have gradients.
 
 In explanation mode gates are constants, so that the gradient by the image is W(x). But W(x) depends on the parameters
-through the weights on the path *and* through the gates. Inside `Streams` each tensor on the path has a counterpart with
+through the weights on the path *and* through the gates. Inside `DualGraph` each tensor on the path has a counterpart with
 the same values, computed from the image as in training, which the image's gradient does not reach. What explanation
 mode takes for a constant is the counterpart: it stops the gradient by the image, and has one by the parameters. W(x), a
 gradient by the image, can then be differentiated by the parameters in full.
@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .registry import METADATA, STREAMS, Function, named
 
-__all__ = ["Streams"]
+__all__ = ["DualGraph"]
 
 DRAWING = frozenset(
     named(
@@ -29,7 +29,7 @@ DRAWING = frozenset(
 WRITING = frozenset(named("__setitem__ __iadd__ __isub__ __imul__ __itruediv__"))
 
 
-class Streams(TorchFunctionMode):
+class DualGraph(TorchFunctionMode):
     """Computes each function of the path twice, on the path and beside it; explanation mode is entered inside.
 
     Args:
@@ -60,7 +60,7 @@ class Streams(TorchFunctionMode):
         return result
 
     @contextmanager
-    def active(self) -> Iterator["Streams"]:
+    def active(self) -> Iterator["DualGraph"]:
         """Let handlers take gates from the second stream."""
         token = STREAMS.set(self)
         try:

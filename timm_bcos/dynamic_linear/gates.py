@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..nn.primitives import feature_norm, patch_norm
 from .products import share
-from .registry import Function, Mode, detached, handles, leave_path, named, on_linear_path
+from .registry import Function, Mode, detached, leave_path, named, on_linear_path, rule
 
 GATES = """
     sigmoid hardsigmoid softmax softmin gumbel_softmax log_softmax logsigmoid logit logsumexp special_logit
@@ -26,12 +26,12 @@ IN_PLACE = """
 """
 
 
-@handles(patch_norm, feature_norm, *named(GATES))
+@rule(patch_norm, feature_norm, *named(GATES))
 def _gate(mode: Mode, func: Function, /, *args: object, **kwargs: object) -> object:
     return func(*map(detached, args), **{name: detached(value) for name, value in kwargs.items()})
 
 
-@handles(*named("var_mean std_mean"))
+@rule(*named("var_mean std_mean"))
 def _moments(mode: Mode, func: Function, /, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """The spread is a statistic, the mean a linear map."""
     dim = kwargs.get("dim", args[0] if args and not isinstance(args[0], bool) else None)
@@ -39,7 +39,7 @@ def _moments(mode: Mode, func: Function, /, input: Tensor, *args: Any, **kwargs:
     return spread, (input.mean() if dim is None else input.mean(dim)).reshape(mean.shape)
 
 
-@handles(*named(IN_PLACE))
+@rule(*named(IN_PLACE))
 def _gate_in_place(mode: Mode, func: Function, /, input: Tensor, *args: object, **kwargs: object) -> Tensor:
     value = func(detached(input).clone(), *args, **kwargs)
     if input._is_view():  # of which the rest stays on the path: the value is written as an addend
@@ -48,18 +48,18 @@ def _gate_in_place(mode: Mode, func: Function, /, input: Tensor, *args: object, 
     return input
 
 
-@handles(torch.nn.functional.normalize)
+@rule(torch.nn.functional.normalize)
 def _normalize(
     mode: Mode, func: Function, /, input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: None = None
 ) -> Tensor:
     return input / detached(input).norm(p, dim, keepdim=True).clamp_min(eps)
 
 
-@handles(torch.nn.functional.cosine_similarity)
+@rule(torch.nn.functional.cosine_similarity)
 def _cosine_similarity(
     mode: Mode, func: Function, /, x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8
 ) -> Tensor:
-    """A product of two normalised vectors; see `products`."""
+    """A product of two normalized vectors; see `products`."""
     from_first, from_second = (
         (a / detached(a).norm(2, dim, keepdim=True).clamp_min(eps) * (b / b.norm(2, dim, keepdim=True).clamp_min(eps)))
         for a, b in ((x1, detached(x2)), (x2, detached(x1)))
@@ -74,7 +74,7 @@ def _operators(*names: str) -> list[Callable[..., Any]]:
     return [*packets, *(packet.default for packet in packets)]
 
 
-@handles(*_operators("deform_conv2d"))
+@rule(*_operators("deform_conv2d"))
 def _deform_conv2d(
     mode: Mode, func: Function, /, input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, bias: Tensor, *rest: Any
 ) -> Tensor:
@@ -85,6 +85,6 @@ def _deform_conv2d(
     return mode.add(y + addend, addend, func, bias)
 
 
-@handles(*_operators("roi_align", "ps_roi_align", "roi_pool", "ps_roi_pool"))
+@rule(*_operators("roi_align", "ps_roi_align", "roi_pool", "ps_roi_pool"))
 def _regions(mode: Mode, func: Function, /, input: Tensor, rois: Tensor, *rest: Any) -> Any:
     return func(input, detached(rois), *rest)

@@ -26,18 +26,25 @@ from .registry import (
     STREAMS,
     TABLE,
     Function,
-    Handler,
+    FunctionRule,
     Operand,
-    declare,
     named,
     on_linear_path,
     out_of_place,
+    register_function,
     tensors_in,
 )
 
 __all__ = [
-    "DynamicLinearMode", "active", "constant", "declare", "explanation_mode", "is_active", "on_linear_path",
-    "ordinary_autograd", "paused",
+    "DynamicLinearMode",
+    "active",
+    "explanation_mode",
+    "is_active",
+    "mark_constant",
+    "on_linear_path",
+    "ordinary_autograd",
+    "paused",
+    "register_function",
 ]  # fmt: skip
 
 
@@ -50,9 +57,9 @@ class DynamicLinearMode(TorchFunctionMode):
         table: How functions are rewritten.
     """
 
-    account: Any = None  # of `timm_bcos.dynamic_linear.tracking_mode`, which knows what is added
+    tracker: Any = None  # of `timm_bcos.dynamic_linear.tracking_mode`, which knows what is added
 
-    def __init__(self, leaf: Tensor | None = None, table: Mapping[Function, Handler] = TABLE) -> None:
+    def __init__(self, leaf: Tensor | None = None, table: Mapping[Function, FunctionRule] = TABLE) -> None:
         super().__init__()
         self.leaf, self.table = leaf, table
 
@@ -80,7 +87,7 @@ class DynamicLinearMode(TorchFunctionMode):
             return type(value)(self.frozen(item) for item in value)
         return value
 
-    def handler(self, func: Function) -> Handler | None:
+    def handler(self, func: Function) -> FunctionRule | None:
         """How a function is rewritten; None for one that is not known."""
         return self.table.get(func) or _in_place_handler(self.table, func) or self.table.get(_of_aten(func))
 
@@ -138,7 +145,7 @@ def _of_aten(func: Function) -> Function:
     return next((f for f in named(packet.__name__) if f in TABLE), func)
 
 
-def _in_place_handler(table: Mapping[Function, Handler], func: Function) -> Handler | None:
+def _in_place_handler(table: Mapping[Function, FunctionRule], func: Function) -> FunctionRule | None:
     """That of the function which `func` is the in-place form of."""
     plain = out_of_place(func)
     handler = None if plain is None else table.get(plain)
@@ -162,14 +169,14 @@ def is_active(mode: DynamicLinearMode) -> bool:
     return _ACTIVE.get() is mode
 
 
-def constant(value: Tensor) -> Tensor:
+def mark_constant(value: Tensor) -> Tensor:
     """Mark an additive constant in a handler of your own, so that `explain` can tell what it contributes.
 
     Args:
         value: What the handler adds to the linear path, of any shape.
     """
     mode = _ACTIVE.get()
-    return value if mode is None or mode.account is None else mode.account.mark(value)
+    return value if mode is None or mode.tracker is None else mode.tracker.mark(value)
 
 
 @contextmanager

@@ -9,12 +9,12 @@ from torch import Tensor
 from ..nn.primitives import divide_by_deviation
 from .activations import steady
 from .products import share
-from .registry import Function, Mode, detached, handles, named, on_linear_path
+from .registry import Function, Mode, detached, named, on_linear_path, rule
 
 __all__: list[str] = []
 
 
-@handles(F.batch_norm)
+@rule(F.batch_norm)
 def _batch_norm(
     mode: Mode,
     func: Function,
@@ -46,7 +46,7 @@ def _batch_norm(
     return mode.add(share(torch.mul, [input, scale]) + shift, shift, func, *sources)
 
 
-@handles(torch.batch_norm)
+@rule(torch.batch_norm)
 def _native_batch_norm(
     mode: Mode, func: Function, /, input: Tensor, weight: Tensor | None, bias: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, training: bool, momentum: float, eps: float, *_: bool,
@@ -54,7 +54,7 @@ def _native_batch_norm(
     return _batch_norm(mode, F.batch_norm, input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
-@handles(torch.instance_norm)
+@rule(torch.instance_norm)
 def _native_instance_norm(
     mode: Mode, func: Function, /, input: Tensor, weight: Tensor | None, bias: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, use_input_stats: bool, momentum: float, eps: float,
@@ -82,7 +82,7 @@ def _affine(
     return mode.add(y + addend, addend, func, bias)
 
 
-@handles(*named("layer_norm"))
+@rule(*named("layer_norm"))
 def _layer_norm(
     mode: Mode, func: Function, /, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
     bias: Tensor | None = None, eps: float = 1e-5, cudnn_enable: bool = True,
@@ -90,7 +90,7 @@ def _layer_norm(
     return _affine(mode, func, _normed(input, range(-len(normalized_shape), 0), eps), weight, bias)
 
 
-@handles(*named("group_norm"))
+@rule(*named("group_norm"))
 def _group_norm(
     mode: Mode, func: Function, /, input: Tensor, num_groups: int, weight: Tensor | None = None,
     bias: Tensor | None = None, eps: float = 1e-5, cudnn_enabled: bool = True,
@@ -100,7 +100,7 @@ def _group_norm(
     return _affine(mode, func, normed, weight, bias, (-1,) + (1,) * (input.ndim - 2))
 
 
-@handles(F.instance_norm)
+@rule(F.instance_norm)
 def _instance_norm(
     mode: Mode, func: Function, /, input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None,
     weight: Tensor | None = None, bias: Tensor | None = None, use_input_stats: bool = True, momentum: float = 0.1,
@@ -112,7 +112,7 @@ def _instance_norm(
     return _affine(mode, func, normed, weight, bias, (1, -1) + (1,) * (input.ndim - 2))
 
 
-@handles(*named("rms_norm"))
+@rule(*named("rms_norm"))
 def _rms_norm(
     mode: Mode, func: Function, /, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None,
     eps: float | None = None,
@@ -122,7 +122,7 @@ def _rms_norm(
     return _affine(mode, func, input * (detached(input).square().mean(dims, keepdim=True) + eps).rsqrt(), weight, None)
 
 
-@handles(*named("local_response_norm"))
+@rule(*named("local_response_norm"))
 def _local_response_norm(
     mode: Mode, func: Function, /, input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
 ) -> Tensor:
@@ -132,7 +132,7 @@ def _local_response_norm(
     return input * (func(ones, size, alpha, beta, k) / ones)
 
 
-@handles(divide_by_deviation)
+@rule(divide_by_deviation)
 def _divide_by_deviation(mode: Mode, func: Function, /, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     var = detached(x).var((0, *range(2, x.ndim)), correction=0)
     return x * (weight * (var + eps).rsqrt()).reshape(1, -1, 1, 1).to(x.dtype), var

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .registry import Function, Mode, Operand, detached, handles, named, on_linear_path
+from .registry import Function, Mode, Operand, detached, named, on_linear_path, rule
 
 __all__ = [
     "CONVOLUTIONS",
@@ -16,7 +16,7 @@ __all__ = [
 CONVOLUTIONS = named("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d")
 
 
-@handles(*CONVOLUTIONS)
+@rule(*CONVOLUTIONS)
 def _convolution(
     mode: Mode,
     func: Function, /,
@@ -34,7 +34,7 @@ def _convolution(
     return y if bias is None else mode.add(y, bias.reshape(shape), func, bias)
 
 
-@handles(*named("linear"))
+@rule(*named("linear"))
 def linear(mode: Mode, func: Function, /, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias."""
     if on_linear_path(weight) or on_linear_path(bias):
@@ -63,7 +63,7 @@ def share(func: Function, operands: Sequence[object], **kwargs: object) -> Tenso
     return sum(parts[1:], parts[0]) / len(parts)
 
 
-@handles(*named(PRODUCTS))
+@rule(*named(PRODUCTS))
 def _product(mode: Mode, func: Function, /, *args: object, **kwargs: object) -> Tensor:
     operands = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
     rest = {name: value for name, value in kwargs.items() if name not in operands}
@@ -72,26 +72,26 @@ def _product(mode: Mode, func: Function, /, *args: object, **kwargs: object) -> 
     return share(func, [*args, *operands.values()], **rest)
 
 
-@handles(*IN_PLACE)
+@rule(*IN_PLACE)
 def _product_in_place(mode: Mode, func: Function, /, input: Tensor, other: Operand) -> Tensor:
     if not (on_linear_path(input) and on_linear_path(other)):
         return func(input, other)  # type: ignore[no-any-return]
     return input.copy_(share(IN_PLACE[func], [input.clone(), other]))
 
 
-@handles(*named("einsum"))
+@rule(*named("einsum"))
 def _einsum(mode: Mode, func: Function, /, equation: str, *operands: object) -> Tensor:
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
     return share(lambda *factors: func(equation, *factors), operands)
 
 
-@handles(torch.sparse.mm, *named("smm hspmm"))
+@rule(torch.sparse.mm, *named("smm hspmm"))
 def _sparse_product(mode: Mode, func: Function, /, *args: Tensor) -> Tensor:
     return share(torch.sparse.mm, args)
 
 
-@handles(*named("bilinear"))
+@rule(*named("bilinear"))
 def _bilinear(
     mode: Mode, func: Function, /, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
@@ -99,7 +99,7 @@ def _bilinear(
     return y if bias is None else mode.add(y + bias, bias, func)
 
 
-@handles(*named("addcmul addmm addbmm baddbmm addmv addr"))
+@rule(*named("addcmul addmm addbmm baddbmm addmv addr"))
 def _sum_and_product(
     mode: Mode, func: Function, /, input: Tensor, *factors: Tensor, value: float = 1, beta: float = 1,
     alpha: float = 1, **named_factors: Tensor,
@@ -133,19 +133,19 @@ def _product_of(func: Function) -> Callable[..., Tensor]:
     return torch.matmul
 
 
-@handles(*named("div __truediv__ true_divide divide"))
+@rule(*named("div __truediv__ true_divide divide"))
 def _quotient(mode: Mode, func: Function, /, input: Operand, other: Operand, **kwargs: object) -> Tensor:
     if not on_linear_path(input) or kwargs.get("rounding_mode"):
         return func(detached(input), detached(other), **kwargs)
     return func(input, detached(other), **kwargs)
 
 
-@handles(*named("div_ __itruediv__ divide_ true_divide_"))
+@rule(*named("div_ __itruediv__ divide_ true_divide_"))
 def _quotient_in_place(mode: Mode, func: Function, /, input: Tensor, other: Operand, **kwargs: object) -> Tensor:
     return func(input, detached(other), **kwargs)  # type: ignore[no-any-return]
 
 
-@handles(*named("addcdiv"))
+@rule(*named("addcdiv"))
 def _sum_and_quotient(
     mode: Mode, func: Function, /, input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1
 ) -> Tensor:
@@ -153,7 +153,7 @@ def _sum_and_quotient(
     return _sum(mode, func, input, 1, quotient, [tensor1, tensor2, value])
 
 
-@handles(*named("grid_sample affine_grid"))
+@rule(*named("grid_sample affine_grid"))
 def _grid_sample(mode: Mode, func: Function, /, input: Tensor, grid: Tensor, *args: object, **kwargs: object) -> Tensor:
     """Where to sample is a constant of the linear map."""
     return func(input, detached(grid), *args, **kwargs)  # type: ignore[no-any-return]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .activations import activate
 from .products import linear
-from .registry import Function, Mode, detached, handles, on_linear_path
+from .registry import Function, Mode, detached, on_linear_path, rule
 
 __all__: list[str] = []
 
@@ -104,7 +104,7 @@ SINGLE: dict[Function, Cell] = {
 }
 
 
-@handles(*SINGLE)
+@rule(*SINGLE)
 def _step(
     mode: Mode, func: Function, /, x: Tensor, state: Tensor | tuple[Tensor, ...], *weights: Tensor | None
 ) -> Tensor | State:
@@ -114,7 +114,7 @@ def _step(
     return new if several else new[0]
 
 
-@handles(*CELLS)
+@rule(*CELLS)
 def _layers(
     mode: Mode, func: Function, /, x: Tensor, state: Tensor | tuple[Tensor, ...], weights: list[Tensor],
     has_biases: bool, num_layers: int, dropout: float, training: bool, bidirectional: bool, batch_first: bool,

@@ -1,7 +1,7 @@
 """The table of explanation mode: what each torch function is, as data.
 
 A function of the linear path that stands in none of these tables is reported: `timm_bcos.check` calls the network not
-exact. `declare` adds functions of your own.
+exact. `register_function` adds functions of your own.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,11 +30,10 @@ __all__ = [
     "TABLE",
     "VALUES_FROM",
     "Function",
-    "Handler",
+    "FunctionRule",
     "Mode",
     "Operand",
     "as_single_views",
-    "declare",
     "detached",
     "handles",
     "kept",
@@ -43,22 +42,23 @@ __all__ = [
     "on_linear_path",
     "out_of_place",
     "reads_shape",
+    "register_function",
     "tensors_in",
     "writes_to",
 ]
 
 Function = Callable[..., Any]
-Handler = Callable[..., object]  # (mode, func, *args, **kwargs) to what func(*args, **kwargs) returns
+FunctionRule = Callable[..., object]  # (mode, func, *args, **kwargs) to what func(*args, **kwargs) returns
 Operand = Tensor | float
 T = TypeVar("T")
-HandlerT = TypeVar("HandlerT", bound=Handler)
+HandlerT = TypeVar("HandlerT", bound=FunctionRule)
 
 
 class Mode(Protocol):
     """What handlers ask of explanation mode (`timm_bcos.dynamic_linear.mode`)."""
 
     leaf: Tensor | None
-    account: Any
+    tracker: Any
 
     def call(self, func: Function, *args: object) -> Any:
         """A function inside a handler, as the mode's table has it."""
@@ -88,7 +88,7 @@ class Mode(Protocol):
         """Whether x is the image, or made of it before anything has read it."""
 
 
-class Streams(Protocol):
+class DualGraph(Protocol):
     """What handlers ask where explanations are trained (`timm_bcos.dynamic_linear.dual_graph`)."""
 
     def is_path(self, x: Tensor) -> bool: ...
@@ -96,7 +96,7 @@ class Streams(Protocol):
     def leave(self, x: Tensor, value: Tensor) -> None: ...
 
 
-STREAMS: ContextVar[Streams | None] = ContextVar("streams of this thread", default=None)
+STREAMS: ContextVar[DualGraph | None] = ContextVar("streams of this thread", default=None)
 
 NAMESPACES = (torch, torch.Tensor, F, torch.special, torch.linalg, torch.fft)
 
@@ -149,10 +149,10 @@ def leave_path(x: Tensor, value: Tensor) -> None:
     x.data = value  # other memory, since the layer before may need its output
 
 
-TABLE: dict[Function, Handler] = {}
+TABLE: dict[Function, FunctionRule] = {}
 
 
-def handles(*functions: Function) -> Callable[[HandlerT], HandlerT]:
+def rule(*functions: Function) -> Callable[[HandlerT], HandlerT]:
     """Decorator: how functions with an operand on the linear path are rewritten; handlers also receive the mode."""
 
     def register(handler: HandlerT) -> HandlerT:
@@ -162,7 +162,7 @@ def handles(*functions: Function) -> Callable[[HandlerT], HandlerT]:
     return register
 
 
-def declare(*functions: Function) -> Callable[[Function], Function]:
+def register_function(*functions: Function) -> Callable[[Function], Function]:
     """Decorator: how `functions` are rewritten in explanation mode.
 
     The handler receives the function and then its arguments, and returns the same value with the gradient wanted: that
@@ -170,16 +170,16 @@ def declare(*functions: Function) -> Callable[[Function], Function]:
     reported if it is not known to be linear.
 
     Examples:
-        >>> @timm_bcos.declare(my_gate)  # a gate: what it returns only scales
+        >>> @timm_bcos.register_function(my_gate)  # a gate: what it returns only scales
         ... def _(func, x):
         ...     return func(x.detach())
-        >>> @timm_bcos.declare(my_product)  # a product of two activations: half each
+        >>> @timm_bcos.register_function(my_product)  # a product of two activations: half each
         ... def _(func, a, b):
         ...     return 0.5 * func(a, b.detach()) + 0.5 * func(a.detach(), b)
     """
 
     def register(handler: Function) -> Function:
-        handles(*functions)(lambda mode, func, /, *args, **kwargs: handler(func, *args, **kwargs))
+        rule(*functions)(lambda mode, func, /, *args, **kwargs: handler(func, *args, **kwargs))
         return handler
 
     return register

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn import functional
-from .registry import Function, Mode, Operand, detached, handles, named, on_linear_path
+from .registry import Function, Mode, Operand, detached, named, on_linear_path, rule
 
 __all__ = ["add", "choose"]
 
@@ -25,7 +25,7 @@ def coefficients(func: Function, alpha: float) -> tuple[float, float]:
     return 1, -alpha if func in SUBTRACTING else alpha
 
 
-@handles(*ADDING, *SUBTRACTING, *REVERSED)
+@rule(*ADDING, *SUBTRACTING, *REVERSED)
 def add(mode: Mode, func: Function, /, input: Operand, other: Operand, *, alpha: float = 1) -> Tensor:
     """Sums and differences."""
     addends = [
@@ -40,7 +40,7 @@ def add(mode: Mode, func: Function, /, input: Operand, other: Operand, *, alpha:
         else:
             addends = [(_copy(operand), _copy(addend), kind) for operand, addend, kind in addends]
     y = func(input, other) if alpha == 1 else func(input, other, alpha=alpha)
-    if mode.account is not None and on_linear_path(y):
+    if mode.tracker is not None and on_linear_path(y):
         for operand, addend, kind in addends:
             y = mode.add_kind(y, addend, func, (operand,) if alpha == 1 else (operand, alpha), kind)
     return y
@@ -57,23 +57,23 @@ def _copy(value: Operand) -> Operand:
 def _join_base(mode: Mode, func: Function, target: Tensor) -> None:
     """Before the path is written to a part of a tensor off the path: all of it joins the path, its content noted."""
     base = target._base
-    if base is None or mode.account is None or base.requires_grad or not bool(base.any()):
+    if base is None or mode.tracker is None or base.requires_grad or not bool(base.any()):
         return
     base.copy_(mode.operand(base, func))
     assert target.grad_fn is not None  # autograd notices that a view's base has changed when it is asked
 
 
-@handles(functional.scale_and_offset)
+@rule(functional.scale_and_offset)
 def _scale_and_offset(mode: Mode, func: Function, /, image: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     return mode.add(func(image, scale, offset), offset, func)
 
 
-@handles(functional.to_logits)
+@rule(functional.to_logits)
 def _to_logits(mode: Mode, func: Function, /, y: Tensor, temperature: float, logit_bias: float) -> Tensor:
     return mode.add(func(y, temperature, logit_bias), logit_bias, func)
 
 
-@handles(*named("cat concat concatenate stack hstack vstack dstack column_stack row_stack block_diag complex polar"))
+@rule(*named("cat concat concatenate stack hstack vstack dstack column_stack row_stack block_diag complex polar"))
 def _join(mode: Mode, func: Function, /, *args: Any, **kwargs: Any) -> Tensor:
     """What stands beside the path, whatever its type, is noted whole."""
     dtype = next(x.dtype for x in _flat([*args, *kwargs.values()]) if on_linear_path(x))
@@ -101,7 +101,7 @@ def _as_type(mode: Mode, value: Tensor, dtype: torch.dtype) -> Tensor:
     return converted
 
 
-@handles(*named("where"))
+@rule(*named("where"))
 def choose(mode: Mode, func: Function, /, *args: Any, **kwargs: Any) -> Tensor:
     """Which of the two it is, is a constant of the linear map."""
     values = list(args)
@@ -127,14 +127,14 @@ def _tensor(value: Operand, like: Tensor) -> Tensor:
     return value.to(like.dtype) if isinstance(value, Tensor) else like.detach().new_tensor(value)
 
 
-@handles(*named("maximum minimum fmax fmin"))
+@rule(*named("maximum minimum fmax fmin"))
 def extremum(mode: Mode, func: Function, /, input: Operand, other: Operand) -> Tensor:
     """Of two tensors elementwise: which one it is, is a constant of the linear map."""
     takes_first = func(detached(input), detached(other)) == detached(input)
     return choose(mode, torch.where, takes_first, input, other)
 
 
-@handles(*named("max min"))
+@rule(*named("max min"))
 def _largest(mode: Mode, func: Function, /, input: Operand, *args: Any, **kwargs: Any) -> Any:
     """Of two tensors (`torch.max(a, b)`), or along an axis."""
     other = args[0] if args else kwargs.get("other")
@@ -143,7 +143,7 @@ def _largest(mode: Mode, func: Function, /, input: Operand, *args: Any, **kwargs
     return func(input, *args, **kwargs)
 
 
-@handles(F.pad)
+@rule(F.pad)
 def _pad(
     linear: Mode, func: Function, /, input: Tensor, pad: Sequence[int], mode: str = "constant",
     value: float | None = None,
@@ -154,12 +154,12 @@ def _pad(
     return linear.add(y, func(torch.zeros_like(input), pad, mode, value), func, value)
 
 
-@handles(*named("constant_pad_nd"))
+@rule(*named("constant_pad_nd"))
 def _constant_pad(linear: Mode, func: Function, /, input: Tensor, pad: Sequence[int], value: float = 0.0) -> Tensor:
     return _pad(linear, F.pad, input, pad, "constant", value)
 
 
-@handles(*named("lerp"))
+@rule(*named("lerp"))
 def _lerp(mode: Mode, func: Function, /, input: Tensor, end: Tensor, weight: Operand) -> Tensor:
     """(1 - weight) · input + weight · end, the weight being a gate."""
     y, gate = func(input, end, detached(weight)), detached(weight)
@@ -169,7 +169,7 @@ def _lerp(mode: Mode, func: Function, /, input: Tensor, end: Tensor, weight: Ope
     return y
 
 
-@handles(*named("diff"))
+@rule(*named("diff"))
 def _diff(
     mode: Mode, func: Function, /, input: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None = None,
     append: Tensor | None = None,
@@ -196,7 +196,7 @@ NAMES = ("value", "src", "source", "values", "fill_value")
 LINEAR_REDUCTIONS = ("sum", "mean", "add")
 
 
-@handles(*POSITIONS)
+@rule(*POSITIONS)
 def write(mode: Mode, func: Function, /, input: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
     """What is written, and what is written over, add up: linear in both together."""
     place, name = POSITIONS[func] - 1, next((n for n in NAMES if n in kwargs), None)
@@ -230,7 +230,7 @@ def _write(
         _join_base(mode, func, input)
     parts: list[tuple[object, Tensor, Any]] = []
     numbers = [number for number in options.values() if isinstance(number, int | float)]
-    if mode.account is not None:
+    if mode.tracker is not None:
         if not on_linear_path(input):
             parts.append((input.clone(), run(input.detach().clone(), _nothing(value)), mode.kind_of(input)))
         if value is not None and not on_linear_path(value):
@@ -259,6 +259,6 @@ def _reduce(
     return run(target, source)
 
 
-@handles(*named("zero_"))
+@rule(*named("zero_"))
 def _zero(mode: Mode, func: Function, /, input: Tensor) -> Tensor:
     return func(input)  # type: ignore[no-any-return]

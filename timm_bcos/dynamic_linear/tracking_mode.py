@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import BcosError, ModelStateError
 from ..nn.execution import saved_tensors_have_hooks
 from ..nn.functional import encode_image
-from .bias_tracker import Account, AmbiguousBatch, function_name
+from .bias_tracker import AmbiguousBatch, BiasTracker, function_name
 from .kinds import Kind, Kinds, memory_key
 from .mode import DynamicLinearMode, is_active
 from .registry import (
@@ -33,18 +33,18 @@ from .registry import (
     writes_to,
 )
 
-__all__ = ["AccountingMode"]
+__all__ = ["BiasTrackingMode"]
 
 Args = Sequence[object]
 Kwargs = dict[str, object]
 
 
-class AccountingMode(DynamicLinearMode):
+class BiasTrackingMode(DynamicLinearMode):
     """Explanation mode for one forward pass.
 
     Args:
         leaf: (N, C, H, W) the images.
-        account: Where constants and defects are noted.
+        account: Where constants and violations are noted.
 
     Attributes:
         kinds: How what each tensor's memory holds depends on the image.
@@ -52,16 +52,16 @@ class AccountingMode(DynamicLinearMode):
         heeds_hooks: Whether hooks of saved tensors stay; otherwise those of checkpoints are passed over.
     """
 
-    account: Account
+    tracker: BiasTracker
 
-    def __init__(self, leaf: Tensor, account: Account) -> None:
+    def __init__(self, leaf: Tensor, tracker: BiasTracker) -> None:
         super().__init__(leaf)
-        self.account, self.kinds = account, Kinds()
+        self.tracker, self.kinds = tracker, Kinds()
         self.eps, self.heeds_hooks = torch.finfo(leaf.dtype).eps, False
         self._replaced: dict[int, tuple[Tensor, Tensor]] = {}
-        for tensor in (*account.model.parameters(), *account.model.buffers()):
+        for tensor in (*tracker.model.parameters(), *tracker.model.buffers()):
             self.kinds.set(tensor, Kind.CONSTANT)
-        self._parameters = set(map(memory_key, account.model.parameters()))
+        self._parameters = set(map(memory_key, tracker.model.parameters()))
         self.kinds.set(leaf, Kind.IMAGE)
 
     def __torch_function__(
@@ -107,14 +107,14 @@ class AccountingMode(DynamicLinearMode):
                 raise
             except Exception as error:
                 if written is not None:
-                    place = self.account.place(func)
+                    place = self.tracker.place(func)
                     where = f"{place.module or 'the model itself'}: {place.function}"
                     raise ModelStateError(f"{where} cannot be explained as it is called here: {error}") from error
         result = func(*args, **kwargs)  # raises the same as the handler where torch does
         if written is None:
             return self.suspected(result, func)
         if written.requires_grad:
-            self.account.suspect(written, "unknown", func, written.detach().clone())
+            self.tracker.suspect(written, "unknown", func, written.detach().clone())
         return result
 
     def seen(self, x: Tensor) -> Tensor:
@@ -123,10 +123,10 @@ class AccountingMode(DynamicLinearMode):
             return x
         if id(x) not in self._replaced:
             name = type(x.grad_fn).__name__.partition("Backward")[0]
-            self._replaced[id(x)] = x, self.account.suspect(x, "unseen", name)
-            is_read = bool(self.account.boundaries)
+            self._replaced[id(x)] = x, self.tracker.suspect(x, "unseen", name)
+            is_read = bool(self.tracker.boundaries)
             self.kinds.set(self._replaced[id(x)][1], Kind.PATH if is_read else Kind.IMAGE)
-            self.account.needs_another_image |= not is_read
+            self.tracker.needs_another_image |= not is_read
         return self._replaced[id(x)][1]
 
     def is_gate(self, x: object) -> bool:
@@ -148,16 +148,16 @@ class AccountingMode(DynamicLinearMode):
     def _watch(self, func: Function, args: Sequence[object], kwargs: dict[str, object], kind: Kind) -> None:
         """Note what leaves torch as a number or as a shape, and what makes the image's way to a reader dynamic."""
         if kind >= Kind.GATE and (func in ESCAPING or reads_shape(func, args, kwargs)):
-            self.account.has_escaped = True
+            self.tracker.has_escaped = True
         if kind is Kind.IMAGE:
             operands = tensors_in([*args, *kwargs.values()])
             several = func not in JOINING and sum(map(on_linear_path, operands)) > 1
             if several or func not in STATIC or any(map(self.is_gate, operands)):
-                self.account.needs_another_image = True
+                self.tracker.needs_another_image = True
 
     def _noted(self, func: Function, args: Sequence[object], result: object, kind: Kind) -> object:
         """Remember how what a function returns or writes depends on the image."""
-        if kind is Kind.CONSTANT and self.account.has_escaped:
+        if kind is Kind.CONSTANT and self.tracker.has_escaped:
             kind = Kind.UNVERIFIED
         if func is encode_image:
             kind = min(kind, Kind.PATH)
@@ -190,7 +190,7 @@ class AccountingMode(DynamicLinearMode):
     def suspected(self, result: object, func: Function) -> object:
         """What a function that is not known has made of the path."""
         if isinstance(result, Tensor):
-            return self.account.suspect(result, "unknown", func) if result.requires_grad else result
+            return self.tracker.suspect(result, "unknown", func) if result.requires_grad else result
         if isinstance(result, list | tuple):
             found = [self.suspected(item, func) for item in result]
             return type(result)(found) if type(result) in (list, tuple) else tuple(found)
@@ -220,12 +220,12 @@ class AccountingMode(DynamicLinearMode):
                 return y
             addend = y.detach().new_full((), addend)
         if kind >= Kind.GATE:
-            return self.account.suspect(y, "added", func, addend.detach().clone()) if bool(addend.any()) else y
+            return self.tracker.suspect(y, "added", func, addend.detach().clone()) if bool(addend.any()) else y
         lasting = self._lasting(addend)
         made_of = [lasting if v is addend else self._lasting(v) if isinstance(v, Tensor) else v for v in sources]
         counts = func in COUNTING and any(isinstance(v, int | float) for v in sources)
-        self.account.note(func, made_of, kind is Kind.CONSTANT and not counts)
-        return self.account.tap(y, lasting)
+        self.tracker.note(func, made_of, kind is Kind.CONSTANT and not counts)
+        return self.tracker.tap(y, lasting)
 
     def operand(self, value: Tensor, func: Function) -> Tensor:
         """Account for a whole operand that is joined to the linear path, as a class token is."""
@@ -237,12 +237,12 @@ class AccountingMode(DynamicLinearMode):
                 return value
             return self.written_gate(value, func)
         value = self._lasting(value)
-        self.account.note(func, (value,), kind is Kind.CONSTANT)
-        return self.account.mark(value)
+        self.tracker.note(func, (value,), kind is Kind.CONSTANT)
+        return self.tracker.mark(value)
 
     def written_gate(self, value: Tensor, func: Function) -> Tensor:
         """A gate that is written into a part of the path, as an operand that is under suspicion."""
-        return self.account.suspect(value.detach().clone().requires_grad_() * 1, "added", func, value)
+        return self.tracker.suspect(value.detach().clone().requires_grad_() * 1, "added", func, value)
 
     def _lasting(self, value: Tensor) -> Tensor:
         """Parameters as they are; a copy of what the forward pass may still change."""

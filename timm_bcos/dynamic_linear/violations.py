@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-__all__ = ["Defect"]
+__all__ = ["Violation"]
 
 TEXTS = {
     "added": "{} adds a value that depends on the image but is not on its linear path (a gate or a statistic)",
-    "unknown": "{} is not known to be linear; say what it is with timm_bcos.declare",
+    "unknown": "{} is not known to be linear; say what it is with timm_bcos.register_function",
     "unseen": "reads what {} makes, a program that explanation mode does not see into",
     "changes": "{} adds what looks like a constant, but is different for another image",
     "calls": "{} is called for some images only, and adds a constant: the model chooses its constants by the image",
@@ -20,12 +20,12 @@ TEXTS = {
 
 
 @dataclass(frozen=True)
-class Defect:
+class Violation:
     """A place where a model is not dynamic linear.
 
     Attributes:
         module: Path of the module whose forward calls the function, '' for the root.
-        function: Name of the torch function, or a figure that shows the defect.
+        function: Name of the torch function, or a figure that shows the violation.
         kind: A key of `TEXTS`: 'added' for an image-dependent value that is added, 'unknown' for a function that is not
             declared, 'unseen' for a program of which torch shows the result alone, read in `module`, and so on.
     """

@@ -1,4 +1,4 @@
-"""Maps of a whole data set on one picture: AggAtt, the mean map of each range of localisation (arXiv 2205.10435, 3.3).
+"""Maps of a whole data set on one picture: AggAtt, the mean map of each range of localization (arXiv 2205.10435, 3.3).
 
 Single examples may be chosen; here all grids are played for the class of their first cell, sorted by the share that
 lies in it, and averaged in ranges, which are narrow at both ends: the best, the typical and the worst.
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..attribution.registry import attribute, check_methods
-from ..data.datasets import LabelledImages
+from ..data.datasets import LabeledImages
 from ..errors import InputError, MethodError
-from ..prefetch import read_ahead
+from ..prefetch import prefetch
 from .pointing_game import Grid, cell_shares, compose, grid_targets
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def mean_maps(maps: Tensor, shares: Tensor) -> list[Tensor | None]:
 
 
 def plot_bins(
-    model: nn.Module, dataset: LabelledImages, grids: Sequence[Grid], methods: Sequence[str], smooth: int = 1
+    model: nn.Module, dataset: LabeledImages, grids: Sequence[Grid], methods: Sequence[str], smooth: int = 1
 ) -> tuple["Figure", list[str]]:
     """A matplotlib figure: a row per method, a column per range, best first, with the mean share in the first cell.
 
@@ -86,11 +86,11 @@ def plot_bins(
 
 
 def _play(
-    model: nn.Module, dataset: LabelledImages, grids: Sequence[Grid], method: str, smooth: int
+    model: nn.Module, dataset: LabeledImages, grids: Sequence[Grid], method: str, smooth: int
 ) -> tuple[Tensor, Tensor]:
     """(G, h, w) maps of the first cells' classes, and (G,) their shares in it."""
     maps, shares = [], []
-    pictures = read_ahead(compose(model, dataset, grid) for grid in grids)
+    pictures = prefetch(compose(model, dataset, grid) for grid in grids)
     for grid, picture in tqdm(zip(grids, pictures, strict=True), method, len(grids), disable=None):
         found = attribute(model, picture, int(grid_targets(model, grid)[0]), method)
         shares.append(cell_shares(found, grid.n, smooth)[0, 0, 0].cpu())

@@ -53,7 +53,7 @@ def plot_methods(
     methods: Sequence[str],
     class_names: Sequence[str] | None = None,
 ) -> "Figure":
-    """A matplotlib figure: a row per image, a column per method; the network's own explanation is also in colour.
+    """A matplotlib figure: a row per image, a column per method; the network's own explanation is also in color.
 
     Methods that do not suit the architecture, or whose library is missing, are left out with a warning.
 
@@ -65,7 +65,7 @@ def plot_methods(
         class_names: For the titles.
     """
     check_methods(methods)
-    columns: list[tuple[str, Tensor]] = [("image", _colours(x))]
+    columns: list[tuple[str, Tensor]] = [("image", _colors(x))]
     for method in methods:
         try:
             maps = attribute(model, x, list(targets), method)
@@ -73,7 +73,7 @@ def plot_methods(
             warnings.warn(f"left out: {error}", stacklevel=2)
             continue
         if method == "bcos":
-            columns.append(("B-cos in colour", on_white(explain(model, x, list(targets)).to_rgba())))
+            columns.append(("B-cos in color", on_white(explain(model, x, list(targets)).to_rgba())))
         columns.append((method, map_to_rgba(maps)[..., :3]))
     figure, axes = _figure(len(x), len(columns))
     for column, (title, pictures) in enumerate(columns):
@@ -88,7 +88,7 @@ def plot_methods(
 
 
 def plot_classes(model: nn.Module, x: Tensor, targets: Sequence[int], class_names: Sequence[str]) -> "Figure":
-    """A matplotlib figure: images and, below them, their explanations in colour; a pair of rows per class.
+    """A matplotlib figure: images and, below them, their explanations in color; a pair of rows per class.
 
     Args:
         model: A B-cos network.
@@ -107,15 +107,15 @@ def plot_classes(model: nn.Module, x: Tensor, targets: Sequence[int], class_name
     figure, axes = _figure(2 * len(classes), per_class)
     for i, target in enumerate(targets):
         row, column = 2 * classes.index(target), i % per_class
-        axes[row, column].imshow(_colours(x[i : i + 1])[0].cpu().float().numpy())
+        axes[row, column].imshow(_colors(x[i : i + 1])[0].cpu().float().numpy())
         axes[row + 1, column].imshow(pictures[i].detach().cpu().float().numpy())
         if column == 0:
             axes[row, column].set_title(class_names[target], fontsize=9, loc="left")
     return figure
 
 
-def _colours(x: Tensor) -> Tensor:
-    """(N, H, W, 3) to look at, of images (N, C, H, W): their first three channels, or grey where there are fewer."""
+def _colors(x: Tensor) -> Tensor:
+    """(N, H, W, 3) to look at, of images (N, C, H, W): their first three channels, or gray where there are fewer."""
     three = x[:, :3] if x.shape[1] >= 3 else x.mean(1, keepdim=True).expand(-1, 3, -1, -1)
     return three.movedim(1, -1)
 

@@ -3,15 +3,15 @@
 | metric | what it measures | better |
 | --- | --- | --- |
 | deletion | area under the probability while the most important pixels turn to the image's mean | lower |
-| insertion | the same while they come back into an image of the mean colour | higher |
+| insertion | the same while they come back into an image of the mean color | higher |
 | faithfulness_correlation | correlation of attribution and fall of the probability, over sets of pixels | higher |
 | max_sensitivity | largest relative change of the map under small noise on the image | lower |
-| randomisation | rank correlation with the map of the network with random weights | nearer 0 |
+| randomization | rank correlation with the map of the network with random weights | nearer 0 |
 | single_deletion | rank correlation, over 4 × 4 cells, of attribution and fall of the logit without the cell | higher |
 | energy | share of the positive attribution inside the object's box or mask | higher |
 
 Sources: arXiv 1806.07421 (deletion, insertion), 2005.00631 (faithfulness correlation), 1901.09392 (sensitivity),
-1810.03292 (randomisation), 2407.11910 (IDSDS, the single deletion score of a network that has been fine-tuned to see
+1810.03292 (randomization), 2407.11910 (IDSDS, the single deletion score of a network that has been fine-tuned to see
 images without a cell: `timm_bcos.training.tasks.DeletionClassificationTask`), 1910.01279 (energy). Batch norms of the
 network with random weights have the statistics of the images at hand. Where a metric is not defined for an image (a map
 without differences ranks no pixels, a probability that never changes correlates with nothing) its value is NaN.
@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from ..attribution.registry import Subject, Targets, attribute, check_counts, checked_images
-from ..data.datasets import LabelledImages, image_loader
+from ..attribution.registry import AttributionModel, Targets, attribute, check_counts, checked_images
+from ..data.datasets import LabeledImages, image_loader
 from ..data.regions import cell_masks, region_loader, region_masks, without_cell
 from ..errors import InputError, MethodError
 from ..files import atomic_path
@@ -57,7 +57,7 @@ class _Call:
     """One metric of one method."""
 
     model: nn.Module
-    subject: Subject
+    subject: AttributionModel
     x: Tensor  # (N, C, H, W)
     targets: Tensor  # (N,)
     method: str
@@ -70,7 +70,7 @@ class _Call:
         return attribute(model, x, self.targets, self.method, **self.options).double()
 
     def probability(self, masks: Tensor) -> Tensor:
-        """(N,) of the targets, where an image shows its mean colour outside the pixels of its mask (N, H · W)."""
+        """(N,) of the targets, where an image shows its mean color outside the pixels of its mask (N, H · W)."""
         mask = masks.reshape(len(self.x), 1, *self.x.shape[2:])
         changed = torch.where(mask, self.x, self.x.mean((2, 3), keepdim=True))
         return self.subject.probability(changed).gather(1, self.targets[:, None])[:, 0].double()
@@ -118,7 +118,7 @@ def _max_sensitivity(call: _Call) -> Tensor:
     return torch.stack(changes).amax(0) / call.maps.flatten(1).norm(dim=1)  # 0 / 0 is NaN
 
 
-def _randomisation(call: _Call) -> Tensor:
+def _randomization(call: _Call) -> Tensor:
     other = copy.deepcopy(call.model)
     with _DrawingFrom(torch.Generator(call.x.device).manual_seed(call.generator.initial_seed())):
         modules: list[Any] = list(other.modules())
@@ -137,7 +137,7 @@ RANDOM = {
 
 
 class _DrawingFrom(TorchFunctionMode):
-    """Weights are initialised from a generator of our own: the global one is everybody's."""
+    """Weights are initialized from a generator of our own: the global one is everybody's."""
 
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class _DrawingFrom(TorchFunctionMode):
 @torch.no_grad()
 def _estimate_statistics(network: nn.Module, x: Tensor) -> None:
     """Let batch norms take the statistics of random weights: with others a deep network's signal fades to nothing."""
-    subject = Subject(network)  # whose statistics are the network's, in the same memory
+    subject = AttributionModel(network)  # whose statistics are the network's, in the same memory
     norms: list[Any] = [module for module in subject.modules() if hasattr(module, "reset_running_stats")]
     for norm in norms:
         norm.reset_running_stats()
@@ -221,7 +221,7 @@ METRICS: dict[str, Callable[[_Call], Tensor]] = {
     "insertion": _insertion,
     "faithfulness_correlation": _faithfulness_correlation,
     "max_sensitivity": _max_sensitivity,
-    "randomisation": _randomisation,
+    "randomization": _randomization,
     "single_deletion": _single_deletion,
     "energy": _energy,
 }
@@ -277,7 +277,7 @@ def evaluate(
     if not bool(maps.isfinite().all()) or not bool(maps.any()):
         kind = "all equal to zero" if bool(maps.isfinite().all()) else "not finite"
         raise MethodError(f"{metric} of {method}: the maps are {kind}, which cannot be judged")
-    subject, generator = Subject(model), torch.Generator().manual_seed(seed)
+    subject, generator = AttributionModel(model), torch.Generator().manual_seed(seed)
     call = _Call(model, subject, x, subject.classes(x, targets), method, options, generator, maps, masks)
     return METRICS[metric](call).cpu()
 
@@ -305,7 +305,7 @@ def read_values(folder: Path, images: int) -> Values:
 
 def evaluate_all(
     model: nn.Module,
-    dataset: LabelledImages,
+    dataset: LabeledImages,
     metrics: Sequence[str],
     methods: Sequence[str],
     folder: Path,
@@ -317,7 +317,7 @@ def evaluate_all(
 
     Args:
         model: A B-cos network or a plain timm model, in eval mode.
-        dataset: Labelled images.
+        dataset: Labeled images.
         metrics: Of `timm_bcos.evaluation.metrics.METRICS`.
         methods: Of `timm_bcos.attribution.registry.METHODS`.
         folder: Of the results.
@@ -348,7 +348,7 @@ def evaluate_all(
     return list(left_out.values())
 
 
-def _load(model: nn.Module, dataset: LabelledImages, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _load(model: nn.Module, dataset: LabeledImages, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     images, labels = zip(*map(image_loader(model, dataset), indices), strict=True)
     device = next(model.parameters()).device
     return torch.stack(images).to(device), torch.tensor(labels, device=device)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..attribution.registry import Subject, check_counts
-from ..data.datasets import LabelledImages, image_batches, image_loader
+from ..attribution.registry import AttributionModel, check_counts
+from ..data.datasets import LabeledImages, image_batches, image_loader
 from ..errors import InputError, TargetError
 from ..explanation.api import explain
 from ..explanation.result import Explanation
@@ -68,7 +68,7 @@ class Strongest:
 
 def find_strongest(
     model: nn.Module,
-    dataset: LabelledImages,
+    dataset: LabeledImages,
     layer: str,
     k: int = 500,
     *,
@@ -93,7 +93,7 @@ def find_strongest(
         MethodError: For counts below 1.
     """
     check_counts(k=k, batch_size=batch_size)
-    subject = Subject(model)
+    subject = AttributionModel(model)
     _find_layer(subject, layer)
     if len(dataset) == 0:
         raise InputError("the data set has no images")
@@ -110,7 +110,7 @@ def find_strongest(
 
 
 @torch.no_grad()
-def peak_activations(subject: Subject, layer: str, x: Tensor) -> Tensor:
+def peak_activations(subject: AttributionModel, layer: str, x: Tensor) -> Tensor:
     """How strongly each unit of a layer answers each image, at its strongest position.
 
     Args:
@@ -128,7 +128,7 @@ def peak_activations(subject: Subject, layer: str, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def layer_maps(subject: Subject, layer: str, x: Tensor) -> Tensor:
+def layer_maps(subject: AttributionModel, layer: str, x: Tensor) -> Tensor:
     """(N, C, P) what a layer's C units answer at its P positions.
 
     Args:
@@ -150,7 +150,7 @@ def layer_maps(subject: Subject, layer: str, x: Tensor) -> Tensor:
     return maps
 
 
-def _find_layer(subject: Subject, layer: str) -> nn.Module:
+def _find_layer(subject: AttributionModel, layer: str) -> nn.Module:
     modules = dict(subject.model.named_modules())
     if layer not in modules:
         raise TargetError(f"the model has no layer {layer!r}: see model.named_modules() for their names")
@@ -181,7 +181,7 @@ def label_entropy(labels: Tensor, num_classes: int) -> Tensor:
 
 def plot_wall(
     model: nn.Module,
-    dataset: LabelledImages,
+    dataset: LabeledImages,
     strongest: Strongest,
     units: Sequence[int],
     images: int = 6,
@@ -214,8 +214,8 @@ def plot_wall(
         explanation = _explain_unit(model, dataset, strongest, unit, images, directions)
         pictures = (explanation.image.movedim(1, -1), on_white(explanation.to_rgba()))
         for below, batch in enumerate(pictures):
-            for ax, picture, centre in zip(axes[2 * row + below], batch, _centres(explanation), strict=False):
-                ax.imshow(_crop(picture.cpu(), centre).numpy())
+            for ax, picture, center in zip(axes[2 * row + below], batch, _centers(explanation), strict=False):
+                ax.imshow(_crop(picture.cpu(), center).numpy())
         axes[2 * row, 0].set_title(f"{noun} {unit}", fontsize=9, loc="left")
     for ax in axes.flat:
         ax.axis("off")
@@ -231,7 +231,7 @@ def _check_units(strongest: Strongest, units: Sequence[int]) -> None:
 
 def _explain_unit(
     model: nn.Module,
-    dataset: LabelledImages,
+    dataset: LabeledImages,
     strongest: Strongest,
     unit: int,
     images: int,
@@ -243,8 +243,8 @@ def _explain_unit(
     return explain(model, x, unit if directions is None else directions[unit], layer=strongest.layer)
 
 
-def _centres(explanation: Explanation) -> list[tuple[int, int]]:
-    """Where in the image the contributions to each neuron lie: their centre of mass."""
+def _centers(explanation: Explanation) -> list[tuple[int, int]]:
+    """Where in the image the contributions to each neuron lie: their center of mass."""
     mass = explanation.contribution_map.clamp(min=0).double()
     mass = mass / mass.sum((1, 2), keepdim=True).clamp(min=1e-30)
     rows, columns = (torch.arange(n, device=mass.device, dtype=mass.dtype) for n in mass.shape[1:])
@@ -254,10 +254,10 @@ def _centres(explanation: Explanation) -> list[tuple[int, int]]:
     ]
 
 
-def _crop(picture: Tensor, centre: tuple[int, int]) -> Tensor:
-    """A third of the picture's side around a centre, moved inside where it would cross the border."""
+def _crop(picture: Tensor, center: tuple[int, int]) -> Tensor:
+    """A third of the picture's side around a center, moved inside where it would cross the border."""
     size = max(picture.shape[0] // 3, min(24, *picture.shape[:2]))
-    top, left = (min(max(c - size // 2, 0), n - size) for c, n in zip(centre, picture.shape[:2], strict=True))
+    top, left = (min(max(c - size // 2, 0), n - size) for c, n in zip(center, picture.shape[:2], strict=True))
     return picture[top : top + size, left : left + size].float()
 
 

@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attribution.registry import Subject, attribute, check_counts
-from ..data.datasets import LabelledImages, image_batches, image_loader
+from ..attribution.registry import AttributionModel, attribute, check_counts
+from ..data.datasets import LabeledImages, image_batches, image_loader
 from ..data.regions import cell_of_pixels
 from ..errors import InputError
 from .disconnected import Disconnected
 
 __all__ = [
-    "Confidence", "Grid", "cell_shares", "confidences", "grid_shares", "grid_targets", "localisation", "sample_grids",
+    "Confidence", "Grid", "cell_shares", "confidences", "grid_shares", "grid_targets", "localization", "sample_grids",
 ]  # fmt: skip
 
 
@@ -58,9 +58,9 @@ class Grid:
 
 
 def confidences(
-    model: nn.Module, dataset: LabelledImages, *, start: int = 0, batch_size: int = 32, progress: bool = True
+    model: nn.Module, dataset: LabeledImages, *, start: int = 0, batch_size: int = 32, progress: bool = True
 ) -> Iterator[Confidence]:
-    """What a model says of every image of a labelled data set, as it comes.
+    """What a model says of every image of a labeled data set, as it comes.
 
     Args:
         model: A B-cos network or a plain timm model, in eval mode.
@@ -73,7 +73,7 @@ def confidences(
         InputError: For a data set without labels, or with other classes than the model's.
     """
     check_counts(batch_size=batch_size)
-    subject, indices = Subject(model), range(start, len(dataset))
+    subject, indices = AttributionModel(model), range(start, len(dataset))
     bar = "confidences" if progress else None
     for some, images, labels in image_batches(model, dataset, indices, batch_size, bar):
         probability = subject.probability(images).cpu()
@@ -135,7 +135,7 @@ def cell_shares(maps: Tensor, n: int, smooth: int = 1) -> Tensor:
     """Share of the positive attribution in each cell of an n×n grid.
 
     Args:
-        maps: Signed (N, H, W). Where n divides no side, a pixel is of the cell that its centre lies in.
+        maps: Signed (N, H, W). Where n divides no side, a pixel is of the cell that its center lies in.
         n: Cells per side.
         smooth: Window of a mean filter over the signed map, odd; 1 for none. The paper's code takes 15.
 
@@ -155,9 +155,9 @@ def cell_shares(maps: Tensor, n: int, smooth: int = 1) -> Tensor:
     return torch.where(total > 0, sums / total.clamp(min=torch.finfo(sums.dtype).tiny), torch.zeros_like(sums))
 
 
-def localisation(
+def localization(
     model: nn.Module,
-    dataset: LabelledImages,
+    dataset: LabeledImages,
     grid: Grid,
     method: str = "bcos",
     *,
@@ -189,7 +189,7 @@ def grid_shares(
     smooth: Sequence[int] = (1, 15),
     **options: Any,
 ) -> Tensor:
-    """The same for a picture (1, C, H, W) that `compose` has made; arguments and result are those of `localisation`."""
+    """The same for a picture (1, C, H, W) that `compose` has made; arguments and result are those of `localization`."""
     classes = grid_targets(model, grid).to(image.device)
     maps = attribute(model, image.expand(len(classes), -1, -1, -1), classes, method, **options)
     return torch.stack([cell_shares(maps, grid.n, window).flatten(1).diagonal() for window in smooth])
@@ -201,7 +201,7 @@ def grid_targets(model: nn.Module, grid: Grid) -> Tensor:
     return model.targets(classes) if isinstance(model, Disconnected) else classes
 
 
-def compose(model: nn.Module, dataset: LabelledImages, grid: Grid) -> Tensor:
+def compose(model: nn.Module, dataset: LabeledImages, grid: Grid) -> Tensor:
     """The picture of a grid, (1, C, H, W); a model of fixed input size sees smaller cells, others a larger picture."""
     load = image_loader(model, dataset)
     images = torch.stack([load(index)[0] for index in grid.indices])

@@ -13,17 +13,17 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from ..data.datasets import LabelledImages
+from ..data.datasets import LabeledImages
 from ..errors import InputError, MethodError
 from ..explanation.visualization import save_figure
 from ..files import atomic_path, write_csv
-from ..prefetch import read_ahead
+from ..prefetch import prefetch
 from .disconnected import Disconnected, Disconnection
 from .paired import Gain, gains_table, paired_gains
 from .pointing_game import Confidence, Grid, compose, confidences, grid_shares
 from .results import append_rows, drop_torn_line, read_rows
 
-__all__ = ["play", "play_all", "read_confidences", "read_values", "summarise", "write_summary"]
+__all__ = ["play", "play_all", "read_confidences", "read_values", "summarize", "write_summary"]
 
 FIELDS = {"n": int, "smooth": int, "method": str, "grid": int, "cell": int, "class": int, "image": int, "value": float}
 CONFIDENCES: dict[str, Callable[[str], Any]] = dict(index=int, label=int, predicted=int, confidence=float)
@@ -35,7 +35,7 @@ Panel = tuple[int, int]  # cells per side, smoothing window
 Panels = dict[Panel, dict[str, np.ndarray]]
 
 
-def read_confidences(model: nn.Module, dataset: LabelledImages, folder: Path) -> list[Confidence]:
+def read_confidences(model: nn.Module, dataset: LabeledImages, folder: Path) -> list[Confidence]:
     """What the model says of each image: from the folder's file, which is completed first."""
     path = folder / "confidences.csv"
     drop_torn_line(path)
@@ -55,7 +55,7 @@ def read_values(folder: Path) -> dict[Key, list[float]]:
 
 def play_all(
     model: nn.Module,
-    dataset: LabelledImages,
+    dataset: LabeledImages,
     samples: Iterable[Sequence[Grid]],
     methods: Sequence[str],
     folder: Path,
@@ -95,7 +95,7 @@ def play_all(
 
 def play(
     model: nn.Module,
-    dataset: LabelledImages,
+    dataset: LabeledImages,
     grids: Sequence[Grid],
     method: str,
     folder: Path,
@@ -123,7 +123,7 @@ def play(
         for number, grid in enumerate(grids)
         if (missing := [window for window in smooth if (grid.n, window, method, number) not in done])
     ]
-    pictures = read_ahead(compose(model, dataset, grid) for _, grid, _ in todo)
+    pictures = prefetch(compose(model, dataset, grid) for _, grid, _ in todo)
     progress = tqdm(
         zip(todo, pictures, strict=True), f"{method} {grids[0].n}×{grids[0].n}", len(grids), disable=None,
         initial=len(grids) - len(todo),
@@ -136,7 +136,7 @@ def play(
             append_rows(folder / "values.csv", list(FIELDS), rows)
 
 
-def summarise(folder: Path, methods: Iterable[str]) -> Panels:
+def summarize(folder: Path, methods: Iterable[str]) -> Panels:
     """Values by grid size and window, then by method, in the order of the methods."""
     found: dict[Panel, dict[str, list[float]]] = {}
     for (n, window, method, _), values in sorted(read_values(folder).items()):
@@ -154,7 +154,7 @@ def write_summary(folder: Path, methods: Sequence[str]) -> None:
     Raises:
         InputError: If nothing has been.
     """
-    panels = summarise(folder, methods)
+    panels = summarize(folder, methods)
     if not panels:
         raise InputError("no method suits this model")
     gains = paired_gains(read_values(folder), methods)
@@ -209,7 +209,7 @@ def _box_plots(panels: Panels, path: Path) -> None:
         ax = axes[sizes.index(n), windows.index(window)]
         ax.set_visible(True)
         ax.boxplot(list(values.values()), tick_labels=list(values), showfliers=False)
-        ax.axhline(1 / n**2, color="grey", linestyle="--", linewidth=1)
+        ax.axhline(1 / n**2, color="gray", linestyle="--", linewidth=1)
         ax.set(title=f"{n}×{n}, {_smoothing(window)}", ylabel="share in the cell", ylim=(0, 1))
         ax.tick_params(axis="x", rotation=90)
     save_figure(figure, path)

@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from ..dynamic_linear.bias_tracker import AmbiguousBatch
-from ..dynamic_linear.violations import Defect
+from ..dynamic_linear.violations import Violation
 from ..errors import InexactWarning, InputError, TargetError
-from .linearized import Linearised, rows_of
+from .linearized import LinearizedModel, rows_of
 from .regions import Position, Region, check_region, position_pairs
 from .result import Explanation
-from .targets import Asked, Targets, check_images, check_model, check_table, check_target, of_images
+from .targets import Target, Targets, check_images, check_model, check_table, check_target, of_images
 
 __all__ = [
-    "check_place",
+    "check_location",
     "contrast",
     "explain",
-    "explain_readout",
+    "explain_request",
     "explain_targets",
-    "together_or_apart",
     "warn_if_inexact",
+    "with_single_image_fallback",
 ]
 
 
@@ -48,7 +48,7 @@ def explain(
 
     Args:
         model: A B-cos network in evaluation mode.
-        x: Images (N, C, H, W) in [0, 1], without mean/std normalisation, or already encoded (N, 2C, H, W). Unchanged.
+        x: Images (N, C, H, W) in [0, 1], without mean/std normalization, or already encoded (N, 2C, H, W). Unchanged.
         target: The class: None for the prediction, an int for all images, or N ints. A set of ints: the mean of their
             logits. A floating-point tensor (K,) or (N, K): a direction, whose product with the K outputs is explained.
             With `layer`, units (channels) instead of classes; None takes the one that is most active.
@@ -66,7 +66,7 @@ def explain(
         chunk: Images per pass, which bounds the memory that a large batch takes; None takes all at once.
 
     Returns:
-        The explanation. Its `defects` are empty if it is exact.
+        The explanation. Its `violations` are empty if it is exact.
 
     Raises:
         InputError: For tensors that are no images as above.
@@ -82,19 +82,19 @@ def explain(
     """
     with torch.inference_mode(False):
         check_images(x, check_model(model))
-        asked, place = check_target(target, len(x)), check_place(position, region, x)
-        return explain_readout(model, x, asked, None, place, layer=layer, output=output, extra=extra, chunk=chunk)
+        asked, place = check_target(target, len(x)), check_location(position, region, x)
+        return explain_request(model, x, asked, None, place, layer=layer, output=output, extra=extra, chunk=chunk)
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where in the outputs: a position, or masks (N, H, W) as `check_region` returns them."""
 
     position: Position = None
     masks: Tensor | None = None
 
 
-def check_place(position: Position, region: Region, x: Tensor) -> Place:
+def check_location(position: Position, region: Region, x: Tensor) -> Location:
     """Of what a user has given; one of both at most.
 
     Raises:
@@ -103,15 +103,15 @@ def check_place(position: Position, region: Region, x: Tensor) -> Place:
     if position is not None and region is not None:
         raise TargetError("give a position or a region, not both")
     pairs = position_pairs(position, len(x))
-    return Place(position if pairs is None else pairs, check_region(region, len(x), (x.shape[2], x.shape[3])))
+    return Location(position if pairs is None else pairs, check_region(region, len(x), (x.shape[2], x.shape[3])))
 
 
-def explain_readout(
+def explain_request(
     model: nn.Module,
     x: Tensor,
-    target: Asked,
-    versus: Asked,
-    place: Place,
+    target: Target,
+    versus: Target,
+    place: Location,
     *,
     layer: str | None,
     output: str | int | None,
@@ -120,15 +120,15 @@ def explain_readout(
 ) -> Explanation:
     """`explain` and `contrast`, once their arguments are checked."""
 
-    def ask(part: Linearised, images: slice) -> list[Explanation]:
+    def ask(part: LinearizedModel, images: slice) -> list[Explanation]:
         masks = None if place.masks is None else place.masks[images]
         position = place.position
         if position_pairs(position, len(x)) is not None:
             position = position[images]  # type: ignore[index]
         return [part.explain(of_images(target, images), of_images(versus, images), position, masks)]
 
-    def run(images: slice) -> Linearised:
-        return Linearised(model, x[images], layer, output, rows_of(extra, images, len(x)))
+    def run(images: slice) -> LinearizedModel:
+        return LinearizedModel(model, x[images], layer, output, rows_of(extra, images, len(x)))
 
     return _explain_all(len(x), run, ask, chunk, callers=3)[0]
 
@@ -157,16 +157,16 @@ def explain_targets(
         check_images(x, check_model(model))
         table = None if targets is None else check_table(targets, len(x))
 
-    def ask(part: Linearised, images: slice) -> list[Explanation]:
+    def ask(part: LinearizedModel, images: slice) -> list[Explanation]:
         columns = part.best_classes(top) if table is None else table[images]
         return part.explain_classes(columns)
 
-    return _explain_all(len(x), lambda images: Linearised(model, x[images], None), ask, chunk, callers=2)
+    return _explain_all(len(x), lambda images: LinearizedModel(model, x[images], None), ask, chunk, callers=2)
 
 
 T = TypeVar("T")
-Run = Callable[[slice], Linearised]
-Ask = Callable[[Linearised, slice], list[Explanation]]
+Run = Callable[[slice], LinearizedModel]
+Ask = Callable[[LinearizedModel, slice], list[Explanation]]
 
 
 def _explain_all(count: int, run: Run, ask: Ask, chunk: int | None, callers: int) -> list[Explanation]:
@@ -182,24 +182,26 @@ def _explain_all(count: int, run: Run, ask: Ask, chunk: int | None, callers: int
 
 
 def warn_if_inexact(found: Sequence[Explanation], callers: int) -> None:
-    """Warn of each defect once; warnings name the line that called the function `callers` above this one."""
-    for defect in dict.fromkeys(defect for explanation in found for defect in explanation.defects):
-        warnings.warn(f"the explanation is not exact: {defect}", InexactWarning, stacklevel=callers + 1)
+    """Warn of each violation once; warnings name the line that called the function `callers` above this one."""
+    for violation in dict.fromkeys(violation for explanation in found for violation in explanation.violations):
+        warnings.warn(f"the explanation is not exact: {violation}", InexactWarning, stacklevel=callers + 1)
 
 
 def _explain_chunk(run: Run, ask: Ask, places: range) -> list[Explanation]:
     def stack(singles: Sequence[list[Explanation]]) -> list[Explanation]:
         return [Explanation.stack(column) for column in zip(*singles, strict=True)]
 
-    def with_defects(found: list[Explanation], defects: tuple[Defect, ...]) -> list[Explanation]:
-        return [replace(e, defects=tuple(dict.fromkeys((*e.defects, *defects)))) for e in found]
+    def with_defects(found: list[Explanation], violations: tuple[Violation, ...]) -> list[Explanation]:
+        return [replace(e, violations=tuple(dict.fromkeys((*e.violations, *violations)))) for e in found]
 
-    return together_or_apart(lambda images: ask(run(images), images), places, lambda found: found, stack, with_defects)
+    return with_single_image_fallback(
+        lambda images: ask(run(images), images), places, lambda found: found, stack, with_defects
+    )
 
 
-def together_or_apart(
+def with_single_image_fallback(
     ask: Callable[[slice], T], places: range, explanations: Callable[[T], Sequence[Explanation]],
-    stack: Callable[[Sequence[T]], T], with_defects: Callable[[T, tuple[Defect, ...]], T],
+    stack: Callable[[Sequence[T]], T], with_defects: Callable[[T, tuple[Violation, ...]], T],
 ) -> T:  # fmt: skip
     """All images at once, or one by one where a tensor's layout does not tell what is of which image.
 
@@ -210,17 +212,17 @@ def together_or_apart(
         stack: Makes one of what is found for single images.
         with_defects: Adds what only the batch has shown.
     """
-    defects: tuple[Defect, ...] = ()
+    violations: tuple[Violation, ...] = ()
     try:
         found = ask(slice(places.start, places.stop))
     except AmbiguousBatch as signal:
-        defects = signal.defects  # single images are never ambiguous
+        violations = signal.violations  # single images are never ambiguous
     else:
-        seen = [defect for explanation in explanations(found) for defect in explanation.defects]
-        if len(places) == 1 or not any(defect.kind == "incomplete" for defect in seen):
+        seen = [violation for explanation in explanations(found) for violation in explanation.violations]
+        if len(places) == 1 or not any(violation.kind == "incomplete" for violation in seen):
             return found
-        defects = tuple(defect for defect in seen if defect.kind == "images")
-    return with_defects(stack([ask(slice(i, i + 1)) for i in places]), defects)
+        violations = tuple(violation for violation in seen if violation.kind == "images")
+    return with_defects(stack([ask(slice(i, i + 1)) for i in places]), violations)
 
 
 def contrast(
@@ -273,18 +275,18 @@ def contrast(
         check_images(x, check_model(model))
         first, second = (_check_side(name, value, len(x)) for name, value in (("a", a), ("b", b)))
         _refuse_same(first, second)
-        place = check_place(position, region, x)
-        return explain_readout(model, x, first, second, place, layer=layer, output=output, extra=extra, chunk=chunk)
+        place = check_location(position, region, x)
+        return explain_request(model, x, first, second, place, layer=layer, output=output, extra=extra, chunk=chunk)
 
 
-def _check_side(name: str, value: Targets, images: int) -> Asked:
+def _check_side(name: str, value: Targets, images: int) -> Target:
     asked = check_target(value, images, name)
     if asked is None:
         raise TargetError(f"{name}=None: give a class for it")
     return asked.cpu() if isinstance(asked, Tensor) else asked
 
 
-def _refuse_same(a: Asked, b: Asked) -> None:
+def _refuse_same(a: Target, b: Target) -> None:
     if isinstance(a, frozenset) or isinstance(b, frozenset):
         if a == b:
             raise TargetError(f"a and b are both the classes {set(a or ())}: give two different sets")

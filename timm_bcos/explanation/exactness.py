@@ -8,32 +8,32 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..dynamic_linear.bias_tracker import Account
+from ..dynamic_linear.bias_tracker import BiasTracker
 from ..dynamic_linear.mode import active, ordinary_autograd
-from ..dynamic_linear.tracking_mode import AccountingMode
-from ..dynamic_linear.violations import Defect
+from ..dynamic_linear.tracking_mode import BiasTrackingMode
+from ..dynamic_linear.violations import Violation
 from ..errors import BcosError, InexactWarning, InputError
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
 from ..nn.module_utils import channel_axis, converted_part, first_output, frozen_copy, hooked, image_size, pick_output
 from .api import explain
 from .linear_parts import linear_part
-from .linearized import Linearised, is_encoding, rows_of
+from .linearized import LinearizedModel, is_encoding, rows_of
 from .self_check import another_image, compare_with_another_image
 from .self_check import tolerance as rounding_of
 from .targets import check_images, check_model
 
 __all__ = [
-    "Check",
+    "ExactnessReport",
+    "calibrate",
     "check",
     "first_break",
     "first_dead",
     "first_difference",
     "random_image",
-    "settle",
 ]
 
 Extra = Mapping[str, object]
-Outputs = list[tuple[str, Tensor]]
+ModelOutputs = list[tuple[str, Tensor]]
 
 
 def first_break(model: nn.Module, x: Tensor, extra: Extra, tolerance: float) -> str | None:
@@ -53,12 +53,12 @@ def first_break(model: nn.Module, x: Tensor, extra: Extra, tolerance: float) -> 
     plain = _traced_outputs(model, image, own)
     with ordinary_autograd(x.device):
         leaf = image.clone().requires_grad_()
-        account = Account(model, 1, leaf)
-        with active(AccountingMode(leaf, account)):
+        tracker = BiasTracker(model, 1, leaf)
+        with active(BiasTrackingMode(leaf, tracker)):
             found = _traced_outputs(model, leaf.clone(), own)
         for (name, output), (_, expected) in zip(found, plain, strict=False):
             is_shifted = output.shape != expected.shape or not _is_close(output.detach(), expected)
-            if is_shifted or (output.requires_grad and not _adds_up(output, leaf, account, tolerance)):
+            if is_shifted or (output.requires_grad and not _adds_up(output, leaf, tracker, tolerance)):
                 return name
     return None
 
@@ -85,9 +85,9 @@ def _image(model: nn.Module, x: Tensor) -> Tensor:
     return (x[:, :channels] if is_encoding(x, channels) else x).detach()
 
 
-def _traced_outputs(model: nn.Module, x: Tensor, extra: Extra) -> Outputs:
+def _traced_outputs(model: nn.Module, x: Tensor, extra: Extra) -> ModelOutputs:
     """What each module returns; the values are kept as they were then."""
-    outputs: Outputs = []
+    outputs: ModelOutputs = []
     names = {module: name for name, module in model.named_modules()}
 
     def record(module: nn.Module, args: object, output: object) -> None:
@@ -108,10 +108,10 @@ def _is_close(output: Tensor, expected: Tensor) -> bool:
     return bool((output - expected).abs().max() <= 100 * rounding_of(output.dtype) * expected.abs().max())
 
 
-def _adds_up(output: Tensor, leaf: Tensor, account: Account, tolerance: float) -> bool:
+def _adds_up(output: Tensor, leaf: Tensor, tracker: BiasTracker, tolerance: float) -> bool:
     direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
     expected = (output * direction).sum()
-    part = linear_part(expected, leaf, account)
+    part = linear_part(expected, leaf, tracker)
     encoded = torch.cat([leaf, 1 - leaf], 1)
     total = (part.weights * encoded).sum() + part.constant_bias.sum() + part.gate_bias.sum()
     return bool((total - expected).abs() <= tolerance * expected.abs().clamp_min((output * direction).norm()))
@@ -122,7 +122,7 @@ PLACELESS = ("shifted", "images", "incomplete", "random", "dead")
 
 
 @dataclass(frozen=True)
-class Check:
+class ExactnessReport:
     """The verdict on a model.
 
     Attributes:
@@ -133,7 +133,7 @@ class Check:
         rounding: What a change of the image in its last digit does to the logits, relative to the largest. A deep
             untrained model may amplify rounding a million times; a logit shift of that size is none.
         randomness: Largest change of a logit from one run to the next, relative to the largest logit.
-        defects: Functions that are not known to be linear, values that depend on the image and are added, and what
+        violations: Functions that are not known to be linear, values that depend on the image and are added, and what
             else makes explanations inexact.
         breaks_at: Path of the first module whose output is not W(x) · x + constants; None if exact.
     """
@@ -144,15 +144,15 @@ class Check:
     tolerance: float
     rounding: float = 0.0
     randomness: float = 0.0
-    defects: tuple[Defect, ...] = ()
+    violations: tuple[Violation, ...] = ()
     breaks_at: str | None = None
 
     @property
     def exact(self) -> bool:
-        """Whether nothing is left unexplained: no defect, no randomness, a completeness error within the tolerance, and
+        """Whether nothing is left unexplained: no violation, no randomness, a completeness error within the tolerance, and
         a logit shift within it or mere rounding."""
         return (
-            not self.defects
+            not self.violations
             and self.randomness == 0
             and self.completeness_error <= self.tolerance
             and self.logit_shift <= max(self.tolerance, 10 * self.rounding)
@@ -166,7 +166,7 @@ def check(
     tolerance: float | None = None,
     output: str | int | None = None,
     extra: Mapping[str, object] | None = None,
-) -> Check:
+) -> ExactnessReport:
     """Measure whether a model's explanations sum up to its logits, and look for what they cannot hold.
 
     Measured in float64, on a private copy, wherever the device and the model allow it: the faint signal of an untrained
@@ -194,7 +194,7 @@ def check(
 
 def _check(
     model: nn.Module, x: Tensor | None, tolerance: float | None, output: str | int | None, extra: dict[str, object]
-) -> Check:
+) -> ExactnessReport:
     stem = check_model(model)
     if x is None:
         image = random_image(stem.image_channels, image_size(model)).to(stem.weight.device)
@@ -228,37 +228,39 @@ def _widened(
     return network, x.detach().double(), wide
 
 
-def _measure(model: nn.Module, x: Tensor, tolerance: float, output: str | int | None, extra: Extra) -> Check:
+def _measure(model: nn.Module, x: Tensor, tolerance: float, output: str | int | None, extra: Extra) -> ExactnessReport:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InexactWarning)  # the verdict says it
         explanation = explain(model, x, output=output, extra=extra)
-        first = Linearised(model, x[:1], None, output, rows_of(extra, slice(0, 1), len(x)), checks=False)
+        first = LinearizedModel(model, x[:1], None, output, rows_of(extra, slice(0, 1), len(x)), checks=False)
         changed = first.backward(lambda: compare_with_another_image(first))
     logits = partial(_logits, model, output=output, position=explanation.position, extra=extra)
     image = x[:, : x.shape[1] // 2] if is_encoding(x, check_model(model).image_channels) else x
     plain, again = logits(image), logits(image)
     signal = explanation.logit - explanation.logit_bias
-    defects = [*explanation.defects, *changed]
+    violations = [*explanation.violations, *changed]
     if not bool((plain - explanation.logit_bias).any()):
-        defects.append(Defect("", "untrained or broken", "dead"))
+        violations.append(Violation("", "untrained or broken", "dead"))
     randomness = _distance(again, plain)
     if randomness:
-        defects.append(Defect("", f"by {randomness:.1e} of the largest", "random"))
-    return Check(
+        violations.append(Violation("", f"by {randomness:.1e} of the largest", "random"))
+    return ExactnessReport(
         completeness_error=explanation.completeness_error.max().item(),
         logit_shift=_distance(explanation.logits, plain),
         image_share=(explanation.contributions.sum((1, 2, 3)) / signal).min().item(),
         tolerance=tolerance,
         rounding=_distance(logits(_with_other_last_digits(image)), plain),
         randomness=randomness,
-        defects=tuple(dict.fromkeys(defects)),
+        violations=tuple(dict.fromkeys(violations)),
     )
 
 
-def _placed(model: nn.Module, verdict: Check, x: Tensor, output: str | int | None, extra: Extra) -> Check:
-    """The verdict with the first module that is to blame, in `breaks_at` and in defects that name none."""
-    found = next((d.module for d in verdict.defects if d.kind not in PLACELESS), None)
-    kinds = {defect.kind for defect in verdict.defects}
+def _placed(
+    model: nn.Module, verdict: ExactnessReport, x: Tensor, output: str | int | None, extra: Extra
+) -> ExactnessReport:
+    """The verdict with the first module that is to blame, in `breaks_at` and in violations that name none."""
+    found = next((d.module for d in verdict.violations if d.kind not in PLACELESS), None)
+    kinds = {violation.kind for violation in verdict.violations}
     place = found
     if place is None and "dead" in kinds:
         place = first_dead(model, x, extra)
@@ -270,8 +272,8 @@ def _placed(model: nn.Module, verdict: Check, x: Tensor, output: str | int | Non
         place = first_break(model, x, extra, verdict.tolerance)
     if place is None and verdict.exact is False:
         place = ""
-    named = [replace(d, module=place or "") if d.kind in PLACELESS else d for d in verdict.defects]
-    return replace(verdict, defects=tuple(dict.fromkeys(named)), breaks_at=place or "(root)")
+    named = [replace(d, module=place or "") if d.kind in PLACELESS else d for d in verdict.violations]
+    return replace(verdict, violations=tuple(dict.fromkeys(named)), breaks_at=place or "(root)")
 
 
 @torch.no_grad()
@@ -303,7 +305,7 @@ def _with_other_last_digits(x: Tensor) -> Tensor:
     return x * (1 + torch.finfo(x.dtype).eps * (2 * up.to(x.dtype) - 1))
 
 
-def settle(model: nn.Module, x: Tensor) -> nn.Module:
+def calibrate(model: nn.Module, x: Tensor) -> nn.Module:
     """Give an untrained model the running statistics of x, and logits that differ from their bias by about 1.
 
     Untrained B-cos models answer so faintly that beside the logit bias nothing is left to compare. Not for a model

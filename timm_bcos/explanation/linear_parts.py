@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..dynamic_linear.bias_tracker import Account, by_image
-from ..dynamic_linear.violations import Defect
+from ..dynamic_linear.bias_tracker import BiasTracker, by_image
+from ..dynamic_linear.violations import Violation
 
 __all__ = ["LinearPart", "linear_part", "linear_parts"]
 
@@ -24,16 +24,16 @@ class LinearPart:
         weights: (N, 2C, H, W) the row of W(x), by the encoding [x, 1 - x].
         constant_bias: (N,) contribution of constants.
         gate_bias: (N,) contribution of image-dependent values that are added.
-        defects: Where the model is not dynamic linear on the way to this output.
+        violations: Where the model is not dynamic linear on the way to this output.
     """
 
     weights: Tensor
     constant_bias: Tensor
     gate_bias: Tensor
-    defects: tuple[Defect, ...]
+    violations: tuple[Violation, ...]
 
 
-def linear_part(value: Tensor, leaf: Tensor, account: Account) -> LinearPart:
+def linear_part(value: Tensor, leaf: Tensor, tracker: BiasTracker) -> LinearPart:
     """Take an output apart, with one backward pass; the graph stays for others.
 
     Args:
@@ -41,20 +41,20 @@ def linear_part(value: Tensor, leaf: Tensor, account: Account) -> LinearPart:
         leaf: (N, C, H, W) the images.
         account: Of the forward pass.
     """
-    factors = _factors(leaf, account)
+    factors = _factors(leaf, tracker)
     grads = torch.autograd.grad(value, factors, retain_graph=True, allow_unused=True)
-    return _part_of(list(grads), factors, account)
+    return _part_of(list(grads), factors, tracker)
 
 
-def linear_parts(values: Tensor, leaf: Tensor, account: Account) -> list[LinearPart]:
+def linear_parts(values: Tensor, leaf: Tensor, tracker: BiasTracker) -> list[LinearPart]:
     """The same of several outputs (T,), as many in one backward pass as memory and the model's functions allow."""
     at_once = max(1, AT_ONCE // len(leaf))
-    return [part for some in values.split(at_once) for part in _together(some, leaf, account)]
+    return [part for some in values.split(at_once) for part in _together(some, leaf, tracker)]
 
 
-def _together(values: Tensor, leaf: Tensor, account: Account) -> list[LinearPart]:
+def _together(values: Tensor, leaf: Tensor, tracker: BiasTracker) -> list[LinearPart]:
     if len(values) > 1:
-        factors, each = _factors(leaf, account), torch.eye(len(values)).to(values)
+        factors, each = _factors(leaf, tracker), torch.eye(len(values)).to(values)
         try:
             grads = torch.autograd.grad(
                 values, factors, each, retain_graph=True, allow_unused=True, is_grads_batched=True
@@ -63,24 +63,24 @@ def _together(values: Tensor, leaf: Tensor, account: Account) -> list[LinearPart
             pass
         else:
             rows: list[Grads] = [[None if g is None else g[i] for g in grads] for i in range(len(values))]
-            return [_part_of(row, factors, account) for row in rows]
-    return [linear_part(value, leaf, account) for value in values]
+            return [_part_of(row, factors, tracker) for row in rows]
+    return [linear_part(value, leaf, tracker) for value in values]
 
 
-def _factors(leaf: Tensor, account: Account) -> list[Tensor]:
-    readings = [boundary.encoded for boundary in account.boundaries]
-    return [leaf, account.constants, *(factor for factor, _ in account.suspects), *readings]
+def _factors(leaf: Tensor, tracker: BiasTracker) -> list[Tensor]:
+    readings = [boundary.encoded for boundary in tracker.boundaries]
+    return [leaf, tracker.constants, *(factor for factor, _ in tracker.suspects), *readings]
 
 
-def _part_of(grads: Grads, factors: Sequence[Tensor], account: Account) -> LinearPart:
-    leaf, suspects = factors[0], account.suspects
-    weights, grads = _to_image(grads, list(factors), account)
+def _part_of(grads: Grads, factors: Sequence[Tensor], tracker: BiasTracker) -> LinearPart:
+    leaf, suspects = factors[0], tracker.suspects
+    weights, grads = _to_image(grads, list(factors), tracker)
     zeros = torch.zeros_like(factors[1])
     reached = [
-        (defect, grad) for (_, defect), grad in zip(suspects, grads[2 : 2 + len(suspects)], strict=True)
+        (violation, grad) for (_, violation), grad in zip(suspects, grads[2 : 2 + len(suspects)], strict=True)
         if grad is not None
     ]  # fmt: skip
-    added = [grad for defect, grad in reached if defect.kind == "added"]
+    added = [grad for violation, grad in reached if violation.kind == "added"]
     constants = zeros if grads[1] is None else grads[1]
     if grads[0] is not None:  # what reads the image without a reader takes no complements
         weights = weights + torch.cat([grads[0], torch.zeros_like(leaf)], 1)
@@ -89,16 +89,16 @@ def _part_of(grads: Grads, factors: Sequence[Tensor], account: Account) -> Linea
     )
 
 
-def _to_image(grads: Grads, factors: list[Tensor], account: Account) -> tuple[Tensor, Grads]:
+def _to_image(grads: Grads, factors: list[Tensor], tracker: BiasTracker) -> tuple[Tensor, Grads]:
     """(N, 2C, H, W) weights by the image, and gradients by everything else, from those by what was read.
 
     The last reading comes first: it may depend on the ones before.
     """
-    count = len(factors) - len(account.boundaries)
+    count = len(factors) - len(tracker.boundaries)
     channels = factors[0].shape[1]
     direct: Tensor | None = None
     for index in reversed(range(count, len(factors))):
-        boundary, grad = account.boundaries[index - count], grads[index]
+        boundary, grad = tracker.boundaries[index - count], grads[index]
         if grad is None:
             continue
         if boundary.is_direct:

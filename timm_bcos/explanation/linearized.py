@@ -8,27 +8,27 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..dynamic_linear.bias_tracker import Account, AmbiguousBatch
+from ..dynamic_linear.bias_tracker import AmbiguousBatch, BiasTracker
 from ..dynamic_linear.mode import active, ordinary_autograd
-from ..dynamic_linear.tracking_mode import AccountingMode
-from ..dynamic_linear.violations import Defect
+from ..dynamic_linear.tracking_mode import BiasTrackingMode
+from ..dynamic_linear.violations import Violation
 from ..errors import BcosError, ModelStateError, TargetError
 from ..nn.functional import encode_image
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
 from ..nn.module_utils import channel_axis, converted_part, first_output, isolate, pick_output
 from .linear_parts import LinearPart, linear_part, linear_parts
-from .outputs import Outputs, Readout
-from .regions import Grid
+from .outputs import ModelOutputs, Readout
+from .regions import PositionGrid
 from .result import Explanation
 from .self_check import compare_outputs, compare_with_another_image, incomplete, measure_rounding
-from .targets import Asked, check_model
+from .targets import Target, check_model
 
-__all__ = ["Linearised"]
+__all__ = ["LinearizedModel"]
 
 T = TypeVar("T")
 
 
-class Linearised:
+class LinearizedModel:
     """A model for a batch of images.
 
     Args:
@@ -40,7 +40,7 @@ class Linearised:
         checks: Whether the outputs are compared with those of the model outside of explanation mode.
 
     Attributes:
-        defects: What the comparison has found.
+        violations: What the comparison has found.
 
     Raises:
         TargetError: For a layer that does not exist, does not run once, or whose output has no units.
@@ -72,13 +72,13 @@ class Linearised:
             try:
                 self._run()
             except AmbiguousBatch as signal:
-                signal.defects = tuple(compare_outputs(self)) if checks else ()
+                signal.violations = tuple(compare_outputs(self)) if checks else ()
                 raise
-            self.defects = self.backward(self._compared) if checks else ()
+            self.violations = self.backward(self._compared) if checks else ()
             self.outputs = self._outputs_of(self.tensor, self.layer)
 
     def _run(self) -> None:
-        self.leaf, self.account, self.mode, whole, outputs = self._pass(self.image)
+        self.leaf, self.tracker, self.mode, whole, outputs = self._pass(self.image)
         self._whole = whole
         self.tensor = self._checked([whole] if self.layer is None else outputs)
         self.outputs = self._outputs_of(self.tensor, self.layer)
@@ -103,8 +103,8 @@ class Linearised:
         outputs: list[object] = []
         network = _network_to_run(self.model, self.layer, outputs)
         leaf = image.clone().requires_grad_()
-        account = Account(network, len(image), leaf, names_places)
-        mode = AccountingMode(leaf, account)
+        tracker = BiasTracker(network, len(image), leaf, names_places)
+        mode = BiasTrackingMode(leaf, tracker)
         mode.heeds_hooks = self._saves_copies
         try:
             with active(mode):
@@ -114,7 +114,7 @@ class Linearised:
         except Exception as error:
             self.plain(image)  # raises the same where the model itself is at fault
             raise ModelStateError(f"{type(self.model).__name__} cannot be explained: {error}") from error
-        return leaf, account, mode, whole, outputs
+        return leaf, tracker, mode, whole, outputs
 
     def plain(self, image: Tensor, rows: slice = slice(None)) -> Tensor:
         """The outputs outside of explanation mode, for some of the images."""
@@ -125,16 +125,16 @@ class Linearised:
         found: Tensor = pick_output(whole if self.layer is None else outputs[0], self.output, "the model")
         return found
 
-    def _compared(self) -> tuple[Defect, ...]:
+    def _compared(self) -> tuple[Violation, ...]:
         found = compare_outputs(self, self.tensor.detach())
         if self.is_narrow and not found:
             self.tensor = self.tensor + (self.plain(self.image) - self.tensor.detach())
-        if self.account.needs_another_image:
+        if self.tracker.needs_another_image:
             found += compare_with_another_image(self)
         return tuple(found)
 
     @property
-    def final(self) -> Outputs:
+    def final(self) -> ModelOutputs:
         """What the model returns, whatever the layer is."""
         output = first_output(self._whole)
         return self._outputs_of(output, None)
@@ -153,22 +153,22 @@ class Linearised:
         if not output.requires_grad:
             raise TargetError(
                 f"{what} ends in {self.mode.maker(output)}, a gate or a statistic that only scales the image's path: "
-                f"pick another layer, or say what it is with timm_bcos.declare"
+                f"pick another layer, or say what it is with timm_bcos.register_function"
             )
         return self.mode.seen(output)
 
-    def _outputs_of(self, x: Tensor, layer: str | None) -> Outputs:
+    def _outputs_of(self, x: Tensor, layer: str | None) -> ModelOutputs:
         size = (self.leaf.shape[2], self.leaf.shape[3])
         what = "classes" if layer is None else f"units in layer {layer!r}"
         maps = self._channels_first(x, layer)
         if x.ndim == 2:
-            grid = Grid(1, 1)
+            grid = PositionGrid(1, 1)
         elif x.ndim == 4:
-            grid = Grid(maps.shape[2], maps.shape[3])
+            grid = PositionGrid(maps.shape[2], maps.shape[3])
         else:
             prefix = getattr(converted_part(self.model), "num_prefix_tokens", 0)
-            grid = Grid.of_tokens(maps.shape[2], prefix, size)
-        return Outputs(maps.flatten(2), grid, what, size, layer is not None or x.ndim > 2)
+            grid = PositionGrid.of_tokens(maps.shape[2], prefix, size)
+        return ModelOutputs(maps.flatten(2), grid, what, size, layer is not None or x.ndim > 2)
 
     def by_position(self, x: Tensor) -> Tensor:
         """(N, C, P), of a tensor in the format of the layer's output."""
@@ -191,7 +191,7 @@ class Linearised:
             raise TargetError(f"top={top}: the model has {logits.shape[1]} classes")
         return logits.topk(top, dim=1).indices
 
-    def explain(self, target: Asked, versus: Asked, position: object, masks: Tensor | None) -> Explanation:
+    def explain(self, target: Target, versus: Target, position: object, masks: Tensor | None) -> Explanation:
         """One backward pass: images do not see each other, so the gradient of the sum holds each one's row of W.
 
         Args:
@@ -203,7 +203,7 @@ class Linearised:
 
         def explain() -> Explanation:
             readout = self.outputs.read(target, versus, position, masks)
-            part = linear_part(readout.values.sum(), self.leaf, self.account)
+            part = linear_part(readout.values.sum(), self.leaf, self.tracker)
             return self.explanation(readout, part, self.layer)
 
         return self.backward(explain)
@@ -218,7 +218,7 @@ class Linearised:
         def explain() -> list[Explanation]:
             readouts = [self.outputs.read(column, None, None, None) for column in table.T]
             values = torch.stack([readout.values.sum() for readout in readouts])
-            parts = linear_parts(values, self.leaf, self.account)
+            parts = linear_parts(values, self.leaf, self.tracker)
             found = zip(readouts, parts, strict=True)
             return [self.explanation(readout, part, self.layer) for readout, part in found]
 
@@ -266,7 +266,7 @@ class Linearised:
             direction=readout.direction,
             region=readout.region,
         )
-        return incomplete(self, found, (*part.defects, *self.defects))
+        return incomplete(self, found, (*part.violations, *self.violations))
 
 
 def is_encoding(x: Tensor, channels: int) -> bool:

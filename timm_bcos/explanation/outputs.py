@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .regions import Grid, position_indices, region_weights
-from .targets import Asked, as_direction, check_units
+from .regions import PositionGrid, position_indices, region_weights
+from .targets import Target, as_direction, check_units
 
-__all__ = ["Outputs", "Readout"]
+__all__ = ["ModelOutputs", "Readout"]
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Readout:
 
 
 @dataclass
-class Outputs:
+class ModelOutputs:
     """A layer's outputs, or the network's.
 
     Attributes:
@@ -47,12 +47,12 @@ class Outputs:
     """
 
     maps: Tensor
-    grid: Grid
+    grid: PositionGrid
     what: str
     size: tuple[int, int]
     is_placed: bool
 
-    def read(self, target: Asked, versus: Asked, position: object, masks: Tensor | None) -> Readout:
+    def read(self, target: Target, versus: Target, position: object, masks: Tensor | None) -> Readout:
         """Read a number out of the outputs of each image.
 
         Args:
@@ -83,7 +83,7 @@ class Outputs:
             region=None if weights is None else self._on_grid(weights),
         )
 
-    def _direction(self, target: Asked, versus: Asked) -> Tensor | None:
+    def _direction(self, target: Target, versus: Target) -> Tensor | None:
         """(N, K), where not simply a unit is asked for."""
         images, count = self.maps.shape[:2]
         if target is None or (versus is None and _units_of(target) is not None):
@@ -93,14 +93,14 @@ class Outputs:
             direction = direction - as_direction(versus, images, count, self.what)
         return direction.to(self.maps)
 
-    def _units(self, target: Asked, pooled: Tensor, direction: Tensor | None) -> Tensor:
+    def _units(self, target: Target, pooled: Tensor, direction: Tensor | None) -> Tensor:
         units = _units_of(target)
         if units is None:
             return pooled.argmax(1) if direction is None else direction.argmax(1)
         check_units(units, pooled.shape[1], self.what)
         return units.to(pooled.device)
 
-    def _strongest(self, peaks: Tensor, target: Asked, direction: Tensor | None, place: Tensor | None) -> Tensor:
+    def _strongest(self, peaks: Tensor, target: Target, direction: Tensor | None, place: Tensor | None) -> Tensor:
         """(N,) where what is asked for is largest, unless a place is given."""
         rows = torch.arange(len(peaks), device=peaks.device)
         if place is not None:
@@ -116,6 +116,6 @@ class Outputs:
         return weights[:, self.grid.hidden :].unflatten(1, self.grid.shape)
 
 
-def _units_of(asked: Asked) -> Tensor | None:
+def _units_of(asked: Target) -> Tensor | None:
     """(N,) where units are asked for, not sets or directions."""
     return asked if isinstance(asked, Tensor) and not asked.is_floating_point() else None

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ..errors import TargetError
 
-__all__ = ["Grid", "Position", "Region", "check_region", "position_indices", "position_pairs", "region_weights"]
+__all__ = ["Position", "PositionGrid", "Region", "check_region", "position_indices", "position_pairs", "region_weights"]
 
 Position = int | tuple[int, int] | Sequence[Sequence[int]] | Tensor | None
 Region = Tensor | Sequence[float] | Sequence[Sequence[float]] | None
 
 
 @dataclass(frozen=True)
-class Grid:
+class PositionGrid:
     """The positions of an output.
 
     Attributes:
@@ -34,7 +34,7 @@ class Grid:
     patches: tuple[int, int] | None = None
 
     @classmethod
-    def of_tokens(cls, count: int, prefix: int, size: tuple[int, int]) -> "Grid":
+    def of_tokens(cls, count: int, prefix: int, size: tuple[int, int]) -> "PositionGrid":
         """Of a token sequence, whose patches cover an image of a size (height, width)."""
         patches = count - prefix
         rows = round((patches * size[0] / size[1]) ** 0.5) if patches > 0 else 0
@@ -54,7 +54,7 @@ class Grid:
         return 0 if self.rows > 1 else self.prefix
 
 
-def position_indices(position: object, grid: Grid, images: int) -> Tensor:
+def position_indices(position: object, grid: PositionGrid, images: int) -> Tensor:
     """(N,) the numbers of positions, row by row.
 
     Args:
@@ -82,7 +82,7 @@ def position_pairs(position: object, images: int) -> Tensor | None:
     return table.detach().cpu()
 
 
-def _position_index(position: object, grid: Grid) -> int:
+def _position_index(position: object, grid: PositionGrid) -> int:
     if isinstance(position, Tensor) and position.ndim == 1:
         position = position.tolist()
     is_index = isinstance(position, Integral) and not isinstance(position, bool) and grid.rows == 1
@@ -151,7 +151,7 @@ def _boxes(region: object, images: int, size: tuple[int, int]) -> Tensor:
     return inside.float()
 
 
-def region_weights(masks: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
+def region_weights(masks: Tensor, grid: PositionGrid, size: tuple[int, int]) -> Tensor:
     """(N, P) weights of an output's positions, which sum to 1: the mean over a region.
 
     Args:

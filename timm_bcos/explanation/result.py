@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..dynamic_linear.violations import Defect
+from ..dynamic_linear.violations import Violation
 from ..errors import InputError
 from .visualization import Bars, Row, draw_rows, faded, map_to_rgba, on_white, overlay, save_figure, weights_to_rgba
 
@@ -32,7 +32,7 @@ class Explanation:
             gradient · addend and never as the remainder.
         constant_bias: (N,) how much of `bias` comes from true constants (parameters, buffers, literals): all of it, or
             the explanation is not exact.
-        defects: Where the network is not dynamic linear, so that the explanation is not exact; empty if it is.
+        violations: Where the network is not dynamic linear, so that the explanation is not exact; empty if it is.
         logit_bias: The classifier's fixed logit bias, which `bias` contains; 0 for inner neurons.
         layer: The explained neuron's layer, None for a logit.
         probability_kind: 'sigmoid' or 'softmax', as the network's config says.
@@ -51,7 +51,7 @@ class Explanation:
     inputs: Tensor
     bias: Tensor
     constant_bias: Tensor
-    defects: tuple[Defect, ...] = ()
+    violations: tuple[Violation, ...] = ()
     logit_bias: float = 0.0
     layer: str | None = None
     position: Tensor | None = None
@@ -135,8 +135,8 @@ class Explanation:
         stacked: dict[str, Any] = {
             name: torch.cat([getattr(e, name) for e in explanations]) for name in explanations[0]._tensors()
         }
-        defects = tuple(dict.fromkeys(defect for e in explanations for defect in e.defects))
-        return replace(explanations[0], **stacked, defects=defects)
+        violations = tuple(dict.fromkeys(violation for e in explanations for violation in e.violations))
+        return replace(explanations[0], **stacked, violations=violations)
 
     def _extras(self) -> list[str]:
         """What it has that others lack."""
@@ -147,7 +147,7 @@ class Explanation:
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def to_rgba(self, smooth: int = 15, percentile: float = 99.5) -> Tensor:
-        """(N, H, W, 4) pictures in [0, 1]: each pixel in the colour that its weights look for, opaque where they are
+        """(N, H, W, 4) pictures in [0, 1]: each pixel in the color that its weights look for, opaque where they are
         strong and speak for the target; see `timm_bcos.explanation.visualization.weights_to_rgba`."""
         return weights_to_rgba(self.weights, self.contribution_map, smooth, percentile)
 
@@ -165,9 +165,9 @@ class Explanation:
         image = self.image.detach().cpu().clamp(0, 1)
         maps = self.contribution_map.detach().cpu()
         own = [self] if not self._is_difference() else [self, self.opposite()]
-        colours = [on_white(one.to_rgba()) for one in own]
+        colors = [on_white(one.to_rgba()) for one in own]
         shown = image if self.region is None else faded(image, self.region.cpu() > 0)
-        pictures = (shown.movedim(1, -1), *colours, map_to_rgba(maps), overlay(image, maps))
+        pictures = (shown.movedim(1, -1), *colors, map_to_rgba(maps), overlay(image, maps))
         rows = []
         for i in range(len(self)):
             titles = ("image", *(one._title(i, class_names) for one in own), "contributions", "overlay")

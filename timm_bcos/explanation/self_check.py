@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from ..dynamic_linear.bias_tracker import changed_constants
-from ..dynamic_linear.violations import Defect
+from ..dynamic_linear.violations import Violation
 from .result import Explanation
 
 if TYPE_CHECKING:
-    from .linearized import Linearised
+    from .linearized import LinearizedModel
 
 __all__ = [
     "another_image",
@@ -28,7 +28,7 @@ def tolerance(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps ** (2 / 3))
 
 
-def measure_rounding(run: "Linearised") -> float | None:
+def measure_rounding(run: "LinearizedModel") -> float | None:
     """Largest change of an output when the image changes in its last digits; None if two runs differ anyway.
 
     A deep untrained model may amplify rounding a million times.
@@ -41,7 +41,7 @@ def measure_rounding(run: "Linearised") -> float | None:
     return float((run.plain(other) - plain).abs().max())
 
 
-def compare_outputs(run: "Linearised", found: Tensor | None = None) -> list[Defect]:
+def compare_outputs(run: "LinearizedModel", found: Tensor | None = None) -> list[Violation]:
     """Hold outputs in explanation mode against those outside of it, and a batch against its images in other company.
 
     Args:
@@ -52,27 +52,27 @@ def compare_outputs(run: "Linearised", found: Tensor | None = None) -> list[Defe
     if found is not None and not _difference(run, found, apart, "shifted"):
         return []
     together = run.plain(run.image)
-    defects = [] if found is None else _difference(run, found, together, "shifted")
-    return defects or _difference(run, together, apart, "images")
+    violations = [] if found is None else _difference(run, found, together, "shifted")
+    return violations or _difference(run, together, apart, "images")
 
 
-def _apart(run: "Linearised") -> Tensor:
+def _apart(run: "LinearizedModel") -> Tensor:
     """The plain outputs of the first image alone, and of the others without it."""
     if len(run.image) == 1:
         return run.plain(run.image)
     return torch.cat([run.plain(run.image, slice(0, 1)), run.plain(run.image, slice(1, None))])
 
 
-def _difference(run: "Linearised", found: Tensor, expected: Tensor, kind: str) -> list[Defect]:
+def _difference(run: "LinearizedModel", found: Tensor, expected: Tensor, kind: str) -> list[Violation]:
     if found.shape != expected.shape:
-        return [Defect("", f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}", kind)]
+        return [Violation("", f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}", kind)]
     change, scale = (found - expected).abs().max().item(), expected.abs().max().item()
     if change <= tolerance(expected.dtype) * scale:
         return []
     if run.rounding is None:
-        return [Defect("", f"by {change / scale if scale else change:.1e} of the largest", "random")]
+        return [Violation("", f"by {change / scale if scale else change:.1e} of the largest", "random")]
     return [] if change <= 10 * run.rounding else [
-        Defect("", f"by {change / scale if scale else change:.1e} of the largest", kind)
+        Violation("", f"by {change / scale if scale else change:.1e} of the largest", kind)
     ]  # fmt: skip
 
 
@@ -82,31 +82,31 @@ def another_image(image: Tensor) -> Tensor:
     return (image.flip(-2, -1) + noise) / 2
 
 
-def compare_with_another_image(run: "Linearised") -> list[Defect]:
+def compare_with_another_image(run: "LinearizedModel") -> list[Violation]:
     """Constants are the same for any image: run another one, and compare what was booked as constant.
 
     With three others where a number, or what changes the image before it is read, may be the same for two by chance.
     """
     others = [another_image(run.image)]
-    if run.account.has_escaped or not all(boundary.is_direct for boundary in run.account.boundaries):
+    if run.tracker.has_escaped or not all(boundary.is_direct for boundary in run.tracker.boundaries):
         others += [torch.zeros_like(run.image), torch.ones_like(run.image)]
-    found: list[Defect] = []
+    found: list[Violation] = []
     for image in others:
-        _, account, *_ = run._pass(image, names_places=True)
-        found += changed_constants(run.account, account)
+        _, tracker, *_ = run._pass(image, names_places=True)
+        found += changed_constants(run.tracker, tracker)
     return list(dict.fromkeys(found))
 
 
-def incomplete(run: "Linearised", explanation: Explanation, defects: tuple[Defect, ...]) -> Explanation:
-    """The explanation with its defects; among them that it does not sum up, where it does not but for rounding."""
+def incomplete(run: "LinearizedModel", explanation: Explanation, violations: tuple[Violation, ...]) -> Explanation:
+    """The explanation with its violations; among them that it does not sum up, where it does not but for rounding."""
     error = explanation.remainder.abs()
     size = explanation.contributions.abs().double().sum((1, 2, 3)) + explanation.bias.abs().double()
     excess = error > tolerance(explanation.logits.dtype) * (size + explanation.logit.abs().double())
     if bool((excess | error.isnan()).any()):
         figure = f"{explanation.completeness_error.max().item():.1e} is missing"
         if run.rounding is None:
-            defects = (*defects, Defect("", "with " + figure, "random"))
+            violations = (*violations, Violation("", "with " + figure, "random"))
         elif not error.max().item() <= 10 * run.rounding:
-            defects = (*defects, Defect("", figure, "incomplete"))
+            violations = (*violations, Violation("", figure, "incomplete"))
     narrow = 10 * (run.rounding or 0.0) if run.is_narrow else 0.0
-    return replace(explanation, defects=tuple(dict.fromkeys(defects)), rounding=narrow)
+    return replace(explanation, violations=tuple(dict.fromkeys(violations)), rounding=narrow)

@@ -11,7 +11,7 @@ from ..nn.functional import encode_image
 from ..nn.stems import BcosStem, ImageReader
 
 __all__ = [
-    "Asked",
+    "Target",
     "Targets",
     "as_direction",
     "check_images",
@@ -81,7 +81,7 @@ def _check_range(x: Tensor) -> None:
         hint = (
             "divide by 255"
             if low >= 0 and high > 16
-            else "it looks mean/std-normalised: leave that out (mean 0, std 1)"
+            else "it looks mean/std-normalized: leave that out (mean 0, std 1)"
         )
         raise InputError(f"pixels must lie in [0, 1], got [{low:.3g}, {high:.3g}]; {hint}")
 
@@ -100,10 +100,10 @@ def refuse_stripes(size: tuple[int, int]) -> None:
 
 
 Targets = int | Sequence[int] | set[int] | frozenset[int] | Tensor | None
-Asked = Tensor | frozenset[int] | None  # (N,) classes, or (N, K) directions; a set of classes; or the strongest
+Target = Tensor | frozenset[int] | None  # (N,) classes, or (N, K) directions; a set of classes; or the strongest
 
 
-def check_target(target: object, images: int, name: str = "target") -> Asked:
+def check_target(target: object, images: int, name: str = "target") -> Target:
     """What a user has given, as far as it can be checked before the network has run.
 
     Args:
@@ -143,7 +143,7 @@ def check_table(targets: object, images: int) -> Tensor:
     return table
 
 
-def of_images(asked: Asked, images: slice) -> Asked:
+def of_images(asked: Target, images: slice) -> Target:
     """What is asked of some of the images."""
     return asked[images] if isinstance(asked, Tensor) else asked
 

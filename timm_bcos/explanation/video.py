@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..files import AUTHOR, atomic_path, first_line
-from ..prefetch import read_ahead
+from ..prefetch import prefetch
 from .api import explain
 from .result import Explanation
 from .targets import refuse_stripes
@@ -36,7 +36,7 @@ Film = tuple[Iterator[np.ndarray], float, int | None]  # frames (H, W, 3), frame
 def explain_video(
     model: nn.Module, source: Path, out: Path, target: int | None = None, *, batch_size: int = 8
 ) -> Counter[int]:
-    """Write a film of the frames, as the model sees them, and their explanations in colour side by side.
+    """Write a film of the frames, as the model sees them, and their explanations in color side by side.
 
     Frames are read, explained and written in small batches: memory does not grow with the film.
 
@@ -64,7 +64,7 @@ def explain_video(
             torch.stack([transform(Image.fromarray(frame).convert("RGB")) for frame in batch])
             for batch in _batches(frames, batch_size)
         )
-        for images in read_ahead(batches):
+        for images in prefetch(batches):
             x = images.to(device)
             explanation = explain(model, x, target)
             classes.update(explanation.target.tolist())
@@ -202,9 +202,9 @@ class _writer:  # noqa: N801  (reads as a verb: with _writer(path, rate))
 
 
 def _with_palette(picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (H, W) into a palette (256, 4) of alpha and the picture's most useful colours."""
+    """Indices (H, W) into a palette (256, 4) of alpha and the picture's most useful colors."""
     image = Image.fromarray(picture).quantize(256)
-    colours = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    colors = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
     palette = np.full((256, 4), 255, np.uint8)
-    palette[: len(colours), 1:] = colours
+    palette[: len(colors), 1:] = colors
     return np.asarray(image), palette

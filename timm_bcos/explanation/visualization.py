@@ -1,4 +1,4 @@
-"""Explanations as pictures: weights in colour, contribution maps."""
+"""Explanations as pictures: weights in color, contribution maps."""
 
 import os
 from collections.abc import Sequence
@@ -35,11 +35,11 @@ EPS = 1e-12  # keeps 0 / 0 at 0
 def weights_to_rgba(weights: Tensor, contribution_map: Tensor, smooth: int = 15, percentile: float = 99.5) -> Tensor:
     """Decode rows of W(x) into pictures (section 4.3 of https://arxiv.org/abs/2205.10268).
 
-    Each pixel's weight vector, in the encoding [r, g, b, 1-r, 1-g, 1-b], is read as a colour; its opacity is the
+    Each pixel's weight vector, in the encoding [r, g, b, 1-r, 1-g, 1-b], is read as a color; its opacity is the
     vector's norm where the pixel speaks for the target and 0 elsewhere, smoothed, 1 at the given percentile.
 
     Args:
-        weights: (N, 2C, H, W), C being 3, or 1 for grey.
+        weights: (N, 2C, H, W), C being 3, or 1 for gray.
         contribution_map: (N, H, W).
         smooth: Odd side length of the box filter on the opacity, 0 for none.
         percentile: Of each picture's opacity that becomes 1, in [0, 100].
@@ -52,13 +52,13 @@ def weights_to_rgba(weights: Tensor, contribution_map: Tensor, smooth: int = 15,
         raise InputError(f"pictures need 1 or 3 image channels, these weights have {channels}")
     direction = (weights / (weights.abs().amax(1, keepdim=True) + EPS)).clamp_min(0)
     positive, negative = direction.split(channels, dim=1)
-    colour = (positive / (positive + negative + EPS)).expand(-1, 3, -1, -1)
+    color = (positive / (positive + negative + EPS)).expand(-1, 3, -1, -1)
     opacity = weights.norm(dim=1, keepdim=True).masked_fill(contribution_map[:, None] < 0, 0)
     if smooth:
         opacity = F.avg_pool2d(opacity, smooth, stride=1, padding=(smooth - 1) // 2)
     full = opacity.double().flatten(1).quantile(percentile / 100, dim=1).to(opacity.dtype)
     opacity = (opacity / full.clamp_min(EPS)[:, None, None, None]).clamp(0, 1)
-    return torch.cat([colour, opacity], 1).permute(0, 2, 3, 1)
+    return torch.cat([color, opacity], 1).permute(0, 2, 3, 1)
 
 
 def on_white(rgba: Tensor) -> Tensor:
@@ -67,11 +67,11 @@ def on_white(rgba: Tensor) -> Tensor:
 
 
 def map_to_rgba(contribution_map: Tensor, percentile: float = 99.5) -> Tensor:
-    """Contribution maps in diverging colours, red for and blue against, over a range symmetric about 0 (white).
+    """Contribution maps in diverging colors, red for and blue against, over a range symmetric about 0 (white).
 
     Args:
         contribution_map: (N, H, W), or a single (H, W).
-        percentile: Of |contribution| at which colours saturate, per map.
+        percentile: Of |contribution| at which colors saturate, per map.
 
     Returns:
         (N, H, W, 4) in [0, 1]; (H, W, 4) for a single map.
@@ -87,7 +87,7 @@ def map_to_rgba(contribution_map: Tensor, percentile: float = 99.5) -> Tensor:
 
 
 def overlay(image: Tensor, contribution_map: Tensor, opacity: float = 0.9) -> Tensor:
-    """Contribution maps over the images in grey; the colour is as strong as the contribution.
+    """Contribution maps over the images in gray; the color is as strong as the contribution.
 
     Args:
         image: (N, C, H, W) in [0, 1].
@@ -97,10 +97,10 @@ def overlay(image: Tensor, contribution_map: Tensor, opacity: float = 0.9) -> Te
     Returns:
         (N, H, W, 3) in [0, 1].
     """
-    colours = map_to_rgba(contribution_map)[..., :3]
-    strength = (1 - colours.amin(-1, keepdim=True)) * opacity
-    grey = 0.5 + image.detach().cpu().double().mean(1)[..., None] / 2  # light enough for blue to show
-    return grey * (1 - strength) + colours * strength
+    colors = map_to_rgba(contribution_map)[..., :3]
+    strength = (1 - colors.amin(-1, keepdim=True)) * opacity
+    gray = 0.5 + image.detach().cpu().double().mean(1)[..., None] / 2  # light enough for blue to show
+    return gray * (1 - strength) + colors * strength
 
 
 def faded(image: Tensor, region: Tensor, opacity: float = 0.35) -> Tensor:
@@ -170,8 +170,8 @@ def draw_rows(rows: Sequence[Row]) -> "Figure":
 
 
 def _draw_bars(axes: "Axes", bars: Bars) -> None:
-    colours = ["tab:red" if i == bars.marked else "tab:gray" for i in range(len(bars.names))]
-    axes.barh(range(len(bars.names)), bars.values, color=colours)
+    colors = ["tab:red" if i == bars.marked else "tab:gray" for i in range(len(bars.names))]
+    axes.barh(range(len(bars.names)), bars.values, color=colors)
     axes.set_yticks(range(len(bars.names)), [_drawable(name[:24]) for name in bars.names], parse_math=False)
     axes.invert_yaxis()
     axes.set_title(bars.title, fontsize=10)

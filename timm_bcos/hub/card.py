@@ -23,7 +23,7 @@ from ..explanation.api import explain_targets
 from ..explanation.exactness import random_image
 from ..explanation.result import Explanation
 from ..models.class_names import class_names
-from ..models.loading import BcosNetwork, TimmModel
+from ..models.loading import TimmBcosModel, TimmModel
 from ..weights.readers import read_training_arguments
 
 __all__ = [
@@ -39,7 +39,7 @@ OTHER_WEIGHTS = ("pretrained_path", "initial_checkpoint")  # of train.py: files,
 
 
 def find_base_model(name: str | None = None, checkpoint: Path | None = None) -> str | None:
-    """The 'ORGANISATION/NAME' of the weights that a network was made from, or None if that is not known.
+    """The 'ORGANIZATION/NAME' of the weights that a network was made from, or None if that is not known.
 
     Args:
         name: timm's, of a plain or B-cos network that is taken with its published weights.
@@ -71,7 +71,7 @@ class ModelStats:
     """The size of a network and the work for one image.
 
     Attributes:
-        parameters: How many numbers it has learnt.
+        parameters: How many numbers it has learned.
         macs: Multiply-accumulates of convolutions, linear layers and matrix products.
         activations: Numbers that these put out.
         image_size: Height and width of the image, in pixels.
@@ -143,7 +143,7 @@ model = timm.create_model("hf-hub:{repo_id}", pretrained=True)
 {description}
 
 It is a B-cos network: its logits are one input-dependent linear map of the image, and the row of that map that belongs
-to a class, a picture in colour, explains the class exactly. The contributions of all pixels, plus the network's
+to a class, a picture in color, explains the class exactly. The contributions of all pixels, plus the network's
 constants, sum up to the logit.
 {picture}
 ## Explain an image
@@ -163,9 +163,9 @@ explanation.save("why.png")
 
 {details}
 {evaluation}
-## Licence
+## License
 
-{licence}
+{license}
 
 ## Citation
 
@@ -217,30 +217,30 @@ class Card:
     Attributes:
         description: One sentence or more: trained on what, from what, how.
         evaluation: Its accuracy.
-        licence: As the Hugging Face Hub calls it.
+        license: As the Hugging Face Hub calls it.
         notes: Further terms.
         photos: Image files that the card shows explanations of.
         datasets: What it was trained on, as the Hub calls these data sets, for instance 'imagenet-1k'.
-        base_model: The network on the Hub whose weights its training started from, 'ORGANISATION/NAME'. By default what
+        base_model: The network on the Hub whose weights its training started from, 'ORGANIZATION/NAME'. By default what
             a checkpoint of train.py tells; a network in memory does not know it.
     """
 
     description: str = ""
     evaluation: Evaluation | None = None
-    licence: str = "apache-2.0"
+    license: str = "apache-2.0"
     notes: Sequence[str] = ()
     photos: Sequence[str | PathLike[str]] = field(default=())
     datasets: Sequence[str] = ()
     base_model: str | None = None
 
 
-def write_card(model: BcosNetwork, folder: Path, repo_id: str, card: Card) -> None:
+def write_card(model: TimmBcosModel, folder: Path, repo_id: str, card: Card) -> None:
     """Write README.md and, if there are photos, the picture that it shows.
 
     Args:
         model: A B-cos network in eval mode.
         folder: Where to.
-        repo_id: 'ORGANISATION/NAME' on the Hub.
+        repo_id: 'ORGANIZATION/NAME' on the Hub.
         card: What to say.
     """
     if card.photos:
@@ -254,7 +254,7 @@ def write_card(model: BcosNetwork, folder: Path, repo_id: str, card: Card) -> No
         picture=f"\n![Explanations of photos]({PICTURE})\n" if card.photos else "",
         details=_details(model, card),
         evaluation=_evaluation(card.evaluation),
-        licence="\n".join([f"{card.licence}.", *(f"{note}." for note in card.notes)]),
+        license="\n".join([f"{card.license}.", *(f"{note}." for note in card.notes)]),
         citations="\n\n".join(f"```bibtex\n{entry}\n```" for entry in _citations(model)),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
@@ -278,7 +278,7 @@ def _open(path: Path) -> Image.Image:
 def _metadata(repo_id: str, card: Card) -> str:
     return ModelCardData(
         library_name="timm",
-        license=card.licence,
+        license=card.license,
         pipeline_tag="image-classification",
         tags=TAGS,
         datasets=list(card.datasets) or None,
@@ -305,7 +305,7 @@ def _results(evaluation: Evaluation | None) -> list[EvalResult] | None:
     ]
 
 
-def _details(model: BcosNetwork, card: Card) -> str:
+def _details(model: TimmBcosModel, card: Card) -> str:
     """In the form of timm's own cards."""
     stats = [f"  - {name}: {value}" for name, value in measure_stats(model).lines().items()]
     more = {

@@ -19,8 +19,8 @@ from ..conversion.converted import BcosModel
 from ..errors import CheckpointError, InputError, ModelStateError, PublishError
 from ..explanation.exactness import random_image
 from ..files import first_line
-from ..models.architectures import NETWORKS
-from ..models.loading import BcosNetwork, load_model
+from ..models.architectures import ARCHITECTURES
+from ..models.loading import TimmBcosModel, load_model
 from ..nn.module_utils import first_output
 from .card import Card, find_base_model, write_card
 
@@ -49,7 +49,7 @@ def upload_folder(
 
     Args:
         folder: All of its files.
-        repo_id: 'ORGANISATION/NAME'.
+        repo_id: 'ORGANIZATION/NAME'.
         token: Access token; None takes the one that `hf auth login` has stored.
         private: For a new repository.
         revision: Branch to commit to.
@@ -133,7 +133,7 @@ def publish(
     Args:
         model: A B-cos network that timm can create again by name (`bcosify` networks included), or a checkpoint of
             timm's train.py.
-        repo_id: 'ORGANISATION/NAME'; created if it does not exist.
+        repo_id: 'ORGANIZATION/NAME'; created if it does not exist.
         card: What the model card says.
         label_names: One per class, stored in the config.
         dtype: Of the stored weights, for instance torch.float16; None leaves them as they are.
@@ -190,16 +190,16 @@ def save_repository(
     if not isinstance(model, nn.Module) and card.base_model is None:
         card = dataclasses.replace(card, base_model=find_base_model(checkpoint=Path(model)))
 
-    def add(again: BcosNetwork, unfinished: Path) -> None:
+    def add(again: TimmBcosModel, unfinished: Path) -> None:
         write_card(again, unfinished, repo_id, card)
         write_module(unfinished)
 
-    config = dict(auto_map=AUTO_MAP, pretrained_cfg=dict(license=card.licence))
+    config = dict(auto_map=AUTO_MAP, pretrained_cfg=dict(license=card.license))
     _save(network, Path(folder), label_names, dtype, config, add)
 
 
 def save_network(
-    network: BcosNetwork,
+    network: TimmBcosModel,
     folder: str | PathLike[str],
     *,
     label_names: list[str] | None = None,
@@ -223,12 +223,12 @@ def save_network(
 
 
 def _save(
-    network: BcosNetwork,
+    network: TimmBcosModel,
     folder: Path,
     label_names: list[str] | None,
     dtype: torch.dtype | None,
     config: dict[str, Any],
-    add: Callable[[BcosNetwork, Path], None],
+    add: Callable[[TimmBcosModel, Path], None],
 ) -> None:
     """Files are made, with those that `add` makes of the network loaded again, then moved into the folder together."""
     architecture = _architecture(network)
@@ -282,14 +282,14 @@ def _refuse_local(arguments: dict[str, object]) -> None:
 
 def _changes(config: BcosConfig, name: str) -> dict[str, object]:
     """What a registered network has to be told beside its defaults; tags, which transformers drops, tell nothing."""
-    own = NETWORKS[name].config if name in NETWORKS else BcosConfig.finetune(b=config.b, bias=config.bias)
+    own = ARCHITECTURES[name].config if name in ARCHITECTURES else BcosConfig.finetune(b=config.b, bias=config.bias)
     default, chosen = dataclasses.asdict(own), dataclasses.asdict(config)
     return {key: chosen[key] for key in chosen if key in ("b", "bias") or chosen[key] != default[key]}
 
 
-def _load_again(folder: Path) -> BcosNetwork:
+def _load_again(folder: Path) -> TimmBcosModel:
     try:
-        return cast(BcosNetwork, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
+        return cast(TimmBcosModel, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
     except CheckpointError as error:
         raise ModelStateError(
             f"saved and loaded again it is another network, its logits differ: {error}; nothing has been published"
@@ -298,7 +298,7 @@ def _load_again(folder: Path) -> BcosNetwork:
         raise ModelStateError(f"timm cannot create this network from its config: {error}") from error
 
 
-def _with_weights_of(network: BcosNetwork, stored: BcosNetwork) -> BcosNetwork:
+def _with_weights_of(network: TimmBcosModel, stored: TimmBcosModel) -> TimmBcosModel:
     """The network with weights rounded as they are stored, and nothing else: constants are not stored."""
     rounded = copy.deepcopy(network).eval().float().cpu()
     rounded.load_state_dict(stored.state_dict())
@@ -306,7 +306,7 @@ def _with_weights_of(network: BcosNetwork, stored: BcosNetwork) -> BcosNetwork:
 
 
 @torch.no_grad()
-def _compare(stored: BcosNetwork, again: BcosNetwork) -> None:
+def _compare(stored: TimmBcosModel, again: TimmBcosModel) -> None:
     own, other = stored.state_dict(), again.state_dict()
     changed = [name for name, value in own.items() if name not in other or not torch.equal(value, other[name])]
     x = random_image(stored.in_chans, again.pretrained_cfg["input_size"][-2:])

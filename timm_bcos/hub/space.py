@@ -52,7 +52,7 @@ def publish_space(
     *,
     photos: Sequence[str | PathLike[str]] = (),
     title: str | None = None,
-    licence: str = "apache-2.0",
+    license: str = "apache-2.0",
     requirement: str | None = None,
     token: str | None = None,
     private: bool = False,
@@ -62,11 +62,11 @@ def publish_space(
     The network of a private repository needs the secret `HF_TOKEN` among the Space's settings.
 
     Args:
-        repo_id: 'ORGANISATION/NAME' of the Space; created if it does not exist.
-        model_id: 'ORGANISATION/NAME' of the network, which may be the same.
+        repo_id: 'ORGANIZATION/NAME' of the Space; created if it does not exist.
+        model_id: 'ORGANIZATION/NAME' of the network, which may be the same.
         photos: As in `save_space`.
         title: As there.
-        licence: As there.
+        license: As there.
         requirement: As there.
         token: Access token; None takes the one that `hf auth login` has stored.
         private: For a new Space.
@@ -79,7 +79,7 @@ def publish_space(
         PublishError: If the Hub cannot be reached or refuses.
     """
     with TemporaryDirectory() as folder:
-        save_space(folder, repo_id, model_id, photos=photos, title=title, licence=licence, requirement=requirement)
+        save_space(folder, repo_id, model_id, photos=photos, title=title, license=license, requirement=requirement)
         return upload_folder(Path(folder), repo_id, token=token, private=private, repo_type="space", space_sdk="gradio")
 
 
@@ -90,19 +90,19 @@ def save_space(
     *,
     photos: Sequence[str | PathLike[str]] = (),
     title: str | None = None,
-    licence: str = "apache-2.0",
+    license: str = "apache-2.0",
     requirement: str | None = None,
 ) -> None:
     """Write what `publish_space` uploads: `README.md`, `app.py`, `requirements.txt` and example photos.
 
     Args:
         folder: A directory, made if need be.
-        repo_id: 'ORGANISATION/NAME' of the Space.
-        model_id: 'ORGANISATION/NAME' of the network.
+        repo_id: 'ORGANIZATION/NAME' of the Space.
+        model_id: 'ORGANIZATION/NAME' of the network.
         photos: Examples for visitors, made smaller and without what cameras write into files; without any the page has
             its own.
         title: Of the page on the Hub; the Space's name by default.
-        licence: As the Hub calls it.
+        license: As the Hub calls it.
         requirement: What pip installs; this version of the package with its page by default.
 
     Raises:
@@ -112,7 +112,7 @@ def save_space(
     examples = [_example(Path(photo)) for photo in photos]
     title = title or repo_id.rpartition("/")[2]
     texts = {
-        "README.md": README.format(metadata=_metadata(title, model_id, licence), title=title, model_id=model_id),
+        "README.md": README.format(metadata=_metadata(title, model_id, license), title=title, model_id=model_id),
         "app.py": APP.format(model_id=model_id, examples=EXAMPLES),
         "requirements.txt": (requirement or f"timm_bcos[demo]=={__version__}") + "\n",
     }
@@ -124,7 +124,7 @@ def save_space(
         example.save(target / EXAMPLES / f"{number:02d}.jpg", quality=90)
 
 
-def _metadata(title: str, model_id: str, licence: str) -> str:
+def _metadata(title: str, model_id: str, license: str) -> str:
     return SpaceCardData(
         title=title,
         emoji="🔎",
@@ -134,7 +134,7 @@ def _metadata(title: str, model_id: str, licence: str) -> str:
         sdk_version=_gradio_version(),
         python_version=f"{sys.version_info.major}.{sys.version_info.minor}",
         app_file="app.py",
-        license=licence,
+        license=license,
         models=[model_id],
         tags=TAGS,
     ).to_yaml()
@@ -164,4 +164,4 @@ def _refuse_no_address(*repositories: str) -> None:
         try:
             validate_repo_id(name)
         except HFValidationError as error:
-            raise InputError(f"{name!r} is no repository of the Hub, ORGANISATION/NAME: {first_line(error)}") from error
+            raise InputError(f"{name!r} is no repository of the Hub, ORGANIZATION/NAME: {first_line(error)}") from error

@@ -24,11 +24,11 @@ from .cifar import CifarResNet, Cnn9
 from .densenet import restore_stem_width
 from .vit import SimpleVisionTransformer, conv_stem_embed, flatten_patches
 
-__all__ = ["FINETUNED", "NETWORKS", "SECOND_PAPER", "Network"]
+__all__ = ["ARCHITECTURES", "FINETUNED", "SECOND_PAPER", "Architecture"]
 
 
 @dataclass(frozen=True)
-class Network:
+class Architecture:
     """One registered network.
 
     Attributes:
@@ -69,7 +69,7 @@ class Network:
 
 
 def _for_channels(config: BcosConfig, channels: int) -> BcosConfig:
-    """A network's own statistics of colour images, for images of another number of channels: their average."""
+    """A network's own statistics of color images, for images of another number of channels: their average."""
     if config.mean is None or config.std is None or len(config.mean) == channels:
         return config
     return config.change(mean=(sum(config.mean) / len(config.mean),), std=(sum(config.std) / len(config.std),))
@@ -90,11 +90,11 @@ CNN9_CFG: dict[str, object] = dict(
 )
 
 
-def _cnn9(b: float) -> Network:
+def _cnn9(b: float) -> Architecture:
     config = BcosConfig.paper(
         b=b, gamma=10 ** (1.5 * b - 1.75), temperature=10 ** CNN9_LOG_T[b], logit_bias=math.log(0.1 / 0.9)
     )
-    return Network(Cnn9, config, feature_cfg=dict(out_indices=(0, 1, 2), **FLAT), cfg=CNN9_CFG)
+    return Architecture(Cnn9, config, feature_cfg=dict(out_indices=(0, 1, 2), **FLAT), cfg=CNN9_CFG)
 
 
 V2 = BcosConfig.v2()
@@ -111,7 +111,7 @@ CONV_STEMS = {
 }
 
 
-def _vit(size: str, stem: tuple[int, ...] = ()) -> Network:
+def _vit(size: str, stem: tuple[int, ...] = ()) -> Architecture:
     """A simple ViT (https://arxiv.org/abs/2205.01580), which gives up one block for a convolutional stem."""
     width, heads = WIDTH_HEADS[size]
     depth = (14 if size == "large" else 12) - bool(stem)
@@ -123,12 +123,12 @@ def _vit(size: str, stem: tuple[int, ...] = ()) -> Network:
     first_conv = "patch_embed.backbone.0.conv" if stem else "patch_embed.proj"
     cfg = dict(input_size=(3, 224, 224), fixed_input_size=True, first_conv=first_conv, classifier="head")
     getter = dict(out_indices=3, feature_cls="getter")
-    return Network(SimpleVisionTransformer, V2, kwargs, finish=flatten_patches, feature_cfg=getter, cfg=cfg)
+    return Architecture(SimpleVisionTransformer, V2, kwargs, finish=flatten_patches, feature_cfg=getter, cfg=cfg)
 
 
-PAPER: dict[str, Network] = {
+PAPER: dict[str, Architecture] = {
     **{
-        f"bcos_densenet{size}": Network(
+        f"bcos_densenet{size}": Architecture(
             f"densenet{size}",
             BcosConfig.paper(gamma_scale=100, temperature=1e-3),
             prepare=partial(restore_stem_width, width=width),
@@ -137,11 +137,11 @@ PAPER: dict[str, Network] = {
         for size, width in STEM_WIDTH.items()
     },
     **{
-        f"bcos_resnet{size}": Network(f"resnet{size}", BcosConfig.paper(gamma_scale=100, temperature=10))
+        f"bcos_resnet{size}": Architecture(f"resnet{size}", BcosConfig.paper(gamma_scale=100, temperature=10))
         for size in (18, 34, 50, 101, 152)
     },
     **{
-        f"bcos_vgg{size}": Network(
+        f"bcos_vgg{size}": Architecture(
             f"vgg{size}",
             BcosConfig.paper(gamma_scale=1000, temperature=0.1),
             prepare=_fully_convolutional,
@@ -149,25 +149,25 @@ PAPER: dict[str, Network] = {
         )
         for size in (11, 13, 16, 19)
     },
-    "bcos_inception_v3": Network("inception_v3", BcosConfig.paper(gamma_scale=200)),
+    "bcos_inception_v3": Architecture("inception_v3", BcosConfig.paper(gamma_scale=200)),
     "bcos_cnn9": _cnn9(2.0),
     **{f"bcos_cnn9_b{round(100 * b)}": _cnn9(b) for b in CNN9_LOG_T},
 }
 
-SECOND_PAPER: dict[str, Network] = {
+SECOND_PAPER: dict[str, Architecture] = {
     **{
-        f"bcosv2_{arch}": Network(arch, V2, RESNET_V2)
+        f"bcosv2_{arch}": Architecture(arch, V2, RESNET_V2)
         for arch in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d")
     },
     **{
-        f"bcosv2_densenet{size}": Network(
+        f"bcosv2_densenet{size}": Architecture(
             f"densenet{size}", V2, prepare=partial(restore_stem_width, width=width), feature_cfg=FLAT
         )
         for size, width in STEM_WIDTH.items()
     },
-    "bcosv2_vgg11_bn": Network("vgg11_bn", V2, prepare=_fully_convolutional, feature_cfg=FLAT),
+    "bcosv2_vgg11_bn": Architecture("vgg11_bn", V2, prepare=_fully_convolutional, feature_cfg=FLAT),
     **{
-        f"bcosv2_convnext_{size}{suffix}": Network(
+        f"bcosv2_convnext_{size}{suffix}": Architecture(
             f"convnext_{size}",
             V2,
             CONVNEXT_V2 | dict(norm_layer=norm),
@@ -185,17 +185,17 @@ CIFAR_CFG: dict[str, object] = dict(
 )
 IMAGENET_STEM: dict[str, Any] = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
-FINETUNED: dict[str, Network] = {
-    "bcos_efficientnet_lite0": Network(
+FINETUNED: dict[str, Architecture] = {
+    "bcos_efficientnet_lite0": Architecture(
         "tf_efficientnet_lite0",
-        BcosConfig.finetune(b=1.25, bias="gate", stem="encoded", probability="softmax"),
+        BcosConfig.finetune(b=1.25, bias="reference", stem="encoded", probability="softmax"),
         feature_cfg=FLAT,
         cfg=dict(interpolation="bicubic"),
         tagged=dict(
-            clothing=BcosConfig.finetune(bias="gate", stem="encoded", antialias=True, logit_bias=-2.2),
+            clothing=BcosConfig.finetune(bias="reference", stem="encoded", antialias=True, logit_bias=-2.2),
         ),
     ),
-    "bcos_cifar_resnet20": Network(
+    "bcos_cifar_resnet20": Architecture(
         CifarResNet,
         BcosConfig.finetune(logit_bias=-2.2, classify_positions="never", **IMAGENET_STEM),
         feature_cfg=dict(out_indices=(0, 1, 2)),
@@ -203,4 +203,4 @@ FINETUNED: dict[str, Network] = {
     ),
 }
 
-NETWORKS = PAPER | SECOND_PAPER | FINETUNED
+ARCHITECTURES = PAPER | SECOND_PAPER | FINETUNED

@@ -25,12 +25,12 @@ from torch import nn
 from .._compat import private
 from ..conversion.config import BcosConfig
 from ..conversion.converted import bcosify as convert
-from ..conversion.reference import responses_to_grey
+from ..conversion.reference import reference_activations
 from ..errors import CheckpointError, NotFineTunedWarning, TargetError
 from ..weights.catalog import EMBEDDED, PUBLISHED, hub_addresses
 from ..weights.formats import StateDict, convert_official_weights, convert_plain_weights
 from ..weights.pretrained import fill_backbone, first_line, load_pretrained
-from .architectures import FINETUNED, NETWORKS, SECOND_PAPER, Network
+from .architectures import ARCHITECTURES, FINETUNED, SECOND_PAPER, Architecture
 
 PAPER_CFG = dict(
     paper_name="B-cos Networks: Alignment is All We Need for Interpretability",
@@ -47,23 +47,23 @@ FINETUNED_CFG = dict(
     paper_ids="arXiv:2411.00715",
     origin_url="https://github.com/shrebox/B-cosification",
 )
-UNNORMALISED = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+UNNORMALIZED = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 GEOMETRY = ("input_size", "pool_size", "first_conv", "classifier", "fixed_input_size", "min_input_size")
 
 
-def _cfg(network: Network, paper: dict[str, str]) -> dict[str, Any]:
-    """A pretrained cfg: the architecture's geometry, images in [0, 1] without normalisation."""
+def _cfg(network: Architecture, paper: dict[str, str]) -> dict[str, Any]:
+    """A pretrained cfg: the architecture's geometry, images in [0, 1] without normalization."""
     plain = {} if isinstance(network.arch, type) else resolve_pretrained_cfg(network.arch).to_dict()
     geometry = {key: plain[key] for key in GEOMETRY if plain.get(key) is not None}
-    ours = dict(num_classes=1000, crop_pct=0.875, interpolation="bilinear", license="apache-2.0", **UNNORMALISED)
+    ours = dict(num_classes=1000, crop_pct=0.875, interpolation="bilinear", license="apache-2.0", **UNNORMALIZED)
     return {**geometry, **ours, **paper, **network.cfg}
 
 
 def _cfgs() -> dict[str, Any]:
     """By name and tag; networks without published weights have one without a tag."""
-    cfgs: dict[str, Any] = {"bcosify": _cfg(Network("resnet50", BcosConfig()), PAPER_CFG)}
+    cfgs: dict[str, Any] = {"bcosify": _cfg(Architecture("resnet50", BcosConfig()), PAPER_CFG)}
     hub = {tagged: dict(hf_hub_id=address) for tagged, address in hub_addresses().items()}
-    for name, network in NETWORKS.items():
+    for name, network in ARCHITECTURES.items():
         cfg = _cfg(network, _paper(name))
         crop = cfg["input_size"][-1]
         weights = {f"{name}.{published.tag}": published.cfg(crop) for published in PUBLISHED.get(name, ())}
@@ -84,7 +84,7 @@ def _create(
     cache_dir: str | Path | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    network = NETWORKS[name]
+    network = ARCHITECTURES[name]
     changes, kwargs = BcosConfig.split(kwargs)
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay).to_dict()
     config = network.tagged.get(cfg.get("tag") or "", network.config).change(**changes)
@@ -143,14 +143,14 @@ def _create_converted(
     has_source = any({**given, **overlay}.get(key) for key in WEIGHT_SOURCES)
     own_weights = pretrained and not has_source
     no_weights = dict.fromkeys((*WEIGHT_SOURCES, "hf_hub_filename", "tag", "source"), None)
-    cfg = {**plain_cfg, **no_weights, "architecture": "bcosify", "custom_load": False, **UNNORMALISED, **given}
+    cfg = {**plain_cfg, **no_weights, "architecture": "bcosify", "custom_load": False, **UNNORMALIZED, **given}
     cfg = resolve_pretrained_cfg("bcosify", cfg, overlay).to_dict()
 
     def build(**model_kwargs: object) -> nn.Module:
         arguments = {**model_kwargs, **source.remembered(), **(arch_kwargs or {})}
         entry = model_entrypoint(source.name)
         plain = entry(pretrained=own_weights, pretrained_cfg=source.cfg, cache_dir=cache_dir, **arguments)
-        original = copy.deepcopy(plain) if config.bias == "gate" and has_source else None
+        original = copy.deepcopy(plain) if config.bias == "reference" and has_source else None
         model = convert(plain, config)
         if pretrained and has_source:
             load_pretrained(model, cfg, partial(_convert_weights, original), cache_dir, changes)
@@ -174,13 +174,13 @@ def _create_converted(
 
 
 def _convert_weights(original: nn.Module | None, state_dict: StateDict, model: nn.Module) -> StateDict:
-    """Weights for a conversion of `original`, which is changed where gates begin at its responses to grey."""
+    """Weights for a conversion of `original`, which is changed where gates begin at its responses to gray."""
     converted = convert_plain_weights(state_dict, model)
     if original is None or converted is state_dict:
         return converted
     shapes = {key: value.shape for key, value in original.state_dict().items()}
     original.load_state_dict({key: t for key, t in state_dict.items() if t.shape == shapes.get(key)}, strict=False)
-    return converted | {f"{name}.act.shift": t for name, t in responses_to_grey(original).items()}
+    return converted | {f"{name}.act.shift": t for name, t in reference_activations(original).items()}
 
 
 @dataclass(frozen=True)
@@ -274,14 +274,14 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
         return _create_converted(pretrained, **kwargs) if name == "bcosify" else _create(name, pretrained, **kwargs)
 
     entry.__name__ = entry.__qualname__ = name
-    entry.__doc__ = _create_converted.__doc__ if name == "bcosify" else _describe(NETWORKS[name])
+    entry.__doc__ = _create_converted.__doc__ if name == "bcosify" else _describe(ARCHITECTURES[name])
     return entry
 
 
-def _describe(network: Network) -> str:
+def _describe(network: Architecture) -> str:
     arch = network.arch.__name__ if isinstance(network.arch, type) else network.arch
     return f"{arch} as a B-cos network. Keywords: timm's, and those of `timm_bcos.BcosConfig`."
 
 
 default_cfgs = generate_default_cfgs(_cfgs())
-ENTRY_POINTS = {name: register_model(_entry_point(name)) for name in (*NETWORKS, "bcosify")}
+ENTRY_POINTS = {name: register_model(_entry_point(name)) for name in (*ARCHITECTURES, "bcosify")}

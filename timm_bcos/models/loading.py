@@ -17,15 +17,15 @@ from ..errors import BcosError, CheckpointError, InputError, TargetError
 from ..files import first_line
 from ..weights.catalog import DEFAULT_NETWORK, EMBEDDED, PUBLISHED
 from ..weights.readers import load_state, read_state_dict, read_training_arguments
-from .architectures import NETWORKS
+from .architectures import ARCHITECTURES
 from .bcos_models import ENTRY_POINTS, architecture
 
 __all__ = [
-    "BcosNetwork",
     "Listed",
+    "TimmBcosModel",
     "TimmModel",
     "create_model",
-    "list_networks",
+    "list_bcos_models",
     "load_model",
     "load_plain_model",
 ]
@@ -45,7 +45,7 @@ class TimmModel(nn.Module):
     pretrained_cfg: dict[str, Any]
 
 
-class BcosNetwork(BcosModel, TimmModel):
+class TimmBcosModel(BcosModel, TimmModel):
     """Such a network after its conversion."""
 
 
@@ -56,7 +56,7 @@ DATA_ARGUMENTS = ("input_size", "crop_pct", "interpolation")
 MODEL_ARGUMENTS = dict(gp="global_pool", bn_eps="bn_eps", bn_momentum="bn_momentum")
 
 
-def load_model(name: str | None = None, checkpoint: Path | None = None, **conversion: object) -> BcosNetwork:
+def load_model(name: str | None = None, checkpoint: Path | None = None, **conversion: object) -> TimmBcosModel:
     """A B-cos network with weights; a timm model is converted to one.
 
     Args:
@@ -91,13 +91,13 @@ def load_plain_model(name: str | None = None, checkpoint: Path | None = None) ->
 
 def create_model(
     name: str, conversion: Mapping[str, object], checkpoint: Path | None = None, **kwargs: Any
-) -> BcosNetwork:
+) -> TimmBcosModel:
     """`timm.create_model`, with plain networks converted.
 
     Args:
         name: timm's.
         conversion: `BcosConfig` fields for a plain network; without any it computes the same as before.
-        checkpoint: Of the plain network, if gates are to begin at its answers to grey.
+        checkpoint: Of the plain network, if gates are to begin at its answers to gray.
         kwargs: For `timm.create_model`.
 
     Raises:
@@ -110,7 +110,7 @@ def create_model(
         overlay = kwargs.get("pretrained_cfg_overlay", {})
         statistics = {key: overlay.pop(key) for key in ("mean", "std") if key in overlay}  # which the stem takes over
         changes = conversion or dict(b=1, bias=True)
-        if changes.get("bias") == "gate" and checkpoint is not None and kwargs.get("device") != "meta":
+        if changes.get("bias") == "reference" and checkpoint is not None and kwargs.get("device") != "meta":
             kwargs |= dict(pretrained=True, pretrained_cfg_overlay=overlay | dict(file=str(checkpoint)))
         network = _created(timm.create_model, "bcosify", arch=name, **{**statistics, **changes}, **kwargs)
     asked, own = conversion.get("b"), network.bcos_config.b
@@ -151,7 +151,7 @@ def _refuse_another_name(name: str | None, trained: dict[str, Any], checkpoint: 
     raise CheckpointError(f"{checkpoint} was trained as {own}{details}, not as {name}: leave --model out")
 
 
-def _with_published_weights(name: str, conversion: Mapping[str, object]) -> BcosNetwork:
+def _with_published_weights(name: str, conversion: Mapping[str, object]) -> TimmBcosModel:
     try:
         return create_model(name, conversion, pretrained=True)
     except TargetError:
@@ -228,14 +228,14 @@ class Listed:
         return f"{self.name}.{self.tag}" if self.tag else self.name
 
 
-def list_networks(pattern: str = "*", *, pretrained: bool = False) -> Iterator[Listed]:
+def list_bcos_models(pattern: str = "*", *, pretrained: bool = False) -> Iterator[Listed]:
     """The registered networks, a row per weight file, in the order of the papers.
 
     Args:
         pattern: Of names, as in `timm.list_models`.
         pretrained: Only networks with weights.
     """
-    for name in NETWORKS:
+    for name in ARCHITECTURES:
         tags = _tags(name)
         wanted = [tag for tag in tags or [""] if fnmatchcase(name, pattern) or fnmatchcase(f"{name}.{tag}", pattern)]
         if wanted and (tags or not pretrained):

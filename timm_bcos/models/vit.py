@@ -81,7 +81,7 @@ def conv_stem_embed(in_chans: int, widths: Sequence[int], **kwargs: Any) -> nn.M
 
 
 def flatten_patches(model: Any) -> None:
-    """Let the patch embedding stabilise its norm as the B-cos *linear* layer over flattened patches that it stands for.
+    """Let the patch embedding stabilize its norm as the B-cos *linear* layer over flattened patches that it stands for.
 
     That layer divides by ‖x‖ + 1e-12, a convolution by sqrt(‖x‖² + 1e-6).
     """

@@ -4,20 +4,20 @@ import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from .functional import passed_sigmoid, shifted_activation
+from .functional import shifted_activation, sigmoid_activation
 
-__all__ = ["PassedSigmoid", "ShiftedActivation"]
+__all__ = ["ShiftedActivation", "SigmoidActivation"]
 
 
-class PassedSigmoid(nn.Sigmoid):
+class SigmoidActivation(nn.Sigmoid):
     """A sigmoid whose value is passed on, as an activation's: a(x) = 1/2 + x · slope, the 1/2 being a constant.
 
     `torch.nn.Sigmoid` counts as a gate, whose value only scales. Where it is added or read by a layer, the explanation
-    would not be exact: convert it with `RULES | {nn.Sigmoid: pass_sigmoid}`.
+    would not be exact: convert it with `RULES | {nn.Sigmoid: sigmoid_as_activation}`.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return passed_sigmoid(input)
+        return sigmoid_activation(input)
 
 
 @register_notrace_module  # a node of timm's graphs, which TorchScript can then compile: functions take no modules there

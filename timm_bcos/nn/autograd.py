@@ -258,7 +258,7 @@ def _of_power(linear: Tensor, norm: Tensor, grad: Tensor, unit: Unit, out: Tenso
 
 
 def _max_out(x: Tensor, units: int, dim: int) -> tuple[Tensor, Tensor]:
-    """The largest of each M neighbours, and which it is."""
+    """The largest of each M neighbors, and which it is."""
     best, *others = _neighbors(x, units, dim)
     winner = torch.zeros_like(best, dtype=torch.uint8)
     for i, other in enumerate(others, start=1):
@@ -268,7 +268,7 @@ def _max_out(x: Tensor, units: int, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _to_winners(grad: Tensor, winner: Tensor, units: int, dim: int) -> Tensor:
-    """The gradient by all neighbours, in the memory layout of their responses."""
+    """The gradient by all neighbors, in the memory layout of their responses."""
     axis = dim % grad.ndim
     size = [*grad.shape[:axis], units * grad.shape[axis], *grad.shape[axis + 1 :]]
     is_last = grad.ndim == 4 and grad.is_contiguous(memory_format=torch.channels_last)
@@ -280,7 +280,7 @@ def _to_winners(grad: Tensor, winner: Tensor, units: int, dim: int) -> Tensor:
 
 
 def _neighbors(x: Tensor, units: int, dim: int) -> tuple[Tensor, ...]:
-    """Views of the first, second, ... of each M neighbours along a dimension, 1 or -1."""
+    """Views of the first, second, ... of each M neighbors along a dimension, 1 or -1."""
     return x.unflatten(dim, (-1, units)).unbind(dim + 1 if dim >= 0 else dim)
 
 

@@ -23,10 +23,10 @@ __all__ = [
     "bcos_linear",
     "encode_image",
     "low_pass",
-    "passed_sigmoid",
     "same_padding",
     "scale_and_offset",
     "shifted_activation",
+    "sigmoid_activation",
     "to_logits",
 ]
 
@@ -101,7 +101,7 @@ def bcos_linear(
 
 
 def encode_image(image: Tensor, in_chans: int) -> Tensor:
-    """Encode an image as [r, g, b, 1-r, 1-g, 1-b], so that each colour has its own direction.
+    """Encode an image as [r, g, b, 1-r, 1-g, 1-b], so that each color has its own direction.
 
     Args:
         image: (N, C, H, W) pixels in [0, 1], or an already encoded (N, 2C, H, W), which is returned as it is.
@@ -127,7 +127,7 @@ def encode_image(image: Tensor, in_chans: int) -> Tensor:
 
 
 def scale_and_offset(image: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """Normalise encoded images (N, 2C, H, W): image · scale + offset, both of shape (2C, 1, 1)."""
+    """Normalize encoded images (N, 2C, H, W): image · scale + offset, both of shape (2C, 1, 1)."""
     if not torch.jit.is_scripting() and has_torch_function_unary(image):
         return handle_torch_function(scale_and_offset, (image,), image, scale, offset)
     return image * scale + offset
@@ -147,15 +147,15 @@ def low_pass(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
     """
     if not torch.jit.is_scripting() and has_torch_function_unary(x):
         return handle_torch_function(low_pass, (x,), x, kernel, stride)
-    has_neighbours = x.shape[-2] > 1 and x.shape[-1] > 1
-    x = F.pad(x, [1, 1, 1, 1], "reflect" if has_neighbours else "replicate")
+    has_neighbors = x.shape[-2] > 1 and x.shape[-1] > 1
+    x = F.pad(x, [1, 1, 1, 1], "reflect" if has_neighbors else "replicate")
     return F.conv2d(x, kernel.to(x).expand(x.shape[1], 1, 3, 3), stride=stride, groups=x.shape[1])
 
 
-def passed_sigmoid(x: Tensor) -> Tensor:
+def sigmoid_activation(x: Tensor) -> Tensor:
     """The sigmoid as an activation, whose value is passed on; elsewhere it is a gate, which only scales."""
     if not torch.jit.is_scripting() and has_torch_function_unary(x):
-        return handle_torch_function(passed_sigmoid, (x,), x)
+        return handle_torch_function(sigmoid_activation, (x,), x)
     return torch.sigmoid(x)
 
 

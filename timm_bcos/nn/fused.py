@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelStateError
 from .module_utils import clone
-from .norms import UncentredBatchNorm2d
+from .norms import UncenteredBatchNorm2d
 from .primitives import effective_weight, feature_norm, patch_norm, row_norm, scale_by_cosine
 from .primitives import max_out as largest_of
 
@@ -39,9 +39,9 @@ LayerT = TypeVar("LayerT", bound=BcosLayer)
 
 
 class FoldedNorm(nn.Module):
-    """What is left of a norm whose scale a neighbouring layer has taken over: its drop and activation layers."""
+    """What is left of a norm whose scale a neighboring layer has taken over: its drop and activation layers."""
 
-    def __init__(self, norm: UncentredBatchNorm2d) -> None:
+    def __init__(self, norm: UncenteredBatchNorm2d) -> None:
         super().__init__()
         self.drop: nn.Module = getattr(norm, "drop", nn.Identity())
         self.act: nn.Module = getattr(norm, "act", nn.Identity())
@@ -99,8 +99,8 @@ def fused_linear(x: Tensor, weight: Tensor, b: float, max_out: int, amplitude: T
     return y if amplitude is None else y * amplitude
 
 
-def norm_scale(norm: UncentredBatchNorm2d) -> Tensor:
-    """What an uncentred batch norm multiplies each channel by in evaluation, (C,) in float64."""
+def norm_scale(norm: UncenteredBatchNorm2d) -> Tensor:
+    """What an uncentered batch norm multiplies each channel by in evaluation, (C,) in float64."""
     return norm.weight.detach().double() * (norm.running_var.double() + norm.eps).rsqrt()
 
 

@@ -93,7 +93,7 @@ class BcosConv2d(nn.Conv2d):
         normalize_weight: True for unit-norm rows ŵ; False keeps the rows' amplitude, y = γ · |cos|^(B-1) · wᵀx, as
             needed to start from pretrained weights.
         pad_same: TensorFlow's 'SAME' padding, computed from the input's size (timm's `Conv2dSame`).
-        eps: Stabilises the norm of a patch, sqrt(‖patch‖² + eps).
+        eps: Stabilizes the norm of a patch, sqrt(‖patch‖² + eps).
         antialias: With a stride, filter the input by [1, 2, 1] / 4 first, whose cosine is then taken. Strides sample
             unevenly, and W(x) shows it as checkerboards. Zhang (arXiv 1904.11486) convolves at stride 1 and filters
             with the stride; for a linear layer, filtering first is the same (but for the borders) at a fraction of the
@@ -101,7 +101,7 @@ class BcosConv2d(nn.Conv2d):
 
     Attributes:
         low_pass: The filter, or None.
-        is_fused: Whether `weight` is what x is multiplied by, γ and neighbouring norms included (`timm_bcos.fuse`).
+        is_fused: Whether `weight` is what x is multiplied by, γ and neighboring norms included (`timm_bcos.fuse`).
         amplitude: (O, 1, 1) of a fused layer, what its response is multiplied by besides; or None.
         channel_squares: (C,) of a fused layer, the squared scale of a norm before it; or None.
 

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 
 from .._compat import timm_layers as layers
 from ..errors import TargetError
-from .norms import UncentredBatchNorm2d
+from .norms import UncenteredBatchNorm2d
 
 __all__ = [
     "Factory",
@@ -197,7 +197,7 @@ CHANNEL_AXES: tuple[tuple[int, tuple[type[nn.Module], ...]], ...] = (
     (1, (
         layers.LayerNorm2d, layers.LayerNorm2dFp32, layers.LayerNormAct2d, layers.LayerNormAct2dFp32,
         layers.RmsNorm2d, layers.RmsNorm2dFp32, layers.SimpleNorm2d, layers.SimpleNorm2dFp32,
-        layers.FrozenBatchNormAct2d, UncentredBatchNorm2d, nn.GroupNorm, nn.SyncBatchNorm,
+        layers.FrozenBatchNormAct2d, UncenteredBatchNorm2d, nn.GroupNorm, nn.SyncBatchNorm,
         nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
         nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
         nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.LPPool2d,

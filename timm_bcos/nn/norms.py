@@ -22,9 +22,9 @@ from .execution import records_gradients
 from .primitives import divide_by_deviation
 
 __all__ = [
-    "UncentredBatchNorm1d",
-    "UncentredBatchNorm2d",
-    "UncentredBatchNormAct2d",
+    "UncenteredBatchNorm1d",
+    "UncenteredBatchNorm2d",
+    "UncenteredBatchNormAct2d",
     "divide_by_shared_deviation",
     "is_shared",
 ]
@@ -77,11 +77,11 @@ class _AllReduce(torch.autograd.Function):
         return total, None
 
 
-CENTRED = ("running_mean", "bias")  # what uncentred norms lack, in the state dicts of others
+CENTERED = ("running_mean", "bias")  # what uncentered norms lack, in the state dicts of others
 
 
-class _UncentredBatchNorm(private.BatchNorm):  # type: ignore[misc]
-    """What the norms below have in common; see `UncentredBatchNorm2d`."""
+class _UncenteredBatchNorm(private.BatchNorm):  # type: ignore[misc]
+    """What the norms below have in common; see `UncenteredBatchNorm2d`."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -147,7 +147,7 @@ class _UncentredBatchNorm(private.BatchNorm):  # type: ignore[misc]
 
     @torch.jit.unused
     def normalize_batch(self, x: Tensor) -> Tensor:
-        """Normalise by the batch's own variance, and let the running one follow."""
+        """Normalize by the batch's own variance, and let the running one follow."""
         if self.is_synchronized and is_shared(self.process_group):
             y, var = divide_by_shared_deviation(x, self.weight, self.eps, self.process_group)
         else:
@@ -185,7 +185,7 @@ class _UncentredBatchNorm(private.BatchNorm):  # type: ignore[misc]
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """A norm that was frozen when it was saved has a mean and a bias of 0."""
-        for name in CENTRED:
+        for name in CENTERED:
             value = state_dict.get(prefix + name)
             if value is not None and not value.is_meta and not value.any():
                 del state_dict[prefix + name]
@@ -196,14 +196,14 @@ class _UncentredBatchNorm(private.BatchNorm):  # type: ignore[misc]
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}{synchronized}"
 
 
-class UncentredBatchNorm2d(_UncentredBatchNorm, nn.BatchNorm2d):  # type: ignore[misc,override]
+class UncenteredBatchNorm2d(_UncenteredBatchNorm, nn.BatchNorm2d):  # type: ignore[misc,override]
     """Batch norm without its additive parts: y = weight · x / sqrt(var + eps).
 
-    `var` is the *centred* variance of the batch (biased) in training and the running one in evaluation.
+    `var` is the *centered* variance of the batch (biased) in training and the running one in evaluation.
 
     Tools that put a norm of their own in its place get a `running_mean` and a `bias` of 0. A frozen norm then computes
-    the same. torch's trainable and synchronised norms would begin to subtract means: a converted network makes them
-    uncentred again when it is trained (`timm_bcos.conversion.converted`).
+    the same. torch's trainable and synchronized norms would begin to subtract means: a converted network makes them
+    uncentered again when it is trained (`timm_bcos.conversion.converted`).
 
     Args:
         num_features: Channels C.
@@ -219,15 +219,15 @@ class UncentredBatchNorm2d(_UncentredBatchNorm, nn.BatchNorm2d):  # type: ignore
     """
 
 
-class UncentredBatchNorm1d(_UncentredBatchNorm, nn.BatchNorm1d):  # type: ignore[misc,override]
+class UncenteredBatchNorm1d(_UncenteredBatchNorm, nn.BatchNorm1d):  # type: ignore[misc,override]
     """The same for feature vectors (N, C) and sequences (N, C, L)."""
 
     def normalize(self, x: Tensor) -> Tensor:
         return self.normalize_maps(x.reshape(x.shape[0], x.shape[1], -1, 1)).reshape(x.shape)
 
 
-class UncentredBatchNormAct2d(UncentredBatchNorm2d, timm_layers.BatchNormAct2d):  # type: ignore[misc]
-    """Uncentred batch norm with timm's drop and activation layers behind it (`timm.layers.BatchNormAct2d`)."""
+class UncenteredBatchNormAct2d(UncenteredBatchNorm2d, timm_layers.BatchNormAct2d):  # type: ignore[misc]
+    """Uncentered batch norm with timm's drop and activation layers behind it (`timm.layers.BatchNormAct2d`)."""
 
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1,

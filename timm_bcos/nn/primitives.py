@@ -81,7 +81,7 @@ def inverse_norm(weight: Tensor, power: float) -> Tensor:
 
 
 def max_out(x: Tensor, units: int, dim: int) -> Tensor:
-    """MaxOut: the largest response of each M neighbouring units (section 4 of arXiv 2205.10268).
+    """MaxOut: the largest response of each M neighboring units (section 4 of arXiv 2205.10268).
 
     Args:
         x: Responses, unit m of output o at index o · M + m.
@@ -93,9 +93,9 @@ def max_out(x: Tensor, units: int, dim: int) -> Tensor:
     """
     if not torch.jit.is_scripting() and has_torch_function_unary(x):
         return handle_torch_function(max_out, (x,), x, units, dim)
-    neighbours = x.unflatten(dim, [-1, units]).unbind(dim + 1 if dim >= 0 else dim)
-    best = neighbours[0]
-    for other in neighbours[1:]:  # faster than a maximum along an axis
+    neighbors = x.unflatten(dim, [-1, units]).unbind(dim + 1 if dim >= 0 else dim)
+    best = neighbors[0]
+    for other in neighbors[1:]:  # faster than a maximum along an axis
         best = torch.maximum(best, other)
     return best
 
@@ -283,7 +283,7 @@ def _power(x: Tensor, exponent: float) -> Tensor:
 
 
 def divide_by_deviation(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Uncentred batch norm of a training batch: weight · x / sqrt(var + eps).
+    """Uncentered batch norm of a training batch: weight · x / sqrt(var + eps).
 
     Args:
         x: (N, C, H, W).

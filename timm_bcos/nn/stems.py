@@ -1,7 +1,7 @@
-"""What reads the image: it encodes the colours, and takes a pretrained network's normalisation upon itself.
+"""What reads the image: it encodes the colors, and takes a pretrained network's normalization upon itself.
 
 Section 3.2.2 of https://arxiv.org/abs/2205.10268 (the encoding), section 3 of https://arxiv.org/abs/2411.00715
-(normalised stems).
+(normalized stems).
 """
 
 from collections.abc import Sequence
@@ -18,15 +18,15 @@ __all__ = ["BcosStem", "ImageReader", "image_channels"]
 
 
 class BcosStem(BcosConv2d):
-    """The convolution that reads the image: encodes it, optionally normalises, then convolves.
+    """The convolution that reads the image: encodes it, optionally normalizes, then convolves.
 
     Args:
         image_channels: Channels of the image; the weight has twice as many input channels.
         mean: Channel means that a pretrained network expects, or None to feed the encoding as it is.
         std: Channel standard deviations, with `mean`.
 
-    The encoding e is normalised as (e - [m, 1-m]) / [s, s] *before* any zero padding; with weights [w, -w] / 2 the
-    layer then equals the original convolution of the normalised image, at the borders too.
+    The encoding e is normalized as (e - [m, 1-m]) / [s, s] *before* any zero padding; with weights [w, -w] / 2 the
+    layer then equals the original convolution of the normalized image, at the borders too.
 
     Shape: (N, image_channels, H, W) in [0, 1], or encoded (N, 2 · image_channels, H, W), to (N, out_channels, H', W').
     """
@@ -65,10 +65,10 @@ class BcosStem(BcosConv2d):
 
 
 class ImageReader(nn.Module):
-    """Reads the image for networks whose first layers cannot take its encoding: ones that fold it or split its colours.
+    """Reads the image for networks whose first layers cannot take its encoding: ones that fold it or split its colors.
 
-    It encodes and normalises as `BcosStem` does, and then hands over half the difference of the image and its
-    complement, which is the normalised image itself: a linear map of the encoding.
+    It encodes and normalizes as `BcosStem` does, and then hands over half the difference of the image and its
+    complement, which is the normalized image itself: a linear map of the encoding.
 
     Args:
         image_channels: Channels C of the image.

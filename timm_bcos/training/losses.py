@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dynamic_linear.dual_graph import Streams
+from ..dynamic_linear.dual_graph import DualGraph
 from ..dynamic_linear.mode import DynamicLinearMode, active
 from ..errors import InputError, ModelStateError, TargetError
 from ..explanation.targets import Targets, as_direction, check_target, image_reader
@@ -45,12 +45,12 @@ def dynamic_weights(model: nn.Module, x: Tensor, target: Targets = None) -> Dyna
     """Outputs and rows of W(x), to be trained: `explain` gives the same values without gradients.
 
     One forward pass, in which each function is computed twice (`timm_bcos.dynamic_linear.dual_graph`), and one backward pass that
-    is itself differentiable. Norms in training mode normalise by the batch and update their statistics once, as in an
+    is itself differentiable. Norms in training mode normalize by the batch and update their statistics once, as in an
     ordinary step.
 
     Args:
         model: A B-cos network, in training or evaluation mode.
-        x: Images (N, C, H, W) without mean/std normalisation, or encoded (N, 2C, H, W).
+        x: Images (N, C, H, W) without mean/std normalization, or encoded (N, 2C, H, W).
         target: As in `explain`; None for the prediction.
 
     Raises:
@@ -69,7 +69,7 @@ def dynamic_weights(model: nn.Module, x: Tensor, target: Targets = None) -> Dyna
     _check_trainable(network, x)
     inputs = encode_image(x.detach(), reader.image_channels).to(reader.weight.dtype)
     leaf = inputs.clone().requires_grad_()
-    streams = Streams(leaf)
+    streams = DualGraph(leaf)
     with torch.enable_grad():
         with streams.active(), active(DynamicLinearMode(leaf)):
             outputs = first_output(network(leaf.clone()))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..data.regions import without_cell
 from ..errors import InputError, ModelStateError, TargetError
-from ..explanation.linearized import Linearised
+from ..explanation.linearized import LinearizedModel
 from ..explanation.regions import Region, check_region
 from ..explanation.targets import check_model
 from .losses import cosine_loss, dynamic_weights, energy_loss
@@ -74,7 +74,7 @@ class ExplanationDistillationTask(_ExplainedTask, LogitDistillationTask):  # typ
             'loss', 'output' (N, K), 'task_loss', 'kd_loss' and 'explanation_loss'.
         """
         seen = self.teacher.normalize_input(input, *self._student_statistics())
-        answer = Linearised(self.teacher.model, seen, None).explain(None, None, None, None)
+        answer = LinearizedModel(self.teacher.model, seen, None).explain(None, None, None, None)
         found = dynamic_weights(self.trainable_module, input, answer.target)
         logits = found.logits / self.temperature, answer.logits / self.temperature
         student, teacher = (x.log_softmax(-1) for x in logits)
@@ -139,7 +139,7 @@ class GuidedClassificationTask(_ExplainedTask, ClassificationTask):  # type: ign
 
 
 class DeletionClassificationTask(ClassificationTask):
-    """Classification of images, half of which show their mean colour in one of 4 × 4 cells.
+    """Classification of images, half of which show their mean color in one of 4 × 4 cells.
 
     A network that has been fine-tuned by it knows such images, as the single deletion score wants it
     (IDSDS, arXiv 2407.11910). Arguments are those of `timm.task.ClassificationTask`.

@@ -132,7 +132,7 @@ def _data(
         "probability": explanation.probability_kind,
         "classCount": explanation.logits.shape[1],
         "logitBias": explanation.logit_bias,
-        "defects": list(map(str, explanation.defects)),
+        "violations": list(map(str, explanation.violations)),
         "classes": known,
         "against": None if versus is None else classes.index(versus),
     }
@@ -141,7 +141,7 @@ def _data(
 def _class(one: Explanation, class_names: Sequence[str] | None) -> dict[str, Any]:
     target = int(one.target)
     contributions = one.contributions.double().sum(1)[0]
-    colours = weights_to_rgba(one.weights, one.contribution_map)[0]
+    colors = weights_to_rgba(one.weights, one.contribution_map)[0]
     strength = one.weights[0].norm(dim=0)
     return {
         "index": target,
@@ -151,9 +151,9 @@ def _class(one: Explanation, class_names: Sequence[str] | None) -> dict[str, Any
         "bias": float(one.bias),
         "constantBias": float(one.constant_bias),
         "contributions": _base64(contributions.detach().cpu().numpy().astype("<f4").tobytes()),
-        # apart, since browsers lose the colour of what is transparent
-        "colour": _png(colours[..., :3]),
-        "opacity": _png(colours[..., 3]),
+        # apart, since browsers lose the color of what is transparent
+        "color": _png(colors[..., :3]),
+        "opacity": _png(colors[..., 3]),
         # its root, which 8 bits can hold: most weights are far below the largest
         "strength": _png((strength / strength.max().clamp_min(EPS)).sqrt()),
     }

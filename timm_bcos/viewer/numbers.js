@@ -2,7 +2,7 @@
 
 // Sums of contributions, in double precision, and how numbers are written.
 
-const SATURATION = 0.995; // quantile of |contribution| at which colours are full
+const SATURATION = 0.995; // quantile of |contribution| at which colors are full
 
 /** The explained quantity: one class, or the difference of two, in double precision. */
 function question() {

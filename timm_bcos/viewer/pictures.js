@@ -1,62 +1,62 @@
-// Pictures: colours of each pixel, painted at the resolution of the network.
+// Pictures: colors of each pixel, painted at the resolution of the network.
 
 const WHITE = [255, 255, 255];
 const FOR_AND_AGAINST = [[190, 18, 45], [24, 84, 190]];
-const A_AND_B = [[196, 88, 6], [84, 48, 152]]; // orange and purple: apart for every kind of colour vision
+const A_AND_B = [[196, 88, 6], [84, 48, 152]]; // orange and purple: apart for every kind of color vision
 const OVERLAY = 0.9; // opacity of the strongest contributions over the photo
 
-/** Position in a diverging scale from -1 to 1 as a colour; white is 0. */
+/** Position in a diverging scale from -1 to 1 as a color; white is 0. */
 function diverging(t, [positive, negative]) {
   const end = t < 0 ? negative : positive, strength = Math.min(1, Math.abs(t));
   return WHITE.map((white, c) => white + (end[c] - white) * strength);
 }
 
 /** A picture from a function of the pixel's index that returns [r, g, b] or [r, g, b, opacity]. */
-function paint(canvas, colourAt) {
+function paint(canvas, colorAt) {
   const picture = new ImageData(width, height);
   for (let i = 0; i < width * height; i++) {
-    const [r, g, b, opacity = 255] = colourAt(i);
+    const [r, g, b, opacity = 255] = colorAt(i);
     picture.data.set([r, g, b, opacity], 4 * i);
   }
   canvas.getContext("2d").putImageData(picture, 0, 0);
 }
 
 const photoAt = (i) => page.photo.subarray(4 * i, 4 * i + 3);
-const colourOf = (one, i) => one.colour.subarray(4 * i, 4 * i + 3);
-const rowOf = (one) => (i) => [...colourOf(one, i), one.opacity[4 * i]];
+const colorOf = (one, i) => one.color.subarray(4 * i, 4 * i + 3);
+const rowOf = (one) => (i) => [...colorOf(one, i), one.opacity[4 * i]];
 
-function overlayOf(mapColour, strengthAt) {
+function overlayOf(mapColor, strengthAt) {
   return (i) => {
-    const [r, g, b] = photoAt(i), grey = 127.5 + (r + g + b) / 6, strength = OVERLAY * strengthAt(i);
-    return mapColour(i).map((value) => grey * (1 - strength) + value * strength);
+    const [r, g, b] = photoAt(i), gray = 127.5 + (r + g + b) / 6, strength = OVERLAY * strengthAt(i);
+    return mapColor(i).map((value) => gray * (1 - strength) + value * strength);
   };
 }
 
-/** What is drawn: title, name of the file, colours, and what stands below. */
+/** What is drawn: title, name of the file, colors, and what stands below. */
 function views() {
   const { map, scale } = current, ends = isContrast() ? A_AND_B : FOR_AND_AGAINST;
-  const mapColour = (i) => diverging(map[i] / scale, ends);
-  const overlay = overlayOf(mapColour, (i) => Math.min(1, Math.abs(map[i]) / scale));
+  const mapColor = (i) => diverging(map[i] / scale, ends);
+  const overlay = overlayOf(mapColor, (i) => Math.min(1, Math.abs(map[i]) / scale));
   const rows = shownClasses().map((one) => ({
-    title: isContrast() ? `For ${one.name}` : "Explanation", file: `explanation ${one.name}`, colours: rowOf(one),
-    below: "What speaks for it, in the colours that the network looks for",
+    title: isContrast() ? `For ${one.name}` : "Explanation", file: `explanation ${one.name}`, colors: rowOf(one),
+    below: "What speaks for it, in the colors that the network looks for",
   }));
   const file = shownClasses().map((one) => one.name).join(" not ");
   return [
-    { title: "Photo", file: "photo", colours: photoAt, below: `${width} × ${height}, as the network sees it` },
+    { title: "Photo", file: "photo", colors: photoAt, below: `${width} × ${height}, as the network sees it` },
     ...rows,
     {
-      title: isContrast() ? "Difference" : "Contributions", file: `contributions ${file}`, colours: mapColour,
+      title: isContrast() ? "Difference" : "Contributions", file: `contributions ${file}`, colors: mapColor,
       below: legend(scale, ends),
     },
-    { title: "Overlay", file: `overlay ${file}`, colours: overlay, below: "Contributions over the photo" },
+    { title: "Overlay", file: `overlay ${file}`, colors: overlay, below: "Contributions over the photo" },
   ];
 }
 
 function legend(scale, ends) {
   const bar = element("div", "legend"), limit = scale.toPrecision(2);
-  const colours = [-1, 0, 1].map((t) => `rgb(${diverging(t, ends).join(" ")})`);
-  bar.style.background = `linear-gradient(to right, ${colours.join(", ")})`;
+  const colors = [-1, 0, 1].map((t) => `rgb(${diverging(t, ends).join(" ")})`);
+  bar.style.background = `linear-gradient(to right, ${colors.join(", ")})`;
   const meaning = isContrast() ? [`for ${againstClass().name}`, `for ${askedClass().name}`] : ["against", "for"];
   const group = element("div");
   group.append(bar, ticks([`−${limit}`, "0 logits", `+${limit}`]), ticks(meaning));
@@ -78,7 +78,7 @@ function download(canvas, name) {
   });
 }
 
-/** The bytes of a PNG, red, green, blue and opacity of each pixel; grey pictures have them all in red. */
+/** The bytes of a PNG, red, green, blue and opacity of each pixel; gray pictures have them all in red. */
 async function decode(address) {
   const image = new Image();
   image.src = address;

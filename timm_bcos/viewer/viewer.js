@@ -26,7 +26,7 @@ function addPicture(view) {
   const button = figure.querySelector(".download");
   button.setAttribute("aria-label", `Download ${view.title} as PNG`);
   button.addEventListener("click", () => download(canvas, view.file));
-  paint(canvas, view.colours);
+  paint(canvas, view.colors);
   listen(figure.querySelector(".frame"), pictures.length);
   by("pictures").append(figure);
   const [pixel, rectangle, tip] = [".pixel", ".rectangle", ".tip"].map((name) => figure.querySelector(name));
@@ -141,12 +141,12 @@ function showPixel() {
 }
 
 function swatch(one, at) {
-  const line = element("div", "swatch"), colour = element("i");
-  colour.style.background = `rgb(${[...colourOf(one, at)].join(" ")})`;
+  const line = element("div", "swatch"), color = element("i");
+  color.style.background = `rgb(${[...colorOf(one, at)].join(" ")})`;
   const what = isContrast() ? `${one.name} ${signed(one.map[at], current.decimals)}` : "What its weights look for";
   const text = element("div", "", what);
   text.append(element("span", "note", `Norm: ${percent((one.strength[4 * at] / 255) ** 2)} of the largest`));
-  line.append(colour, text);
+  line.append(color, text);
   return line;
 }
 
@@ -271,7 +271,7 @@ async function load() {
   page.photo = await decode(page.photo);
   for (const one of classes) {
     one.map = decodeNumbers(one.contributions);
-    for (const key of ["colour", "opacity", "strength"]) one[key] = await decode(one[key]);
+    for (const key of ["color", "opacity", "strength"]) one[key] = await decode(one[key]);
   }
 }
 

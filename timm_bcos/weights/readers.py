@@ -166,7 +166,7 @@ def _refuse_wrong_numbers(value: Tensor, own: Tensor, found: str) -> None:
         return
     if not value.is_floating_point():
         raise CheckpointError(
-            f"{found} in {value.dtype}, not in floating point: quantised weights must be restored first"
+            f"{found} in {value.dtype}, not in floating point: quantized weights must be restored first"
         )
     if own.isfinite().all() and not value.isfinite().all():
         what = "values that are not numbers (NaN)" if value.isnan().any() else "infinite values"

@@ -9,7 +9,7 @@ from ..exceptions import quiet_libraries
 from ..options import Checkpoint, Model, NetworkChoice
 
 if TYPE_CHECKING:
-    from ...explanation.exactness import Check
+    from ...explanation.exactness import ExactnessReport
 
 __all__ = ["check"]
 
@@ -35,8 +35,8 @@ def check(
     typer.echo(f"  image share         {verdict.image_share:.3f}")
     if not verdict.exact:
         typer.echo(f"  breaks at           {verdict.breaks_at or 'no single module'}")
-        for defect in verdict.defects:
-            typer.echo(f"  defect              {defect}")
+        for violation in verdict.violations:
+            typer.echo(f"  violation              {violation}")
         raise typer.Exit(1)
 
 
@@ -53,16 +53,16 @@ def _network(choice: NetworkChoice, b: float | None) -> tuple[Any, bool]:
     return load_model(choice.model, choice.checkpoint, **conversion), True
 
 
-def _measure(network: Any, size: int | None, is_trained: bool) -> tuple["Check", int]:
+def _measure(network: Any, size: int | None, is_trained: bool) -> tuple["ExactnessReport", int]:
     """The verdict and the image's size."""
     from ...errors import BcosError, InputError
-    from ...explanation.exactness import check, random_image, settle
+    from ...explanation.exactness import calibrate, check, random_image
     from ...files import first_line
 
     shape = network.pretrained_cfg.get("input_size", (3, 224, 224))
     x = random_image(network.in_chans, (size, size) if size else shape[-2:]).double()
     try:
-        return check(network if is_trained else settle(network, x), x), x.shape[-1]
+        return check(network if is_trained else calibrate(network, x), x), x.shape[-1]
     except BcosError:
         raise
     except Exception as error:  # as kernels larger than an image, or images that patches do not divide

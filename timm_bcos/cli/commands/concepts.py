@@ -44,24 +44,24 @@ def concepts(
     from ...evaluation.neurons import find_strongest, plot_wall
     from ...explanation.visualization import save_figure
     from ...models.class_names import class_names, find_class
-    from ..outputs import Outputs
+    from ..outputs import OutputPaths
     from .explain_photos import PhotoExplainer
 
     with quiet_libraries():
         given = list(find_photos(photos)) if photos else []
-        outputs = Outputs(out, given)
+        outputs = OutputPaths(out, given)
         network = NetworkChoice(model, checkpoint).load(device)
-        labelled = DataChoice(data_dir, dataset, split, class_map).load(network.num_classes)
+        labeled = DataChoice(data_dir, dataset, split, class_map).load(network.num_classes)
         names = class_names(network, classes)
         asked = None if target is None else find_class(target, names, network.num_classes)
-        found = learn_concepts(network, labelled, layer, count, method)
+        found = learn_concepts(network, labeled, layer, count, method)
     reader = PhotoExplainer(network, names, (), top, outputs)
     found.save(out / "concepts.safetensors")
-    strongest = find_strongest(network, labelled, layer, images, encode=found.encode)
+    strongest = find_strongest(network, labeled, layer, images, encode=found.encode)
     shown = strongest.most_active(count, images)
-    wall = plot_wall(network, labelled, strongest, shown, images, directions=found.encoder, noun="concept")
+    wall = plot_wall(network, labeled, strongest, shown, images, directions=found.encoder, noun="concept")
     save_figure(wall, outputs.claim("wall", ".png"))
-    save_shares(class_shares(network, labelled, found, network.num_classes), names, out / "shares.csv")
+    save_shares(class_shares(network, labeled, found, network.num_classes), names, out / "shares.csv")
     for path in given:
         typer.echo(_explain(path, reader, found, asked, top))
     typer.echo(f"wrote {out}")

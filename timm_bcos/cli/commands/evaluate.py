@@ -109,7 +109,7 @@ def metrics(
     images: Annotated[int, typer.Option(min=1, help="How many, evenly spread over the data set.")] = 20,
     out: Annotated[Path, typer.Option(help="Directory for the results; a run resumes there.")] = Path("metrics"),
 ) -> None:
-    """Measure deletion, insertion, faithfulness, sensitivity, randomisation and more of attribution methods.
+    """Measure deletion, insertion, faithfulness, sensitivity, randomization and more of attribution methods.
 
     Writes metrics.csv and metrics.md. Without --method, all quick ones that suit the network.
     """
@@ -126,9 +126,9 @@ def metrics(
         raise MethodError(f"{lacking[0]} needs --regions: where the objects are")
     choice, data = NetworkChoice(model, checkpoint, plain), DataChoice(data_dir, dataset, split, class_map)
     network = choice.load(device)
-    labelled = data.load(network.num_classes)
+    labeled = data.load(network.num_classes)
     remember_settings(out, vars(choice) | vars(data) | dict(images=images, regions=regions))
-    left_out = evaluate_all(network, labelled, measured, methods, out, images=images, regions=regions)
+    left_out = evaluate_all(network, labeled, measured, methods, out, images=images, regions=regions)
     _report(left_out, out / "metrics.md")
 
 

@@ -18,7 +18,7 @@ from ...explanation.visualization import save_image
 from ...viewer.document import save_viewer
 from ..exceptions import one_line, quiet_libraries, stop_if_interrupted
 from ..options import Checkpoint, Classes, Device, Model, NetworkChoice
-from ..outputs import Outputs, is_film, slug
+from ..outputs import OutputPaths, is_film, slug
 
 if TYPE_CHECKING:
     pass
@@ -52,7 +52,7 @@ class PhotoExplainer:
     names: Sequence[str]
     targets: Sequence[int]
     top: int
-    outputs: Outputs
+    outputs: OutputPaths
     html: bool = False
     versus: Sequence[int] = ()
 
@@ -180,11 +180,11 @@ def explain(
     from ...data.photos import find_photos
     from ...models.class_names import class_names, find_class
     from ...models.shift_averaged import ShiftAveraged
-    from ..outputs import Outputs
+    from ..outputs import OutputPaths
 
     with quiet_libraries():
         given = list(find_photos(photos))
-        outputs = Outputs(out, given)
+        outputs = OutputPaths(out, given)
         network: Any = NetworkChoice(model, checkpoint).load(device)
         names = class_names(network, classes)
         targets = list(dict.fromkeys(find_class(t, names, network.num_classes) for t in target or ()))

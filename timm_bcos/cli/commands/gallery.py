@@ -41,7 +41,7 @@ def of_classes(
     images: Annotated[int, typer.Option(min=1, help="Per class.")] = 6,
     out: Out = Path("classes.png"),
 ) -> None:
-    """The images of each class that the network is most confident of, with their explanations in colour."""
+    """The images of each class that the network is most confident of, with their explanations in color."""
     from ...evaluation.galleries import plot_classes
     from ...explanation.visualization import save_figure
 
@@ -96,7 +96,7 @@ def of_bins(
     seed: Annotated[int, typer.Option(help="Of the choice of classes.")] = 0,
     out: Out = Path("bins.png"),
 ) -> None:
-    """Mean maps of the pointing game's grids, from the best localised to the worst (AggAtt)."""
+    """Mean maps of the pointing game's grids, from the best localized to the worst (AggAtt)."""
     from ...evaluation.aggatt import plot_bins
     from ...evaluation.disconnected import Disconnected
     from ...evaluation.pointing_game import confidences, sample_grids
@@ -123,9 +123,9 @@ def _most_confident(
     from ...models.class_names import class_names, find_class
 
     network = choice.load(device)
-    names, labelled = class_names(network, classes), data.load(network.num_classes)
+    names, labeled = class_names(network, classes), data.load(network.num_classes)
     shown = [find_class(c, names, len(names)) for c in show or map(str, range(min(SHOWN, len(names))))]
-    chosen = most_confident(list(confidences(network, labelled)), images, list(dict.fromkeys(shown)))
-    load = image_loader(network, labelled)
+    chosen = most_confident(list(confidences(network, labeled)), images, list(dict.fromkeys(shown)))
+    load = image_loader(network, labeled)
     x = torch.stack([load(item.index)[0] for item in chosen]).to(device)
     return network, names, x, [item.label for item in chosen]

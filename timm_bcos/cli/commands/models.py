@@ -22,10 +22,10 @@ def models(
     Any other timm model becomes a B-cos network by `timm-bcos convert`, or by the name `bcosify`.
     """
     from ...errors import TargetError
-    from ...models.loading import list_networks
+    from ...models.loading import list_bcos_models
 
     is_empty = True
-    for network in list_networks(pattern, pretrained=pretrained):
+    for network in list_bcos_models(pattern, pretrained=pretrained):
         if is_empty:
             typer.echo(HEADER.rstrip())
             is_empty = False

@@ -35,11 +35,11 @@ def neurons(
     from ...models.class_names import class_names
 
     network = NetworkChoice(model, checkpoint).load(device)
-    labelled = DataChoice(data_dir, dataset, split, class_map).load(network.num_classes)
+    labeled = DataChoice(data_dir, dataset, split, class_map).load(network.num_classes)
     names = class_names(network, classes)
-    found = find_strongest(network, labelled, layer, strongest)
+    found = find_strongest(network, labeled, layer, strongest)
     save_units(found, names, out / "units.csv")
-    save_figure(plot_wall(network, labelled, found, found.most_active(units), images), out / "wall.png")
+    save_figure(plot_wall(network, labeled, found, found.most_active(units), images), out / "wall.png")
     one_sided = found.most_one_sided(units, len(names))
     if one_sided:
         save_figure(plot_label_counts(found, one_sided, names), out / "classes.png")

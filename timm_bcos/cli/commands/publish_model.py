@@ -28,7 +28,7 @@ def publish(
     base_model: Annotated[
         str | None, typer.Option(help="ORG/NAME that the training started from; train.py's checkpoints often tell.")
     ] = None,
-    licence: Annotated[
+    license: Annotated[
         str | None, typer.Option(help="As the Hub calls it; that of published weights, or apache-2.0, by default.")
     ] = None,
     note: Annotated[list[str] | None, typer.Option(help="Further terms; repeat for several.")] = None,
@@ -56,11 +56,11 @@ def publish(
     _refuse_half_an_accuracy(accuracy, dataset, command)
     network = NetworkChoice(model, checkpoint).load()
     terms = network.pretrained_cfg if checkpoint is None else {}  # of the published weights
-    licence = licence or terms.get("license") or "apache-2.0"
+    license = license or terms.get("license") or "apache-2.0"
     card = Card(
         description,
         None if accuracy is None else Evaluation(accuracy, dataset, command),
-        licence,
+        license,
         note or terms.get("notes") or (),
         photo or (),
         trained_on or (),
@@ -72,12 +72,12 @@ def publish(
     if folder:
         save_repository(network, folder, repo_id, card, label_names=labels, dtype=precision)
         if space:
-            save_space(folder / "space", repo_id, repo_id, photos=photos, licence=licence)
+            save_space(folder / "space", repo_id, repo_id, photos=photos, license=license)
         typer.echo(f"wrote {folder}")
         return
     typer.echo(publish_network(network, repo_id, card, label_names=labels, dtype=precision, private=private))
     if space:
-        typer.echo(publish_space(repo_id, repo_id, photos=photos, licence=licence, private=private))
+        typer.echo(publish_space(repo_id, repo_id, photos=photos, license=license, private=private))
 
 
 def _refuse_half_an_accuracy(accuracy: float | None, dataset: str, command: str) -> None:

@@ -79,7 +79,7 @@ class Batches:
         return self.mixed(torch.stack(crops), draw).contiguous(memory_format=torch.channels_last)
 
     def crop(self, image: Image.Image, share: tuple[float, float], draw: random.Random) -> Tensor:
-        """A crop, perhaps flipped, with other colours."""
+        """A crop, perhaps flipped, with other colors."""
         area, ratio = image.width * image.height * draw.uniform(*share), math.exp(draw.uniform(-0.29, 0.29))
         width, height = min(image.width, math.sqrt(area * ratio)), min(image.height, math.sqrt(area / ratio))
         left, top = draw.uniform(0, image.width - width), draw.uniform(0, image.height - height)
@@ -91,8 +91,8 @@ class Batches:
         if draw.random() < 0.15:
             x = x[torch.tensor(draw.sample(range(3), 3))]
         if draw.random() < 0.6:  # saturation, contrast, brightness
-            grey = x.mean(0, keepdim=True)
-            x = grey + (x - grey) * draw.uniform(0.4, 1.6)
+            gray = x.mean(0, keepdim=True)
+            x = gray + (x - gray) * draw.uniform(0.4, 1.6)
             x = (x - x.mean()) * draw.uniform(0.7, 1.3) + x.mean() * draw.uniform(0.7, 1.3)
         return x.clamp(0, 1)
 

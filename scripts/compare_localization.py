@@ -1,6 +1,6 @@
 """Networks side by side: accuracy, and the grid pointing game on the same grids of photos, with paired differences.
 
-    python scripts/compare_localisation.py data/clothing/test.tar \
+    python scripts/compare_localization.py data/clothing/test.tar \
         plain=output/train/plain/last.pth.tar antialiased=output/train/antialiased/last.pth.tar
 
 Grids are made of the photos that the first network is most confident of, for all alike.
@@ -16,18 +16,18 @@ from torch import nn
 from tqdm import tqdm
 
 from timm_bcos.cli.exceptions import exit_status
-from timm_bcos.data.datasets import LabelledImages, load_dataset
-from timm_bcos.evaluation.pointing_game import Grid, confidences, localisation, sample_grids
+from timm_bcos.data.datasets import LabeledImages, load_dataset
+from timm_bcos.evaluation.pointing_game import Grid, confidences, localization, sample_grids
 
 WINDOWS = dict(raw=1, smoothed=15)
 
 
-def compare(models: dict[str, nn.Module], dataset: LabelledImages, count: int) -> list[Grid]:
+def compare(models: dict[str, nn.Module], dataset: LabeledImages, count: int) -> list[Grid]:
     """Print accuracies, median shares of the cells, and the gains per grid over the first network.
 
     Args:
         models: B-cos networks by name.
-        dataset: Labelled photos.
+        dataset: Labeled photos.
         count: Grids of 2 × 2.
 
     Returns:
@@ -39,7 +39,7 @@ def compare(models: dict[str, nn.Module], dataset: LabelledImages, count: int) -
     for name, model in models.items():
         right = sum(one.label == one.predicted for one in found[name])
         played = [
-            localisation(model, dataset, grid, smooth=list(WINDOWS.values()))
+            localization(model, dataset, grid, smooth=list(WINDOWS.values()))
             for grid in tqdm(grids, name, disable=None)
         ]
         shares[name] = torch.stack(played)  # (grids, windows, cells)
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     """Compare checkpoints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="labelled photos, as --data-dir takes them")
+    parser.add_argument("data", help="labeled photos, as --data-dir takes them")
     parser.add_argument(
         "networks", nargs="+", help="NAME=CHECKPOINT of train.py, or NAME=MODEL; compared with the first"
     )
