@@ -229,7 +229,99 @@ def roi(z):
 
 
 Blocks = dict[str, Callable[[Tensor], Any]]
+ATTENTION = {
+    "bias_kv": nn.MultiheadAttention(6, 2, add_bias_kv=True, batch_first=True).double().eval(),
+    "zero_attn": nn.MultiheadAttention(6, 2, add_zero_attn=True, batch_first=True).double().eval(),
+}
+
+
+def tokens(z):
+    return z.flatten(2).transpose(1, 2)
+
+
+def packed(layer, lengths):
+    """Each image's tokens as sequences of several lengths."""
+
+    def run(z):
+        t = tokens(z)[:, :27].unflatten(1, (3, 9)).flatten(0, 1)
+        several = torch.tensor(lengths).repeat(len(z))
+        rows = nn.utils.rnn.pack_padded_sequence(t, several, batch_first=True, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(layer(rows)[0], batch_first=True)[0].unflatten(0, (-1, 3)).mean((1, 2))
+
+    return run
+
+
+def each(function):
+    return lambda z: torch.stack([function(t) for t in z])
+
+
+def added_at(z):
+    y = z * 1
+    for i in range(len(z)):
+        y[i, int(z[i].mean((1, 2)).argmax())] += 1.0
+    return y
+
+
+def narrowed(z):
+    y = z * 1
+    for i in range(len(z)):
+        y[i].narrow(0, int(z[i].mean((1, 2)).argmax()), 1).add_(1.0)
+    return y
+
+
+def in_a_thread(function):
+    found = []
+    worker = threading.Thread(target=lambda: found.append(function()))
+    worker.start()
+    worker.join()
+    return found[0]
+
+
+def data_written_in_a_thread(z):
+    b = torch.zeros_like(z)
+    in_a_thread(lambda: b.data.copy_(z.detach().sigmoid()))
+    return z + b
+
+
+def reused_memory(z):
+    b = z.sigmoid()
+    y = z * b
+    b[:] = 0.5
+    return y + b
+
+
+ones = lambda: torch.ones(6, 1, 1, dtype=D)  # noqa: E731
+
 EXACT: Blocks = {
+    "clamp(max=tensor, min=tensor)": lambda z: z.clamp(max=torch.tensor(0.1, dtype=D), min=torch.tensor(-0.1, dtype=D)),
+    "matmul(other=, input=)": lambda z: torch.matmul(other=EYE.flip(0) + C[:, 0].T, input=z.mean((2, 3))),
+    "addmm(mat2=, mat1=)": lambda z: torch.addmm(C.flatten(), mat2=EYE.flip(0), mat1=z.mean((2, 3))),
+    "as_tensor": lambda z: torch.as_tensor(z),
+    "rows of the path by an embedding": each(
+        lambda t: F.embedding(torch.tensor([1, 0, 2, 5, 4, 3]), t.flatten(1)).mean(1)
+    ),
+    "attention with bias_k and bias_v": lambda z: ATTENTION["bias_kv"](*[tokens(z)] * 3)[0].mean(1),
+    "attention with a token of zeros": lambda z: ATTENTION["zero_attn"](*[tokens(z)] * 3)[0].mean(1),
+    "attention without a batch": each(lambda t: ATTENTION["zero_attn"](*[t.flatten(1).T] * 3)[0].mean(0)),
+    "packed LSTM": packed(LSTM, [4, 9, 6]),
+    "packed GRU": packed(GRU, [9, 9, 2]),
+    "packed RNN": packed(RNN, [1, 2, 3]),
+    "a derivative as a gate": lambda z: z * torch.func.grad(lambda t: t.square().sum())(z.detach()),
+    "gate's memory used again": reused_memory,
+    "polar": lambda z: torch.polar(torch.fft.fft2(z).abs(), torch.fft.fft2(z).angle()).real,
+    "aten.sub": lambda z: torch.ops.aten.sub(z, C),
+    "aten.masked_fill": lambda z: torch.ops.aten.masked_fill(z, z < 0, 0.5),
+    "aten.copy_": lambda z: torch.ops.aten.copy_(torch.zeros_like(z), z),
+    "aten.convolution": lambda z: torch.ops.aten.convolution(
+        z, EYE[:, :, None, None], C.flatten(), [1, 1], [0, 0], [1, 1], False, [0, 0], 1
+    ),
+    "ndtr, frac, %, // as gates": lambda z: z * (torch.special.ndtr(z) + z.frac() + z % 0.1 + z // 0.1),
+    "prod, cumprod, logaddexp as gates": lambda z: (
+        z * (z.prod(1, keepdim=True) + z.cumprod(1) + torch.logaddexp(z, z.flip(1)))
+    ),
+    "solve": lambda z: torch.linalg.solve(
+        EYE + (z[:, :, 0, :6] @ z[:, :, 0, :6].transpose(1, 2)).detach(), z.flatten(2)[..., :6]
+    ).mean(2),
     "y.pow_(2)": changed(lambda y, z: y.pow_(2)),
     "torch.max(z, constant)": lambda z: torch.max(z, torch.full((1,), 0.1, dtype=D)),
     "z + C.type_as(z)": lambda z: z + C.type_as(z),
@@ -372,6 +464,34 @@ EXACT: Blocks = {
     "expand mul": lambda z: z * torch.ones(1, dtype=D).expand_as(z),
 }
 INEXACT: Blocks = {
+    "y[i, argmax] += 1": added_at,
+    "narrow(argmax).add_(1)": narrowed,
+    "scatter_add(argmax, ones)": lambda z: z.scatter_add(
+        1, z.argmax(1, keepdim=True), torch.ones(len(z), 1, 12, 12, dtype=D)
+    ),
+    "scatter_reduce(argmax, ones, sum)": lambda z: z.scatter_reduce(
+        1, z.argmax(1, keepdim=True), torch.ones(len(z), 1, 12, 12, dtype=D), "sum"
+    ),
+    "index_put(argmax, 1, accumulate=True)": lambda z: (
+        z.flatten(1)
+        .index_put((torch.arange(len(z)), z.flatten(1).argmax(1)), torch.ones(1, dtype=D), accumulate=True)
+        .view_as(z)
+    ),
+    "index_add(argmax, ones)": each(
+        lambda t: t.index_add(0, t.mean((1, 2)).argmax()[None], torch.ones(1, 12, 12, dtype=D))
+    ),
+    "data of zeros, written in a thread": data_written_in_a_thread,
+    "a slice as long as a gate says": each(
+        lambda t: t + torch.linspace(0, 1, 6, dtype=D)[: (t.detach() > 0).sum().remainder(5) + 1].sum()
+    ),
+    "ones times aten.item": each(lambda t: t + ones() * torch.ops.aten.item(t.detach().mean())),
+    "ones times a thread's number": each(lambda t: t + ones() * in_a_thread(lambda: float(t.detach().mean()))),
+    "ones times a printed number": each(lambda t: t + ones() * float(f"{t.detach().mean():.6f}")),
+    "as many as one_hot has": each(
+        lambda t: t + ones() * F.one_hot((t.detach() > 0).sum().remainder(50)).shape[0] / 50
+    ),
+    "as many as arange has": each(lambda t: t + ones() * torch.arange((t.detach() > 0).sum()).shape[0] / 500),
+    "as many as are not zero": each(lambda t: t + ones() * t.detach().relu().to_sparse()._nnz() / 500),
     "index_put acc": lambda z: z.index_put((torch.tensor([0]),), z[0], accumulate=True),
     "b[i].copy_(gate)": written_rows,
     "b.chunk()[0].copy_(gate)": written_chunk,
@@ -456,6 +576,8 @@ INEXACT: Blocks = {
     "prod": lambda z: z.prod(1, keepdim=True) + z,
 }
 READS_EXACT: Blocks = {
+    "relu, abs": lambda x: x.relu().abs(),
+    "standardized": lambda x: (x - x.mean((2, 3), keepdim=True)) / (x.std((2, 3), keepdim=True) + 1e-6),
     "centered and divided by a statistic": lambda x: (
         (x - x.mean((1, 2, 3), keepdim=True)) / x.std((1, 2, 3), keepdim=True)
     ),
@@ -520,4 +642,22 @@ READS_INEXACT: Blocks = {
     "pow": lambda x: x**2.2,
     "number": lambda x: x * float(x.mean()),
     "batch mean": lambda x: x - x.mean(0, keepdim=True),
+}
+
+
+# Two spellings of one function, whose explanations are the same numbers.
+SPELLINGS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "clamp_min(min=)": (lambda z: z.clamp_min(min=0.05), lambda z: z.clamp(min=0.05)),
+    "torch.clamp_min(z, min=)": (lambda z: torch.clamp_min(z, min=0.05), lambda z: z.clamp(min=0.05)),
+    "clamp_min_(min=)": (lambda z: (z * 1).clamp_min_(min=0.05), lambda z: z.clamp(min=0.05)),
+    "clamp_max(max=)": (lambda z: z.clamp_max(max=-0.05), lambda z: z.clamp(max=-0.05)),
+    "hardtanh(max_val=, min_val=)": (lambda z: F.hardtanh(z, max_val=0.1, min_val=0.05), lambda z: z.clamp(0.05, 0.1)),
+    "aten.clamp": (lambda z: torch.ops.aten.clamp(z, 0.05, 0.1), lambda z: z.clamp(0.05, 0.1)),
+    "aten.clamp.Tensor": (lambda z: torch.ops.aten.clamp.Tensor(z, C * 0.1), lambda z: z.clamp(C * 0.1)),
+    "aten.softplus": (lambda z: torch.ops.aten.softplus(z), F.softplus),
+    "aten.threshold": (lambda z: torch.ops.aten.threshold(z, 0.1, 0.5), lambda z: F.threshold(z, 0.1, 0.5)),
+    "packed sequences of one length": (
+        packed(LSTM, [9, 9, 9]),
+        lambda z: LSTM(tokens(z)[:, :27].unflatten(1, (3, 9)).flatten(0, 1))[0].unflatten(0, (-1, 3)).mean((1, 2)),
+    ),
 }

@@ -131,3 +131,38 @@ def test_constants_of_tiny_size_go_to_the_right_image() -> None:
     batch, alone = timm_bcos.explain(model, x, 1), timm_bcos.explain(model, x[:1], 1)
     torch.testing.assert_close(batch.bias[0], alone.bias[0], rtol=1e-9, atol=0)
     assert batch.completeness_error.max() < 1e-10
+
+
+@pytest.mark.parametrize("name", blocks.SPELLINGS)
+def test_spellings_of_one_function_have_one_explanation(name: str) -> None:
+    one, other = (timm_bcos.explain(build(function, Behind), images(), 1) for function in blocks.SPELLINGS[name])
+    scale = other.weights.abs().max()
+    assert (one.weights - other.weights).abs().max() < 1e-9 * scale
+    assert (one.bias - other.bias).abs().max() < 1e-9
+
+
+STANDARDIZED: dict[str, Function] = {
+    "std": lambda x: (x - x.mean((1, 2, 3), keepdim=True)) / (x.std((1, 2, 3), keepdim=True) + 1e-5),
+    "layer_norm": lambda x: F.layer_norm(x, x.shape[1:]),
+}
+
+
+@pytest.mark.parametrize("name", STANDARDIZED)
+def test_standardized_images_are_read_exactly_in_float32(name: str) -> None:
+    model, x = build(STANDARDIZED[name], Before).float(), images().float()
+    assert timm_bcos.check(model, x).exact
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", timm_bcos.InexactWarning)
+        assert timm_bcos.explain(model, x).completeness_error.max() < 1e-4
+
+
+CULPRITS: dict[str, Function] = {
+    "sigmoid": lambda z: z.mean((2, 3)).sigmoid(),
+    "torch.no_grad": torch.no_grad()(lambda z: z * 2),
+}
+
+
+@pytest.mark.parametrize("name", CULPRITS)
+def test_errors_name_what_left_the_path(name: str) -> None:
+    with pytest.raises(timm_bcos.TargetError, match=f"ends in {name}"):
+        timm_bcos.explain(build(CULPRITS[name], Behind), images())

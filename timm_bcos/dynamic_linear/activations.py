@@ -60,21 +60,29 @@ OUT_OF_PLACE = {
     if hasattr(space, f"{name}_") and hasattr(space, name)
 }
 NEVER_ZERO_AT_ZERO = {functional.sigmoid_activation, *named("softplus threshold")}
-BOUNDED = {*named("clamp clip clamp_min clamp_max hardtanh")}
+BOUNDED = {*named("clamp clip clamp_min clamp_max hardtanh clamp_ clip_ clamp_min_ clamp_max_ hardtanh_")}
+
+
+LOWER, UPPER = {*named("clamp_min clamp_min_")}, {*named("clamp_max clamp_max_")}
+
+
+def _bounds(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """The lower and the upper bound, however they are given."""
+    default = (-1.0, 1.0) if func.__name__.startswith("hardtanh") else (None, None)
+    if func in UPPER:
+        args = (None, *args)
+    low, high = (
+        args[i] if len(args) > i else kwargs.get(name, kwargs.get(f"{name}_val", default[i]))
+        for i, name in enumerate(("min", "max"))
+    )
+    return low, None if func in LOWER else high
 
 
 def _is_zero_at_zero(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Told from the arguments alone: a look at values would end `torch.export`'s trace."""
     if func not in BOUNDED:
         return func not in NEVER_ZERO_AT_ZERO
-    if func in {*named("clamp_min")}:
-        args = (*args, None)
-    elif func in {*named("clamp_max")}:
-        args = (None, *args)
-    low, high = (
-        args[i] if len(args) > i else kwargs.get(name, kwargs.get(f"{name}_val"))
-        for i, name in enumerate(("min", "max"))
-    )
+    low, high = _bounds(func, args, kwargs)
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         return False
     return (low is None or low <= 0) and (high is None or high >= 0)
@@ -84,9 +92,7 @@ def _between_tensors(
     mode: Mode, func: Function, /, input: Tensor, *bounds: Operand | None, inplace: bool = False, **named_bounds: Any
 ) -> Tensor:
     """`clamp` by tensors: the largest and the smallest of two. The bounds are no path, but gates or constants."""
-    low, high = (*bounds, *named_bounds.values(), None)[:2]
-    if func in {*named("clamp_max clamp_max_")} or (not bounds and list(named_bounds) == ["max"]):
-        low, high = None, low
+    low, high = _bounds(func, bounds, named_bounds)
     result = input
     for bound, extreme in ((low, torch.maximum), (high, torch.minimum)):
         if bound is not None:

@@ -63,19 +63,35 @@ def _multi_head_attention(
     k_proj_weight: Tensor | None = None, v_proj_weight: Tensor | None = None, static_k: Tensor | None = None,
     static_v: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """torch's attention layer over sequences (L, N, E), without what its fast paths leave out."""
-    if query.ndim != 3 or any(x is not None for x in (bias_k, bias_v, static_k, static_v)) or add_zero_attn:
-        raise NotImplementedError("explanation mode knows attention over (L, N, E) without bias_k, bias_v, static_k/v")
+    """torch's attention layer over sequences (L, N, E) or (L, E), without what its fast paths leave out."""
+    if static_k is not None or static_v is not None:
+        raise NotImplementedError("explanation mode knows attention without static_k and static_v")
+    is_single = query.ndim == 2
+    if is_single:
+        query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
     weights: Any = (q_proj_weight, k_proj_weight, v_proj_weight) if in_proj_weight is None else in_proj_weight.chunk(3)
     biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
-    projected = [mode.call(F.linear, x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
-    q, k, v = (x.unflatten(2, (num_heads, -1)).permute(1, 2, 0, 3) for x in projected)  # (N, heads, L, D)
+    q, k, v = (mode.call(F.linear, x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+    more = [(bias_k, bias_v)] if bias_k is not None else []
+    if add_zero_attn:
+        more.append((torch.zeros_like(k[:1], requires_grad=False),) * 2)
+    for another_key, another_value in more:
+        k = mode.call(torch.cat, [k, another_key.expand(1, *k.shape[1:])])
+        v = mode.call(torch.cat, [v, another_value.expand(1, *v.shape[1:])])
+    q, k, v = (x.unflatten(2, (num_heads, -1)).permute(1, 2, 0, 3) for x in (q, k, v))  # (N, heads, L, D)
     mask = _merged_mask(detached(attn_mask), detached(key_padding_mask), detached(q), num_heads)
+    if mask is not None:
+        mask = F.pad(mask, (0, len(more)))
     gate = mode.call(attention_weights, q, k, mask, is_causal and mask is None, None)
     gate = F.dropout(gate, dropout_p, training)
-    y = share(torch.matmul, [gate, v]).permute(2, 0, 1, 3).flatten(2)
+    y = mode.call(
+        F.linear, share(torch.matmul, [gate, v]).permute(2, 0, 1, 3).flatten(2), out_proj_weight, out_proj_bias
+    )
     averaged = gate.mean(1) if average_attn_weights else gate
-    return mode.call(F.linear, y, out_proj_weight, out_proj_bias), averaged if need_weights else None
+    if is_single:
+        y, averaged = y[:, 0], averaged[0]
+    return y, averaged if need_weights else None
 
 
 def _merged_mask(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, heads: int) -> Tensor | None:

@@ -102,11 +102,19 @@ def _image_axis(y: Tensor, images: int) -> int:
 
 @dataclass(frozen=True)
 class Noted:
-    """A constant as it was added: the function, what it was made of, and where (None where nobody asked)."""
+    """A constant as it was added.
+
+    Attributes:
+        function: What added it.
+        values: What it was made of.
+        place: In which module; None where nobody asked.
+        offset: Where the part begins to which it was added in place.
+    """
 
     function: str
     values: tuple[object, ...]
     place: Violation | None
+    offset: int = 0
 
     def is_zero(self) -> bool:
         """Whether it adds nothing, so that it does not matter whether the function was called."""
@@ -118,7 +126,7 @@ class Noted:
 
     def equals(self, other: "Noted") -> bool:
         """Whether both are the same numbers, to the last bit; of uniform tensors the shape may differ."""
-        return all(map(_is_same, self.values, other.values))
+        return self.offset == other.offset and all(map(_is_same, self.values, other.values))
 
 
 def _is_same(one: object, other: object) -> bool:
@@ -162,18 +170,19 @@ class BiasTracker:
         dtype = like.dtype.to_real() if like.is_complex() else like.dtype
         return torch.ones(images, dtype=dtype, device=like.device).requires_grad_()
 
-    def note(self, func: Function, values: Sequence[object], is_certain: bool) -> None:
+    def note(self, func: Function, values: Sequence[object], is_given: bool, offset: int = 0) -> None:
         """Remember a constant, to be compared with what another image gives.
 
         Args:
             func: What adds it.
             values: Tensors and numbers that it is made of; nobody changes them later.
-            is_certain: Whether it is made of parameters, buffers and literals alone.
+            is_given: Whether it is made of parameters and buffers alone, as they are.
+            offset: Of the part that it is added to.
         """
-        if self.has_escaped or not is_certain:
+        if self.has_escaped or not is_given:
             self.needs_another_image = True
         place = self.place(func, "changes") if self._names_places else None
-        self.noted.append(Noted(function_name(func), tuple(values), place))
+        self.noted.append(Noted(function_name(func), tuple(values), place, offset))
 
     def tap(self, y: Tensor, addend: Tensor) -> Tensor:
         """Note that y, a result that nobody has seen yet, has a constant addend."""

@@ -13,12 +13,14 @@ from .registry import Function, Mode, detached, leave_path, named, on_linear_pat
 
 GATES = """
     sigmoid hardsigmoid softmax softmin gumbel_softmax log_softmax logsigmoid logit logsumexp special_logit
-    var std norm vector_norm matrix_norm renorm cov corrcoef pairwise_distance pdist cdist dist
+    var std norm vector_norm matrix_norm cov corrcoef pairwise_distance pdist cdist dist
     sqrt rsqrt exp exp2 expm1 log log1p log2 log10 erf erfc erfinv expit sin cos tan asin acos atan atan2 sinh cosh
     asinh acosh arctan arctan2 sinc i0 lgamma digamma gamma reciprocal __rtruediv__ __rdiv__ __rpow__ angle
     sign sgn signum heaviside floor ceil round trunc fix argmax argmin argsort argwhere nonzero one_hot bucketize
     searchsorted histc bincount unique count_nonzero isnan isinf isfinite eq ne lt le gt ge greater less equal allclose
-    all any long int bool short char byte multinomial bernoulli detach data embedding det slogdet logdet
+    all any long int bool short char byte multinomial bernoulli detach data det slogdet logdet
+    ndtr ndtri frac remainder __mod__ __rmod__ fmod floor_divide __floordiv__ __rfloordiv__ logaddexp logaddexp2 prod
+    cumprod logcumsumexp inv pinv inverse pinverse matrix_exp matrix_power cholesky
 """
 IN_PLACE = """
     sigmoid_ hardsigmoid_ sqrt_ rsqrt_ exp_ log_ sin_ cos_ reciprocal_ sign_ floor_ ceil_ round_ softmax_ log1p_ erf_

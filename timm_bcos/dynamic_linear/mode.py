@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .._compat import private
 from ..errors import ModelStateError
 from .kinds import Kind
 from .registry import (
@@ -28,16 +29,17 @@ from .registry import (
     Function,
     FunctionRule,
     Operand,
-    named,
     on_linear_path,
     out_of_place,
     register_function,
     tensors_in,
+    twin,
 )
 
 __all__ = [
     "DynamicLinearMode",
     "active",
+    "differentiates_apart",
     "explanation_mode",
     "is_active",
     "mark_constant",
@@ -66,8 +68,8 @@ class DynamicLinearMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Function, types: object, args: Sequence[object] = (), kwargs: dict[str, object] | None = None
     ) -> object:
-        kwargs = kwargs or {}
-        if func in METADATA or not is_active(self):
+        func, kwargs = twin(func), kwargs or {}
+        if func in METADATA or not is_active(self) or differentiates_apart(args):
             return func(*args, **kwargs)
         args, kwargs = [self.frozen(v) for v in args], {name: self.frozen(v) for name, v in kwargs.items()}
         if not any(map(on_linear_path, tensors_in([*args, *kwargs.values()]))):
@@ -89,7 +91,7 @@ class DynamicLinearMode(TorchFunctionMode):
 
     def handler(self, func: Function) -> FunctionRule | None:
         """How a function is rewritten; None for one that is not known."""
-        return self.table.get(func) or _in_place_handler(self.table, func) or self.table.get(_of_aten(func))
+        return self.table.get(func) or _in_place_handler(self.table, func)
 
     # What a mode that keeps account does beside.
 
@@ -137,12 +139,19 @@ class DynamicLinearMode(TorchFunctionMode):
         return self.table[func](self, func, *args)
 
 
-def _of_aten(func: Function) -> Function:
-    """The function in `torch` that an operator (`torch.ops.aten.relu`) is."""
-    packet = getattr(func, "overloadpacket", func)
-    if getattr(packet, "__module__", "") != "torch._ops.aten":
-        return func
-    return next((f for f in named(packet.__name__) if f in TABLE), func)
+def differentiates_apart(args: Sequence[object]) -> bool:
+    """Whether `torch.func` takes derivatives of values off the path, which are gates: that is no part of the path."""
+    if not private.are_functorch_transforms_active():
+        return False
+    tracked = [x for x in tensors_in(args) if private.is_gradtrackingtensor(x)]
+    return bool(tracked) and not any(map(_is_on_path_outside, tracked))
+
+
+def _is_on_path_outside(x: Tensor) -> bool:
+    """Whether a tensor is on the path outside of all transforms."""
+    while private.is_functorch_wrapped_tensor(x):
+        x = private.get_unwrapped(x)
+    return on_linear_path(x)
 
 
 def _in_place_handler(table: Mapping[Function, FunctionRule], func: Function) -> FunctionRule | None:

@@ -38,7 +38,7 @@ def _batch_norm(
                 func(detached(input), running_mean, running_var, None, None, True, momentum, eps)  # which follow
         dims = [0, *range(2, input.ndim)]
         return _affine(mode, func, _normed(input, dims, eps), weight, bias, shape)
-    sources = [s for s in (running_mean, running_var, weight, bias, eps) if s is not None]
+    sources = [s for s in (running_mean, running_var, weight, bias) if s is not None]
     scale = (running_var + eps).rsqrt() if weight is None else weight * (running_var + eps).rsqrt()
     shift = -running_mean * scale if bias is None else bias - running_mean * scale
     scale, shift = scale.reshape(shape).to(input.dtype), shift.reshape(shape).to(input.dtype)
@@ -88,6 +88,15 @@ def _layer_norm(
     bias: Tensor | None = None, eps: float = 1e-5, cudnn_enable: bool = True,
 ) -> Tensor:  # fmt: skip
     return _affine(mode, func, _normed(input, range(-len(normalized_shape), 0), eps), weight, bias)
+
+
+@rule(torch.native_layer_norm)
+def _native_layer_norm(
+    mode: Mode, func: Function, /, input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None,
+    bias: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    _, *statistics = func(detached(input), normalized_shape, None, None, eps)
+    return _layer_norm(mode, F.layer_norm, input, normalized_shape, weight, bias, eps), statistics[0], statistics[1]
 
 
 @rule(*named("group_norm"))

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .registry import Function, Mode, Operand, detached, named, on_linear_path, rule
@@ -34,6 +35,18 @@ def _convolution(
     return y if bias is None else mode.add(y, bias.reshape(shape), func, bias)
 
 
+@rule(*named("convolution"))
+def _any_convolution(
+    mode: Mode, func: Function, /, input: Tensor, weight: Tensor, bias: Tensor | None, *rest: object
+) -> Tensor:
+    """torch's one function behind all convolutions, which exported programs call."""
+    y = share(lambda x, w: func(x, w, None, *rest), [input, weight])
+    if bias is None:
+        return y
+    shaped = bias.reshape((-1,) + (1,) * (weight.ndim - 2))
+    return mode.add(y + shaped, shaped, func, bias)
+
+
 @rule(*named("linear"))
 def linear(mode: Mode, func: Function, /, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias."""
@@ -63,9 +76,32 @@ def share(func: Function, operands: Sequence[object], **kwargs: object) -> Tenso
     return sum(parts[1:], parts[0]) / len(parts)
 
 
+ORDER = [
+    "input",
+    "self",
+    "tensor1",
+    "mat1",
+    "batch1",
+    "vec1",
+    "x",
+    "other",
+    "tensor2",
+    "mat",
+    "mat2",
+    "batch2",
+    "vec",
+    "vec2",
+]
+
+
+def _in_order(factors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Factors that were given by name, in the order in which torch's signatures have them."""
+    return dict(sorted(factors.items(), key=lambda item: ORDER.index(item[0]) if item[0] in ORDER else len(ORDER)))
+
+
 @rule(*named(PRODUCTS))
 def _product(mode: Mode, func: Function, /, *args: object, **kwargs: object) -> Tensor:
-    operands = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+    operands = _in_order({name: value for name, value in kwargs.items() if isinstance(value, Tensor)})
     rest = {name: value for name, value in kwargs.items() if name not in operands}
     if len(args) == 1 and isinstance(args[0], list | tuple):  # multi_dot
         return share(lambda *factors: func(list(factors)), list(args[0]), **rest)
@@ -104,7 +140,7 @@ def _sum_and_product(
     mode: Mode, func: Function, /, input: Tensor, *factors: Tensor, value: float = 1, beta: float = 1,
     alpha: float = 1, **named_factors: Tensor,
 ) -> Tensor:  # fmt: skip
-    operands = [*factors, *named_factors.values()]
+    operands = [*factors, *_in_order(named_factors).values()]
     product = share(_product_of(func), operands) * (value * alpha)
     return _sum(mode, func, input if beta else None, beta, product, [*operands, value, alpha])
 
@@ -151,6 +187,45 @@ def _sum_and_quotient(
 ) -> Tensor:
     quotient = _quotient(mode, torch.div, tensor1, tensor2) * value
     return _sum(mode, func, input, 1, quotient, [tensor1, tensor2, value])
+
+
+@rule(*named("solve"))
+def _solve(mode: Mode, func: Function, /, A: Tensor, B: Tensor, **kwargs: object) -> Tensor:  # noqa: N803  (torch's)
+    """A⁻¹ B, the matrix being a gate."""
+    return func(detached(A), B, **kwargs)  # type: ignore[no-any-return]
+
+
+@rule(*named("ldexp"))
+def _scaled_by_power(mode: Mode, func: Function, /, input: Tensor, other: Tensor) -> Tensor:
+    return func(input, detached(other))  # type: ignore[no-any-return]
+
+
+@rule(*named("polar"))
+def _polar(mode: Mode, func: Function, /, abs: Tensor, angle: Tensor) -> Tensor:
+    """abs · exp(i · angle), the direction being a gate."""
+    return abs * func(torch.ones_like(detached(abs)), detached(angle))
+
+
+@rule(*named("renorm"))
+def _renorm(mode: Mode, func: Function, /, input: Tensor, p: float, dim: int, maxnorm: float) -> Tensor:
+    """Slices along a dimension, each times a statistic."""
+    point = detached(input)
+    scale = func(point, p, dim, maxnorm) / torch.where(point == 0, 1.0, point)
+    others = [d for d in range(point.ndim) if d != dim % point.ndim]
+    largest = point.abs().movedim(dim, 0).flatten(1).argmax(1, keepdim=True)  # where the quotient is surest
+    factor = scale.movedim(dim, 0).flatten(1).gather(1, largest)[:, 0]
+    return input * factor.reshape([-1 if d not in others else 1 for d in range(point.ndim)])
+
+
+@rule(F.embedding)
+def _embedding(
+    mode: Mode, func: Function, /, input: Tensor, weight: Tensor, padding_idx: int | None = None,
+    max_norm: float | None = None, *args: object, **kwargs: object,
+) -> Tensor:  # fmt: skip
+    """Rows of a table that may itself be on the path."""
+    if max_norm is not None:
+        raise NotImplementedError("embedding with max_norm changes its table in place")
+    return func(detached(input), weight)  # type: ignore[no-any-return]
 
 
 @rule(*named("grid_sample affine_grid"))

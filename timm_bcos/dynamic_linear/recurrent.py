@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .activations import activate
 from .products import linear
-from .registry import Function, Mode, detached, on_linear_path, rule
+from .registry import Function, Mode, detached, named, on_linear_path, rule
 
 __all__: list[str] = []
 
@@ -115,13 +115,15 @@ def _step(
 
 
 @rule(*CELLS)
-def _layers(
-    mode: Mode, func: Function, /, x: Tensor, state: Tensor | tuple[Tensor, ...], weights: list[Tensor],
-    has_biases: bool, num_layers: int, dropout: float, training: bool, bidirectional: bool, batch_first: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """As torch's functions for padded batches, step by step."""
+def _layers(mode: Mode, func: Function, /, *args: Any) -> tuple[Tensor, ...]:
+    """As torch's functions, step by step, for padded batches (L, N, C) and for packed sequences."""
+    if isinstance(args[3], bool):
+        x, state, weights, _, num_layers, dropout, training, bidirectional, batch_first = args
+        steps = list((x.transpose(0, 1) if batch_first else x).unbind(0))
+    else:
+        x, sizes, state, weights, _, num_layers, dropout, training, bidirectional = args
+        steps, batch_first = list(x.split(sizes.tolist())), False
     states = (state,) if isinstance(state, Tensor) else tuple(state)
-    sequence = x.transpose(0, 1) if batch_first else x  # (L, N, C)
     directions = 2 if bidirectional else 1
     per_cell = len(weights) // (num_layers * directions)
     last: list[State] = []
@@ -130,23 +132,45 @@ def _layers(
         for direction in range(directions):
             index = layer * directions + direction
             own = weights[index * per_cell : (index + 1) * per_cell]
-            start = tuple(s[index] for s in states)
-            output, end = _run(mode, func, sequence, start, own, backwards=direction == 1)
+            output, end = _run(mode, func, steps, tuple(s[index] for s in states), own, backwards=direction == 1)
             outputs.append(output)
             last.append(end)
-        sequence = torch.cat(outputs, 2)
+        steps = [torch.cat(parts, 1) for parts in zip(*outputs, strict=True)]
         if dropout and training and layer < num_layers - 1:
-            sequence = F.dropout(sequence, dropout)
+            steps = [F.dropout(step, dropout) for step in steps]
     ends = [torch.stack(column) for column in zip(*last, strict=True)]
-    return (sequence.transpose(0, 1) if batch_first else sequence, *ends)
+    if not isinstance(args[3], bool):
+        return (torch.cat(steps), *ends)
+    return (torch.stack(steps, 1 if batch_first else 0), *ends)
 
 
 def _run(
-    mode: Mode, func: Function, sequence: Tensor, state: State, weights: list[Tensor], backwards: bool
-) -> tuple[Tensor, State]:
-    """One layer in one direction: (L, N, C) to (L, N, H) and the last state."""
+    mode: Mode, func: Function, steps: list[Tensor], state: State, weights: list[Tensor], backwards: bool
+) -> tuple[list[Tensor], State]:
+    """One layer in one direction: what it answers at each step, and the last state of each sequence.
+
+    Args:
+        steps: (n, C) each, of the first n sequences, the longest ones first: n never grows.
+        state: (N, H) each, before the first step.
+    """
     outputs = []
-    for x in reversed(sequence.unbind(0)) if backwards else sequence.unbind(0):
-        state = CELLS[func](mode, func, x, state, weights)
-        outputs.append(state[0])
-    return torch.stack(outputs[::-1] if backwards else outputs), state
+    for x in reversed(steps) if backwards else steps:
+        new = CELLS[func](mode, func, x, tuple(s[: len(x)] for s in state), weights)
+        outputs.append(new[0])
+        state = new if len(x) == len(state[0]) else tuple(
+            torch.cat([changed, kept[len(x) :]]) for changed, kept in zip(new, state, strict=True)
+        )  # fmt: skip
+    return outputs[::-1] if backwards else outputs, state
+
+
+@rule(*named("_pad_packed_sequence"))
+def _padded(
+    mode: Mode, func: Function, /, data: Tensor, sizes: Tensor, batch_first: bool, padding: float, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """Packed sequences as a padded batch."""
+    y, lengths = func(data, sizes, batch_first, 0.0, *rest)
+    if not padding:
+        return y, lengths
+    is_padded = func(torch.ones_like(detached(data)), sizes, batch_first, 0.0, *rest)[0] == 0
+    addend = is_padded.to(y.dtype) * padding
+    return mode.add(y + addend, addend, func, padding), lengths

@@ -6,6 +6,7 @@ exact. `register_function` adds functions of your own.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
+from functools import cache
 from types import GetSetDescriptorType
 from typing import Any, Protocol, TypeGuard, TypeVar, overload
 
@@ -17,7 +18,7 @@ from ..nn import functional
 from .kinds import Kind
 
 __all__ = [
-    "COUNTING",
+    "DATA",
     "EMPTY",
     "ESCAPING",
     "FIXED",
@@ -44,6 +45,7 @@ __all__ = [
     "reads_shape",
     "register_function",
     "tensors_in",
+    "twin",
     "writes_to",
 ]
 
@@ -209,8 +211,8 @@ METADATA = frozenset([torch.autograd.grad, torch.autograd.backward, Tensor.backw
 VALUES_FROM: dict[Function, str] = {
     **dict.fromkeys(
         named(
-            "zeros_like ones_like empty_like rand_like randn_like randint_like new_zeros new_ones new_empty "
-            "new_empty_strided"
+            "zeros ones empty zeros_like ones_like empty_like rand_like randn_like randint_like new_zeros new_ones "
+            "new_empty new_empty_strided"
         ),
         "none",
     ),
@@ -221,35 +223,52 @@ VALUES_FROM: dict[Function, str] = {
 ESCAPING = frozenset(
     named(
         "item tolist numpy __float__ __int__ __index__ __bool__ __complex__ __array__ __array_wrap__ __dlpack__ "
-        "to_dlpack is_nonzero __contains__ equal allclose storage untyped_storage data_ptr apply_ map_"
+        "to_dlpack is_nonzero __contains__ equal allclose storage untyped_storage data_ptr apply_ map_ __format__ "
+        "__repr__ __str__ __reduce_ex__ _nnz"
     )
 )
 # What makes a tensor whose shape depends on values.
-SHAPE_OF_VALUES = frozenset(named("nonzero argwhere masked_select unique unique_consecutive bincount nonzero_static"))
+SHAPE_OF_VALUES = frozenset(
+    named(
+        "nonzero argwhere masked_select unique unique_consecutive bincount nonzero_static one_hot to_sparse to_sparse_coo "
+        "to_sparse_csr arange linspace zeros ones empty"
+    )
+)
 # Operands that choose where to read; with boolean ones, how much is read depends on their values.
 INDEXING = frozenset(named("__getitem__ repeat_interleave"))
+
+
+@cache
+def twin(func: Function) -> Function:
+    """The function of `torch` that an operator (`torch.ops.aten.relu.default`) is; other functions as they are."""
+    packet = getattr(func, "overloadpacket", func)
+    if getattr(packet, "__module__", "") != "torch._ops.aten":
+        return func
+    name = OPERATORS.get(packet.__name__, packet.__name__)
+    found = [f for f in named(name) if getattr(f, "__name__", "") != "__get__"]
+    return next((f for f in found if f in TABLE or f in ESCAPING or f in METADATA), found[0] if found else func)
+
+
+OPERATORS = {"_local_scalar_dense": "item", "_unsafe_view": "reshape", "_reshape_alias": "reshape"}
 
 
 # What makes a tensor without content.
 EMPTY = frozenset(named("empty empty_like new_empty empty_strided new_empty_strided empty_permuted"))
 # What makes a tensor of numbers that say nothing of an image.
 FIXED = EMPTY | frozenset(named("zeros ones zeros_like ones_like new_zeros new_ones eye arange linspace"))
-# What adds or writes a number that somebody has computed.
-COUNTING = frozenset(
-    named(
-        "add sub rsub __add__ __radd__ __sub__ __rsub__ __iadd__ __isub__ add_ sub_ fill_ fill __setitem__ masked_fill "
-        "masked_fill_ index_fill index_fill_ addcmul addmm addmv baddbmm addcdiv where"
-    )
-)
+# What gives a tensor whose changes torch does not count.
+DATA = frozenset(named("data"))
 # What overwrites all of a tensor.
 OVERWRITING = frozenset(named("copy_ zero_ fill_"))
 
 
 def tensors_in(values: object) -> list[Tensor]:
-    """All tensors in nested lists, tuples and dictionaries."""
+    """All tensors in nested lists, tuples, slices and dictionaries."""
     if isinstance(values, Tensor):
         return [values]
-    if isinstance(values, dict):
+    if isinstance(values, slice):
+        values = [values.start, values.stop, values.step]
+    elif isinstance(values, dict):
         values = values.values()
     elif not isinstance(values, list | tuple):
         return []
@@ -260,7 +279,8 @@ def reads_shape(func: Function, args: Sequence[object], kwargs: Mapping[str, obj
     """Whether the shape of the result depends on values."""
     if func in INDEXING:
         kinds = (torch.bool, torch.uint8) if func is Tensor.__getitem__ else (torch.int32, torch.int64)
-        return any(x.dtype in kinds for x in tensors_in([*args[1:], *kwargs.values()]))
+        chosen = args if len(args) + len(kwargs) == 1 else args[1:]  # `repeat_interleave(repeats)`
+        return any(x.dtype in kinds for x in tensors_in([*chosen, *kwargs.values()]))
     return func in SHAPE_OF_VALUES or (func in ONE_BRANCH and len(args) + len(kwargs) == 1)
 
 
@@ -306,7 +326,10 @@ LINEAR = """
     upsample_bilinear pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle dropout dropout_
     dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout block_diag atleast_1d
     atleast_2d atleast_3d meshgrid as_strided sum_to_size unsafe_split_with_sizes to_dense coalesce
-    cumulative_trapezoid trapezoid trapz nan_to_num refine_names rename align_to
+    cumulative_trapezoid trapezoid trapz nan_to_num refine_names rename align_to as_tensor asarray deg2rad rad2deg
+    cartesian_prod combinations view_copy permute_copy expand_copy t_copy transpose_copy select_copy slice_copy
+    squeeze_copy unsqueeze_copy unbind_copy split_copy split_with_sizes_copy alias_copy diagonal_copy as_strided_copy
+    unfold_copy view_as_real_copy view_as_complex_copy _pack_padded_sequence
 """
 # Piecewise: which input an output takes, or its sign, is a constant of the linear map. Homogeneous of degree 1.
 PIECEWISE = """

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn import functional
+from .kinds import Kind
 from .registry import Function, Mode, Operand, detached, named, on_linear_path, rule
 
 __all__ = ["add", "choose"]
@@ -73,7 +74,7 @@ def _to_logits(mode: Mode, func: Function, /, y: Tensor, temperature: float, log
     return mode.add(func(y, temperature, logit_bias), logit_bias, func)
 
 
-@rule(*named("cat concat concatenate stack hstack vstack dstack column_stack row_stack block_diag complex polar"))
+@rule(*named("cat concat concatenate stack hstack vstack dstack column_stack row_stack block_diag complex"))
 def _join(mode: Mode, func: Function, /, *args: Any, **kwargs: Any) -> Tensor:
     """What stands beside the path, whatever its type, is noted whole."""
     dtype = next(x.dtype for x in _flat([*args, *kwargs.values()]) if on_linear_path(x))
@@ -193,6 +194,7 @@ POSITIONS = {
     **dict.fromkeys(named("fill_diagonal_"), 1),
 }
 NAMES = ("value", "src", "source", "values", "fill_value")
+ACCUMULATING = {*named("scatter_add scatter_add_ index_add index_add_")}
 LINEAR_REDUCTIONS = ("sum", "mean", "add")
 
 
@@ -210,10 +212,12 @@ def write(mode: Mode, func: Function, /, input: Tensor, *args: Any, **kwargs: An
         result = func(target, *positional, **given, **kwargs)
         return target if result is None else result
 
+    accumulates = func in ACCUMULATING or kwargs.get("accumulate", len(places) > 1 and places[1] is True)
     reduction = kwargs.get("reduce", places[2] if len(places) > 2 and isinstance(places[2], str) else None)
     if reduction is not None and reduction not in LINEAR_REDUCTIONS:
         return _reduce(mode, func, input, value, run, str(reduction))
-    return _write(mode, func, input, value, run, kwargs)
+    where = places if accumulates or reduction is not None else []  # what is replaced, is a choice; a sum is none
+    return _write(mode, func, input, value, run, kwargs, mode.kind_of(*where, *(kwargs.values() if where else [])))
 
 
 def _write(
@@ -224,6 +228,7 @@ def _write(
     value: Any,
     run: Callable[[Tensor, object], Tensor],
     options: dict[str, Any],
+    where: Kind,
 ) -> Tensor | None:
     in_place = _changes(func) or func is Tensor.__setitem__
     if in_place and not on_linear_path(input):
@@ -236,7 +241,7 @@ def _write(
         if value is not None and not on_linear_path(value):
             zeros = torch.zeros_like(input, requires_grad=False)
             source = value.clone() if isinstance(value, Tensor) else value
-            parts.append((source, run(zeros, value), mode.kind_of(value)))
+            parts.append((source, run(zeros, value), max(where, mode.kind_of(value))))
     y = run(input, value)
     if on_linear_path(y):
         for source, part, kind in parts:

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from ..errors import BcosError, ModelStateError
 from ..nn.execution import saved_tensors_have_hooks
-from ..nn.functional import encode_image
+from ..nn.functional import encode_image, to_logits
 from .bias_tracker import AmbiguousBatch, BiasTracker, function_name
 from .kinds import Kind, Kinds, memory_key
-from .mode import DynamicLinearMode, is_active
+from .mode import DynamicLinearMode, differentiates_apart, is_active
 from .registry import (
-    COUNTING,
+    DATA,
     EMPTY,
     ESCAPING,
     FIXED,
@@ -30,11 +30,13 @@ from .registry import (
     on_linear_path,
     reads_shape,
     tensors_in,
+    twin,
     writes_to,
 )
 
 __all__ = ["BiasTrackingMode"]
 
+SETTINGS = frozenset([to_logits])  # whose numbers are the model's settings
 Args = Sequence[object]
 Kwargs = dict[str, object]
 
@@ -62,13 +64,14 @@ class BiasTrackingMode(DynamicLinearMode):
         for tensor in (*tracker.model.parameters(), *tracker.model.buffers()):
             self.kinds.set(tensor, Kind.CONSTANT)
         self._parameters = set(map(memory_key, tracker.model.parameters()))
+        self._own = self._parameters | set(map(memory_key, tracker.model.buffers()))
         self.kinds.set(leaf, Kind.IMAGE)
 
     def __torch_function__(
         self, func: Function, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
-        kwargs = kwargs or {}
-        if func in METADATA or not is_active(self):
+        func, kwargs = twin(func), kwargs or {}
+        if func in METADATA or not is_active(self) or differentiates_apart(args):
             return func(*args, **kwargs)
         if kwargs.get("out") is not None:
             return self._into(kwargs["out"], func, args, {n: v for n, v in kwargs.items() if n != "out"})
@@ -77,9 +80,17 @@ class BiasTrackingMode(DynamicLinearMode):
         kind = max(map(self.kinds.get, values), default=Kind.CONSTANT)
         self._watch(func, args, kwargs, kind)
         result = self._result(func, args, kwargs, kind)
+        if func in DATA and kind is Kind.CONSTANT:  # through which it can be written to unseen
+            self.kinds.set(args[0], Kind.UNVERIFIED)  # type: ignore[arg-type]
         if not values and func not in FIXED and func not in VALUES_FROM:
             kind = max(kind, Kind.UNVERIFIED)  # of numbers, which may have been computed from the image
-        return self._noted(func, args, result, kind)
+        return self._noted(func, args, result, kind, self._maker(func, values, kind))
+
+    def _maker(self, func: Function, values: Sequence[Tensor], kind: Kind) -> str:
+        """Name of the function by which a value has left the linear path, be it several functions ago."""
+        if kind >= Kind.PATH:
+            return function_name(func) if torch.is_grad_enabled() else "torch.no_grad"
+        return next((self.kinds.maker(x) for x in values if self.kinds.get(x) is kind), "") or function_name(func)
 
     def _result(self, func: Function, args: Args, kwargs: Kwargs, kind: Kind) -> object:
         """What a function returns, with the graph that explanation mode wants."""
@@ -155,13 +166,13 @@ class BiasTrackingMode(DynamicLinearMode):
             if several or func not in STATIC or any(map(self.is_gate, operands)):
                 self.tracker.needs_another_image = True
 
-    def _noted(self, func: Function, args: Sequence[object], result: object, kind: Kind) -> object:
+    def _noted(self, func: Function, args: Sequence[object], result: object, kind: Kind, name: str) -> object:
         """Remember how what a function returns or writes depends on the image."""
         if kind is Kind.CONSTANT and self.tracker.has_escaped:
             kind = Kind.UNVERIFIED
         if func is encode_image:
             kind = min(kind, Kind.PATH)
-        name, written = function_name(func), writes_to(func, args)
+        written = writes_to(func, args)
         operands = {memory_key(x) for x in tensors_in(args)}
         for x in tensors_in([result]):
             if x.requires_grad and x.is_floating_point():
@@ -171,7 +182,7 @@ class BiasTrackingMode(DynamicLinearMode):
             elif self.kinds.is_stale(x):  # `inplace=True`
                 self.kinds.set(x, max(kind, self.kinds.get(x)), name)
         if written is not None:
-            if func in OVERWRITING and written.nbytes == written.untyped_storage().nbytes():
+            if _overwrites(func, args) and written.nbytes == written.untyped_storage().nbytes():
                 kind = max(map(self.kinds.get, tensors_in(args[1:])), default=Kind.UNVERIFIED)
             else:
                 kind = max(kind, self.kinds.get(written))
@@ -223,8 +234,8 @@ class BiasTrackingMode(DynamicLinearMode):
             return self.tracker.suspect(y, "added", func, addend.detach().clone()) if bool(addend.any()) else y
         lasting = self._lasting(addend)
         made_of = [lasting if v is addend else self._lasting(v) if isinstance(v, Tensor) else v for v in sources]
-        counts = func in COUNTING and any(isinstance(v, int | float) for v in sources)
-        self.tracker.note(func, made_of, kind is Kind.CONSTANT and not counts)
+        is_given = kind is Kind.CONSTANT and (func in SETTINGS or all(map(self._is_own, sources)))
+        self.tracker.note(func, made_of, is_given, y.storage_offset() if y._is_view() else 0)
         return self.tracker.tap(y, lasting)
 
     def operand(self, value: Tensor, func: Function) -> Tensor:
@@ -236,18 +247,27 @@ class BiasTrackingMode(DynamicLinearMode):
             if not bool(value.any()):
                 return value
             return self.written_gate(value, func)
-        value = self._lasting(value)
-        self.tracker.note(func, (value,), kind is Kind.CONSTANT)
+        is_given, value = kind is Kind.CONSTANT and self._is_own(value), self._lasting(value)
+        self.tracker.note(func, (value,), is_given)
         return self.tracker.mark(value)
 
     def written_gate(self, value: Tensor, func: Function) -> Tensor:
         """A gate that is written into a part of the path, as an operand that is under suspicion."""
         return self.tracker.suspect(value.detach().clone().requires_grad_() * 1, "added", func, value)
 
+    def _is_own(self, value: object) -> bool:
+        """Whether a value is a parameter or a buffer of the model, or a part of one: numbers may come from anywhere."""
+        return isinstance(value, Tensor) and memory_key(value) in self._own
+
     def _lasting(self, value: Tensor) -> Tensor:
         """Parameters as they are; a copy of what the forward pass may still change."""
         value = value.detach()
         return value if memory_key(value) in self._parameters else value.clone()
+
+
+def _overwrites(func: Function, args: Sequence[object]) -> bool:
+    """Whether all of a tensor is written, and nothing of it stays."""
+    return func in OVERWRITING or (func is Tensor.__setitem__ and args[1] in (slice(None), Ellipsis))
 
 
 def _values(func: Function, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor]:
@@ -265,4 +285,18 @@ def _without_saved_tensor_hooks() -> AbstractContextManager[object]:
     """Keep what `torch.utils.checkpoint` would compute again in the backward pass, without the mode."""
     if not saved_tensors_have_hooks():
         return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach(), lambda x: x)
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: (x.detach(), x._version), _unchanged)
+
+
+def _unchanged(saved: tuple[Tensor, int]) -> Tensor:
+    """What was saved.
+
+    Raises:
+        RuntimeError: If somebody has written to it since, as autograd itself says it.
+    """
+    x, version = saved
+    if x._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation"
+        )
+    return x

@@ -148,6 +148,11 @@ class ExactnessReport:
     breaks_at: str | None = None
 
     @property
+    def defects(self) -> tuple[Violation, ...]:
+        """The violations, as earlier versions called them."""
+        return self.violations
+
+    @property
     def exact(self) -> bool:
         """Whether nothing is left unexplained: no violation, no randomness, a completeness error within the tolerance, and
         a logit shift within it or mere rounding."""

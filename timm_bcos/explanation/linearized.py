@@ -20,7 +20,7 @@ from .linear_parts import LinearPart, linear_part, linear_parts
 from .outputs import ModelOutputs, Readout
 from .regions import PositionGrid
 from .result import Explanation
-from .self_check import compare_outputs, compare_with_another_image, incomplete, measure_rounding
+from .self_check import compare_outputs, compare_with_another_image, incomplete, measure_rounding, outputs_apart
 from .targets import Target, check_model
 
 __all__ = ["LinearizedModel"]
@@ -76,6 +76,8 @@ class LinearizedModel:
                 raise
             self.violations = self.backward(self._compared) if checks else ()
             self.outputs = self._outputs_of(self.tensor, self.layer)
+            if checks and self.apart.shape == self.tensor.shape:
+                self.outputs.shifts = self.by_position(self.apart - self.tensor.detach())
 
     def _run(self) -> None:
         self.leaf, self.tracker, self.mode, whole, outputs = self._pass(self.image)
@@ -92,6 +94,11 @@ class LinearizedModel:
     def is_narrow(self) -> bool:
         """Whether a part of the model computes in a narrower type than its input's."""
         return self.eps > torch.finfo(self.image.dtype).eps
+
+    @cached_property
+    def apart(self) -> Tensor:
+        """As `outputs_apart` finds them."""
+        return outputs_apart(self)
 
     @cached_property
     def rounding(self) -> float | None:
@@ -153,7 +160,8 @@ class LinearizedModel:
         if not output.requires_grad:
             raise TargetError(
                 f"{what} ends in {self.mode.maker(output)}, a gate or a statistic that only scales the image's path: "
-                f"pick another layer, or say what it is with timm_bcos.register_function"
+                f"pick another layer, take a final activation out (nn.Identity()), or say what it is with "
+                f"timm_bcos.register_function"
             )
         return self.mode.seen(output)
 
@@ -266,7 +274,7 @@ class LinearizedModel:
             direction=readout.direction,
             region=readout.region,
         )
-        return incomplete(self, found, (*part.violations, *self.violations))
+        return incomplete(self, found, readout.shift, (*part.violations, *self.violations))
 
 
 def is_encoding(x: Tensor, channels: int) -> bool:

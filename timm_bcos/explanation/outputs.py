@@ -23,6 +23,7 @@ class Readout:
         direction: (N, K) where it is more than a unit, or than the difference of two.
         position: (N, 2) row and column; None for vectors and regions.
         region: (N, rows, columns) weights of the output's positions, which sum to 1; None for a position.
+        shift: (N,) what the model gives outside of explanation mode, less `values`; None where that is not known.
     """
 
     values: Tensor
@@ -32,6 +33,7 @@ class Readout:
     direction: Tensor | None = None
     position: Tensor | None = None
     region: Tensor | None = None
+    shift: Tensor | None = None
 
 
 @dataclass
@@ -44,6 +46,7 @@ class ModelOutputs:
         what: The units, in words.
         size: Of the images, in pixels.
         is_placed: Whether positions are told, as those of inner neurons and dense outputs are.
+        shifts: (N, K, P) the outputs outside of explanation mode, less `maps`; None where they are not known.
     """
 
     maps: Tensor
@@ -51,6 +54,7 @@ class ModelOutputs:
     what: str
     size: tuple[int, int]
     is_placed: bool
+    shifts: Tensor | None = None
 
     def read(self, target: Target, versus: Target, position: object, masks: Tensor | None) -> Readout:
         """Read a number out of the outputs of each image.
@@ -66,21 +70,20 @@ class ModelOutputs:
         if masks is None:
             place = None if position is None else position_indices(position, self.grid, len(peaks)).to(peaks.device)
             at = self._strongest(peaks, target, direction, place)
-            pooled = self.maps[torch.arange(len(at), device=at.device), :, at]
         else:
             weights = region_weights(masks.to(peaks), self.grid, self.size)
-            pooled = (self.maps * weights[:, None]).sum(2)
+        pooled = _pooled(self.maps, at, weights)
         unit, against = self._units(target, pooled.detach(), direction), _units_of(versus)
-        rows = torch.arange(len(pooled), device=pooled.device)
         is_pair = against is not None and _units_of(target) is not None
         return Readout(
-            pooled[rows, unit] if direction is None else (pooled * direction).sum(1),
+            _of_unit(pooled, unit, direction),
             pooled.detach(),
             unit,
             versus=against.to(unit.device) if is_pair and against is not None else None,
             direction=None if is_pair else direction,
             position=None if at is None or not self.is_placed else self._rows_and_columns(at),
             region=None if weights is None else self._on_grid(weights),
+            shift=None if self.shifts is None else _of_unit(_pooled(self.shifts, at, weights), unit, direction),
         )
 
     def _direction(self, target: Target, versus: Target) -> Tensor | None:
@@ -114,6 +117,21 @@ class ModelOutputs:
 
     def _on_grid(self, weights: Tensor) -> Tensor:
         return weights[:, self.grid.hidden :].unflatten(1, self.grid.shape)
+
+
+def _pooled(maps: Tensor, at: Tensor | None, weights: Tensor | None) -> Tensor:
+    """(N, K, P) to (N, K): at a position of each image, or by weights (N, P)."""
+    if at is not None:
+        return maps[torch.arange(len(at), device=at.device), :, at]
+    assert weights is not None
+    return (maps * weights[:, None]).sum(2)
+
+
+def _of_unit(pooled: Tensor, unit: Tensor, direction: Tensor | None) -> Tensor:
+    """(N, K) to (N,): a unit of each image, or what a direction (N, K) weighs."""
+    if direction is not None:
+        return (pooled * direction).sum(1)
+    return pooled[torch.arange(len(pooled), device=pooled.device), unit]
 
 
 def _units_of(asked: Target) -> Tensor | None:

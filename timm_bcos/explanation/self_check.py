@@ -19,6 +19,7 @@ __all__ = [
     "compare_with_another_image",
     "incomplete",
     "measure_rounding",
+    "outputs_apart",
     "tolerance",
 ]
 
@@ -48,15 +49,14 @@ def compare_outputs(run: "LinearizedModel", found: Tensor | None = None) -> list
         run: The model at its images.
         found: The outputs in explanation mode; None compares the plain outputs of the batch.
     """
-    apart = _apart(run)
-    if found is not None and not _difference(run, found, apart, "shifted"):
+    if found is not None and not _difference(run, found, run.apart, "shifted"):
         return []
     together = run.plain(run.image)
     violations = [] if found is None else _difference(run, found, together, "shifted")
-    return violations or _difference(run, together, apart, "images")
+    return violations or _difference(run, together, run.apart, "images")
 
 
-def _apart(run: "LinearizedModel") -> Tensor:
+def outputs_apart(run: "LinearizedModel") -> Tensor:
     """The plain outputs of the first image alone, and of the others without it."""
     if len(run.image) == 1:
         return run.plain(run.image)
@@ -76,20 +76,27 @@ def _difference(run: "LinearizedModel", found: Tensor, expected: Tensor, kind: s
     ]  # fmt: skip
 
 
-def another_image(image: Tensor) -> Tensor:
-    """Images of the same shape that have nothing in common with these, but look alike: half upside down, half noise."""
+def another_image(image: Tensor, darkest: float = 0.0, brightest: float = 1.0) -> Tensor:
+    """Images of the same shape that have nothing in common with these: half upside down, half noise.
+
+    Args:
+        image: (N, C, H, W).
+        darkest: Of their values in [0, 1].
+        brightest: Likewise.
+    """
     noise = torch.rand(image.shape, generator=torch.Generator().manual_seed(0)).to(image)
-    return (image.flip(-2, -1) + noise) / 2
+    return darkest + (brightest - darkest) * (image.flip(-2, -1) + noise) / 2
 
 
 def compare_with_another_image(run: "LinearizedModel") -> list[Violation]:
     """Constants are the same for any image: run another one, and compare what was booked as constant.
 
-    With three others where a number, or what changes the image before it is read, may be the same for two by chance.
+    With a dark and a bright one, too, where a number, or what changes the image before it is read, may be the same for
+    two by chance. None of them is of one color: a deviation of 0 tells nothing, and slopes at 0 are not those beside it.
     """
     others = [another_image(run.image)]
     if run.tracker.has_escaped or not all(boundary.is_direct for boundary in run.tracker.boundaries):
-        others += [torch.zeros_like(run.image), torch.ones_like(run.image)]
+        others += [another_image(run.image, 0.01, 0.2), another_image(run.image, 0.8, 0.99)]
     found: list[Violation] = []
     for image in others:
         _, tracker, *_ = run._pass(image, names_places=True)
@@ -97,16 +104,32 @@ def compare_with_another_image(run: "LinearizedModel") -> list[Violation]:
     return list(dict.fromkeys(found))
 
 
-def incomplete(run: "LinearizedModel", explanation: Explanation, violations: tuple[Violation, ...]) -> Explanation:
-    """The explanation with its violations; among them that it does not sum up, where it does not but for rounding."""
-    error = explanation.remainder.abs()
+def incomplete(
+    run: "LinearizedModel", explanation: Explanation, shift: Tensor | None, violations: tuple[Violation, ...]
+) -> Explanation:
+    """The explanation with its violations; among them that it does not sum up, where it does not but for rounding.
+
+    Args:
+        run: The model at its images.
+        explanation: Of it.
+        shift: (N,) what the model gives outside of explanation mode, less what is explained; None where nobody knows.
+        violations: Found so far.
+    """
     size = explanation.contributions.abs().double().sum((1, 2, 3)) + explanation.bias.abs().double()
-    excess = error > tolerance(explanation.logits.dtype) * (size + explanation.logit.abs().double())
-    if bool((excess | error.isnan()).any()):
-        figure = f"{explanation.completeness_error.max().item():.1e} is missing"
-        if run.rounding is None:
-            violations = (*violations, Violation("", "with " + figure, "random"))
-        elif not error.max().item() <= 10 * run.rounding:
-            violations = (*violations, Violation("", figure, "incomplete"))
+    allowed = tolerance(explanation.logits.dtype) * (size + explanation.logit.abs().double())
+    figure = f"{explanation.completeness_error.max().item():.1e} is missing"
+    found = _excess(run, explanation.remainder, allowed, "incomplete", figure)
+    if shift is not None and not violations:
+        found += _excess(run, shift, allowed, "shifted", f"by {shift.abs().max().item():.1e}")
     narrow = 10 * (run.rounding or 0.0) if run.is_narrow else 0.0
-    return replace(explanation, violations=tuple(dict.fromkeys(violations)), rounding=narrow)
+    return replace(explanation, violations=tuple(dict.fromkeys((*violations, *found))), rounding=narrow)
+
+
+def _excess(run: "LinearizedModel", error: Tensor, allowed: Tensor, kind: str, figure: str) -> list[Violation]:
+    """A violation where an error (N,) is larger than allowed, and than rounding is in this model."""
+    error = error.abs()
+    if not bool(((error > allowed) | error.isnan()).any()):
+        return []
+    if run.rounding is None:
+        return [Violation("", "with " + figure, "random")]
+    return [] if error.max().item() <= 10 * run.rounding else [Violation("", figure, kind)]
