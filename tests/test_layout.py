@@ -1,4 +1,4 @@
-"""The house: imports run one way, and no module hides behind a public name."""
+"""Layout: imports run one way, and no module hides behind a public name."""
 
 import ast
 import subprocess
@@ -12,8 +12,8 @@ import timm_bcos
 
 PACKAGE = Path(timm_bcos.__file__).parent
 MODULES = {path: path.relative_to(PACKAGE.parent).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")}
-# from the cellar to the roof: a room imports from those before it
-ROOMS = (
+# from the lowest layer to the highest: a package imports from those before it
+LAYERS = (
     "errors", "_compat", "files", "prefetch", "nn", "dynamic_linear", "explanation", "conversion", "integrations",
     "weights", "models", "data", "training", "attribution", "evaluation", "concepts", "hub", "viewer", "demo", "cli",
 )  # fmt: skip
@@ -37,17 +37,21 @@ def imports(path: Path) -> Iterator[str]:
 GRAPH = {name: set(imports(path)) for path, name in MODULES.items()}
 
 
-def room(module: str) -> str:
+def layer_of(module: str) -> str:
     parts = module.split("/")
     return parts[1] if len(parts) > 1 else "__init__"
 
 
 def test_imports_run_one_way() -> None:
     for module, needed in GRAPH.items():
-        if room(module) in ROOMS:
-            later = {m for m in needed if room(m) in ROOMS and ROOMS.index(room(m)) > ROOMS.index(room(module))}
+        if layer_of(module) in LAYERS:
+            later = {
+                m
+                for m in needed
+                if layer_of(m) in LAYERS and LAYERS.index(layer_of(m)) > LAYERS.index(layer_of(module))
+            }
             assert not later, f"{module} imports {later}"
-    assert {room(m) for m in GRAPH} <= {*ROOMS, "__init__", "__main__"}
+    assert {layer_of(m) for m in GRAPH} <= {*LAYERS, "__init__", "__main__"}
 
 
 def test_no_imports_in_circles() -> None:
@@ -85,16 +89,18 @@ def test_files_are_short_and_say_what_they_are(path: Path) -> None:
     assert "unittest" not in text
 
 
-LIGHT = {"cli"}  # rooms that import no torch, so that `timm-bcos --help` answers at once
+LIGHT = {"cli", "integrations"}  # packages that import no torch, so that `timm-bcos --help` answers at once
 
 
 @pytest.mark.parametrize(
-    "room", sorted(p.parent.name for p in PACKAGE.glob("*/__init__.py") if p.parent.name not in LIGHT)
+    "package", sorted(p.parent.name for p in PACKAGE.glob("*/__init__.py") if p.parent.name not in LIGHT)
 )
-def test_rooms_import_timm_first(room: str) -> None:
-    """timm's import registers our networks, which imports this room: it may not happen halfway through it."""
+def test_packages_import_timm_first(package: str) -> None:
+    """timm's import registers our networks, which imports this package: it may not happen halfway through it."""
     body = [
-        node for node in ast.parse((PACKAGE / room / "__init__.py").read_text()).body if not isinstance(node, ast.Expr)
+        node
+        for node in ast.parse((PACKAGE / package / "__init__.py").read_text()).body
+        if not isinstance(node, ast.Expr)
     ]
     assert ast.unparse(body[0]) == "import timm"
 

@@ -81,8 +81,8 @@ def test_the_clothes_weights_are_refused_by_the_network_for_everyday_photos() ->
     with pytest.raises(CheckpointError, match=r"b=2.0, antialias=True.*b=1.25, antialias=False"):
         model.load_state_dict(load_file(CLOTHES))
     same = timm.create_model(
-        "bcosify", arch="tf_efficientnet_lite0", num_classes=10, b=2.0, bias="reference", stem="encoded", antialias=True,
-        logit_bias=-2.2,
+        "bcosify", arch="tf_efficientnet_lite0", num_classes=10, b=2.0, bias="reference", stem="encoded",
+        antialias=True, logit_bias=-2.2,
     ).eval()  # fmt: skip
     same.load_state_dict(load_file(CLOTHES))
     x = real_image(64)

@@ -65,9 +65,9 @@ class BcosConfig:
         gamma: Fixed output scale γ of every layer.
         gamma_scale: s, which replaces `gamma` by γ = s / √d, d = kernel height · width · input channels.
         normalize_weight: Unit-norm rows ŵ, or free rows as pretrained weights have them.
-        bias: True keeps additive biases (of layers and norms). They are not explained by the image. 'reference' lets those
-            of batch norms with an activation of their own act in its gate only (`ShiftedActivation`) and drops the
-            others, so that the image explains all while much of what the network has learned remains.
+        bias: True keeps additive biases (of layers and norms). They are not explained by the image. 'reference' lets
+            those of batch norms with an activation of their own act in its gate only (`ShiftedActivation`) and drops
+            the others, so that the image explains all while much of what the network has learned remains.
         norm: 'keep' (as a dynamic linear map), 'uncentered' (batch norm only divides), or 'remove'. Without biases
             a kept batch norm is uncentered too, since its running mean is one.
         activation: 'keep' (as a dynamic linear map) or 'remove'.

@@ -31,8 +31,8 @@ LAYERS = (BcosConv2d, BcosLinear)
 def fuse(model: ModelT, x: Tensor | None = None) -> ModelT:
     """A copy of a B-cos network for inference, which computes the same logits and the same explanations faster.
 
-    Weights are normalized once. Uncentered batch norms move into the layers before or behind them, wherever nothing else
-    sees what lies between the two.
+    Weights are normalized once. Uncentered batch norms move into the layers before or behind them, wherever nothing
+    else sees what lies between the two.
 
     Args:
         model: A converted network in evaluation mode. Not changed.

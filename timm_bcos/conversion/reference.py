@@ -1,8 +1,8 @@
 """What a plain network makes of a gray image: where activations that are gated by biases begin.
 
 With additive biases features are those of a gray image (the mean that the images are normalized by) plus what the image
-adds to them. `BcosConfig(bias="reference")` keeps what the image adds: a(x + r) - a(r) for an activation a that a gray image
-gives r. At B = 1 that is the original, less its answer to gray, but at the borders, where zeros pad.
+adds to them. `BcosConfig(bias="reference")` keeps what the image adds: a(x + r) - a(r) for an activation a that a gray
+image gives r. At B = 1 that is the original, less its answer to gray, but at the borders, where zeros pad.
 """
 
 from collections.abc import Mapping
@@ -62,8 +62,8 @@ def reference_activations(model: nn.Module) -> dict[str, Tensor]:
             found.clear()
             failure = error
     raise InputError(
-        f"bias='reference' needs the network's answer to a gray image, but {type(model).__name__} does not run on one of "
-        f"{height} × {width} pixels ({first_line(failure)}): tell its size, model.pretrained_cfg = dict(input_size=...)"
+        f"bias='reference' needs the network's answer to a gray image, but {type(model).__name__} does not run on "
+        f"one of {height} × {width} pixels ({first_line(failure)}): tell its size, model.pretrained_cfg = dict(input_size=...)"
     ) from failure
 
 

@@ -2,8 +2,8 @@
 
 Each takes the module, its `LayerRole` in the network and the config, and returns the replacement, which adopts the
 module's parameters, or the module itself; it never changes what it was given. What is returned unchanged is made
-dynamic linear, where needed, by explanation mode (`timm_bcos.dynamic_linear`). What cannot be converted is refused by an
-`UnsupportedModuleError`, whose lines the plan collects.
+dynamic linear, where needed, by explanation mode (`timm_bcos.dynamic_linear`). What cannot be converted is refused by
+an `UnsupportedModuleError`, whose lines the plan collects.
 """
 
 from collections.abc import Callable, Mapping
@@ -145,7 +145,7 @@ def replace_linear_layer(
 
 
 def replace_lstm(lstm: nn.LSTM, place: LayerRole, config: BcosConfig) -> nn.Module:
-    """Explanation mode knows them (`timm_bcos.dynamic_linear.recurrent`); without biases a new one adopts the weights."""
+    """Explanation mode knows them (`dynamic_linear.recurrent`); without biases a new one adopts the weights."""
     if config.adds_bias or not lstm.bias:
         return lstm
     new = nn.LSTM(

@@ -4,8 +4,8 @@ Outputs stay what they are; only the graph that autograd records changes. Everyt
 not the linear path is treated as a constant (detached): cosine factors, norm statistics, attention weights, gates.
 One backward pass from a logit then gives that logit's row of W(x) exactly (section 3.2.1 of arXiv 2205.10268).
 
-How each torch function is rewritten stands in a table (`timm_bcos.dynamic_linear.registry`), which covers functions inside
-forwards as well as modules. A tensor is on the linear path when it requires a gradient: the mode hands parameters to
+How each torch function is rewritten stands in a table (`timm_bcos.dynamic_linear.registry`), which covers functions
+inside forwards as well as modules. A tensor is on the linear path when it requires a gradient: the mode hands parameters to
 functions detached, so only the image's path does. The model is not changed, and the mode acts only in the thread that
 entered it.
 """

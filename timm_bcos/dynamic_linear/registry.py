@@ -230,8 +230,8 @@ ESCAPING = frozenset(
 # What makes a tensor whose shape depends on values.
 SHAPE_OF_VALUES = frozenset(
     named(
-        "nonzero argwhere masked_select unique unique_consecutive bincount nonzero_static one_hot to_sparse to_sparse_coo "
-        "to_sparse_csr arange linspace zeros ones empty"
+        "nonzero argwhere masked_select unique unique_consecutive bincount nonzero_static one_hot to_sparse "
+        "to_sparse_coo to_sparse_csr arange linspace zeros ones empty"
     )
 )
 # Operands that choose where to read; with boolean ones, how much is read depends on their values.

@@ -154,8 +154,11 @@ class ExactnessReport:
 
     @property
     def exact(self) -> bool:
-        """Whether nothing is left unexplained: no violation, no randomness, a completeness error within the tolerance, and
-        a logit shift within it or mere rounding."""
+        """Whether nothing is left unexplained.
+
+        No violation, no randomness, a completeness error within the tolerance, and a logit shift within it or mere
+        rounding.
+        """
         return (
             not self.violations
             and self.randomness == 0

@@ -92,7 +92,8 @@ def compare_with_another_image(run: "LinearizedModel") -> list[Violation]:
     """Constants are the same for any image: run another one, and compare what was booked as constant.
 
     With a dark and a bright one, too, where a number, or what changes the image before it is read, may be the same for
-    two by chance. None of them is of one color: a deviation of 0 tells nothing, and slopes at 0 are not those beside it.
+    two by chance. None of them is of one color: a deviation of 0 tells nothing, and slopes at 0 are not those beside
+    it.
     """
     others = [another_image(run.image)]
     if run.tracker.has_escaped or not all(boundary.is_direct for boundary in run.tracker.boundaries):

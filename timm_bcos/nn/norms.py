@@ -2,7 +2,8 @@
 
 Paper: B-cos Alignment for Inherently Interpretable CNNs and Vision Transformers (TPAMI 2024),
 https://arxiv.org/abs/2306.10898, section 3.3. torch's other norms need no class of their own: explanation mode treats
-their statistics as constants (`timm_bcos.dynamic_linear`), and subtracting a mean over the features of x itself is linear.
+their statistics as constants (`timm_bcos.dynamic_linear`), and subtracting a mean over the features of x itself is
+linear.
 
 The classes are subclasses of torch's and timm's batch norms, so that whatever looks for those finds them: freezing,
 `torch.optim.swa_utils.update_bn`, Lightning, transformers. What such tools read, a mean and a bias, is there, and 0.

@@ -44,8 +44,8 @@ class DynamicWeights:
 def dynamic_weights(model: nn.Module, x: Tensor, target: Targets = None) -> DynamicWeights:
     """Outputs and rows of W(x), to be trained: `explain` gives the same values without gradients.
 
-    One forward pass, in which each function is computed twice (`timm_bcos.dynamic_linear.dual_graph`), and one backward pass that
-    is itself differentiable. Norms in training mode normalize by the batch and update their statistics once, as in an
+    One forward pass, in which each function is computed twice (`timm_bcos.dynamic_linear.dual_graph`), and one backward
+    pass that is itself differentiable. Norms in training mode normalize by the batch and update their statistics once, as in an
     ordinary step.
 
     Args:
