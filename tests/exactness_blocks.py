@@ -315,10 +315,8 @@ EXACT: Blocks = {
     "aten.convolution": lambda z: torch.ops.aten.convolution(
         z, EYE[:, :, None, None], C.flatten(), [1, 1], [0, 0], [1, 1], False, [0, 0], 1
     ),
-    "ndtr, frac, %, // as gates": lambda z: z * (torch.special.ndtr(z) + z.frac() + z % 0.1 + z // 0.1),
-    "prod, cumprod, logaddexp as gates": lambda z: (
-        z * (z.prod(1, keepdim=True) + z.cumprod(1) + torch.logaddexp(z, z.flip(1)))
-    ),
+    "%, // as gates": lambda z: z * (z % 0.1 + z // 0.1),
+    "logaddexp as a gate": lambda z: z * torch.logaddexp(z, z.flip(1)),
     "solve": lambda z: torch.linalg.solve(
         EYE + (z[:, :, 0, :6] @ z[:, :, 0, :6].transpose(1, 2)).detach(), z.flatten(2)[..., :6]
     ).mean(2),

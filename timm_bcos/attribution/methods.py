@@ -12,39 +12,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from captum.attr import GuidedBackprop
 from torch import Tensor, nn
 
-from .._compat import private, timm_layers
+from .._compat import timm_layers
 from ..errors import MethodError, ModelStateError
 from ..explanation.api import explain, explain_targets
 from ..nn.module_utils import channel_axis, first_output, hooked
 from .deep_lift import multiplied_contributions
 from .registry import AttributionModel, check_counts, images_at_once, register
 
-__all__ = [
-    "GuidedBackpropOfRectifiers",
-]
-
-Kinds = tuple[type[nn.Module], ...]
-
-
-class GuidedBackpropOfRectifiers(GuidedBackprop):  # type: ignore[misc]
-    """Guided Backpropagation through more rectifiers than ReLU.
-
-    Args:
-        model: The network.
-        rectifiers: Types of modules whose gradient is guided.
-    """
-
-    def __init__(self, model: nn.Module, rectifiers: Kinds) -> None:
-        super().__init__(model)
-        self.rectifiers = rectifiers
-
-    def _register_hooks(self, module: nn.Module) -> None:
-        if isinstance(module, self.rectifiers):
-            self.backward_hooks.extend(private.register_backward_hook(module, self._backward_hook, self))
-
+__all__: list[str] = []
 
 RECTIFIERS = (nn.ReLU, nn.ReLU6)
 WITHOUT_RELEVANCE = (
@@ -147,7 +124,7 @@ def guided_backprop(subject: AttributionModel, x: Tensor, targets: Tensor) -> Te
     """Guided Backpropagation, for networks with ReLU or ReLU6 modules."""
     if not any(isinstance(module, RECTIFIERS) for module in subject.modules()):
         raise MethodError("guided_backprop changes the gradient of ReLU modules, of which the model has none")
-    method = _library(".hooked_methods").GuidedBackpropOfRectifiers(_OfPixels(subject), RECTIFIERS)
+    method = _library(".guided_backprop").GuidedBackpropOfRectifiers(_OfPixels(subject), RECTIFIERS)
     return method.attribute(_pixels(x), targets).sum(1)
 
 
@@ -208,16 +185,16 @@ def lime(
     check_counts(samples=samples, features=features)
     if not 1 <= kernel_size < math.inf:
         raise MethodError(f"kernel_size={kernel_size!r}: give a number from 1")
-    superpixels = _library(".superpixels")
-    segments = superpixels.quickshift_segments(x[0], kernel_size)
-    background = superpixels.mean_colors(x[0], segments)
+    lime = _library(".lime")
+    segments = lime.quickshift_segments(x[0], kernel_size)
+    background = lime.mean_colors(x[0], segments)
     masks = torch.randint(2, (samples, int(segments.max()) + 1), generator=subject.generator).to(x.device)
     masks[0] = 1
     answers = [
         subject.probability(torch.where(some[:, segments].bool()[:, None], x[0], background))[:, targets]
         for some in masks.split(images_at_once(x, has_graph=False))
     ]
-    weights: Tensor = superpixels.local_weights(masks, torch.cat(answers), features)
+    weights: Tensor = lime.local_weights(masks, torch.cat(answers), features)
     return weights[:, segments].to(x)
 
 

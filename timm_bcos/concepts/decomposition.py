@@ -1,6 +1,6 @@
-"""The account of a logit: a sum of concepts, of which each is a sum of pixels. Both steps are exact.
+"""Decomposition of a logit: a sum of concepts, each of which is a sum of pixels. Both steps are exact.
 
-With A the features of a layer, a B-cos network is linear in A and A in x, for each image: logit = ⟨G(x), A(x)⟩ + other,
+With A the features of a layer, a B-cos model is linear in A and A in x, for each image: logit = ⟨G(x), A(x)⟩ + other,
 A(x) = W(x) · x + constants. Written in concepts, A = Σ_k d_k · u_k + rest, so that concept k adds
 ⟨G, d_k · u_k⟩ = ⟨R_k, A⟩ with R_k = gate_k · (dᵀ_k G) · e_k, whose row of pixels is R_k · W(x). FaCT (NeurIPS 2025)
 does so for a sparse autoencoder in B-cos networks; here it is for any concepts.
@@ -16,11 +16,12 @@ from ..dynamic_linear.mode import ordinary_autograd
 from ..dynamic_linear.violations import Violation
 from ..errors import InputError, TargetError
 from ..explanation.api import warn_if_inexact, with_single_image_fallback
+from ..explanation.inputs import check_images, check_model
 from ..explanation.linear_parts import linear_parts
 from ..explanation.linearized import LinearizedModel
-from ..explanation.outputs import Readout
+from ..explanation.outputs import Selection
+from ..explanation.request import Request, Targets, check_target
 from ..explanation.result import Explanation
-from ..explanation.targets import Target, Targets, check_images, check_model, check_target, of_images
 from .dictionary import Concepts
 
 __all__ = ["ConceptDecomposition", "explain_concepts"]
@@ -59,16 +60,16 @@ class ConceptDecomposition:
         return torch.where(error == 0, error, error / (logit - self.explanation.logit_bias).abs())
 
     @classmethod
-    def stack(cls, accounts: Sequence["ConceptDecomposition"]) -> "ConceptDecomposition":
-        """One account of the images of several, of the same concepts."""
+    def stack(cls, decompositions: Sequence["ConceptDecomposition"]) -> "ConceptDecomposition":
+        """One decomposition of the images of several, of the same concepts."""
         joined = {
-            name: torch.cat([getattr(account, name) for account in accounts])
+            name: torch.cat([getattr(decomposition, name) for decomposition in decompositions])
             for name in ("shares", "rest", "other", "strengths", "strongest")
         }
-        columns = zip(*(account.pixels for account in accounts), strict=True)
+        columns = zip(*(decomposition.pixels for decomposition in decompositions), strict=True)
         pixels = [Explanation.stack(column) for column in columns]
-        whole = Explanation.stack([account.explanation for account in accounts])
-        return cls(whole, accounts[0].concepts, **joined, pixels=pixels)
+        whole = Explanation.stack([decomposition.explanation for decomposition in decompositions])
+        return cls(whole, decompositions[0].concepts, **joined, pixels=pixels)
 
 
 def explain_concepts(
@@ -93,37 +94,36 @@ def explain_concepts(
     """
     with torch.inference_mode(False):
         check_images(x, check_model(model))
-        asked = check_target(target, len(x))
+        request = Request.checked(x, check_target(target, len(x)))
     if isinstance(top, bool) or not isinstance(top, int) or top < 0:
         raise InputError(f"top={top!r}: give the number of concepts to explain by pixels, at least 0")
 
-    def ask(images: slice) -> ConceptDecomposition:
-        run = LinearizedModel(model, x[images], concepts.layer)
-        return _account(run, concepts, of_images(asked, images), min(top, len(concepts)))
+    def decompose(images: slice) -> ConceptDecomposition:
+        run = LinearizedModel(model, x[images], Request(layer=concepts.layer))
+        return _decomposed(run, concepts, request.of_images(images), min(top, len(concepts)))
 
-    def with_defects(account: ConceptDecomposition, violations: tuple[Violation, ...]) -> ConceptDecomposition:
-        whole = replace(
-            account.explanation, violations=tuple(dict.fromkeys((*account.explanation.violations, *violations)))
-        )
-        return replace(account, explanation=whole)
+    def with_violations(decomposition: ConceptDecomposition, violations: tuple[Violation, ...]) -> ConceptDecomposition:
+        whole = decomposition.explanation
+        whole = replace(whole, violations=tuple(dict.fromkeys((*whole.violations, *violations))))
+        return replace(decomposition, explanation=whole)
 
     with ordinary_autograd(x.device):
-        account = with_single_image_fallback(
-            ask, range(len(x)), lambda found: [found.explanation], ConceptDecomposition.stack, with_defects
+        decomposition = with_single_image_fallback(
+            decompose, range(len(x)), lambda found: [found.explanation], ConceptDecomposition.stack, with_violations
         )
-    warn_if_inexact([account.explanation, *account.pixels], 2)
-    return account
+    warn_if_inexact([decomposition.explanation, *decomposition.pixels], 2)
+    return decomposition
 
 
-def _account(run: LinearizedModel, concepts: Concepts, asked: Target, top: int) -> ConceptDecomposition:
+def _decomposed(run: LinearizedModel, concepts: Concepts, request: Request, top: int) -> ConceptDecomposition:
     features = run.outputs.maps  # (N, C, P)
     if features.shape[1] != concepts.decoder.shape[1]:
         raise InputError(
             f"concepts of {concepts.decoder.shape[1]} channels: layer {concepts.layer!r} has {features.shape[1]}"
         )
     concepts = concepts.to(features)
-    readout = run.final.read(asked, None, None, None)
-    slopes = _slopes(readout, run)
+    selection = run.final.select(request)
+    slopes = _slopes(selection, run)
     gates = concepts.gates(features.detach())
     strengths = gates * concepts.scores(features.detach())
     weights = torch.einsum("kc,ncp->nkp", concepts.decoder, slopes)  # dᵀ_k G
@@ -133,23 +133,23 @@ def _account(run: LinearizedModel, concepts: Concepts, asked: Target, top: int) 
     shown = _values(features, concepts, weights * gates, strongest)
     through = (slopes * features).sum()
     whole, by_features, *parts = linear_parts(
-        torch.stack([readout.values.sum(), through, *shown]), run.leaf, run.tracker
+        torch.stack([selection.values.sum(), through, *shown]), run.leaf, run.tracker
     )
     around = ((whole.weights - by_features.weights) * run.inputs).sum((1, 2, 3))
     other = around + (whole.constant_bias + whole.gate_bias) - (by_features.constant_bias + by_features.gate_bias)
     name, rows = f"concepts of {concepts.layer}", torch.arange(len(shares), device=shares.device)
     pixels = [
-        run.explanation(Readout(shares[rows, column], shares, column), part, name)
+        run.explanation(Selection(shares[rows, column], shares, column), part, name)
         for column, part in zip(strongest.T, parts, strict=True)
     ]
     return ConceptDecomposition(
-        run.explanation(readout, whole, None), concepts, shares, rest, other, strengths, strongest, pixels
+        run.explanation(selection, whole, None), concepts, shares, rest, other, strengths, strongest, pixels
     )
 
 
-def _slopes(readout: Readout, run: LinearizedModel) -> Tensor:
+def _slopes(selection: Selection, run: LinearizedModel) -> Tensor:
     """(N, C, P) G: the gradient of the logit by the features."""
-    (slopes,) = torch.autograd.grad(readout.values.sum(), run.tensor, retain_graph=True, allow_unused=True)
+    (slopes,) = torch.autograd.grad(selection.values.sum(), run.tensor, retain_graph=True, allow_unused=True)
     if slopes is None:
         raise TargetError(f"no output depends on layer {run.layer!r}: pick another")
     return run.by_position(slopes).detach()

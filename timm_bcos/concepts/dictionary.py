@@ -56,7 +56,7 @@ class Concepts:
     def from_matrix(cls, layer: str, directions: Tensor, method: str = "matrix") -> "Concepts":
         """Concepts along given directions (K, C), with the coefficients of least squares.
 
-        What the directions do not span is the rest of every account.
+        What the directions do not span is the remainder of every decomposition.
         """
         if directions.ndim != 2 or not directions.is_floating_point():
             raise InputError(f"directions of shape {tuple(directions.shape)}: give a floating-point matrix (K, C)")

@@ -1,4 +1,4 @@
-"""Pictures and tables of concepts: a photo's account, and each concept's share in each class."""
+"""Pictures and tables of concepts: a photo's decomposition, and each concept's share in each class."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,37 +17,37 @@ from .dictionary import Concepts
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["class_shares", "plot_account", "save_shares"]
+__all__ = ["class_shares", "plot_decomposition", "save_shares"]
 
 
-def plot_account(account: ConceptDecomposition, class_names: Sequence[str] | None = None) -> "Figure":
+def plot_decomposition(decomposition: ConceptDecomposition, class_names: Sequence[str] | None = None) -> "Figure":
     """A matplotlib figure with a row per image: the logit's picture, those of its strongest concepts, all shares.
 
     Args:
-        account: From `explain_concepts`.
+        decomposition: From `explain_concepts`.
         class_names: Name of each class.
     """
-    whole = account.explanation
-    columns = [whole, *account.pixels]
+    whole = decomposition.explanation
+    columns = [whole, *decomposition.pixels]
     pictures = [whole.image.movedim(1, -1), *(on_white(one.to_rgba()) for one in columns)]
     rows = []
     for i in range(len(whole)):
         name = unit_name("class", int(whole.target[i]), class_names)
-        titles = [f"concept {int(one.target[i])}: {float(one.logit[i]):+.2f}" for one in account.pixels]
+        titles = [f"concept {int(one.target[i])}: {float(one.logit[i]):+.2f}" for one in decomposition.pixels]
         titles = ["image", f"{name}: logit {float(whole.logit[i]):.2f}", *titles]
         shown = [(title, picture[i]) for title, picture in zip(titles, pictures, strict=True)]
-        rows.append(Row(shown, _bars(account, i)))
+        rows.append(Row(shown, _bars(decomposition, i)))
     return draw_rows(rows)
 
 
-def _bars(account: ConceptDecomposition, image: int, most: int = 8) -> Bars:
-    shares = account.shares[image]
+def _bars(decomposition: ConceptDecomposition, image: int, most: int = 8) -> Bars:
+    shares = decomposition.shares[image]
     order = shares.abs().topk(min(most, len(shares))).indices.tolist()
     values = {f"concept {concept}": float(shares[concept]) for concept in order}
     left = len(shares) - len(order)
     if left:
         values[f"{left} more concepts"] = float(shares.sum() - shares[order].sum())
-    values |= {"no concept": float(account.rest[image]), "bias, other paths": float(account.other[image])}
+    values |= {"no concept": float(decomposition.rest[image]), "bias, other paths": float(decomposition.other[image])}
     return Bars("what the logit is the sum of", list(values), list(values.values()))
 
 
@@ -77,8 +77,8 @@ def class_shares(
     total, count = torch.zeros(num_classes, len(concepts) + 2, dtype=torch.float64), torch.zeros(num_classes)
     bar = "shares" if progress else None
     for _, images, labels in image_batches(model, dataset, range(len(dataset)), batch_size, bar):
-        account = explain_concepts(model, images, concepts, labels, top=0)
-        rows = torch.cat([account.shares, account.rest[:, None], account.other[:, None]], 1)
+        decomposition = explain_concepts(model, images, concepts, labels, top=0)
+        rows = torch.cat([decomposition.shares, decomposition.rest[:, None], decomposition.other[:, None]], 1)
         total.index_add_(0, labels, rows.double().cpu())
         count += labels.bincount(minlength=num_classes)
     return total / count[:, None]

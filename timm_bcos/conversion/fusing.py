@@ -13,7 +13,7 @@ from .._compat import private
 from ..dynamic_linear.registry import METADATA
 from ..errors import ModelStateError
 from ..explanation.exactness import random_image
-from ..explanation.targets import check_model
+from ..explanation.inputs import check_model
 from ..files import first_line
 from ..nn.fused import FoldedNorm, fuse_layer, norm_scale
 from ..nn.layers import BcosConv2d, BcosLinear

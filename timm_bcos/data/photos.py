@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..explanation.targets import refuse_stripes
+from ..explanation.inputs import refuse_stripes
 from ..files import AUTHOR, first_line
 from ..nn.stems import image_channels
 

@@ -73,7 +73,7 @@ def _multi_head_attention(
     weights: Any = (q_proj_weight, k_proj_weight, v_proj_weight) if in_proj_weight is None else in_proj_weight.chunk(3)
     biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
     q, k, v = (mode.call(F.linear, x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
-    more = [(bias_k, bias_v)] if bias_k is not None else []
+    more = [] if bias_k is None or bias_v is None else [(bias_k, bias_v)]
     if add_zero_attn:
         more.append((torch.zeros_like(k[:1], requires_grad=False),) * 2)
     for another_key, another_value in more:

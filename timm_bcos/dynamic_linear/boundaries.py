@@ -73,7 +73,7 @@ class Boundary:
 
 @rule(functional.encode_image)
 def _encode_image(mode: Mode, func: Function, /, image: Tensor, in_chans: int) -> Tensor:
-    """The encoding of the image is a boundary; that of features, or where nobody keeps account, a sum and a join."""
+    """The encoding of the image is a boundary; that of features, or without a bias tracker, a sum and a join."""
     if mode.tracker is None or not torch.is_grad_enabled():
         return _checked(mode, func(image, in_chans))
     encoded: Tensor = func(detached(image), in_chans)

@@ -2,9 +2,9 @@
 
 In explanation mode gates are constants, so that the gradient by the image is W(x). But W(x) depends on the parameters
 through the weights on the path *and* through the gates. Inside `DualGraph` each tensor on the path has a counterpart
-with the same values, computed from the image as in training, which the image's gradient does not reach. What explanation
-mode takes for a constant is the counterpart: it stops the gradient by the image, and has one by the parameters. W(x), a
-gradient by the image, can then be differentiated by the parameters in full.
+with the same values, computed from the image as in training, which the image's gradient does not reach. What
+explanation mode takes for a constant is the counterpart: it stops the gradient by the image, and has one by the
+parameters. W(x), a gradient by the image, can then be differentiated by the parameters in full.
 """
 
 from collections.abc import Callable, Iterator, Sequence

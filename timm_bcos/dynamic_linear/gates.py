@@ -19,8 +19,8 @@ GATES = """
     sign sgn signum heaviside floor ceil round trunc fix argmax argmin argsort argwhere nonzero one_hot bucketize
     searchsorted histc bincount unique count_nonzero isnan isinf isfinite eq ne lt le gt ge greater less equal allclose
     all any long int bool short char byte multinomial bernoulli detach data det slogdet logdet
-    ndtr ndtri frac remainder __mod__ __rmod__ fmod floor_divide __floordiv__ __rfloordiv__ logaddexp logaddexp2 prod
-    cumprod logcumsumexp inv pinv inverse pinverse matrix_exp matrix_power cholesky
+    remainder __mod__ __rmod__ fmod floor_divide __floordiv__ __rfloordiv__ logaddexp logaddexp2
+    inv pinv inverse pinverse matrix_exp matrix_power cholesky
 """
 IN_PLACE = """
     sigmoid_ hardsigmoid_ sqrt_ rsqrt_ exp_ log_ sin_ cos_ reciprocal_ sign_ floor_ ceil_ round_ softmax_ log1p_ erf_

@@ -5,9 +5,9 @@ not the linear path is treated as a constant (detached): cosine factors, norm st
 One backward pass from a logit then gives that logit's row of W(x) exactly (section 3.2.1 of arXiv 2205.10268).
 
 How each torch function is rewritten stands in a table (`timm_bcos.dynamic_linear.registry`), which covers functions
-inside forwards as well as modules. A tensor is on the linear path when it requires a gradient: the mode hands parameters to
-functions detached, so only the image's path does. The model is not changed, and the mode acts only in the thread that
-entered it.
+inside forwards as well as modules. A tensor is on the linear path when it requires a gradient: the mode hands
+parameters to functions detached, so only the image's path does. The model is not changed, and the mode acts only in the
+thread that entered it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -93,7 +93,7 @@ class DynamicLinearMode(TorchFunctionMode):
         """How a function is rewritten; None for one that is not known."""
         return self.table.get(func) or _in_place_handler(self.table, func)
 
-    # What a mode that keeps account does beside.
+    # What a mode that tracks biases does beside.
 
     def seen(self, x: Tensor) -> Tensor:
         """A tensor on the path, as it was made."""

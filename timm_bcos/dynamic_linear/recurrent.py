@@ -149,9 +149,7 @@ def _run(
 ) -> tuple[list[Tensor], State]:
     """One layer in one direction: what it answers at each step, and the last state of each sequence.
 
-    Args:
-        steps: (n, C) each, of the first n sequences, the longest ones first: n never grows.
-        state: (N, H) each, before the first step.
+    Steps are (n, C) each, of the first n sequences, the longest ones first; a state is (N, H) each.
     """
     outputs = []
     for x in reversed(steps) if backwards else steps:

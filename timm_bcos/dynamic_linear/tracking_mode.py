@@ -1,4 +1,4 @@
-"""Explanation mode that keeps account: which values depend on the image, and what is added beside its linear path."""
+"""Explanation mode with a bias tracker: which values depend on the image, and what is added beside its linear path."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -46,7 +46,7 @@ class BiasTrackingMode(DynamicLinearMode):
 
     Args:
         leaf: (N, C, H, W) the images.
-        account: Where constants and violations are noted.
+        tracker: Where constants and violations are noted.
 
     Attributes:
         kinds: How what each tensor's memory holds depends on the image.
@@ -235,7 +235,7 @@ class BiasTrackingMode(DynamicLinearMode):
         lasting = self._lasting(addend)
         made_of = [lasting if v is addend else self._lasting(v) if isinstance(v, Tensor) else v for v in sources]
         is_given = kind is Kind.CONSTANT and (func in SETTINGS or all(map(self._is_own, sources)))
-        self.tracker.note(func, made_of, is_given, y.storage_offset() if y._is_view() else 0)
+        self.tracker.note(func, made_of, is_given, int(y.storage_offset()) if y._is_view() else 0)
         return self.tracker.tap(y, lasting)
 
     def operand(self, value: Tensor, func: Function) -> Tensor:

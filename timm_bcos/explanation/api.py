@@ -5,7 +5,7 @@ Papers: https://arxiv.org/abs/2205.10268 (section 3.2), https://arxiv.org/abs/23
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -14,16 +14,15 @@ from torch import Tensor, nn
 from ..dynamic_linear.bias_tracker import AmbiguousBatch
 from ..dynamic_linear.violations import Violation
 from ..errors import InexactWarning, InputError, TargetError
-from .linearized import LinearizedModel, rows_of
-from .regions import Position, Region, check_region, position_pairs
+from .inputs import check_images, check_model
+from .linearized import LinearizedModel
+from .regions import Position, Region
+from .request import Request, Target, Targets, check_table, check_target
 from .result import Explanation
-from .targets import Target, Targets, check_images, check_model, check_table, check_target, of_images
 
 __all__ = [
-    "check_location",
     "contrast",
     "explain",
-    "explain_request",
     "explain_targets",
     "warn_if_inexact",
     "with_single_image_fallback",
@@ -82,55 +81,18 @@ def explain(
     """
     with torch.inference_mode(False):
         check_images(x, check_model(model))
-        asked, place = check_target(target, len(x)), check_location(position, region, x)
-        return explain_request(model, x, asked, None, place, layer=layer, output=output, extra=extra, chunk=chunk)
+        request = Request.checked(
+            x, check_target(target, len(x)), layer=layer, output=output, position=position, region=region, extra=extra
+        )
+        return _explain(model, x, request, chunk)
 
 
-@dataclass(frozen=True)
-class Location:
-    """Where in the outputs: a position, or masks (N, H, W) as `check_region` returns them."""
+def _explain(model: nn.Module, x: Tensor, request: Request, chunk: int | None) -> Explanation:
+    def explain(images: slice) -> list[Explanation]:
+        part = request.of_images(images)
+        return [LinearizedModel(model, x[images], part).explain(part)]
 
-    position: Position = None
-    masks: Tensor | None = None
-
-
-def check_location(position: Position, region: Region, x: Tensor) -> Location:
-    """Of what a user has given; one of both at most.
-
-    Raises:
-        TargetError: For a region that is none, or both.
-    """
-    if position is not None and region is not None:
-        raise TargetError("give a position or a region, not both")
-    pairs = position_pairs(position, len(x))
-    return Location(position if pairs is None else pairs, check_region(region, len(x), (x.shape[2], x.shape[3])))
-
-
-def explain_request(
-    model: nn.Module,
-    x: Tensor,
-    target: Target,
-    versus: Target,
-    place: Location,
-    *,
-    layer: str | None,
-    output: str | int | None,
-    extra: Mapping[str, object] | None,
-    chunk: int | None,
-) -> Explanation:
-    """`explain` and `contrast`, once their arguments are checked."""
-
-    def ask(part: LinearizedModel, images: slice) -> list[Explanation]:
-        masks = None if place.masks is None else place.masks[images]
-        position = place.position
-        if position_pairs(position, len(x)) is not None:
-            position = position[images]  # type: ignore[index]
-        return [part.explain(of_images(target, images), of_images(versus, images), position, masks)]
-
-    def run(images: slice) -> LinearizedModel:
-        return LinearizedModel(model, x[images], layer, output, rows_of(extra, images, len(x)))
-
-    return _explain_all(len(x), run, ask, chunk, callers=3)[0]
+    return _in_chunks(explain, len(x), chunk, callers=3)[0]
 
 
 def explain_targets(
@@ -157,25 +119,24 @@ def explain_targets(
         check_images(x, check_model(model))
         table = None if targets is None else check_table(targets, len(x))
 
-    def ask(part: LinearizedModel, images: slice) -> list[Explanation]:
-        columns = part.best_classes(top) if table is None else table[images]
-        return part.explain_classes(columns)
+    def explain(images: slice) -> list[Explanation]:
+        run = LinearizedModel(model, x[images])
+        return run.explain_classes(run.best_classes(top) if table is None else table[images])
 
-    return _explain_all(len(x), lambda images: LinearizedModel(model, x[images], None), ask, chunk, callers=2)
+    return _in_chunks(explain, len(x), chunk, callers=2)
 
 
 T = TypeVar("T")
-Run = Callable[[slice], LinearizedModel]
-Ask = Callable[[LinearizedModel, slice], list[Explanation]]
+Explain = Callable[[slice], list[Explanation]]
 
 
-def _explain_all(count: int, run: Run, ask: Ask, chunk: int | None, callers: int) -> list[Explanation]:
+def _in_chunks(explain: Explain, count: int, chunk: int | None, callers: int) -> list[Explanation]:
     """Chunk by chunk; warnings name the line that called the function `callers` above."""
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise InputError(f"chunk={chunk!r}: give the number of images per pass, at least 1, or None for all")
     size = chunk or count
     with torch.inference_mode(False):
-        parts = [_explain_chunk(run, ask, range(i, min(i + size, count))) for i in range(0, count, size)]
+        parts = [_explain_chunk(explain, range(i, min(i + size, count))) for i in range(0, count, size)]
     found = parts[0] if len(parts) == 1 else [Explanation.stack(column) for column in zip(*parts, strict=True)]
     warn_if_inexact(found, callers + 1)
     return found
@@ -187,42 +148,40 @@ def warn_if_inexact(found: Sequence[Explanation], callers: int) -> None:
         warnings.warn(f"the explanation is not exact: {violation}", InexactWarning, stacklevel=callers + 1)
 
 
-def _explain_chunk(run: Run, ask: Ask, places: range) -> list[Explanation]:
+def _explain_chunk(explain: Explain, images: range) -> list[Explanation]:
     def stack(singles: Sequence[list[Explanation]]) -> list[Explanation]:
         return [Explanation.stack(column) for column in zip(*singles, strict=True)]
 
-    def with_defects(found: list[Explanation], violations: tuple[Violation, ...]) -> list[Explanation]:
+    def with_violations(found: list[Explanation], violations: tuple[Violation, ...]) -> list[Explanation]:
         return [replace(e, violations=tuple(dict.fromkeys((*e.violations, *violations)))) for e in found]
 
-    return with_single_image_fallback(
-        lambda images: ask(run(images), images), places, lambda found: found, stack, with_defects
-    )
+    return with_single_image_fallback(explain, images, lambda found: found, stack, with_violations)
 
 
 def with_single_image_fallback(
-    ask: Callable[[slice], T], places: range, explanations: Callable[[T], Sequence[Explanation]],
-    stack: Callable[[Sequence[T]], T], with_defects: Callable[[T, tuple[Violation, ...]], T],
+    find: Callable[[slice], T], images: range, explanations: Callable[[T], Sequence[Explanation]],
+    stack: Callable[[Sequence[T]], T], with_violations: Callable[[T, tuple[Violation, ...]], T],
 ) -> T:  # fmt: skip
     """All images at once, or one by one where a tensor's layout does not tell what is of which image.
 
     Args:
-        ask: What is found for some of the images.
-        places: Of the images.
+        find: Finds it for some of the images.
+        images: All of them.
         explanations: In what is found.
         stack: Makes one of what is found for single images.
-        with_defects: Adds what only the batch has shown.
+        with_violations: Adds what only the batch has shown.
     """
     violations: tuple[Violation, ...] = ()
     try:
-        found = ask(slice(places.start, places.stop))
+        found = find(slice(images.start, images.stop))
     except AmbiguousBatch as signal:
         violations = signal.violations  # single images are never ambiguous
     else:
         seen = [violation for explanation in explanations(found) for violation in explanation.violations]
-        if len(places) == 1 or not any(violation.kind == "incomplete" for violation in seen):
+        if len(images) == 1 or not any(violation.kind == "incomplete" for violation in seen):
             return found
         violations = tuple(violation for violation in seen if violation.kind == "images")
-    return with_defects(stack([ask(slice(i, i + 1)) for i in places]), violations)
+    return with_violations(stack([find(slice(i, i + 1)) for i in images]), violations)
 
 
 def contrast(
@@ -275,8 +234,10 @@ def contrast(
         check_images(x, check_model(model))
         first, second = (_check_side(name, value, len(x)) for name, value in (("a", a), ("b", b)))
         _refuse_same(first, second)
-        place = check_location(position, region, x)
-        return explain_request(model, x, first, second, place, layer=layer, output=output, extra=extra, chunk=chunk)
+        request = Request.checked(
+            x, first, second, layer=layer, output=output, position=position, region=region, extra=extra
+        )
+        return _explain(model, x, request, chunk)
 
 
 def _check_side(name: str, value: Targets, images: int) -> Target:

@@ -16,11 +16,12 @@ from ..errors import BcosError, InexactWarning, InputError
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
 from ..nn.module_utils import channel_axis, converted_part, first_output, frozen_copy, hooked, image_size, pick_output
 from .api import explain
+from .inputs import check_images, check_model, is_encoding, rows_of
 from .linear_parts import linear_part
-from .linearized import LinearizedModel, is_encoding, rows_of
+from .linearized import LinearizedModel
+from .request import Request
 from .self_check import another_image, compare_with_another_image
 from .self_check import tolerance as rounding_of
-from .targets import check_images, check_model
 
 __all__ = [
     "ExactnessReport",
@@ -240,7 +241,8 @@ def _measure(model: nn.Module, x: Tensor, tolerance: float, output: str | int | 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InexactWarning)  # the verdict says it
         explanation = explain(model, x, output=output, extra=extra)
-        first = LinearizedModel(model, x[:1], None, output, rows_of(extra, slice(0, 1), len(x)), checks=False)
+        request = Request(output=output, extra=rows_of(extra, slice(0, 1), len(x)))
+        first = LinearizedModel(model, x[:1], request, checks=False)
         changed = first.backward(lambda: compare_with_another_image(first))
     logits = partial(_logits, model, output=output, position=explanation.position, extra=extra)
     image = x[:, : x.shape[1] // 2] if is_encoding(x, check_model(model).image_channels) else x

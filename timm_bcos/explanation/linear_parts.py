@@ -39,7 +39,7 @@ def linear_part(value: Tensor, leaf: Tensor, tracker: BiasTracker) -> LinearPart
     Args:
         value: A scalar: the sum over images of an output each.
         leaf: (N, C, H, W) the images.
-        account: Of the forward pass.
+        tracker: Of the forward pass.
     """
     factors = _factors(leaf, tracker)
     grads = torch.autograd.grad(value, factors, retain_graph=True, allow_unused=True)

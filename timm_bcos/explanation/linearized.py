@@ -1,7 +1,7 @@
 """A model at its images: one forward pass in explanation mode, from which any number of outputs are explained."""
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -16,12 +16,13 @@ from ..errors import BcosError, ModelStateError, TargetError
 from ..nn.functional import encode_image
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
 from ..nn.module_utils import channel_axis, converted_part, first_output, isolate, pick_output
+from .inputs import check_model, is_encoding, rows_of
 from .linear_parts import LinearPart, linear_part, linear_parts
-from .outputs import ModelOutputs, Readout
+from .outputs import ModelOutputs, Selection
 from .regions import PositionGrid
+from .request import Request
 from .result import Explanation
 from .self_check import compare_outputs, compare_with_another_image, incomplete, measure_rounding, outputs_apart
-from .targets import Target, check_model
 
 __all__ = ["LinearizedModel"]
 
@@ -34,9 +35,7 @@ class LinearizedModel:
     Args:
         model: A B-cos model in evaluation mode, as `check_model` wants it. Not changed.
         x: Images, as `check_images` wants them.
-        layer: Of the neurons to explain; None explains the model's outputs.
-        output: Which of several outputs, by name or number; None takes the first.
-        extra: Other arguments of the model, by name.
+        request: Of which the layer, the output and the other arguments of the model are taken.
         checks: Whether the outputs are compared with those of the model outside of explanation mode.
 
     Attributes:
@@ -51,18 +50,16 @@ class LinearizedModel:
         self,
         model: nn.Module,
         x: Tensor,
-        layer: str | None,
-        output: str | int | None = None,
-        extra: Mapping[str, object] | None = None,
+        request: Request = Request(),  # noqa: B008  (frozen)
         checks: bool = True,
     ) -> None:
-        self.model, self.layer, self.output = getattr(model, "_orig_mod", model), layer, output  # of `torch.compile`
-        self.extra = dict(extra or {})
+        self.model = getattr(model, "_orig_mod", model)  # of `torch.compile`
+        self.layer, self.output, self.extra = request.layer, request.output, dict(request.extra)
         self._saves_copies = False
         stem = check_model(model)
         self.image_channels = stem.image_channels
-        if layer is not None:
-            _check_layer(self.model, layer)
+        if self.layer is not None:
+            _check_layer(self.model, self.layer)
         with ordinary_autograd(x.device):
             x = x.detach().clone()
             is_encoded = is_encoding(x, self.image_channels)
@@ -106,7 +103,7 @@ class LinearizedModel:
         return measure_rounding(self)
 
     def _pass(self, image: Tensor, names_places: bool = False) -> tuple[Any, ...]:
-        """One forward pass in explanation mode: the leaf, the account, the mode, what the model and layer return."""
+        """One forward pass in explanation mode: the leaf, the tracker, the mode, what the model and layer return."""
         outputs: list[object] = []
         network = _network_to_run(self.model, self.layer, outputs)
         leaf = image.clone().requires_grad_()
@@ -199,20 +196,16 @@ class LinearizedModel:
             raise TargetError(f"top={top}: the model has {logits.shape[1]} classes")
         return logits.topk(top, dim=1).indices
 
-    def explain(self, target: Target, versus: Target, position: object, masks: Tensor | None) -> Explanation:
-        """One backward pass: images do not see each other, so the gradient of the sum holds each one's row of W.
+    def explain(self, request: Request) -> Explanation:
+        """Select a number of each image and attribute it, with one backward pass.
 
-        Args:
-            target: As `check_target` returns it.
-            versus: What is subtracted, likewise.
-            position: Where; None for where it is strongest.
-            masks: Over what, as `check_region` returns it.
+        Images do not see each other, so that the gradient of the sum holds each one's row of W.
         """
 
         def explain() -> Explanation:
-            readout = self.outputs.read(target, versus, position, masks)
-            part = linear_part(readout.values.sum(), self.leaf, self.tracker)
-            return self.explanation(readout, part, self.layer)
+            selection = self.outputs.select(request)
+            part = linear_part(selection.values.sum(), self.leaf, self.tracker)
+            return self.explanation(selection, part, self.layer)
 
         return self.backward(explain)
 
@@ -224,11 +217,11 @@ class LinearizedModel:
         """
 
         def explain() -> list[Explanation]:
-            readouts = [self.outputs.read(column, None, None, None) for column in table.T]
-            values = torch.stack([readout.values.sum() for readout in readouts])
+            selections = [self.outputs.select(Request(column)) for column in table.T]
+            values = torch.stack([selection.values.sum() for selection in selections])
             parts = linear_parts(values, self.leaf, self.tracker)
-            found = zip(readouts, parts, strict=True)
-            return [self.explanation(readout, part, self.layer) for readout, part in found]
+            found = zip(selections, parts, strict=True)
+            return [self.explanation(selection, part, self.layer) for selection, part in found]
 
         return self.backward(explain)
 
@@ -250,47 +243,31 @@ class LinearizedModel:
                 self._run()
                 return function()
 
-    def explanation(self, readout: Readout, part: LinearPart, layer: str | None) -> Explanation:
+    def explanation(self, selection: Selection, part: LinearPart, layer: str | None) -> Explanation:
         """Of what has been taken apart.
 
         Args:
-            readout: The numbers.
+            selection: The numbers.
             part: Their weights and constants.
             layer: Whose numbers they are; None for the model's outputs.
         """
-        has_bias = layer is None and readout.versus is None
+        has_bias = layer is None and selection.versus is None
         found = Explanation(
-            logits=readout.activations,
-            target=readout.unit,
+            logits=selection.activations,
+            target=selection.unit,
             weights=part.weights,
             inputs=self.inputs,
             bias=part.constant_bias + part.gate_bias,
             constant_bias=part.constant_bias,
             logit_bias=_logit_bias(self.model) if has_bias else 0.0,
             layer=layer,
-            position=readout.position,
+            position=selection.position,
             probability_kind=_probability_kind(self.model),
-            versus=readout.versus,
-            direction=readout.direction,
-            region=readout.region,
+            versus=selection.versus,
+            direction=selection.direction,
+            region=selection.region,
         )
-        return incomplete(self, found, readout.shift, (*part.violations, *self.violations))
-
-
-def is_encoding(x: Tensor, channels: int) -> bool:
-    """Whether images (N, 2C, H, W) are encoded ones: the second half is the first one's complement."""
-    if x.shape[1] != 2 * channels:
-        return False
-    first, second = x.chunk(2, 1)
-    return bool((first + second - 1).abs().max() <= max(1e-3, 4 * torch.finfo(x.dtype).eps))
-
-
-def rows_of(extra: Mapping[str, object] | None, rows: slice, count: int) -> dict[str, object]:
-    """Other arguments of a model for some of the images: of tensors with a row per image, these rows."""
-    return {
-        name: value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
-        for name, value in (extra or {}).items()
-    }
+        return incomplete(self, found, selection.shift, (*part.violations, *self.violations))
 
 
 def _described(output: object) -> str:

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from .regions import PositionGrid, position_indices, region_weights
-from .targets import Target, as_direction, check_units
+from .request import Request, Target, as_direction, check_units
 
-__all__ = ["ModelOutputs", "Readout"]
+__all__ = ["ModelOutputs", "Selection"]
 
 
 @dataclass
-class Readout:
+class Selection:
     """What is explained of each image.
 
     Attributes:
@@ -56,18 +56,13 @@ class ModelOutputs:
     is_placed: bool
     shifts: Tensor | None = None
 
-    def read(self, target: Target, versus: Target, position: object, masks: Tensor | None) -> Readout:
-        """Read a number out of the outputs of each image.
-
-        Args:
-            target: As `check_target` returns it.
-            versus: What is subtracted, likewise; None for nothing.
-            position: Where, as `explain` takes it.
-            masks: Over what, as `check_region` returns it.
-        """
+    def select(self, request: Request) -> Selection:
+        """The number that is asked for, of each image."""
+        target, versus, masks = request.target, request.versus, request.masks
         peaks, direction = self.maps.detach(), self._direction(target, versus)
         at, weights = None, None
         if masks is None:
+            position = request.position
             place = None if position is None else position_indices(position, self.grid, len(peaks)).to(peaks.device)
             at = self._strongest(peaks, target, direction, place)
         else:
@@ -75,7 +70,7 @@ class ModelOutputs:
         pooled = _pooled(self.maps, at, weights)
         unit, against = self._units(target, pooled.detach(), direction), _units_of(versus)
         is_pair = against is not None and _units_of(target) is not None
-        return Readout(
+        return Selection(
             _of_unit(pooled, unit, direction),
             pooled.detach(),
             unit,

@@ -18,8 +18,8 @@ from ..errors import InputError
 from ..files import AUTHOR, atomic_path, first_line
 from ..prefetch import prefetch
 from .api import explain
+from .inputs import refuse_stripes
 from .result import Explanation
-from .targets import refuse_stripes
 from .visualization import on_white
 
 __all__ = ["VIDEO_SUFFIXES", "explain_video", "is_own_film"]

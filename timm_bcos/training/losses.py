@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ..dynamic_linear.dual_graph import DualGraph
 from ..dynamic_linear.mode import DynamicLinearMode, active
 from ..errors import InputError, ModelStateError, TargetError
-from ..explanation.targets import Targets, as_direction, check_target, image_reader
+from ..explanation.inputs import image_reader
+from ..explanation.request import Targets, as_direction, check_target
 from ..nn.functional import encode_image
 from ..nn.module_utils import first_output
 
@@ -45,8 +46,8 @@ def dynamic_weights(model: nn.Module, x: Tensor, target: Targets = None) -> Dyna
     """Outputs and rows of W(x), to be trained: `explain` gives the same values without gradients.
 
     One forward pass, in which each function is computed twice (`timm_bcos.dynamic_linear.dual_graph`), and one backward
-    pass that is itself differentiable. Norms in training mode normalize by the batch and update their statistics once, as in an
-    ordinary step.
+    pass that is itself differentiable. Norms in training mode normalize by the batch and update their statistics once,
+    as in an ordinary step.
 
     Args:
         model: A B-cos network, in training or evaluation mode.

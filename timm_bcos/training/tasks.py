@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from ..data.regions import without_cell
 from ..errors import InputError, ModelStateError, TargetError
+from ..explanation.inputs import check_model
 from ..explanation.linearized import LinearizedModel
 from ..explanation.regions import Region, check_region
-from ..explanation.targets import check_model
+from ..explanation.request import Request
 from .losses import cosine_loss, dynamic_weights, energy_loss
 
 __all__ = ["DeletionClassificationTask", "ExplanationDistillationTask", "GuidedClassificationTask"]
@@ -74,7 +75,7 @@ class ExplanationDistillationTask(_ExplainedTask, LogitDistillationTask):  # typ
             'loss', 'output' (N, K), 'task_loss', 'kd_loss' and 'explanation_loss'.
         """
         seen = self.teacher.normalize_input(input, *self._student_statistics())
-        answer = LinearizedModel(self.teacher.model, seen, None).explain(None, None, None, None)
+        answer = LinearizedModel(self.teacher.model, seen).explain(Request())
         found = dynamic_weights(self.trainable_module, input, answer.target)
         logits = found.logits / self.temperature, answer.logits / self.temperature
         student, teacher = (x.log_softmax(-1) for x in logits)

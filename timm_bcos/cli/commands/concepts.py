@@ -69,11 +69,11 @@ def concepts(
 
 def _explain(path: Path, reader: "PhotoExplainer", found: "Concepts", target: int | None, top: int) -> str:
     from ...concepts.decomposition import explain_concepts
-    from ...concepts.figures import plot_account
+    from ...concepts.figures import plot_decomposition
     from ...explanation.visualization import save_figure
 
     account = explain_concepts(reader.network, reader.read(path), found, target, top=top)
-    save_figure(plot_account(account, reader.names), reader.outputs.claim(path.stem, ".png"))
+    save_figure(plot_decomposition(account, reader.names), reader.outputs.claim(path.stem, ".png"))
     parts = zip(account.strongest[0].tolist(), account.pixels, strict=True)
     shares = ", ".join(f"concept {concept} {float(one.logit):+.3f}" for concept, one in parts)
     whole = account.explanation

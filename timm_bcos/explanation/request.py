@@ -1,106 +1,106 @@
-"""What may be asked of outputs: classes, sets of classes, directions; all of them linear in the outputs."""
+"""A request: which number of a model's outputs is to be explained, checked once and handed on as one object.
 
-from collections.abc import Sequence
+Classes, sets of classes and directions are all linear in the outputs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from numbers import Integral
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import Self
 
-from ..errors import InputError, ModelStateError, TargetError
-from ..nn.functional import encode_image
-from ..nn.stems import BcosStem, ImageReader
+from ..errors import TargetError
+from .inputs import rows_of
+from .regions import Position, Region, check_region, position_pairs
 
-__all__ = [
-    "Target",
-    "Targets",
-    "as_direction",
-    "check_images",
-    "check_model",
-    "check_table",
-    "check_target",
-    "image_reader",
-    "of_images",
-    "refuse_stripes",
-]
-
-LONGEST = 100  # sides in proportion; the shorter side is resized to what the network wants, the longer one with it
-
-
-def check_model(model: nn.Module) -> BcosStem | ImageReader:
-    """What reads the images in a B-cos network.
-
-    Raises:
-        InputError: For what is no network.
-        ModelStateError: For another network, or one in training mode.
-    """
-    stem = image_reader(model)
-    training = [name or "the model" for name, m in model.named_modules() if m.training]
-    if training:
-        raise ModelStateError(f"{training[0]} is in training mode: call model.eval() first")
-    return stem
-
-
-def image_reader(model: nn.Module) -> BcosStem | ImageReader:
-    """The same in training mode, too."""
-    if not isinstance(model, nn.Module):
-        raise InputError(f"expected a network first, then images, got {type(model).__name__}")
-    stems = [m for m in model.modules() if isinstance(m, BcosStem | ImageReader)]
-    if not stems:
-        raise ModelStateError(
-            f"{type(model).__name__} is no B-cos network: create one with timm.create_model('bcos_...'), "
-            f"or convert it with timm_bcos.bcosify(model)"
-        )
-    return stems[0]
-
-
-def check_images(x: object, stem: BcosStem | ImageReader) -> None:
-    """Refuse what are no images in [0, 1], on the model's device.
-
-    Raises:
-        InputError: Saying what they are, and what to do.
-    """
-    channels = stem.image_channels
-    if not isinstance(x, Tensor):
-        raise InputError(f"expected a tensor of images, got {type(x).__name__}: apply the model's transform first")
-    if x.ndim != 4:
-        encode_image(x, channels)  # raises, naming the shape
-    if 0 in x.shape:
-        raise InputError(f"images of shape {tuple(x.shape)} are empty")
-    if x.device != stem.weight.device:
-        raise InputError(f"images are on {x.device}, the model is on {stem.weight.device}: move one of them")
-    if not x.is_floating_point():
-        raise InputError(f"expected floating-point pixels in [0, 1], got {x.dtype}: divide by 255 first")
-    _check_range(x)
-
-
-def _check_range(x: Tensor) -> None:
-    if not bool(x.isfinite().all()):
-        raise InputError("images contain NaN or infinite pixels")
-    low, high = x.detach().min().item(), x.detach().max().item()
-    if low < -1e-4 or high > 1 + 1e-4:
-        hint = (
-            "divide by 255"
-            if low >= 0 and high > 16
-            else "it looks mean/std-normalized: leave that out (mean 0, std 1)"
-        )
-        raise InputError(f"pixels must lie in [0, 1], got [{low:.3g}, {high:.3g}]; {hint}")
-
-
-def refuse_stripes(size: tuple[int, int]) -> None:
-    """Refuse pictures whose resized longer side would take all memory.
-
-    Args:
-        size: Width and height, in pixels.
-
-    Raises:
-        InputError: If one side is more than 100 times the other.
-    """
-    if max(size) > LONGEST * min(size):
-        raise InputError(f"too long and thin: {size[0]} × {size[1]} pixels, at most 1 : {LONGEST}")
-
+__all__ = ["Request", "Target", "Targets", "as_direction", "check_table", "check_target"]
 
 Targets = int | Sequence[int] | set[int] | frozenset[int] | Tensor | None
 Target = Tensor | frozenset[int] | None  # (N,) classes, or (N, K) directions; a set of classes; or the strongest
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be explained for each of N images.
+
+    Attributes:
+        target: The class, set of classes or direction, as `check_target` returns it.
+        versus: What is subtracted, likewise; None for nothing.
+        layer: Path of the module whose units are explained; None for the model's outputs.
+        output: Which of several outputs, by name or index; None for the first.
+        position: Where in a map, as `timm_bcos.explain` takes it; None for where the target is largest.
+        masks: (N, H, W) weights of the positions instead, as `check_region` returns them.
+        extra: Other arguments of the model's forward, by name.
+        images: N, or None if no attribute depends on the image.
+    """
+
+    target: Target = None
+    versus: Target = None
+    layer: str | None = None
+    output: str | int | None = None
+    position: Position = None
+    masks: Tensor | None = None
+    extra: Mapping[str, object] = field(default_factory=dict)
+    images: int | None = None
+
+    @classmethod
+    def checked(
+        cls,
+        x: Tensor,
+        target: Target,
+        versus: Target = None,
+        *,
+        position: Position = None,
+        region: Region = None,
+        extra: Mapping[str, object] | None = None,
+        **names: Any,
+    ) -> Self:
+        """From the arguments of `timm_bcos.explain`.
+
+        Args:
+            x: (N, C, H, W) the images.
+            target: As `check_target` returns it.
+            versus: Likewise.
+            position: As the user has given it.
+            region: Likewise.
+            extra: Likewise.
+            names: `layer` and `output`.
+
+        Raises:
+            TargetError: For a region that is none, or if both a position and a region are given.
+        """
+        if position is not None and region is not None:
+            raise TargetError("give a position or a region, not both")
+        pairs = position_pairs(position, len(x))
+        masks = check_region(region, len(x), (x.shape[2], x.shape[3]))
+        return cls(
+            target, versus, position=position if pairs is None else pairs, masks=masks, extra=dict(extra or {}),
+            images=len(x), **names,
+        )  # fmt: skip
+
+    def of_images(self, images: slice) -> "Request":
+        """The same for some of the images."""
+        if self.images is None:
+            return self
+        position: Any = self.position
+        if position_pairs(position, self.images) is not None:
+            position = position[images]
+        return replace(
+            self,
+            target=_rows(self.target, images),
+            versus=_rows(self.versus, images),
+            position=position,
+            masks=None if self.masks is None else self.masks[images],
+            extra=rows_of(self.extra, images, self.images),
+            images=len(range(self.images)[images]),
+        )
+
+
+def _rows(target: Target, images: slice) -> Target:
+    return target[images] if isinstance(target, Tensor) else target
 
 
 def check_target(target: object, images: int, name: str = "target") -> Target:
@@ -141,11 +141,6 @@ def check_table(targets: object, images: int) -> Tensor:
         shape = f"of shape {tuple(table.shape)}" if table is not None else repr(targets)
         raise TargetError(f"targets {shape}: give {images} rows (one per image) of classes")
     return table
-
-
-def of_images(asked: Target, images: slice) -> Target:
-    """What is asked of some of the images."""
-    return asked[images] if isinstance(asked, Tensor) else asked
 
 
 def as_direction(asked: Tensor | frozenset[int], images: int, count: int, what: str) -> Tensor:
