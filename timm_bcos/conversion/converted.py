@@ -24,7 +24,7 @@ from .config import BcosConfig
 from .plan import FOLDING, Plan, convertible, move_hooks, plan_conversion
 from .positions import POSITIONED, Positions, on_grid_of
 from .reference import reference_activations, set_reference_shifts
-from .replacements import OFFSETS
+from .replacements.offsets import OFFSETS
 from .rules import RULES, Rules
 from .settings import SETTINGS, encode_settings, refuse_contradictions
 
