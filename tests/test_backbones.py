@@ -74,7 +74,7 @@ def test_bcosify_gives_the_backbone_of_the_architecture(name: str) -> None:
     converted = timm.create_model("bcosify", arch=arch, **{"features_only": True, **kwargs}).eval()
     with torch.no_grad():
         found = converted(x)
-    assert type(converted).__name__ == type(model).__name__ and isinstance(found, dict) == (name == "dict")
+    assert type(converted).__name__ == f"Bcos{type(model).__name__}" and isinstance(found, dict) == (name == "dict")
     assert [m.shape for m in maps(found)] == [m.shape for m in expected]
     assert converted.feature_info.channels() == model.feature_info.channels()
     assert converted.feature_info.reduction() == model.feature_info.reduction()

@@ -262,3 +262,11 @@ def test_statistics_have_one_number_per_channel() -> None:
     bcosify(timm.create_model("test_resnet", in_chans=4))  # a cfg's are averaged
     with pytest.raises(ModelStateError, match="positions='attention'"):
         torch.jit.script(bcosify(timm.create_model("test_vit"), BcosConfig(positions="attention")))
+
+
+def test_the_class_of_a_converted_model_has_a_name_of_its_own() -> None:
+    model = timm.create_model("test_resnet")
+    plain = type(model)
+    bcosify(model)
+    assert type(model).__name__ == f"Bcos{plain.__name__}" and type(model).__module__.startswith("timm_bcos.")
+    assert isinstance(model, plain) and copy.deepcopy(model).__class__ is type(model)

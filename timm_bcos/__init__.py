@@ -1,6 +1,6 @@
-"""B-cos networks for timm: inherently interpretable networks whose explanations are exact.
+"""B-cos models for timm: inherently interpretable models whose explanations are exact.
 
-Importing this package registers its networks with timm:
+Importing this package registers its models with timm:
 
     >>> import timm, timm_bcos
     >>> model = timm.create_model("bcos_densenet121").eval()
@@ -16,15 +16,15 @@ from types import ModuleType
 import lazy_loader
 import wrapt
 
-from .integrations import registration  # noqa: F401  (tells other libraries of B-cos layers, when they are imported)
+from .integrations import registration  # noqa: F401  (describes B-cos layers to other libraries when they are imported)
 
-# `__init__.pyi` lists the public names; each is imported when it is first used, so that the command line starts fast
+# `__init__.pyi` lists the public names. Each is imported on first use, so that the command line starts fast.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 
-@wrapt.when_imported("timm")  # at once where timm has been imported before
-def _register_networks(timm: ModuleType) -> None:
+@wrapt.when_imported("timm")  # immediately if timm has been imported already
+def _register_models(timm: ModuleType) -> None:
     try:
         from .models import bcos_models  # noqa: F401
     except Exception as error:  # `import timm` must not fail because of us
-        warnings.warn(f"timm_bcos cannot register its networks with timm {timm.__version__}: {error}", stacklevel=2)
+        warnings.warn(f"timm_bcos cannot register its models with timm {timm.__version__}: {error}", stacklevel=2)

@@ -110,7 +110,7 @@ class _BareGoogLeNetHead(googlenet.InceptionAux):
 
 
 class _WideLiteMLA(efficientvit.LiteMLA):
-    """timm's linear attention computes in float32, which is right for half precision and loses digits of float64."""
+    """timm's linear attention computes in float32, which suits half precision and loses digits of float64."""
 
     def _attn(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         wide = torch.promote_types(v.dtype, torch.float32)
@@ -118,58 +118,39 @@ class _WideLiteMLA(efficientvit.LiteMLA):
         return (out[..., :-1] / (out[..., -1:] + self.eps)).to(v.dtype)
 
 
-class _Wide(nn.Module):
-    """Likewise for timm's norms in float32: float64 takes the path of the same norm without that cast.
+class _WideNorm(nn.Module):
+    """timm's norms in float32, for which the same holds: float64 takes the path of the norm without that cast.
 
     Attributes:
-        in_own_dtype: timm's class for that norm.
+        in_float32: timm's class of the norm.
+        in_own_dtype: timm's class of the same norm without the cast.
     """
 
+    in_float32: type[nn.Module]
     in_own_dtype: type[nn.Module]
     _fast_norm = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.in_own_dtype.forward(self, x) if x.dtype == torch.float64 else super().forward(x)
+        kind = self.in_own_dtype if x.dtype == torch.float64 else self.in_float32
+        return kind.forward(self, x)  # type: ignore[no-any-return]
 
 
-class _WideLayerNorm(_Wide, norm.LayerNormFp32):
-    in_own_dtype = norm.LayerNorm
+def _wide(in_float32: type[nn.Module], in_own_dtype: type[nn.Module]) -> Any:
+    """The class of a norm that casts to float32 but keeps float64; pickles find it under its name in this module."""
+    members = dict(in_float32=in_float32, in_own_dtype=in_own_dtype, __module__=__name__)
+    return type(f"Wide{in_own_dtype.__name__}", (_WideNorm, in_float32), members)
 
 
-class _WideLayerNorm2d(_Wide, norm.LayerNorm2dFp32):
-    in_own_dtype = norm.LayerNorm2d
-
-
-class _WideRmsNorm(_Wide, norm.RmsNormFp32):
-    in_own_dtype = norm.RmsNorm
-
-
-class _WideRmsNorm2d(_Wide, norm.RmsNorm2dFp32):
-    in_own_dtype = norm.RmsNorm2d
-
-
-class _WideSimpleNorm(_Wide, norm.SimpleNormFp32):
-    in_own_dtype = norm.SimpleNorm
-
-
-class _WideSimpleNorm2d(_Wide, norm.SimpleNorm2dFp32):
-    in_own_dtype = norm.SimpleNorm2d
-
-
-class _WideLayerNormAct(_Wide, norm_act.LayerNormActFp32):
-    in_own_dtype = norm_act.LayerNormAct
-
-
-class _WideLayerNormAct2d(_Wide, norm_act.LayerNormAct2dFp32):
-    in_own_dtype = norm_act.LayerNormAct2d
-
-
-class _WideRmsNormAct(_Wide, norm_act.RmsNormActFp32):
-    in_own_dtype = norm_act.RmsNormAct
-
-
-class _WideRmsNormAct2d(_Wide, norm_act.RmsNormAct2dFp32):
-    in_own_dtype = norm_act.RmsNormAct2d
+WideLayerNorm = _wide(norm.LayerNormFp32, norm.LayerNorm)
+WideLayerNorm2d = _wide(norm.LayerNorm2dFp32, norm.LayerNorm2d)
+WideRmsNorm = _wide(norm.RmsNormFp32, norm.RmsNorm)
+WideRmsNorm2d = _wide(norm.RmsNorm2dFp32, norm.RmsNorm2d)
+WideSimpleNorm = _wide(norm.SimpleNormFp32, norm.SimpleNorm)
+WideSimpleNorm2d = _wide(norm.SimpleNorm2dFp32, norm.SimpleNorm2d)
+WideLayerNormAct = _wide(norm_act.LayerNormActFp32, norm_act.LayerNormAct)
+WideLayerNormAct2d = _wide(norm_act.LayerNormAct2dFp32, norm_act.LayerNormAct2d)
+WideRmsNormAct = _wide(norm_act.RmsNormActFp32, norm_act.RmsNormAct)
+WideRmsNormAct2d = _wide(norm_act.RmsNormAct2dFp32, norm_act.RmsNormAct2d)
 
 
 Table = dict[type[nn.Module], type[nn.Module]]
@@ -187,16 +168,16 @@ BARE: Table = {
 }
 WIDE: Table = {efficientvit.LiteMLA: _WideLiteMLA}
 WIDE_NORMS: Table = {
-    norm.LayerNormFp32: _WideLayerNorm,
-    norm.LayerNorm2dFp32: _WideLayerNorm2d,
-    norm.RmsNormFp32: _WideRmsNorm,
-    norm.RmsNorm2dFp32: _WideRmsNorm2d,
-    norm.SimpleNormFp32: _WideSimpleNorm,
-    norm.SimpleNorm2dFp32: _WideSimpleNorm2d,
+    norm.LayerNormFp32: WideLayerNorm,
+    norm.LayerNorm2dFp32: WideLayerNorm2d,
+    norm.RmsNormFp32: WideRmsNorm,
+    norm.RmsNorm2dFp32: WideRmsNorm2d,
+    norm.SimpleNormFp32: WideSimpleNorm,
+    norm.SimpleNorm2dFp32: WideSimpleNorm2d,
 }
 WIDE_NORM_ACTS: Table = {
-    norm_act.LayerNormActFp32: _WideLayerNormAct,
-    norm_act.LayerNormAct2dFp32: _WideLayerNormAct2d,
-    norm_act.RmsNormActFp32: _WideRmsNormAct,
-    norm_act.RmsNormAct2dFp32: _WideRmsNormAct2d,
+    norm_act.LayerNormActFp32: WideLayerNormAct,
+    norm_act.LayerNormAct2dFp32: WideLayerNormAct2d,
+    norm_act.RmsNormActFp32: WideRmsNormAct,
+    norm_act.RmsNormAct2dFp32: WideRmsNormAct2d,
 }

@@ -24,7 +24,7 @@ from .config import BcosConfig
 from .plan import FOLDING, Plan, convertible, move_hooks, plan_conversion
 from .positions import POSITIONED, Positions, on_grid_of
 from .reference import reference_activations, set_reference_shifts
-from .replacements import OFFSETS
+from .replacements.offsets import OFFSETS
 from .rules import RULES, Rules
 from .settings import SETTINGS, encode_settings, refuse_contradictions
 
@@ -294,8 +294,8 @@ def _bcos_class(plain: type, has_reader: bool) -> type:
         base = _bcos_class(plain, False)
         bases, methods = (base,), {n: _reads_first(getattr(base, n)) for n in READING if hasattr(base, n)}
         methods["_unread_class"] = base
-    own = dict(_plain_class=plain, _has_reader=has_reader, __module__=plain.__module__, **methods)
-    return type(plain.__name__, bases, own)
+    own = dict(_plain_class=plain, _has_reader=has_reader, __module__=__name__, **methods)
+    return type(f"Bcos{plain.__name__}", bases, own)
 
 
 def _rebuild(plain: type, has_reader: bool) -> nn.Module:

@@ -63,8 +63,8 @@ def reference_activations(model: nn.Module) -> dict[str, Tensor]:
             failure = error
     raise InputError(
         f"bias='reference' needs the network's answer to a gray image, but {type(model).__name__} does not run on "
-        f"one of {height} × {width} pixels ({first_line(failure)}): "
-        f"tell its size, model.pretrained_cfg = dict(input_size=...)"
+        f"one of {height} × {width} pixels ({first_line(failure)}): tell its size, "
+        f"model.pretrained_cfg = dict(input_size=...)"
     ) from failure
 
 

@@ -22,11 +22,12 @@ from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, Bc
 from ..nn.layers import BcosConv2d, BcosLinear, LowPass2d
 from ..nn.norms import UncenteredBatchNorm1d, UncenteredBatchNorm2d, UncenteredBatchNormAct2d
 from ..nn.stems import BcosStem, ImageReader
-from . import replacements as to
 from .attention import WINDOWED, BcosAttention
 from .blocks import AVERAGED, BARE, WIDE, WIDE_NORM_ACTS, WIDE_NORMS
 from .positions import PositionedQkv
-from .replacements import LayerRole, Rule, keep, keep_leaf, sigmoid_as_activation
+from .replacements import activations, attention, layers, norms, offsets, pooling
+from .replacements.activations import sigmoid_as_activation
+from .replacements.base import LayerRole, Rule, keep, keep_leaf
 from .statistics import NORMALIZERS
 
 __all__ = [
@@ -68,7 +69,7 @@ def is_container(module: nn.Module, rules: Mapping[type[nn.Module], Rule]) -> bo
     kind = type(module)
     if kind.__module__.partition(".")[0] == "torch" or not any(True for _ in module.children()):
         return False
-    if any(rules.get(base, keep) not in (keep, to.replace_sequential) for base in kind.__mro__[1:]):
+    if any(rules.get(base, keep) not in (keep, activations.replace_sequential) for base in kind.__mro__[1:]):
         return False
     owned = [name for name, parameter in module._parameters.items() if parameter is not None]
     owned += [name for name in module._buffers if name in NORM_BUFFERS]
@@ -116,34 +117,34 @@ class RuleTable(dict[Any, Rule]):
 
 
 RULES = RuleTable({
-    **_named(to.replace_conv, "torch.nn.Conv2d timm.layers.Conv2dSame"),
+    **_named(layers.replace_conv, "torch.nn.Conv2d timm.layers.Conv2dSame"),
     **_named(
-        to.replace_standardized_conv,
+        layers.replace_standardized_conv,
         """
         timm.layers.StdConv2d timm.layers.StdConv2dSame timm.layers.ScaledStdConv2d timm.layers.ScaledStdConv2dSame
         """,
     ),
     **_named(
-        to.replace_linear,
+        layers.replace_linear,
         """
         torch.nn.Linear timm.layers.Linear torch.nn.modules.linear.NonDynamicallyQuantizableLinear
         """,
     ),
     **_named(
-        to.replace_linear_layer,
+        layers.replace_linear_layer,
         """
         torch.nn.Conv1d torch.nn.Conv3d torch.nn.ConvTranspose1d torch.nn.ConvTranspose2d
         """,
     ),
-    **_named(to.replace_lstm, "torch.nn.LSTM"),
-    **_named(to.replace_multihead_attention, "torch.nn.MultiheadAttention"),
-    **dict.fromkeys((*WINDOWED,), to.replace_window_attention),
+    **_named(layers.replace_lstm, "torch.nn.LSTM"),
+    **_named(attention.replace_multihead_attention, "torch.nn.MultiheadAttention"),
+    **dict.fromkeys((*WINDOWED,), attention.replace_window_attention),
     # norms
-    **_named(to.replace_batch_norm, "torch.nn.BatchNorm1d torch.nn.BatchNorm2d torch.nn.SyncBatchNorm"),
-    **_named(to.replace_batch_norm_act, "timm.layers.BatchNormAct2d timm.layers.SyncBatchNormAct"),
-    **_named(to.replace_frozen_batch_norm, "torchvision.ops.FrozenBatchNorm2d timm.layers.FrozenBatchNormAct2d"),
+    **_named(norms.replace_batch_norm, "torch.nn.BatchNorm1d torch.nn.BatchNorm2d torch.nn.SyncBatchNorm"),
+    **_named(norms.replace_batch_norm_act, "timm.layers.BatchNormAct2d timm.layers.SyncBatchNormAct"),
+    **_named(norms.replace_frozen_batch_norm, "torchvision.ops.FrozenBatchNorm2d timm.layers.FrozenBatchNormAct2d"),
     **_named(
-        to.replace_norm,
+        norms.replace_norm,
         """
         torch.nn.LayerNorm torch.nn.GroupNorm torch.nn.RMSNorm torch.nn.InstanceNorm1d torch.nn.InstanceNorm2d
         torch.nn.InstanceNorm3d timm.layers.LayerNorm timm.layers.LayerNorm2d
@@ -155,24 +156,24 @@ RULES = RuleTable({
         transformers.models.convnextv2.modeling_convnextv2.ConvNextV2LayerNorm
         """,
     ),
-    **dict.fromkeys((*WIDE_NORMS,), to.replace_norm),
+    **dict.fromkeys((*WIDE_NORMS,), norms.replace_norm),
     **_named(
-        to.replace_norm_act,
+        norms.replace_norm_act,
         """
         timm.layers.GroupNormAct timm.layers.GroupNorm1Act timm.layers.LayerNormAct timm.layers.LayerNormAct2d
         timm.layers.RmsNormAct timm.layers.RmsNormAct2d
         """,
     ),
-    **dict.fromkeys((*WIDE_NORM_ACTS,), to.replace_norm_act),
+    **dict.fromkeys((*WIDE_NORM_ACTS,), norms.replace_norm_act),
     **_named(
-        to.replace_fused_norm_act,
+        norms.replace_fused_norm_act,
         """
         timm.layers.EvoNorm2dS0 timm.layers.EvoNorm2dS0a timm.layers.FilterResponseNormTlu2d
         """,
     ),
     # activations
     **_named(
-        to.replace_activation,
+        activations.replace_activation,
         """
         torch.nn.ReLU torch.nn.ReLU6 torch.nn.LeakyReLU torch.nn.PReLU torch.nn.SiLU torch.nn.Mish
         torch.nn.Hardswish torch.nn.ELU torch.nn.GELU torch.nn.Tanh timm.layers.GELU timm.layers.GELUTanh
@@ -186,24 +187,24 @@ RULES = RuleTable({
         """,
     ),
     **_named(
-        to.replace_memory_efficient,
+        activations.replace_memory_efficient,
         """
         timm.layers.activations_me.SwishMe timm.layers.activations_me.MishMe timm.layers.activations_me.HardSwishMe
         timm.layers.activations_me.HardMishMe timm.layers.activations_me.HardSigmoidMe
         """,
     ),
-    **_named(to.replace_activation_with_offset, "timm.models.metaformer.StarReLU"),
-    **dict.fromkeys((*BARE,), to.replace_bare),
-    **_named(to.keep_unless_bare, "torchvision.models.densenet.DenseNet"),
+    **_named(activations.replace_activation_with_offset, "timm.models.metaformer.StarReLU"),
+    **dict.fromkeys((*BARE,), activations.replace_bare),
+    **_named(activations.keep_unless_bare, "torchvision.models.densenet.DenseNet"),
     # pooling
-    **_named(to.replace_max_pool, "torch.nn.MaxPool1d torch.nn.MaxPool2d timm.layers.pool2d_same.MaxPool2dSame"),
-    **_named(to.replace_global_pool, "timm.layers.SelectAdaptivePool2d"),
-    **_named(to.replace_flatten, "torch.nn.Flatten"),
-    **dict.fromkeys((*AVERAGED,), to.replace_averaged),
-    **dict.fromkeys((*WIDE,), to.replace_wide),
+    **_named(pooling.replace_max_pool, "torch.nn.MaxPool1d torch.nn.MaxPool2d timm.layers.pool2d_same.MaxPool2dSame"),
+    **_named(pooling.replace_global_pool, "timm.layers.SelectAdaptivePool2d"),
+    **_named(pooling.replace_flatten, "torch.nn.Flatten"),
+    **dict.fromkeys((*AVERAGED,), pooling.replace_averaged),
+    **dict.fromkeys((*WIDE,), attention.replace_wide),
     # owners of an additive bias
     **_named(
-        to.replace_offset,
+        offsets.replace_offset,
         """
         timm.layers.grn.GlobalResponseNorm timm.models.hgnet.LearnableAffineBlock timm.models.mlp_mixer.Affine
         timm.models.beit.Attention timm.models.eva.EvaAttention timm.models.swin_transformer_v2.WindowAttention
@@ -221,8 +222,8 @@ RULES = RuleTable({
         torchvision.ops.SqueezeExcitation
         """,
     ),
-    **_named(to.pass_gates, "timm.models.iformer.SHMA"),
-    **_named(to.replace_sequential, "torch.nn.Sequential"),
+    **_named(activations.pass_gates, "timm.models.iformer.SHMA"),
+    **_named(activations.replace_sequential, "torch.nn.Sequential"),
     # linear or piecewise linear as they are, or without effect in evaluation
     **_named(
         keep,

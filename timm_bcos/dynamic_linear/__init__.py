@@ -1,6 +1,4 @@
 """Explanation mode: inside it, autograd sees a network as the linear map that it is for its input."""
 
-import timm  # noqa: F401  (first of all: then our networks register, which import this room)
-
 # each enters its functions into the table
 from . import activations, attention, boundaries, gates, norms, products, recurrent, sums  # noqa: F401

@@ -1,10 +1,13 @@
-"""The networks of the papers, as a table: timm's architecture, its conversion, and what the paper changed besides.
+"""The models of the papers as a table: timm's architecture, its conversion, and the paper's other changes.
 
 Papers: B-cos Networks (CVPR 2022), https://arxiv.org/abs/2205.10268, names `bcos_*`; B-cos Alignment for Inherently
 Interpretable CNNs and Vision Transformers (TPAMI 2024), https://arxiv.org/abs/2306.10898, names `bcosv2_*`. Differs
 from the official code in that Inception's auxiliary head is optional, as in timm (`aux_logits=True`). `FINETUNED` are
-converted pretrained networks (B-cosification, NeurIPS 2024, https://arxiv.org/abs/2411.00715) whose weights come with
+converted pretrained models (B-cosification, NeurIPS 2024, https://arxiv.org/abs/2411.00715) whose weights come with
 this package.
+
+`import timm` imports this table to register the models, possibly in the middle of importing another module of this
+package. So it imports what builds models only when it builds one.
 """
 
 import math
@@ -13,36 +16,29 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from timm.models import model_entrypoint
 from torch import nn
 
-from .._compat import timm_layers
 from ..conversion.config import BcosConfig
-from ..conversion.converted import bcosify
-from ..nn.layers import BcosConv2d, BcosLinear
-from .cifar import CifarResNet, Cnn9
-from .densenet import restore_stem_width
-from .vit import SimpleVisionTransformer, conv_stem_embed, flatten_patches
 
 __all__ = ["ARCHITECTURES", "FINETUNED", "SECOND_PAPER", "Architecture"]
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One registered network.
+    """One registered model.
 
     Attributes:
-        arch: timm's architecture, or a class.
-        config: Its conversion.
-        kwargs: The architecture's arguments, which the user's override.
-        prepare: What the family changes in the plain architecture first.
-        finish: What it changes in the converted one.
-        feature_cfg: How timm's `features_only` takes it apart.
-        cfg: What its pretrained cfg says beyond the architecture's own.
-        tagged: By tag of weights, another conversion than `config`, which made them.
+        arch: Name of timm's architecture, or a function that builds the plain model.
+        config: The conversion.
+        kwargs: Default arguments of the architecture.
+        prepare: Changes the plain model before the conversion.
+        finish: Changes the converted model.
+        feature_cfg: timm's configuration of `features_only`.
+        cfg: Entries of the pretrained cfg in addition to the architecture's own.
+        tagged: Conversions that differ from `config`, by the tag of the weights that were trained with them.
     """
 
-    arch: str | type[nn.Module]
+    arch: str | Callable[..., nn.Module]
     config: BcosConfig
     kwargs: dict[str, object] = field(default_factory=dict)
     prepare: Callable[[nn.Module], None] | None = None
@@ -52,9 +48,14 @@ class Architecture:
     tagged: dict[str, BcosConfig] = field(default_factory=dict)
 
     def build(self, config: BcosConfig, **kwargs: object) -> nn.Module:
-        """The converted network with fresh weights; kwargs are the architecture's."""
-        arch: Any = self.arch if isinstance(self.arch, type) else model_entrypoint(self.arch)
-        model = arch(**{**self.kwargs, **kwargs})
+        """The converted model with fresh weights; kwargs are the architecture's."""
+        from timm.models import model_entrypoint
+
+        from ..conversion.converted import bcosify
+        from ..nn.layers import BcosConv2d, BcosLinear
+
+        build: Any = model_entrypoint(self.arch) if isinstance(self.arch, str) else self.arch
+        model = build(**{**self.kwargs, **kwargs})
         if config.mean == self.config.mean:
             config = _for_channels(config, model.in_chans)
         if self.prepare is not None:
@@ -69,10 +70,43 @@ class Architecture:
 
 
 def _for_channels(config: BcosConfig, channels: int) -> BcosConfig:
-    """A network's own statistics of color images, for images of another number of channels: their average."""
+    """The config for images of another number of channels: each gets the average mean and standard deviation."""
     if config.mean is None or config.std is None or len(config.mean) == channels:
         return config
     return config.change(mean=(sum(config.mean) / len(config.mean),), std=(sum(config.std) / len(config.std),))
+
+
+def cnn9(**kwargs: Any) -> nn.Module:
+    """The first paper's CNN for CIFAR-10."""
+    from .cifar import Cnn9
+
+    return Cnn9(**kwargs)
+
+
+def cifar_resnet(**kwargs: Any) -> nn.Module:
+    """A ResNet for images of 32 × 32 pixels."""
+    from .cifar import CifarResNet
+
+    return CifarResNet(**kwargs)
+
+
+def simple_vit(**kwargs: Any) -> nn.Module:
+    """A simple ViT (https://arxiv.org/abs/2205.01580), optionally with a convolutional stem."""
+    from .vit import simple_vit
+
+    return simple_vit(**kwargs)
+
+
+def _flatten_patches(model: nn.Module) -> None:
+    from .vit import flatten_patches
+
+    flatten_patches(model)
+
+
+def _restore_stem_width(model: nn.Module, width: int) -> None:
+    from .densenet import restore_stem_width
+
+    restore_stem_width(model, width)
 
 
 def _fully_convolutional(vgg: Any) -> None:
@@ -94,7 +128,7 @@ def _cnn9(b: float) -> Architecture:
     config = BcosConfig.paper(
         b=b, gamma=10 ** (1.5 * b - 1.75), temperature=10 ** CNN9_LOG_T[b], logit_bias=math.log(0.1 / 0.9)
     )
-    return Architecture(Cnn9, config, feature_cfg=dict(out_indices=(0, 1, 2), **FLAT), cfg=CNN9_CFG)
+    return Architecture(cnn9, config, feature_cfg=dict(out_indices=(0, 1, 2), **FLAT), cfg=CNN9_CFG)
 
 
 V2 = BcosConfig.v2()
@@ -112,18 +146,17 @@ CONV_STEMS = {
 
 
 def _vit(size: str, stem: tuple[int, ...] = ()) -> Architecture:
-    """A simple ViT (https://arxiv.org/abs/2205.01580), which gives up one block for a convolutional stem."""
+    """A simple ViT; a convolutional stem replaces one block."""
     width, heads = WIDTH_HEADS[size]
     depth = (14 if size == "large" else 12) - bool(stem)
     kwargs: dict[str, object] = dict(
         patch_size=1 if stem else 16, embed_dim=width, depth=depth, num_heads=heads, qkv_bias=False,
-        class_token=False, global_pool="avg", pos_embed="none", norm_layer=nn.LayerNorm,
-        embed_layer=partial(conv_stem_embed, widths=stem) if stem else timm_layers.PatchEmbed,
+        class_token=False, global_pool="avg", pos_embed="none", norm_layer=nn.LayerNorm, stem_widths=stem,
     )  # fmt: skip
     first_conv = "patch_embed.backbone.0.conv" if stem else "patch_embed.proj"
     cfg = dict(input_size=(3, 224, 224), fixed_input_size=True, first_conv=first_conv, classifier="head")
     getter = dict(out_indices=3, feature_cls="getter")
-    return Architecture(SimpleVisionTransformer, V2, kwargs, finish=flatten_patches, feature_cfg=getter, cfg=cfg)
+    return Architecture(simple_vit, V2, kwargs, finish=_flatten_patches, feature_cfg=getter, cfg=cfg)
 
 
 PAPER: dict[str, Architecture] = {
@@ -131,7 +164,7 @@ PAPER: dict[str, Architecture] = {
         f"bcos_densenet{size}": Architecture(
             f"densenet{size}",
             BcosConfig.paper(gamma_scale=100, temperature=1e-3),
-            prepare=partial(restore_stem_width, width=width),
+            prepare=partial(_restore_stem_width, width=width),
             feature_cfg=FLAT,
         )
         for size, width in STEM_WIDTH.items()
@@ -161,7 +194,7 @@ SECOND_PAPER: dict[str, Architecture] = {
     },
     **{
         f"bcosv2_densenet{size}": Architecture(
-            f"densenet{size}", V2, prepare=partial(restore_stem_width, width=width), feature_cfg=FLAT
+            f"densenet{size}", V2, prepare=partial(_restore_stem_width, width=width), feature_cfg=FLAT
         )
         for size, width in STEM_WIDTH.items()
     },
@@ -196,7 +229,7 @@ FINETUNED: dict[str, Architecture] = {
         ),
     ),
     "bcos_cifar_resnet20": Architecture(
-        CifarResNet,
+        cifar_resnet,
         BcosConfig.finetune(logit_bias=-2.2, classify_positions="never", **IMAGENET_STEM),
         feature_cfg=dict(out_indices=(0, 1, 2)),
         cfg=CIFAR_CFG,

@@ -1,4 +1,8 @@
-"""What timm learns from this package by importing this module: the papers' networks, fine-tuned ones, and `bcosify`."""
+"""Importing this module registers our models with timm: the papers' models, fine-tuned ones, and `bcosify`.
+
+`import timm` imports it, possibly in the middle of importing another module of this package. So it imports what builds
+models and loads weights only in the functions that do so.
+"""
 
 import copy
 import difflib
@@ -7,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 from timm.models import (
@@ -24,13 +28,13 @@ from torch import nn
 
 from .._compat import private
 from ..conversion.config import BcosConfig
-from ..conversion.converted import bcosify as convert
-from ..conversion.reference import reference_activations
 from ..errors import CheckpointError, NotFineTunedWarning, TargetError
+from ..files import first_line
 from ..weights.catalog import EMBEDDED, PUBLISHED, hub_addresses
-from ..weights.formats import StateDict, convert_official_weights, convert_plain_weights
-from ..weights.pretrained import fill_backbone, first_line, load_pretrained
 from .architectures import ARCHITECTURES, FINETUNED, SECOND_PAPER, Architecture
+
+if TYPE_CHECKING:
+    from ..weights.formats import StateDict
 
 PAPER_CFG = dict(
     paper_name="B-cos Networks: Alignment is All We Need for Interpretability",
@@ -53,7 +57,7 @@ GEOMETRY = ("input_size", "pool_size", "first_conv", "classifier", "fixed_input_
 
 def _cfg(network: Architecture, paper: dict[str, str]) -> dict[str, Any]:
     """A pretrained cfg: the architecture's geometry, images in [0, 1] without normalization."""
-    plain = {} if isinstance(network.arch, type) else resolve_pretrained_cfg(network.arch).to_dict()
+    plain = resolve_pretrained_cfg(network.arch).to_dict() if isinstance(network.arch, str) else {}
     geometry = {key: plain[key] for key in GEOMETRY if plain.get(key) is not None}
     ours = dict(num_classes=1000, crop_pct=0.875, interpolation="bilinear", license="apache-2.0", **UNNORMALIZED)
     return {**geometry, **ours, **paper, **network.cfg}
@@ -84,6 +88,9 @@ def _create(
     cache_dir: str | Path | None = None,
     **kwargs: Any,
 ) -> nn.Module:
+    from ..weights.formats import convert_official_weights
+    from ..weights.pretrained import load_pretrained
+
     network = ARCHITECTURES[name]
     changes, kwargs = BcosConfig.split(kwargs)
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay).to_dict()
@@ -134,6 +141,9 @@ def _create_converted(
         >>> timm.create_model("bcosify", arch="swin_tiny_patch4_window7_224", features_only=True)  # timm's own maps
         >>> timm.create_model("bcosify", arch="test_resnet", arch_kwargs=dict(norm_layer="groupnorm"))
     """
+    from ..conversion.converted import bcosify as convert
+    from ..weights.pretrained import fill_backbone, load_pretrained
+
     changes, kwargs = BcosConfig.split(kwargs)
     config = BcosConfig.finetune(**changes)
     source = _find(arch, cache_dir)
@@ -173,8 +183,11 @@ def _create_converted(
     return backbone
 
 
-def _convert_weights(original: nn.Module | None, state_dict: StateDict, model: nn.Module) -> StateDict:
-    """Weights for a conversion of `original`, which is changed where gates begin at its responses to gray."""
+def _convert_weights(original: nn.Module | None, state_dict: "StateDict", model: nn.Module) -> "StateDict":
+    """Weights for a conversion of `original`, which takes them itself where reference activations are needed."""
+    from ..conversion.reference import reference_activations
+    from ..weights.formats import convert_plain_weights
+
     converted = convert_plain_weights(state_dict, model)
     if original is None or converted is state_dict:
         return converted
@@ -279,8 +292,8 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
 
 
 def _describe(network: Architecture) -> str:
-    arch = network.arch.__name__ if isinstance(network.arch, type) else network.arch
-    return f"{arch} as a B-cos network. Keywords: timm's, and those of `timm_bcos.BcosConfig`."
+    arch = network.arch if isinstance(network.arch, str) else network.arch.__name__
+    return f"{arch} as a B-cos model. Keywords: timm's, and those of `timm_bcos.BcosConfig`."
 
 
 default_cfgs = generate_default_cfgs(_cfgs())

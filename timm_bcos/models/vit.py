@@ -5,6 +5,7 @@ https://arxiv.org/abs/2106.14881 (convolutional stem).
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .._compat import timm_layers, timm_models
 from ..dynamic_linear.registry import VALUES_FROM
 from ..nn.module_utils import Factory
 
-__all__ = ["SimpleVisionTransformer", "conv_stem_embed", "flatten_patches", "sincos_positions"]
+__all__ = ["SimpleVisionTransformer", "conv_stem_embed", "flatten_patches", "simple_vit", "sincos_positions"]
 
 
 def sincos_positions(x: Tensor, height: int, width: int, temperature: float = 10_000.0) -> Tensor:
@@ -57,6 +58,18 @@ class SimpleVisionTransformer(timm_models.VisionTransformer):  # type: ignore[mi
         else:
             height, width = self.patch_embed.grid_size
         return x + sincos_positions(x, height, width)
+
+
+def simple_vit(*, stem_widths: Sequence[int] = (), **kwargs: Any) -> SimpleVisionTransformer:
+    """A simple ViT with a patch embedding, or with a convolutional stem.
+
+    Args:
+        stem_widths: Channels of the stem's layers; none for timm's patch embedding.
+        kwargs: Arguments of timm's `VisionTransformer`.
+    """
+    if stem_widths:
+        kwargs.setdefault("embed_layer", partial(conv_stem_embed, widths=stem_widths))
+    return SimpleVisionTransformer(**kwargs)
 
 
 def conv_stem_embed(in_chans: int, widths: Sequence[int], **kwargs: Any) -> nn.Module:

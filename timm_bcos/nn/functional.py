@@ -103,6 +103,8 @@ def bcos_linear(
 def encode_image(image: Tensor, in_chans: int) -> Tensor:
     """Encode an image as [r, g, b, 1-r, 1-g, 1-b], so that each color has its own direction.
 
+    The official code (package `bcos`) calls this transform `AddInverse`.
+
     Args:
         image: (N, C, H, W) pixels in [0, 1], or an already encoded (N, 2C, H, W), which is returned as it is.
         in_chans: C, the number of image channels.
@@ -177,7 +179,10 @@ def shifted_activation(x: Tensor, shift: Tensor, act: nn.Module) -> Tensor:
 
 
 def to_logits(y: Tensor, temperature: float, logit_bias: float) -> Tensor:
-    """y / T + logit bias, in float32: y / T may exceed float16's range, so under autocast it also stays float32."""
+    """y / T + logit bias, in float32: y / T may exceed float16's range, so under autocast it also stays float32.
+
+    The official code (package `bcos`) has a layer for it, `LogitLayer`, with `logit_temperature` and `logit_bias`.
+    """
     if not torch.jit.is_scripting():
         if has_torch_function_unary(y):
             return handle_torch_function(to_logits, (y,), y, temperature, logit_bias)

@@ -14,6 +14,8 @@ __all__ = ["BcosConvClassifier", "BcosFlatten", "BcosLinearClassifier", "BcosPoo
 class BcosConvClassifier(BcosConv2d):
     """Classifier that responds at each position, then averages: logits = mean(response) / T + logit bias.
 
+    In the official code (package `bcos`) these are a `BcosConv2d`, global pooling and a `LogitLayer`.
+
     Averaging after the B-cos transform lets each position vote by its own alignment (section 3.2.3 of
     arXiv 2205.10268).
 

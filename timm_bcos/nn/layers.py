@@ -1,7 +1,8 @@
 """B-cos layers: torch's convolution and linear layer with one step of `forward` changed.
 
 Papers: https://arxiv.org/abs/2205.10268 (B-cos, MaxOut, γ), https://arxiv.org/abs/2306.10898 (unit norm, logit bias).
-Differs from the official code in that the weight stays at `.weight`, as everywhere in timm.
+Differs from the official code (package `bcos`) in that the weight stays at `.weight`, as everywhere in timm. There it
+is `.linear.weight`, of a `NormedConv2d` or `NormedLinear`.
 """
 
 from typing import Literal
@@ -83,6 +84,8 @@ def refuse_fused(module: nn.Module) -> None:
 
 class BcosConv2d(nn.Conv2d):
     """B-cos convolution: γ · |cos(patch, w)|^(B-1) · ŵᵀpatch (eqs. 3 and 12 of arXiv 2205.10268).
+
+    In the official code (package `bcos`): `BcosConv2d`, and `BcosConv2dWithScale` with scale = 1 / γ.
 
     Args:
         in_channels: Input channels; likewise the other arguments of `torch.nn.Conv2d`.

@@ -200,6 +200,8 @@ class _UncenteredBatchNorm(private.BatchNorm):  # type: ignore[misc]
 class UncenteredBatchNorm2d(_UncenteredBatchNorm, nn.BatchNorm2d):  # type: ignore[misc,override]
     """Batch norm without its additive parts: y = weight · x / sqrt(var + eps).
 
+    `BatchNormUncentered2d` in the official code (package `bcos`).
+
     `var` is the *centered* variance of the batch (biased) in training and the running one in evaluation.
 
     Tools that put a norm of their own in its place get a `running_mean` and a `bias` of 0. A frozen norm then computes

@@ -1,4 +1,6 @@
-"""What reads the image: it encodes the colors, and takes a pretrained network's normalization upon itself.
+"""The layers that read the image: they encode its colors and apply a pretrained model's normalization.
+
+The official code (package `bcos`) encodes images in the data transforms (`AddInverse`).
 
 Section 3.2.2 of https://arxiv.org/abs/2205.10268 (the encoding), section 3 of https://arxiv.org/abs/2411.00715
 (normalized stems).

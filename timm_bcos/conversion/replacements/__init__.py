@@ -1,0 +1,1 @@
+"""What replaces each kind of module in a conversion; `timm_bcos.conversion.rules` is the table."""
