@@ -1,6 +1,6 @@
 """What a network sees in the photos of each contributor, and what misleads it: their floor, or the clothes?
 
-    python scripts/contributor_shift.py data/clothing/test.tar contributors.csv shift \
+    python scripts/experiments/contributor_shift.py data/clothing/test.tar contributors.csv shift \
         before=runs/clothes/gate-0/model_best.pth.tar after=bcos_efficientnet_lite0.clothing
 
 Contributions of pixels sum up to the logits, so that one may count those of a photo's margin, which is floor, wall or
