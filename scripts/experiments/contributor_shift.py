@@ -22,7 +22,6 @@ import numpy as np
 import timm
 import torch
 from networks import find_networks
-from paired_comparison import contributors
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,6 +30,7 @@ from tqdm import tqdm
 from timm_bcos import contrast, explain
 from timm_bcos.cli.exceptions import exit_status
 from timm_bcos.data.datasets import LabeledImages, load_dataset
+from timm_bcos.evaluation.comparison import contributors
 from timm_bcos.evaluation.paired import bootstrap_interval
 from timm_bcos.explanation.visualization import Bars, Row, draw_rows, overlay, save_figure
 from timm_bcos.files import write_csv

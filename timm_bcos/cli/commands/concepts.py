@@ -10,7 +10,7 @@ from ..options import Checkpoint, Classes, ClassMap, DataChoice, DataDir, Datase
 
 if TYPE_CHECKING:
     from ...concepts.dictionary import Concepts
-    from .explain_photos import PhotoExplainer
+    from ..photo_explainer import PhotoExplainer
 
 __all__ = ["concepts"]
 
@@ -45,7 +45,7 @@ def concepts(
     from ...explanation.visualization import save_figure
     from ...models.class_names import class_names, find_class
     from ..outputs import OutputPaths
-    from .explain_photos import PhotoExplainer
+    from ..photo_explainer import PhotoExplainer
 
     with quiet_libraries():
         given = list(find_photos(photos)) if photos else []

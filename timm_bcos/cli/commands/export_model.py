@@ -57,7 +57,9 @@ def _export_onnx(network: Any, x: Any, out: Path) -> None:
     from ...files import atomic_path
 
     batch = torch.export.Dim("batch", min=1)
-    options: dict[str, Any] = dict(dynamo=True, dynamic_shapes=({0: batch},), external_data=False, verbose=False)
+    options: dict[str, Any] = dict(
+        dynamo=True, dynamic_shapes=({0: batch},), output_names=["logits"], external_data=False, verbose=False
+    )
     try:
         with atomic_path(out) as path:
             torch.onnx.export(network, (x,), path, **options)
