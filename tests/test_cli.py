@@ -263,6 +263,6 @@ def test_check_prints_the_verdict(weights: Path, monkeypatch: pytest.MonkeyPatch
     code, text = run("--model", "test_resnet", "--size", 64, command="check")
     assert code == 1 and "not exact" in text and "breaks at           layer2" in text
     assert (
-        "violation              layer2: frac is not known to be linear; say what it is with timm_bcos.register_function"
+        "violation           layer2: frac is not known to be linear; say what it is with timm_bcos.register_function"
         in text
     )

@@ -26,7 +26,7 @@ from .commands.run import run
 
 __all__ = ["app"]
 
-SUMMARY = "B-cos networks for timm: exact explanations."
+SUMMARY = "B-cos models for timm, with exact explanations."
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Command:
     """A command, or a group of commands.
 
     Attributes:
-        function: What it does.
-        example: Its arguments in an example.
-        name: Where it is not the function's.
+        function: Function that runs the command.
+        example: Arguments of an example call.
+        name: Name of the command, if it is not the function's.
         settings: Click's context settings.
     """
 
@@ -72,7 +72,7 @@ GROUPS = {
         Command(aggatt, "evaluate aggatt --data-dir photos --split test --method bcos --method gradcam"),
         Command(compare, "evaluate compare plain.pth.tar bcos.pth.tar --data-dir photos --split test"),
     ),
-    ("gallery", "Explanations of many images on one picture."): (
+    ("gallery", "Plot explanations of many images in one figure."): (
         Command(of_classes, "gallery classes --data-dir photos --split test --show hat --out classes.png", "classes"),
         Command(of_methods, "gallery methods --data-dir photos --split test --method bcos --method ixg", "methods"),
     ),

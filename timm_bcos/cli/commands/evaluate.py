@@ -41,30 +41,32 @@ def pointing_game(
     plain: Plain = False,
     device: Device = "cpu",
     method: Methods = None,
-    n: Annotated[list[int] | None, typer.Option(min=1, help="Cells per side; repeat for several. 2 and 3.")] = None,
-    grids: Annotated[int, typer.Option(min=1, help="Of each size.")] = 500,
+    n: Annotated[list[int] | None, typer.Option(min=1, help="Cells per side; repeatable. [default: 2, 3]")] = None,
+    grids: Annotated[int, typer.Option(min=1, help="Number of grids per grid size.")] = 500,
     threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="Images that the network is less sure of are not taken.")
+        float, typer.Option(min=0, max=1, help="Minimum confidence for an image to be used in a grid.")
     ] = 0.5,
-    reuse: Annotated[bool, typer.Option("--reuse", help="Use images again when a class has no more.")] = False,
+    reuse: Annotated[bool, typer.Option("--reuse", help="Reuse images when a class has too few.")] = False,
     smooth: Annotated[
-        list[int] | None, typer.Option(min=1, help="Window of a mean filter; repeat for several. 1 and 15.")
+        list[int] | None, typer.Option(min=1, help="Window of the mean filter in pixels; repeatable. [default: 1, 15]")
     ] = None,
     disconnect: Annotated[
         Disconnect,
-        typer.Option(help="Logits for each cell: of a network of its own (full, DiFull) or of a head (part, DiPart)."),
+        typer.Option(
+            help="Compute each cell's logits separately: by the whole model (full, DiFull) or the head (part, DiPart)."
+        ),
     ] = Disconnect.NONE,
-    seed: Annotated[int, typer.Option(help="Of the choice of classes.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for sampling classes.")] = 0,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Classes of a grid per pass. By default as many as fit into about 3 GB of memory."),
+        typer.Option(min=1, help="Number of classes per pass. [default: as many as fit into about 3 GB of memory]"),
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory for the results; a run resumes there.")] = Path("pointing_game"),
 ) -> None:
-    """Play the grid pointing game: how much of a class's attribution lies in the cell of its image?
+    """Play the grid pointing game: measure how much attribution of a class lies in its own cell.
 
     Writes values.csv, summary.csv, gains.csv (paired differences to the other methods), summary.md and boxes.png.
-    Without --method, all that suit the network.
+    Without --method, all methods that suit the model are evaluated.
     """
     from ...attribution.registry import check_methods
     from ...evaluation.pointing_game import sample_grids
@@ -101,18 +103,19 @@ def metrics(
     device: Device = "cpu",
     method: Methods = None,
     metric: Annotated[
-        list[str] | None, typer.Option(help="Repeat for several. All: deletion, insertion, faithfulness, …")
+        list[str] | None,
+        typer.Option(help="Metric to compute; repeatable. [default: all: deletion, insertion, faithfulness, …]"),
     ] = None,
     regions: Annotated[
         Path | None,
-        typer.Option(help="Where the objects are, for energy: a folder of masks, or a CSV file of boxes."),
+        typer.Option(help="Object regions for the metric energy: a folder of masks, or a CSV file of boxes."),
     ] = None,
-    images: Annotated[int, typer.Option(min=1, help="How many, evenly spread over the data set.")] = 20,
+    images: Annotated[int, typer.Option(min=1, help="Number of images, evenly spread over the data set.")] = 20,
     out: Annotated[Path, typer.Option(help="Directory for the results; a run resumes there.")] = Path("metrics"),
 ) -> None:
     """Measure deletion, insertion, faithfulness, sensitivity, randomization and more of attribution methods.
 
-    Writes metrics.csv and metrics.md. Without --method, all quick ones that suit the network.
+    Writes metrics.csv and metrics.md. Without --method, all fast methods that suit the model are evaluated.
     """
     from ...attribution.registry import check_methods
     from ...errors import MethodError
@@ -144,11 +147,13 @@ def aggatt(
     device: Device = "cpu",
     method: Methods = None,
     n: Annotated[int, typer.Option(min=1, help="Cells per side of the grids.")] = 2,
-    grids: Annotated[int, typer.Option(min=1, help="How many.")] = 100,
-    smooth: Annotated[int, typer.Option(min=1, help="Window of a mean filter; 1 for none.")] = 15,
-    disconnect: Annotated[Disconnect, typer.Option(help="As in `evaluate pointing-game`.")] = Disconnect.NONE,
-    reuse: Annotated[bool, typer.Option("--reuse", help="Use images again when a class has no more.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the choice of classes.")] = 0,
+    grids: Annotated[int, typer.Option(min=1, help="Number of grids.")] = 100,
+    smooth: Annotated[int, typer.Option(min=1, help="Window of the mean filter in pixels; 1 for no smoothing.")] = 15,
+    disconnect: Annotated[
+        Disconnect, typer.Option(help="Compute each cell's logits separately, as in `evaluate pointing-game`.")
+    ] = Disconnect.NONE,
+    reuse: Annotated[bool, typer.Option("--reuse", help="Reuse images when a class has too few.")] = False,
+    seed: Annotated[int, typer.Option(help="Random seed for sampling classes.")] = 0,
     out: Annotated[Path, typer.Option(help="Image file to write.")] = Path("aggatt.png"),
 ) -> None:
     """Plot mean attribution maps of pointing-game grids, from the best localized to the worst (AggAtt)."""

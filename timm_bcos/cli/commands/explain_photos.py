@@ -16,15 +16,15 @@ __all__ = ["explain"]
 
 
 def explain(
-    photos: Annotated[list[Path], typer.Argument(help="Image files or films, or directories of images.")],
+    photos: Annotated[list[Path], typer.Argument(help="Image files, videos, or directories of images.")],
     model: Model = None,
     checkpoint: Checkpoint = None,
     classes: Classes = None,
     device: Device = "cpu",
-    target: Annotated[list[str] | None, typer.Option(help="Class name or index; repeat for several.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="Class to explain, by name or index; repeatable.")] = None,
     versus: Annotated[
         list[str] | None,
-        typer.Option(help="Explain the target against this class; repeat for the mean of several. Default: no class."),
+        typer.Option(help="Explain the target's logit minus this class's logit; repeatable, for the mean of several."),
     ] = None,
     shifts: Annotated[
         int,
@@ -33,13 +33,15 @@ def explain(
             help="Explain the mean over this many shifts in each direction, by 0, 1, ... pixels: smoother, slower.",
         ),
     ] = 1,
-    top: Annotated[int, typer.Option(min=1, help="Without a target: how many of the most probable classes.")] = 3,
-    out: Annotated[Path, typer.Option(help="Directory for the pictures.")] = Path("explanations"),
+    top: Annotated[
+        int, typer.Option(min=1, help="Number of most probable classes to explain if no target is given.")
+    ] = 3,
+    out: Annotated[Path, typer.Option(help="Directory for the images.")] = Path("explanations"),
     html: Annotated[
-        bool, typer.Option("--html", help="Write an interactive page per photo, one self-contained file, not pictures.")
+        bool, typer.Option("--html", help="Write an interactive, self-contained HTML file per photo instead of images.")
     ] = False,
 ) -> None:
-    """Explain what a network sees in photos: prints the classes and writes a figure and pictures per photo."""
+    """Explain a model's predictions: print the classes and write a figure and images per photo."""
     from ...data.photos import find_photos
     from ...models.class_names import class_names, find_class
     from ...models.shift_averaged import ShiftAveraged

@@ -1,4 +1,4 @@
-"""`timm-bcos gallery`: explanations of many images on one picture."""
+"""`timm-bcos gallery`: explanations of many images in one figure."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,8 +23,10 @@ from ..options import (
 __all__ = ["of_classes", "of_methods"]
 
 SHOWN = 6
-Show = Annotated[list[str] | None, typer.Option(help=f"Class name or index; repeat for several. The first {SHOWN}.")]
-Out = Annotated[Path, typer.Option(help="The picture.")]
+Show = Annotated[
+    list[str] | None, typer.Option(help=f"Class to show, by name or index; repeatable. [default: the first {SHOWN}]")
+]
+Out = Annotated[Path, typer.Option(help="Image file to write.")]
 
 
 def of_classes(
@@ -37,10 +39,10 @@ def of_classes(
     classes: Classes = None,
     device: Device = "cpu",
     show: Show = None,
-    images: Annotated[int, typer.Option(min=1, help="Per class.")] = 6,
+    images: Annotated[int, typer.Option(min=1, help="Number of images per class.")] = 6,
     out: Out = Path("classes.png"),
 ) -> None:
-    """The images of each class that the network is most confident of, with their explanations in color."""
+    """Plot each class's images of highest confidence with their explanations in color."""
     from ...evaluation.galleries import plot_classes
     from ...explanation.visualization import save_figure
 
@@ -64,7 +66,7 @@ def of_methods(
     method: Methods = None,
     out: Out = Path("methods.png"),
 ) -> None:
-    """One image per class, explained by every attribution method that suits the network."""
+    """Plot one image per class, explained by every attribution method that suits the model."""
     from ...attribution.registry import METHODS, check_methods
     from ...evaluation.galleries import plot_methods
     from ...explanation.visualization import save_figure

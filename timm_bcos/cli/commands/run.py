@@ -11,19 +11,24 @@ __all__ = ["run"]
 
 
 def run(
-    script: Annotated[Path, typer.Argument(help="A script of timm's: train.py, validate.py, inference.py, ...")],
-    arguments: Annotated[list[str] | None, typer.Argument(help="The script's own arguments.")] = None,
+    script: Annotated[Path, typer.Argument(help="Script of timm: train.py, validate.py, inference.py, ...")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="Arguments of the script.")] = None,
     explanation_weight: Annotated[
         float | None,
-        typer.Option(min=0, help="With train.py --kd-model-name: weight of the loss on the teacher's explanations."),
+        typer.Option(
+            min=0, help="Weight of the loss on the teacher's explanations, for train.py with --kd-model-name."
+        ),
     ] = None,
     delete_cells: Annotated[
-        bool, typer.Option("--delete-cells", help="With train.py: half of the photos lack one of 4 × 4 cells (IDSDS).")
+        bool,
+        typer.Option(
+            "--delete-cells", help="Train with one of 4 × 4 cells deleted in half of the images (IDSDS), for train.py."
+        ),
     ] = False,
 ) -> None:
-    """Run a script of timm's, unchanged, with the B-cos networks registered.
+    """Run one of timm's scripts, unchanged, with the B-cos models registered.
 
-    train.py itself has an option for that: `python train.py --device-modules timm_bcos ...`.
+    train.py also has an option of its own for this: `python train.py --device-modules timm_bcos ...`.
     """
     from ..script_runner import run_script
 
