@@ -26,10 +26,11 @@ PHOTOS = SCRIPTS / "photos"
 
 
 def load_script(name: str) -> ModuleType:
-    """A script as a module; their folder comes last on the import path, where `coverage.py` hides no package."""
-    if str(SCRIPTS) not in sys.path:
-        sys.path.append(str(SCRIPTS))
-    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
+    """A script as a module; its folder comes last on the import path, where `coverage.py` hides no package."""
+    (path,) = SCRIPTS.glob(f"*/{name}.py")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    spec = importlib.util.spec_from_file_location(f"script_{name}", path)
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -144,7 +144,7 @@ def python_program(arguments: Command, is_parsed_only: bool) -> str:
         return timm_bcos_command(arguments[2:], is_parsed_only)
     elif arguments[:2] == ["-m", "pytest"]:
         assert all((ROOT / a).exists() for a in arguments if a.startswith("tests/"))
-    elif arguments[0] == "scripts/lite0_weights.py":
+    elif arguments[0] == "scripts/recipes/lite0_weights.py":
         subprocess.run([sys.executable, *arguments], check=True)
     else:
         check_script(arguments)
@@ -194,8 +194,8 @@ RUN: dict[str, Callable[[Command, bool], str]] = {
 
 def run_shell(script: str, is_parsed_only: bool) -> str:
     commands = expand_commands(script, Path.cwd())
-    if "PYTHONPATH=scripts" in script:
-        sys.path.append(str(ROOT / "scripts"))
+    if "PYTHONPATH=scripts/recipes" in script:
+        sys.path.append(str(ROOT / "scripts" / "recipes"))
     return "".join(RUN.get(program, nothing)(rest, is_parsed_only) for program, *rest in commands)
 
 

@@ -69,12 +69,17 @@ def test_one_class_against_others(weights: Path, photo: Path, tmp_path: Path) ->
     for unit in (3, 4):
         assert re.search(rf"class {unit}, not class 5 +difference of logits +[+-][\d.]+ +completeness error", text)
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert names == ["coffee.png", "coffee_class-3.png", "coffee_class-4.png"]
+    ends = ["_class-3_versus_class-5", "_class-4_versus_class-5", "_versus_class-5"]
+    assert names == [f"coffee{end}.png" for end in ends]
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in names}
+    assert run(*arguments, "--target", 3)[0] == 0  # overwrites none of them
+    assert before == {name: (tmp_path / "out" / name).read_bytes() for name in names}
+    assert (tmp_path / "out" / "coffee_class-3.png").exists()
     code, text = run(*arguments, "--versus", 5, "--versus", 6)
     assert code == 0 and len(re.findall(r"class \d, not class 5 \+ class 6 +difference", text)) == 1, text
     code, text = run(*arguments, "--target", 3, "--versus", 5, "--html")
     assert code == 0 and text.count("probability") == 2, text
-    page = (tmp_path / "out" / "coffee.html").read_text()
+    page = (tmp_path / "out" / "coffee_versus_class-5.html").read_text()
     assert re.findall(r'"index": (\d+)', page) == ["3", "5"] and '"against": 1' in page
     code, text = run(*arguments, "--target", 3, "--versus", 5, "--shifts", 2)
     assert code == 0 and text.count("difference of logits") == 1, text
@@ -258,6 +263,6 @@ def test_check_prints_the_verdict(weights: Path, monkeypatch: pytest.MonkeyPatch
     code, text = run("--model", "test_resnet", "--size", 64, command="check")
     assert code == 1 and "not exact" in text and "breaks at           layer2" in text
     assert (
-        "violation              layer2: special_i0e is not known to be linear; say what it is with "
+        "violation           layer2: special_i0e is not known to be linear; say what it is with "
         "timm_bcos.register_function" in text
     )

@@ -1,4 +1,4 @@
-"""One architecture for each kind of difficulty that timm's model files hold; `scripts/coverage.py` measures all."""
+"""One architecture for each kind of difficulty in timm's model files; `scripts/benchmarks/coverage.py` has all."""
 
 import copy
 import csv

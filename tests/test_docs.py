@@ -159,7 +159,8 @@ def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
 def test_the_tables_of_results_are_current() -> None:
     tables, blocks = load_script("results_tables"), load_script("markdown_blocks")
     for name, table in tables.TABLES.items():
-        assert blocks.block(table.page, name) == tables.render(table), f"run scripts/results_tables.py --write ({name})"
+        hint = f"run scripts/maintenance/results_tables.py --write ({name})"
+        assert blocks.block(table.page, name) == tables.render(table), hint
 
 
 def test_the_tour_runs(tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ def test_commands(
         "timm_bcos.evaluation.pointing_game.sample_grids", lambda *args, **kwargs: [Grid(1, (0,), (1,))] * 3
     )
     data = ["--data-dir", photos, "--method", "bcos"]
-    assert command("gallery", "bins", *data, "--n", 1, "--disconnect", "full", "--out", tmp_path / "bins.png") == 0
+    assert command("evaluate", "aggatt", *data, "--n", 1, "--disconnect", "full", "--out", tmp_path / "bins.png") == 0
     assert Image.open(tmp_path / "bins.png").size[0] > 400
     boxes = tmp_path / "boxes.csv"
     names = [f"{label}/{number}.png" for label in range(2) for number in range(2)]

@@ -2,26 +2,29 @@
 
 import csv
 import io
+import re
 import tarfile
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import load_script, script_status
+import timm
+import torch
+from conftest import command, load_script, script_status
 from PIL import Image
+from torch import nn
 
 from timm_bcos import InputError
-
-pytest.importorskip("scipy")
-script = load_script("paired_comparison")
+from timm_bcos.evaluation import comparison
 
 
 def test_mcnemar_by_hand() -> None:
     """One network alone is right 1 time, the other 5 times: p = 2 · (1 + 6) / 2⁶."""
     first = np.array([True] * 10 + [True] + [False] * 5)
     second = np.array([True] * 10 + [False] + [True] * 5)
-    assert script.mcnemar(first, second) == pytest.approx(14 / 64)
-    assert script.mcnemar(first, first) == 1.0
+    assert comparison.mcnemar(first, second) == pytest.approx(14 / 64)
+    assert comparison.mcnemar(first, first) == 1.0
 
 
 def test_the_report() -> None:
@@ -29,7 +32,7 @@ def test_the_report() -> None:
         plain=[np.array([True, True, True, False]), np.array([True, True, False, False])],
         bcos=[np.array([True, True, False, False]), np.array([True, False, False, False])],
     )
-    text = script.report(right, ["x", "x", "x", "y"])
+    text = comparison.report(right, ["x", "x", "x", "y"])
     assert "| x | 3 | 83.3 | 50.0 |" in text and "| y | 1 | 0.0 | 0.0 |" in text and "| all | 4 | 62.5 | 37.5 |" in text
     assert "bcos (seeds 50.0 25.0) − plain: -25.0 points" in text
     assert "-33.3 to +0.0" in text
@@ -37,7 +40,7 @@ def test_the_report() -> None:
 
 def test_writes_who_is_right_on_which_photo(tmp_path: Path) -> None:
     right = dict(plain=[np.array([True, False]), np.array([True, True])], bcos=[np.array([False, True])])
-    script.write_photos(tmp_path / "right.csv", ["a/1.jpg", "a/2.jpg"], ["x", "y"], right)
+    comparison.write_images(tmp_path / "right.csv", ["a/1.jpg", "a/2.jpg"], ["x", "y"], right)
     assert (tmp_path / "right.csv").read_text().splitlines() == [
         "photo,cluster,plain-0,plain-1,bcos-0", "a/1.jpg,x,1,1,0", "a/2.jpg,y,0,1,1",
     ]  # fmt: skip
@@ -49,7 +52,7 @@ def test_the_table(tmp_path: Path) -> None:
         plain=[np.array([False, False, True, True, True, True])],
         bcos=[np.array([True, True, True, True, False, True]), np.array([True, True, True, True, False, True])],
     )
-    script.write_table(tmp_path / "table.csv", script.compare(right, ["x"] * 4 + ["y"] * 2))
+    comparison.write_table(tmp_path / "table.csv", comparison.compare(right, ["x"] * 4 + ["y"] * 2))
     with (tmp_path / "table.csv").open(newline="") as file:
         plain, bcos = csv.DictReader(file)
     assert (plain["network"], plain["top1"], plain["gain"], plain["mcnemar"]) == ("plain", "66.7", "", "")
@@ -59,20 +62,20 @@ def test_the_table(tmp_path: Path) -> None:
 
 
 def test_a_series_is_what_a_name_says_without_its_number() -> None:
-    assert script.series(["apple/Golden-Delicious_001.jpg", "apple/Golden-Delicious_13.jpg", "a_b_1.png"]) == [
+    assert comparison.series(["apple/Golden-Delicious_001.jpg", "apple/Golden-Delicious_13.jpg", "a_b_1.png"]) == [
         "Golden-Delicious", "Golden-Delicious", "a_b",
     ]  # fmt: skip
 
 
 def test_lists_the_largest_clusters() -> None:
     right = dict(plain=[np.array([True] * 6)])
-    text = script.report(right, ["x", "y", "y", "z", "z", "z"], rows=2)
+    text = comparison.report(right, ["x", "y", "y", "z", "z", "z"], rows=2)
     assert "| z | 3 |" in text and "| y | 2 |" in text and "| x |" not in text and "| all | 6 |" in text
 
 
 def test_the_table_of_clusters(tmp_path: Path) -> None:
     right = dict(plain=[np.array([True, False, True]), np.array([True, True, True])], bcos=[np.array([False] * 3)])
-    script.write_clusters(tmp_path / "clusters.csv", right, ["x", "x", "y"])
+    comparison.write_clusters(tmp_path / "clusters.csv", right, ["x", "x", "y"])
     assert (tmp_path / "clusters.csv").read_text().splitlines() == [
         "cluster,photos,network,top1",
         "x,2,plain,75.0", "x,2,bcos,0.0", "y,1,plain,100.0", "y,1,bcos,0.0", "all,3,plain,83.3", "all,3,bcos,0.0",
@@ -132,28 +135,89 @@ def test_shares_of_each_class_contain_each_other(tmp_path: Path, monkeypatch: py
         assert script_status(monkeypatch, shares, *wrong) == 2
 
 
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Three images of two classes."""
+    for i, label in enumerate("aab"):
+        (tmp_path / "photos" / label).mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "photos" / label / f"{i}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    """A checkpoint of train.py, of a plain model of two classes."""
+    model = timm.create_model("test_efficientnet", num_classes=2)
+    arguments = Namespace(model="test_efficientnet", num_classes=2)
+    torch.save(dict(arch="test_efficientnet", state_dict=model.state_dict(), args=arguments), tmp_path / "plain.pth")
+    return tmp_path / "plain.pth"
+
+
+def test_compare_command(photos: Path, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same checkpoint twice: no difference, whatever the images are."""
+    out, people = tmp_path / "out", tmp_path / "people.csv"
+    people.write_text("file,contributor\na/0.png,x\na/1.png,y\nb/2.png,y\n")
+    data = ["--data-dir", photos, "--split", "", "--contributors", people, "--out", out]
+    assert command("evaluate", "compare", f"first={plain}", f"second={plain}", f"second={plain}", *data) == 0
+    assert "+0.0 points" in capsys.readouterr().out
+    with (out / "comparison.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["network"], first["seeds"], first["photos"]) == ("first", "1", "3")
+    assert (second["seeds"], second["gain"], second["low"], second["high"]) == ("2", "+0.0", "+0.0", "+0.0")
+    assert (out / "images.csv").read_text().splitlines()[0] == "photo,cluster,first-0,second-0,second-1"
+    assert "y,2,first," in (out / "clusters.csv").read_text()
+
+
 @pytest.mark.parametrize(
-    ("contributors", "network", "message"),
-    [("file,contributor\na/1.jpg,x\n", "plain.pth", "give NAME=CHECKPOINT"),
-     ("file,contributor\n", "plain=plain.pth", "does not say who sent each photo"),
-     (None, "plain=plain.pth", "does not say who sent each photo")],
+    ("contributors", "models", "message"),
+    [("file,contributor\na/0.png,x\n", ["a={0}", "b={0}"], "lists no contributor for"),
+     (None, ["a={0}", "b={0}"], "lists no contributor for"),
+     ("", ["{0}"], "one model only"),
+     ("", ["={0}", "b={0}"], "give a model as NAME=CHECKPOINT")],
 )  # fmt: skip
-def test_what_was_not_given(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    contributors: str | None,
-    network: str,
-    message: str,
-) -> None:
-    (tmp_path / "photos" / "a").mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "a" / "1.jpg")
+def test_what_compare_refuses(
+    photos: Path, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    contributors: str | None, models: list[str], message: str,
+) -> None:  # fmt: skip
     if contributors is not None:
         (tmp_path / "people.csv").write_text(contributors)
-    people = ["--contributors", str(tmp_path / "people.csv")]
-    given = [str(tmp_path / "photos"), network, "--num-classes", "1", "--split", "", *people]
-    assert script_status(monkeypatch, script, *given) == 2
+    data = ["--data-dir", photos, "--split", "", "--contributors", tmp_path / "people.csv", "--out", tmp_path / "out"]
+    assert command("evaluate", "compare", *(model.format(plain) for model in models), *data) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_agreement_by_hand() -> None:
+    """Logits that differ by 0.5 in one image, whose prediction changes, relative to a largest one of 2."""
+
+    class Table(nn.Module):
+        def __init__(self, rows: list[list[float]]) -> None:
+            super().__init__()
+            self.rows, self.weight = torch.tensor(rows), nn.Parameter(torch.zeros(()))
+            self.pretrained_cfg = dict(mean=(0.0,), std=(1.0,))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.rows + self.weight
+
+    first, second = Table([[2.0, 1.0], [2.0, 2.25]]).eval(), Table([[2.0, 1.0], [2.0, 1.75]]).eval()
+    found = comparison.agreement(first, second, [(torch.rand(2, 3, 4, 4), torch.tensor([0, 0]))])
+    assert found == comparison.Agreement(images=2, same=1, difference=0.25, first_right=1, second_right=2)
+    with pytest.raises(InputError, match="no images"):
+        comparison.agreement(first, second, [])
+
+
+def test_check_against_the_original(photos: Path, plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["check", "--checkpoint", plain, "--against", plain]
+    assert command(*arguments, "--data-dir", photos, "--split", "") == 0
+    said = capsys.readouterr().out
+    assert "predictions agree on 3 of 3 images" in said and said.count("top-1") == 2
+    assert float(re.findall(r"logits (\S+)", said)[0]) < 1e-4
+    assert command(*arguments, "--b", 2) == 0
+    said = capsys.readouterr().out
+    assert "of 16 images" in said and "top-1" not in said and float(re.findall(r"logits (\S+)", said)[0]) > 1e-3
+    assert command("check", "--checkpoint", plain, "--against", "no_such_model") == 2
+    assert "no_such_model" in capsys.readouterr().err
 
 
 def test_no_list_of_contributors(

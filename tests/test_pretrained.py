@@ -23,7 +23,7 @@ from timm_bcos.weights.catalog import PUBLISHED
 
 compare_official = load_script("compare_official")
 
-# One of each kind; `scripts/compare_official.py` compares all of them.
+# One of each kind; `scripts/benchmarks/compare_official.py` compares all of them.
 V2_KINDS = [
     "bcosv2_resnet18",
     "bcosv2_resnet50",

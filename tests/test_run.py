@@ -276,3 +276,16 @@ def test_tasks_that_the_script_would_pass_over(
     script.write_text("raise SystemExit('the script has run')")
     assert command("run", *options, script, *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--delete-cells"], ["--explanation-weight", "1"]], ids=lambda option: option[0])
+def test_tasks_are_for_scripts_that_train(
+    option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A script that never uses the replaced task would ignore the option."""
+    script = tmp_path / "validate.py"
+    script.write_text("raise SystemExit('the script has run')")
+    arguments = ["--kd-model-name=resnet50"] if option[0] != "--delete-cells" else []
+    assert command("run", *option, script, *arguments) == 2
+    said = capsys.readouterr().err
+    assert f"{option[0]} is for timm's train.py" in said and "validate.py" in said

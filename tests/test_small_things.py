@@ -139,7 +139,7 @@ def test_hubconf_lists_what_the_package_needs(monkeypatch: pytest.MonkeyPatch) -
 NEWER = {"tomllib"}  # modules of Python's library that 3.10 lacks
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").rglob("*.py")), ids=lambda path: path.stem)
 def test_scripts_import_what_python_3_10_has(path: Path) -> None:
     for node in ast.parse(path.read_text()).body:  # what stands under a condition is not imported by itself
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

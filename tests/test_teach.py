@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from timm_bcos.cli.commands.explain_photos import open_photo
+from timm_bcos.data.photos import open_photo
 from timm_bcos.models.loading import load_model
 
 teach = load_script("teach")

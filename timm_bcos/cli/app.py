@@ -15,10 +15,10 @@ from .commands.check_model import check
 from .commands.concepts import concepts
 from .commands.convert_model import convert
 from .commands.demo import demo
-from .commands.evaluate import metrics, pointing_game
+from .commands.evaluate import aggatt, compare, metrics, pointing_game
 from .commands.explain_photos import explain
 from .commands.export_model import export
-from .commands.gallery import of_bins, of_classes, of_methods
+from .commands.gallery import of_classes, of_methods
 from .commands.models import models
 from .commands.neurons import neurons
 from .commands.publish_model import publish
@@ -26,7 +26,7 @@ from .commands.run import run
 
 __all__ = ["app"]
 
-SUMMARY = "B-cos networks for timm: exact explanations."
+SUMMARY = "B-cos models for timm, with exact explanations."
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Command:
     """A command, or a group of commands.
 
     Attributes:
-        function: What it does.
-        example: Its arguments in an example.
-        name: Where it is not the function's.
+        function: Function that runs the command.
+        example: Arguments of an example call.
+        name: Name of the command, if it is not the function's.
         settings: Click's context settings.
     """
 
@@ -63,17 +63,18 @@ COMMANDS = (
     ),
 )
 GROUPS = {
-    ("evaluate", "Judge attribution methods on labeled images."): (
+    ("evaluate", "Evaluate attribution methods and models on labeled images."): (
         Command(
             pointing_game,
             "evaluate pointing-game --data-dir photos --split test --method bcos --method gradcam --n 2 --grids 100",
         ),
         Command(metrics, "evaluate metrics --data-dir photos --split test --metric deletion --images 20"),
+        Command(aggatt, "evaluate aggatt --data-dir photos --split test --method bcos --method gradcam"),
+        Command(compare, "evaluate compare plain.pth.tar bcos.pth.tar --data-dir photos --split test"),
     ),
-    ("gallery", "Explanations of many images on one picture."): (
+    ("gallery", "Plot explanations of many images in one figure."): (
         Command(of_classes, "gallery classes --data-dir photos --split test --show hat --out classes.png", "classes"),
         Command(of_methods, "gallery methods --data-dir photos --split test --method bcos --method ixg", "methods"),
-        Command(of_bins, "gallery bins --data-dir photos --split test --method bcos --method gradcam", "bins"),
     ),
 }
 

@@ -1,17 +1,18 @@
-"""The options that several commands share: one way to say which network, which data, and where to compute."""
+"""The options that several commands share: which model, which data, which device."""
 
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
 from ..errors import InputError
 from ..files import first_line
 
 if TYPE_CHECKING:
+    import torch
+
     from ..data.datasets import LabeledImages
 
 __all__ = [
@@ -25,19 +26,23 @@ __all__ = [
     "Disconnect",
     "Methods",
     "Model",
+    "ModelToCheck",
     "NetworkChoice",
+    "OptionalDataDir",
     "Plain",
     "Split",
     "find_device",
 ]
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str) -> "torch.device":
     """A device by torch's name.
 
     Raises:
         InputError: If there is none here.
     """
+    import torch
+
     try:
         device = torch.device(name)
         float(torch.zeros((), device=device))  # which 'meta' cannot give
@@ -47,46 +52,63 @@ def find_device(name: str) -> torch.device:
 
 
 def _devices() -> list[str]:
+    import torch
+
     return ["cpu", *(name for name in ("cuda", "mps", "xpu") if getattr(torch, name).is_available())]
 
 
-NETWORK, DATA = "Network", "Data"  # panels of the help
+MODEL, DATA = "Model", "Data"  # panels of the help
 
 Model = Annotated[
     str | None,
     typer.Option(
-        help="Name of a B-cos model, or of a timm model, which is converted to one that computes the same. Without a "
-        "model and a checkpoint: bcos_efficientnet_lite0.in1k, whose weights come with the package.",
-        rich_help_panel=NETWORK,
+        help="Name of a B-cos model, or of a timm model, which is converted to a B-cos model that computes the same. "
+        "[default: the model of the checkpoint, or the embedded bcos_efficientnet_lite0.in1k]",
+        rich_help_panel=MODEL,
+    ),
+]
+ModelToCheck = Annotated[
+    str | None,
+    typer.Option(
+        help="Name of a B-cos model, or of a timm model, which is converted. [default: the model of the checkpoint, or "
+        "the embedded bcos_efficientnet_lite0.in1k]",
+        rich_help_panel=MODEL,
     ),
 ]
 Checkpoint = Annotated[
     Path | None,
     typer.Option(
-        help="Weights, of the B-cos network or of the plain one; a checkpoint of train.py says which model it is of.",
-        rich_help_panel=NETWORK,
+        help="File with weights of the B-cos or the plain model. Checkpoints of train.py name their model themselves.",
+        rich_help_panel=MODEL,
     ),
 ]
 Plain = Annotated[
-    bool, typer.Option("--plain", help="A plain timm model as it is, not converted.", rich_help_panel=NETWORK)
+    bool, typer.Option("--plain", help="Load a plain timm model without converting it.", rich_help_panel=MODEL)
 ]
 Classes = Annotated[
     Path | None,
     typer.Option(
-        help="Class names, one a line, or a directory of a directory per class.",
-        rich_help_panel=NETWORK,
+        help="File with a class name per line, or directory with a folder per class.",
+        rich_help_panel=MODEL,
     ),
 ]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, mps, xpu.", rich_help_panel=NETWORK)]
+Device = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, mps or xpu.", rich_help_panel=MODEL)]
 
-DataDir = Annotated[
-    str, typer.Option(help="Images in a directory per class, or what --dataset reads.", rich_help_panel=DATA)
+_DATA_DIR = typer.Option(
+    help="Directory with a folder per class, a tar file, or the root of --dataset.", rich_help_panel=DATA
+)
+DataDir = Annotated[str, _DATA_DIR]
+OptionalDataDir = Annotated[str, _DATA_DIR]
+Dataset = Annotated[str, typer.Option(help="Type of data set, as in timm's scripts.", rich_help_panel=DATA)]
+Split = Annotated[str, typer.Option(help="Split of the data set.", rich_help_panel=DATA)]
+ClassMap = Annotated[
+    str, typer.Option(help="File with the class names in index order, as in timm's scripts.", rich_help_panel=DATA)
 ]
-Dataset = Annotated[str, typer.Option(help="Kind of data set, as in timm's scripts.", rich_help_panel=DATA)]
-Split = Annotated[str, typer.Option(help="Of the data set.", rich_help_panel=DATA)]
-ClassMap = Annotated[str, typer.Option(help="File of the class names, as in timm's scripts.", rich_help_panel=DATA)]
 
-Methods = Annotated[list[str] | None, typer.Option("--method", help="Attribution method; repeat for several.")]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option("--method", help="Attribution method; repeatable. [default: all that suit the model]"),
+]
 
 
 class Disconnect(str, Enum):

@@ -15,19 +15,17 @@ from ..attribution.registry import METHODS
 from ..errors import InputError
 from ..models.class_names import class_names
 from ..models.loading import load_model
-from .handlers import (Answers, is_slow)
-from .calls import (Calls, Kind, a_photo, one_of, several_of, the_visit, whole_number_below)
-from .components import (frame, photo_zone, static)
+from .calls import Calls, Kind, a_photo, one_of, several_of, the_visit, whole_number_below
+from .components import frame, page_theme, photo_zone, static
 from .guard import Guard
-from .limits import (IN_QUEUE, LARGEST_PHOTO, REMEMBERED, SECONDS_OF_A_VISIT, SLOW_AT_ONCE, SLOW_WAITING, WAITING_AT_ONCE)
+from .handlers import Answers, is_slow
+from .limits import IN_QUEUE, LARGEST_PHOTO, REMEMBERED, SECONDS_OF_A_VISIT, SLOW_AT_ONCE, SLOW_WAITING, WAITING_AT_ONCE
 from .log import FewLines
 from .sessions import Mailboxes
-from .visits import (DemoModel, embedded_networks)
-from .components import page_theme
 from .uploads import encode_file
-from .visits import MOST_CLASSES
+from .visits import MOST_CLASSES, DemoModel, embedded_networks
 
-__all__ = ["build_app", "launch", "demo_models", "serving"]
+__all__ = ["build_app", "demo_models", "launch", "serving"]
 
 TITLE = "What a B-cos network sees"
 LEAD = (

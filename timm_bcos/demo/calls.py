@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from ..errors import InputError
-from .limits import (LARGEST_CALL, VALUES)
+from .limits import LARGEST_CALL, VALUES
 
 __all__ = ["NAME", "Calls", "Kind", "a_photo", "one_of", "several_of", "the_visit", "whole_number_below"]
 

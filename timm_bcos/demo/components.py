@@ -3,17 +3,16 @@
 They are functions: beside a module with subclasses of its components, Gradio writes a file of its own.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
-from .uploads import encode_picture
-from .visits import Picture
-import gradio as gr
-from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+
 import gradio as gr
+
 from .limits import LARGEST_PHOTO
-from .uploads import encode_file
+from .uploads import encode_file, encode_picture
+from .visits import Picture
 
 __all__ = [
     "example_props",
@@ -25,6 +24,7 @@ __all__ = [
     "pictures_side_by_side",
     "static",
 ]
+
 
 def notice(sentence: str) -> str:
     """What went wrong, where the answer would stand; nothing for an empty sentence."""

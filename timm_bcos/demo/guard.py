@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl
 
 from ..errors import InputError
 from .calls import NAME
-from .limits import (CONNECTIONS, HELD, LARGEST_CALL, SECONDS_OF_A_BODY)
+from .limits import CONNECTIONS, HELD, LARGEST_CALL, SECONDS_OF_A_BODY
 from .work import CLOSING
 
 __all__ = ["ROUTES", "Guard", "Listeners", "Route", "find_route"]
@@ -120,7 +120,9 @@ class Guard:
         closing: Set when the page is being closed: then nothing new begins, and streams end with a sentence.
     """
 
-    def __init__(self, app: App, checks: Mapping[str, ExactnessReport], listeners: Listeners, closing: threading.Event) -> None:
+    def __init__(
+        self, app: App, checks: Mapping[str, ExactnessReport], listeners: Listeners, closing: threading.Event
+    ) -> None:
         self.app, self.checks, self.listeners, self.closing = app, checks, listeners, closing
         self.held = self.connections = 0
         self.reading: list[_Held] = []  # the oldest first

@@ -15,14 +15,12 @@ from ..errors import BcosError
 from ..explanation.result import Explanation
 from ..files import first_line
 from . import visits
-from .components import (example_props, framed)
+from .components import example_props, framed, notice, pictures_side_by_side
 from .guard import Listeners
-from .limits import (BATCH, DECODING, GRACE, TICK)
-from .components import (notice, pictures_side_by_side)
-from .visits import DemoModel
+from .limits import BATCH, DECODING, GRACE, TICK
 from .uploads import encode_file
-from .visits import (Picture, Visit)
-from .work import (ClosedError, Collector, SlowJob, Work)
+from .visits import DemoModel, Picture, Visit
+from .work import ClosedError, Collector, SlowJob, Work
 
 __all__ = ["Answers", "is_slow"]
 

@@ -1,34 +1,31 @@
 """What the page answers: a photo's classes, other methods' maps, a layer's strongest neurons. Nothing is kept."""
 
-from collections.abc import Sequence
-from pathlib import Path
-import timm
-import torch
-from torch import Tensor, nn
-from ..data.photos import photo_transform
-from ..models.class_names import class_names
-from ..models.loading import TimmBcosModel
-from ..models.loading import load_model
-from ..nn.module_utils import (first_output, frozen_copy, hooked)
-from ..nn.stems import image_channels
-from .uploads import decode_photo
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from ..attribution.registry import (AttributionModel, attribute)
+
+from ..attribution.registry import AttributionModel, attribute
+from ..data.photos import photo_transform
 from ..errors import InputError
-from ..explanation.result import Explanation
-from ..explanation.api import (explain, explain_targets)
-from ..explanation.visualization import map_to_rgba
 from ..evaluation.neurons import peak_activations
-from ..nn.module_utils import frozen_copy
-from .limits import SLOW_BATCH
+from ..explanation.api import explain, explain_targets
+from ..explanation.result import Explanation
+from ..explanation.visualization import map_to_rgba
+from ..models.class_names import class_names
+from ..models.loading import TimmBcosModel, load_model
+from ..nn.module_utils import first_output, frozen_copy, hooked
+from ..nn.stems import image_channels
 from ..viewer.document import viewer_html
+from .limits import SLOW_BATCH
+from .uploads import decode_photo
 
 __all__ = [
     "MOST_CLASSES",

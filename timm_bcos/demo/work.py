@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 from ..errors import BcosError
-from .limits import (PATIENCE, QUICK_AT_ONCE, RENDERING, SLOW_AT_ONCE, SLOW_WAITING)
+from .limits import PATIENCE, QUICK_AT_ONCE, RENDERING, SLOW_AT_ONCE, SLOW_WAITING
 
 __all__ = ["CLOSING", "BusyError", "ClosedError", "Collector", "SlowJob", "Work", "release_memory"]
 

@@ -27,6 +27,7 @@ __all__ = [
     "create_model",
     "list_bcos_models",
     "load_model",
+    "load_named",
     "load_plain_model",
 ]
 
@@ -87,6 +88,24 @@ def load_plain_model(name: str | None = None, checkpoint: Path | None = None) ->
     if name is None:
         raise InputError("no network given: name one with --model, or give a checkpoint of train.py with --checkpoint")
     return _created(timm.create_model, name, pretrained=True)
+
+
+def load_named(choice: str, name: str | None = None) -> TimmModel:
+    """A model, B-cos or not, from one word: the path of a checkpoint, or a name of timm's.
+
+    Args:
+        choice: What to load.
+        name: timm's name of the model, for checkpoints without one.
+
+    Raises:
+        CheckpointError: For weights that cannot be loaded.
+        InputError: For a model that timm cannot create.
+    """
+    path = Path(choice)
+    if not path.is_file():
+        return load_plain_model(choice)
+    arguments = read_training_arguments(path)
+    return load_plain_model(None if arguments and "model" in arguments else name, path)
 
 
 def create_model(

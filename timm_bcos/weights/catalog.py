@@ -2,7 +2,7 @@
 
 Addresses and figures are those of the official releases. The ten hex digits that end a file's name are the start of
 its SHA-256. The first paper's release gives neither digits nor accuracies. `hub.json` lists
-the copies on the Hugging Face Hub, which are preferred; `scripts/publish_official.py` makes them and the list.
+the copies on the Hugging Face Hub, which are preferred. `scripts/maintenance/publish_official.py` writes both.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""`timm-bcos check`: whether a network's explanations are exact."""
+"""`timm-bcos check`: whether a model's explanations are exact, and whether a conversion agrees with its original."""
 
 import math
 from typing import TYPE_CHECKING, Annotated, Any
@@ -6,25 +6,48 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..exceptions import quiet_libraries
-from ..options import Checkpoint, Model, NetworkChoice
+from ..options import Checkpoint, ClassMap, DataChoice, Dataset, ModelToCheck, NetworkChoice, OptionalDataDir, Split
 
 if TYPE_CHECKING:
     from ...explanation.exactness import ExactnessReport
 
 __all__ = ["check"]
 
+RANDOM_IMAGES = 16
+
 
 def check(
-    model: Model = None,
+    model: ModelToCheck = None,
     checkpoint: Checkpoint = None,
-    b: Annotated[float | None, typer.Option(min=1, help="Exponent B of a conversion; 2 if not given.")] = None,
-    size: Annotated[int | None, typer.Option(min=1, help="Image size; the network's own if not given.")] = None,
+    b: Annotated[
+        float | None,
+        typer.Option(min=1, help="Exponent B of the conversion of a timm model. [default: 2; with --against: 1]"),
+    ] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Image size in pixels. [default: the model's]")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Compare the logits with those of this original model, a timm name or a checkpoint, instead of "
+            "checking the explanations."
+        ),
+    ] = None,
+    data_dir: OptionalDataDir = "",
+    dataset: Dataset = "",
+    split: Split = "validation",
+    class_map: ClassMap = "",
 ) -> None:
-    """Measure whether a network's explanations are exact, and if not, name the module that breaks them.
+    """Check that a model's explanations are exact; if not, name the module that breaks exactness.
 
-    A timm model is converted with B = 2 (or --b), without biases. Named without a checkpoint, a network is untrained:
-    whether it is exact depends on its architecture.
+    A timm model is converted with B = 2 (or --b), without biases. Without a checkpoint the model is untrained:
+    exactness depends on the architecture only.
+
+    With --against, compare a conversion with its original on the images of --data-dir, or on 16 random images. A timm
+    model is then converted so that it computes the same.
     """
+    if against is not None:
+        data = DataChoice(data_dir, dataset, split, class_map) if data_dir else None
+        _compare(NetworkChoice(model, checkpoint), b, against, data)
+        return
     with quiet_libraries():
         network, is_trained = _network(NetworkChoice(model, checkpoint), b)
         verdict, side = _measure(network.eval().double(), size, is_trained)
@@ -36,17 +59,53 @@ def check(
     if not verdict.exact:
         typer.echo(f"  breaks at           {verdict.breaks_at or 'no single module'}")
         for violation in verdict.violations:
-            typer.echo(f"  violation              {violation}")
+            typer.echo(f"  violation           {violation}")
         raise typer.Exit(1)
+
+
+def _compare(choice: NetworkChoice, b: float | None, against: str, data: DataChoice | None) -> None:
+    """Print how closely a conversion agrees with its original."""
+    from ...evaluation.comparison import agreement
+    from ...models.loading import load_model, load_named
+
+    _check_exponent(b)
+    conversion: dict[str, Any] = {} if b is None else dict(b=b, bias=True)
+    with quiet_libraries():
+        model: Any = load_model(choice.model, choice.checkpoint, **conversion).eval()
+        original: Any = load_named(against, choice.model).eval()
+        found = agreement(model, original, _batches(model, data))
+    typer.echo(f"predictions agree on {found.same} of {found.images} images")
+    typer.echo(f"largest relative difference of logits {found.difference:.1e}")
+    if data is not None:
+        for name, right in (("model", found.first_right), ("original", found.second_right)):
+            typer.echo(f"{name:<9} top-1 {100 * right / found.images:.1f} % ({right} of {found.images})")
+
+
+def _batches(model: Any, data: DataChoice | None) -> Any:
+    """Images and labels of the data set, or random images with labels that say nothing."""
+    import torch
+
+    from ...data.datasets import image_batches
+
+    if data is None:
+        x = torch.rand(RANDOM_IMAGES, *model.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))
+        return [(x, torch.zeros(RANDOM_IMAGES))]
+    labeled = data.load(model.num_classes)
+    return ((x, y) for _, x, y in image_batches(model, labeled, range(len(labeled)), 32, "images"))
+
+
+def _check_exponent(b: float | None) -> None:
+    from ...errors import InputError
+
+    if b is not None and not math.isfinite(b):
+        raise InputError(f"--b {b}: give a number of at least 1")
 
 
 def _network(choice: NetworkChoice, b: float | None) -> tuple[Any, bool]:
     """The network, and whether it is trained."""
-    from ...errors import InputError
     from ...models.loading import create_model, load_model
 
-    if b is not None and not math.isfinite(b):
-        raise InputError(f"--b {b}: give a number of at least 1")
+    _check_exponent(b)
     conversion = dict(bias=False) if b is None else dict(bias=False, b=b)
     if choice.model is not None and choice.checkpoint is None:
         return create_model(choice.model, conversion), False
@@ -67,4 +126,4 @@ def _measure(network: Any, size: int | None, is_trained: bool) -> tuple["Exactne
         raise
     except Exception as error:  # as kernels larger than an image, or images that patches do not divide
         place = f"an image of {x.shape[-2]} × {x.shape[-1]} pixels"
-        raise InputError(f"the network fails on {place}: {first_line(error)}; choose another --size") from error
+        raise InputError(f"the model fails on {place}: {first_line(error)}; choose another --size") from error

@@ -1,4 +1,4 @@
-"""`timm-bcos concepts`: what a layer's features are made of, and every logit with them."""
+"""`timm-bcos concepts`: the concepts of a layer, and logits as sums of concepts."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,15 +10,17 @@ from ..options import Checkpoint, Classes, ClassMap, DataChoice, DataDir, Datase
 
 if TYPE_CHECKING:
     from ...concepts.dictionary import Concepts
-    from .explain_photos import PhotoExplainer
+    from ..photo_explainer import PhotoExplainer
 
 __all__ = ["concepts"]
 
 
 def concepts(
-    layer: Annotated[str, typer.Option(help="Path of a layer whose output is a map, or tokens, as blocks.4.")],
+    layer: Annotated[
+        str, typer.Option(help="Path of a layer whose output is a feature map or tokens, for instance blocks.4.")
+    ],
     data_dir: DataDir,
-    photos: Annotated[list[Path] | None, typer.Argument(help="Photos to explain by the concepts.")] = None,
+    photos: Annotated[list[Path] | None, typer.Argument(help="Photos to decompose into the concepts.")] = None,
     dataset: Dataset = "",
     split: Split = "validation",
     class_map: ClassMap = "",
@@ -26,12 +28,14 @@ def concepts(
     checkpoint: Checkpoint = None,
     classes: Classes = None,
     device: Device = "cpu",
-    method: Annotated[str, typer.Option(help="How to find concepts: nmf, kmeans, sae or channels.")] = "nmf",
-    count: Annotated[int, typer.Option(min=1, help="Of the concepts.")] = 8,
-    target: Annotated[str | None, typer.Option(help="Class of the photos' logits; default: the predicted one.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Concepts of each photo to explain by pixels.")] = 3,
-    images: Annotated[int, typer.Option(min=1, help="Per concept, on the wall.")] = 6,
-    out: Annotated[Path, typer.Option(help="Directory for everything that is written.")] = Path("concepts"),
+    method: Annotated[str, typer.Option(help="Method that finds the concepts: nmf, kmeans, sae or channels.")] = "nmf",
+    count: Annotated[int, typer.Option(min=1, help="Number of concepts.")] = 8,
+    target: Annotated[
+        str | None, typer.Option(help="Class whose logit is decomposed. [default: the predicted class]")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Number of concepts per photo to explain by pixels.")] = 3,
+    images: Annotated[int, typer.Option(min=1, help="Number of images per concept in wall.png.")] = 6,
+    out: Annotated[Path, typer.Option(help="Directory for the results.")] = Path("concepts"),
 ) -> None:
     """Find a layer's concepts, and explain logits as sums of concepts and concepts as sums of pixels.
 
@@ -45,7 +49,7 @@ def concepts(
     from ...explanation.visualization import save_figure
     from ...models.class_names import class_names, find_class
     from ..outputs import OutputPaths
-    from .explain_photos import PhotoExplainer
+    from ..photo_explainer import PhotoExplainer
 
     with quiet_libraries():
         given = list(find_photos(photos)) if photos else []

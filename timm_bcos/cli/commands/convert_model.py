@@ -1,4 +1,4 @@
-"""`timm-bcos convert`: a network turned into its B-cos equivalent."""
+"""`timm-bcos convert`: convert a timm model to a B-cos model."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,26 +12,32 @@ __all__ = ["convert"]
 
 
 def convert(
-    model: Annotated[str | None, typer.Option(help="A timm model.")] = None,
+    model: Annotated[str | None, typer.Option(help="Name of a timm model.")] = None,
     checkpoint: Checkpoint = None,
-    b: Annotated[float, typer.Option(min=1, help="Exponent B; 1 with biases computes the same as before.")] = 2.0,
-    bias: Annotated[bool, typer.Option(help="Keep biases, which the image does not explain.")] = False,
+    b: Annotated[
+        float, typer.Option(min=1, help="Exponent B. With 1 and --bias the model computes the same as before.")
+    ] = 2.0,
+    bias: Annotated[bool, typer.Option(help="Keep biases, which explanations do not attribute to the image.")] = False,
     gate: Annotated[
-        bool, typer.Option("--gate", help="Let biases of batch norms act in the gates of activations only.")
+        bool, typer.Option("--gate", help="Use biases of batch norms in the gates of activations only.")
     ] = False,
     positions: Annotated[
         Literal["keep", "attention"],
-        typer.Option(help="Position embeddings of a vision transformer: added to tokens, or in queries and keys only."),
+        typer.Option(
+            help="Position embeddings of vision transformers: keep, or use in attention queries and keys only."
+        ),
     ] = "keep",
     antialias: Annotated[
         bool,
-        typer.Option("--antialias", help="Low-pass filters in front of strides: explanations without checkerboards."),
+        typer.Option(
+            "--antialias", help="Add low-pass filters before strided layers, which removes checkerboard artifacts."
+        ),
     ] = False,
     out: Annotated[Path, typer.Option(help="Directory for config.json and model.safetensors.")] = Path("converted"),
 ) -> None:
-    """Convert a network with its weights into a folder that timm loads as `local-dir:FOLDER`.
+    """Convert a model with its weights into a folder that timm loads as `local-dir:FOLDER`.
 
-    Unless B is 1 and biases are kept, it is the start of a fine-tuning, not a finished network.
+    Unless B is 1 and biases are kept, the converted model needs fine-tuning.
     """
     from ...errors import InputError
     from ...hub.repository import save_network

@@ -1,4 +1,4 @@
-"""`timm-bcos demo`: the page in a browser."""
+"""`timm-bcos demo`: the demo in a browser."""
 
 from typing import Annotated
 
@@ -17,15 +17,15 @@ def demo(
     device: Device = "cpu",
     port: Annotated[
         int | None,
-        typer.Option(min=1, max=65535, help="Where to serve; if not given, the first free one from 7860 on."),
+        typer.Option(min=1, max=65535, help="Port of the demo. [default: the first free port from 7860]"),
     ] = None,
     share: Annotated[
-        bool, typer.Option("--share", help="Also at a public address for a week, through Gradio's servers.")
+        bool, typer.Option("--share", help="Also serve at a public address for a week, through Gradio's servers.")
     ] = False,
 ) -> None:
-    """Serve a page on which photos are explained, until Ctrl-C.
+    """Serve a demo in the browser that explains photos, until Ctrl-C.
 
-    It offers the three networks that come with the package, after the one that is asked for.
+    The demo offers the given model and the three embedded models.
     """
     from ...errors import InputError
 

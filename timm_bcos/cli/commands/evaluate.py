@@ -1,9 +1,9 @@
-"""`timm-bcos evaluate`: how good explanations are, by the pointing game and by metrics."""
+"""`timm-bcos evaluate`: the pointing game, AggAtt, metrics of explanations, and comparisons of accuracy."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,9 +20,10 @@ from ..options import (
     NetworkChoice,
     Plain,
     Split,
+    find_device,
 )
 
-__all__ = ["metrics", "pointing_game"]
+__all__ = ["aggatt", "compare", "metrics", "pointing_game"]
 
 QUICK = (
     "bcos", "gradient", "ixg", "ig", "deeplift", "smoothgrad", "guided_backprop", "gradcam", "lrp", "chefer", "attnlrp",
@@ -40,30 +41,32 @@ def pointing_game(
     plain: Plain = False,
     device: Device = "cpu",
     method: Methods = None,
-    n: Annotated[list[int] | None, typer.Option(min=1, help="Cells per side; repeat for several. 2 and 3.")] = None,
-    grids: Annotated[int, typer.Option(min=1, help="Of each size.")] = 500,
+    n: Annotated[list[int] | None, typer.Option(min=1, help="Cells per side; repeatable. [default: 2, 3]")] = None,
+    grids: Annotated[int, typer.Option(min=1, help="Number of grids per grid size.")] = 500,
     threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="Images that the network is less sure of are not taken.")
+        float, typer.Option(min=0, max=1, help="Minimum confidence for an image to be used in a grid.")
     ] = 0.5,
-    reuse: Annotated[bool, typer.Option("--reuse", help="Use images again when a class has no more.")] = False,
+    reuse: Annotated[bool, typer.Option("--reuse", help="Reuse images when a class has too few.")] = False,
     smooth: Annotated[
-        list[int] | None, typer.Option(min=1, help="Window of a mean filter; repeat for several. 1 and 15.")
+        list[int] | None, typer.Option(min=1, help="Window of the mean filter in pixels; repeatable. [default: 1, 15]")
     ] = None,
     disconnect: Annotated[
         Disconnect,
-        typer.Option(help="Logits for each cell: of a network of its own (full, DiFull) or of a head (part, DiPart)."),
+        typer.Option(
+            help="Compute each cell's logits separately: by the whole model (full, DiFull) or the head (part, DiPart)."
+        ),
     ] = Disconnect.NONE,
-    seed: Annotated[int, typer.Option(help="Of the choice of classes.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for sampling classes.")] = 0,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Classes of a grid per pass. By default as many as fit into about 3 GB of memory."),
+        typer.Option(min=1, help="Number of classes per pass. [default: as many as fit into about 3 GB of memory]"),
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory for the results; a run resumes there.")] = Path("pointing_game"),
 ) -> None:
-    """Play the grid pointing game: how much of a class's attribution lies in the cell of its image?
+    """Play the grid pointing game: measure how much attribution of a class lies in its own cell.
 
     Writes values.csv, summary.csv, gains.csv (paired differences to the other methods), summary.md and boxes.png.
-    Without --method, all that suit the network.
+    Without --method, all methods that suit the model are evaluated.
     """
     from ...attribution.registry import check_methods
     from ...evaluation.pointing_game import sample_grids
@@ -100,18 +103,19 @@ def metrics(
     device: Device = "cpu",
     method: Methods = None,
     metric: Annotated[
-        list[str] | None, typer.Option(help="Repeat for several. All: deletion, insertion, faithfulness, …")
+        list[str] | None,
+        typer.Option(help="Metric to compute; repeatable. [default: all: deletion, insertion, faithfulness, …]"),
     ] = None,
     regions: Annotated[
         Path | None,
-        typer.Option(help="Where the objects are, for energy: a folder of masks, or a CSV file of boxes."),
+        typer.Option(help="Object regions for the metric energy: a folder of masks, or a CSV file of boxes."),
     ] = None,
-    images: Annotated[int, typer.Option(min=1, help="How many, evenly spread over the data set.")] = 20,
+    images: Annotated[int, typer.Option(min=1, help="Number of images, evenly spread over the data set.")] = 20,
     out: Annotated[Path, typer.Option(help="Directory for the results; a run resumes there.")] = Path("metrics"),
 ) -> None:
     """Measure deletion, insertion, faithfulness, sensitivity, randomization and more of attribution methods.
 
-    Writes metrics.csv and metrics.md. Without --method, all quick ones that suit the network.
+    Writes metrics.csv and metrics.md. Without --method, all fast methods that suit the model are evaluated.
     """
     from ...attribution.registry import check_methods
     from ...errors import MethodError
@@ -130,6 +134,102 @@ def metrics(
     remember_settings(out, vars(choice) | vars(data) | dict(images=images, regions=regions))
     left_out = evaluate_all(network, labeled, measured, methods, out, images=images, regions=regions)
     _report(left_out, out / "metrics.md")
+
+
+def aggatt(
+    data_dir: DataDir,
+    dataset: Dataset = "",
+    split: Split = "validation",
+    class_map: ClassMap = "",
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    plain: Plain = False,
+    device: Device = "cpu",
+    method: Methods = None,
+    n: Annotated[int, typer.Option(min=1, help="Cells per side of the grids.")] = 2,
+    grids: Annotated[int, typer.Option(min=1, help="Number of grids.")] = 100,
+    smooth: Annotated[int, typer.Option(min=1, help="Window of the mean filter in pixels; 1 for no smoothing.")] = 15,
+    disconnect: Annotated[
+        Disconnect, typer.Option(help="Compute each cell's logits separately, as in `evaluate pointing-game`.")
+    ] = Disconnect.NONE,
+    reuse: Annotated[bool, typer.Option("--reuse", help="Reuse images when a class has too few.")] = False,
+    seed: Annotated[int, typer.Option(help="Random seed for sampling classes.")] = 0,
+    out: Annotated[Path, typer.Option(help="Image file to write.")] = Path("aggatt.png"),
+) -> None:
+    """Plot mean attribution maps of pointing-game grids, from the best localized to the worst (AggAtt)."""
+    from ...evaluation.aggatt import plot_bins
+    from ...evaluation.disconnected import Disconnected
+    from ...evaluation.pointing_game import confidences, sample_grids
+    from ...explanation.visualization import save_figure
+
+    network = NetworkChoice(model, checkpoint, plain).load(device)
+    images = DataChoice(data_dir, dataset, split, class_map).load(network.num_classes)
+    chosen = sample_grids(list(confidences(network, images)), n, grids, seed=seed, reuse=reuse)
+    player = network if disconnect is Disconnect.NONE else Disconnected(network, n, disconnect.value)
+    figure, left_out = plot_bins(player, images, chosen, list(method or ("bcos", "ixg", "gradcam")), smooth)
+    save_figure(figure, out)
+    typer.echo("\n".join([*(f"left out: {reason}" for reason in left_out), f"wrote {out}"]))
+
+
+def compare(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="Models to compare with the first one: checkpoints of train.py or timm names, or NAME=MODEL. "
+            "Models of the same NAME count as seeds of one training.",
+        ),
+    ],
+    data_dir: DataDir,
+    dataset: Dataset = "",
+    split: Split = "validation",
+    class_map: ClassMap = "",
+    device: Device = "cpu",
+    contributors: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV file with the columns file and contributor. By default images whose names differ only in the "
+            "number behind the last underscore form a cluster."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Directory for the results.")] = Path("comparison"),
+) -> None:
+    """Compare the accuracies of models on the same images, with 95 % intervals from a bootstrap over clusters.
+
+    Writes comparison.csv (a row per model), clusters.csv (accuracy by cluster) and images.csv (correct predictions).
+    """
+    from ...evaluation import comparison
+
+    loaded = _named_models(models)
+    first = loaded[0][1]()
+    images: Any = DataChoice(data_dir, dataset, split, class_map).load(first.num_classes)
+    names = [images.filename(i) for i in range(len(images))]
+    clusters = comparison.contributors(contributors, names) if contributors else comparison.series(names)
+    place = find_device(device)
+    right: dict[str, list[Any]] = {}
+    for position, (name, load) in enumerate(loaded):
+        model = first if position == 0 else load()
+        right.setdefault(name, []).append(comparison.correct(model.eval().to(place), images))
+    comparison.write_table(out / "comparison.csv", comparison.compare(right, clusters))
+    comparison.write_clusters(out / "clusters.csv", right, clusters)
+    comparison.write_images(out / "images.csv", names, clusters, right)
+    typer.echo(comparison.report(right, clusters))
+
+
+def _named_models(arguments: Sequence[str]) -> list[tuple[str, Callable[[], Any]]]:
+    """The name of each model and a function that loads it."""
+    from ...errors import InputError
+    from ...models.loading import load_named
+
+    found: list[tuple[str, Callable[[], Any]]] = []
+    for argument in arguments:
+        name, equals, choice = argument.partition("=")
+        if equals and not (name and choice):
+            raise InputError(f"{argument!r}: give a model as NAME=CHECKPOINT, or a checkpoint or timm name alone")
+        found.append((name, partial(load_named, choice or name)))
+    if len({name for name, _ in found}) < 2:
+        raise InputError(f"one model only ({found[0][0]}): give at least two, as plain=a.pth.tar bcos=b.pth.tar")
+    return found
 
 
 def _report(left_out: Sequence[str], table: Path) -> None:

@@ -1,4 +1,4 @@
-"""`timm-bcos export`: a network for programs without timm."""
+"""`timm-bcos export`: a model for programs without timm."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,10 +18,11 @@ def export(
     checkpoint: Checkpoint = None,
     device: Device = "cpu",
     out: Annotated[
-        Path, typer.Option(help="NAME.pt2: the network with its explanation; NAME.onnx: the network alone.")
+        Path,
+        typer.Option(help="File to write: NAME.pt2 for the model with explanations, NAME.onnx for the model alone."),
     ] = Path("explainer.pt2"),
 ) -> None:
-    """Export a network as one program for torch.export (with its explanation) or ONNX (logits); any batch size.
+    """Export a model as one program for torch.export (with its explanation) or ONNX (logits); any batch size.
 
     A .pt2 program takes images (N, C, H, W) in [0, 1] and classes (N,), -1 for the predicted one, and gives logits,
     weights and contribution map.
@@ -57,7 +58,9 @@ def _export_onnx(network: Any, x: Any, out: Path) -> None:
     from ...files import atomic_path
 
     batch = torch.export.Dim("batch", min=1)
-    options: dict[str, Any] = dict(dynamo=True, dynamic_shapes=({0: batch},), external_data=False, verbose=False)
+    options: dict[str, Any] = dict(
+        dynamo=True, dynamic_shapes=({0: batch},), output_names=["logits"], external_data=False, verbose=False
+    )
     try:
         with atomic_path(out) as path:
             torch.onnx.export(network, (x,), path, **options)

@@ -1,4 +1,4 @@
-"""`timm-bcos gallery`: explanations of many images on one picture."""
+"""`timm-bcos gallery`: explanations of many images in one figure."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +13,6 @@ from ..options import (
     DataDir,
     Dataset,
     Device,
-    Disconnect,
     Methods,
     Model,
     NetworkChoice,
@@ -21,11 +20,13 @@ from ..options import (
     Split,
 )
 
-__all__ = ["of_bins", "of_classes", "of_methods"]
+__all__ = ["of_classes", "of_methods"]
 
 SHOWN = 6
-Show = Annotated[list[str] | None, typer.Option(help=f"Class name or index; repeat for several. The first {SHOWN}.")]
-Out = Annotated[Path, typer.Option(help="The picture.")]
+Show = Annotated[
+    list[str] | None, typer.Option(help=f"Class to show, by name or index; repeatable. [default: the first {SHOWN}]")
+]
+Out = Annotated[Path, typer.Option(help="Image file to write.")]
 
 
 def of_classes(
@@ -38,10 +39,10 @@ def of_classes(
     classes: Classes = None,
     device: Device = "cpu",
     show: Show = None,
-    images: Annotated[int, typer.Option(min=1, help="Per class.")] = 6,
+    images: Annotated[int, typer.Option(min=1, help="Number of images per class.")] = 6,
     out: Out = Path("classes.png"),
 ) -> None:
-    """The images of each class that the network is most confident of, with their explanations in color."""
+    """Plot each class's images of highest confidence with their explanations in color."""
     from ...evaluation.galleries import plot_classes
     from ...explanation.visualization import save_figure
 
@@ -65,7 +66,7 @@ def of_methods(
     method: Methods = None,
     out: Out = Path("methods.png"),
 ) -> None:
-    """One image per class, explained by every attribution method that suits the network."""
+    """Plot one image per class, explained by every attribution method that suits the model."""
     from ...attribution.registry import METHODS, check_methods
     from ...evaluation.galleries import plot_methods
     from ...explanation.visualization import save_figure
@@ -76,39 +77,6 @@ def of_methods(
     network, names, x, targets = _most_confident(choice, data, classes, device, show, 1)
     save_figure(plot_methods(network, x, targets, methods, names), out)
     typer.echo(f"wrote {out}")
-
-
-def of_bins(
-    data_dir: DataDir,
-    dataset: Dataset = "",
-    split: Split = "validation",
-    class_map: ClassMap = "",
-    model: Model = None,
-    checkpoint: Checkpoint = None,
-    plain: Plain = False,
-    device: Device = "cpu",
-    method: Methods = None,
-    n: Annotated[int, typer.Option(min=1, help="Cells per side of the grids.")] = 2,
-    grids: Annotated[int, typer.Option(min=1, help="How many.")] = 100,
-    smooth: Annotated[int, typer.Option(min=1, help="Window of a mean filter; 1 for none.")] = 15,
-    disconnect: Annotated[Disconnect, typer.Option(help="As in `evaluate pointing-game`.")] = Disconnect.NONE,
-    reuse: Annotated[bool, typer.Option("--reuse", help="Use images again when a class has no more.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the choice of classes.")] = 0,
-    out: Out = Path("bins.png"),
-) -> None:
-    """Mean maps of the pointing game's grids, from the best localized to the worst (AggAtt)."""
-    from ...evaluation.aggatt import plot_bins
-    from ...evaluation.disconnected import Disconnected
-    from ...evaluation.pointing_game import confidences, sample_grids
-    from ...explanation.visualization import save_figure
-
-    network = NetworkChoice(model, checkpoint, plain).load(device)
-    images = DataChoice(data_dir, dataset, split, class_map).load(network.num_classes)
-    chosen = sample_grids(list(confidences(network, images)), n, grids, seed=seed, reuse=reuse)
-    player = network if disconnect is Disconnect.NONE else Disconnected(network, n, disconnect.value)
-    figure, left_out = plot_bins(player, images, chosen, list(method or ("bcos", "ixg", "gradcam")), smooth)
-    save_figure(figure, out)
-    typer.echo("\n".join([*(f"left out: {reason}" for reason in left_out), f"wrote {out}"]))
 
 
 def _most_confident(

@@ -1,4 +1,4 @@
-"""`timm-bcos models`: the registered networks."""
+"""`timm-bcos models`: the registered models."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,12 +14,12 @@ HEADER = ROW.format("name", "params (M)", "top-1 (%)", "image (px)", "")
 
 
 def models(
-    pattern: Annotated[str, typer.Argument(help="Of names, with * and ?, as in timm.list_models.")] = "*",
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="Only networks with weights.")] = False,
+    pattern: Annotated[str, typer.Argument(help="Pattern of model names with * and ?, as in timm.list_models.")] = "*",
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="List only models with pretrained weights.")] = False,
 ) -> None:
-    """List the networks: name and tag, parameters in millions, published top-1 in per cent, image size in pixels.
+    """List the B-cos models: name and tag, parameters in millions, published top-1 in per cent, image size in pixels.
 
-    Any other timm model becomes a B-cos network by `timm-bcos convert`, or by the name `bcosify`.
+    Any other timm model becomes a B-cos model by `timm-bcos convert`, or by the name `bcosify`.
     """
     from ...errors import TargetError
     from ...models.loading import list_bcos_models

@@ -1,4 +1,4 @@
-"""`timm-bcos neurons`: what the units of a layer look for."""
+"""`timm-bcos neurons`: the images that activate a layer's units most."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +11,9 @@ __all__ = ["neurons"]
 
 
 def neurons(
-    layer: Annotated[str, typer.Option(help="Path of a layer whose output is a map, or tokens, as blocks.4.")],
+    layer: Annotated[
+        str, typer.Option(help="Path of a layer whose output is a feature map or tokens, for instance blocks.4.")
+    ],
     data_dir: DataDir,
     dataset: Dataset = "",
     split: Split = "validation",
@@ -20,12 +22,14 @@ def neurons(
     checkpoint: Checkpoint = None,
     classes: Classes = None,
     device: Device = "cpu",
-    units: Annotated[int, typer.Option(min=1, help="On the pictures.")] = 6,
-    images: Annotated[int, typer.Option(min=1, help="Per unit, on the wall.")] = 6,
-    strongest: Annotated[int, typer.Option(min=1, help="Images per unit, for the entropy of their classes.")] = 500,
-    out: Annotated[Path, typer.Option(help="Directory for the pictures and units.csv.")] = Path("neurons"),
+    units: Annotated[int, typer.Option(min=1, help="Number of units in the figures.")] = 6,
+    images: Annotated[int, typer.Option(min=1, help="Number of images per unit in wall.png.")] = 6,
+    strongest: Annotated[
+        int, typer.Option(min=1, help="Number of strongest images per unit, whose class entropy is computed.")
+    ] = 500,
+    out: Annotated[Path, typer.Option(help="Directory for the figures and units.csv.")] = Path("neurons"),
 ) -> None:
-    """Show what a layer's units look for: their strongest images, explained, and the classes of these.
+    """Show the images that activate a layer's units most, with explanations, and their classes.
 
     Writes wall.png (crops of the most active units' images, and their explanations), classes.png (the classes of the
     most one-sided units) and units.csv (every unit).

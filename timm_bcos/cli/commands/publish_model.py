@@ -1,4 +1,4 @@
-"""`timm-bcos publish`: a trained network to the Hugging Face Hub, and a page that shows it."""
+"""`timm-bcos publish`: publish a trained model on the Hugging Face Hub, with a demo."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,37 +9,46 @@ from ..options import Checkpoint, Classes, Model, NetworkChoice
 
 __all__ = ["publish"]
 
-Photos = Annotated[list[Path] | None, typer.Option("--photo", help="Shown explained on the card; repeat for several.")]
+Photos = Annotated[list[Path] | None, typer.Option("--photo", help="Photo to explain on the model card; repeatable.")]
 
 
 def publish(
-    repo_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="On the Hugging Face Hub; made if need be.")],
+    repo_id: Annotated[
+        str,
+        typer.Argument(metavar="ORG/NAME", help="Repository on the Hugging Face Hub, created if it does not exist."),
+    ],
     model: Model = None,
     checkpoint: Checkpoint = None,
     classes: Classes = None,
     photo: Photos = None,
-    description: Annotated[str, typer.Option(help="Trained on what, from what, how.")] = "",
-    accuracy: Annotated[float | None, typer.Option(min=0, max=100, help="Top-1, in per cent.")] = None,
-    dataset: Annotated[str, typer.Option(help="What the accuracy was measured on.")] = "",
-    command: Annotated[str, typer.Option(help="What measured it.")] = "",
+    description: Annotated[str, typer.Option(help="Training data, initial weights and procedure.")] = "",
+    accuracy: Annotated[float | None, typer.Option(min=0, max=100, help="Top-1 accuracy in percent.")] = None,
+    dataset: Annotated[str, typer.Option(help="Data set of the accuracy.")] = "",
+    command: Annotated[str, typer.Option(help="Command that produced the accuracy.")] = "",
     trained_on: Annotated[
-        list[str] | None, typer.Option(help="A data set by its name on the Hub, as imagenet-1k; repeat for several.")
+        list[str] | None,
+        typer.Option(help="Training data set by its name on the Hub, for instance imagenet-1k; repeatable."),
     ] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="ORG/NAME that the training started from; train.py's checkpoints often tell.")
+        str | None, typer.Option(help="Repository ORG/NAME of the initial weights. [default: as recorded by train.py]")
     ] = None,
     license: Annotated[
-        str | None, typer.Option(help="As the Hub calls it; that of published weights, or apache-2.0, by default.")
+        str | None,
+        typer.Option(help="License by its name on the Hub. [default: the license of published weights, or apache-2.0]"),
     ] = None,
-    note: Annotated[list[str] | None, typer.Option(help="Further terms; repeat for several.")] = None,
-    dtype: Annotated[Literal["float16", "bfloat16"] | None, typer.Option(help="Of the stored weights.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Of a new repository.")] = False,
-    folder: Annotated[Path | None, typer.Option(help="Write the files here instead of publishing them.")] = None,
+    note: Annotated[list[str] | None, typer.Option(help="Additional license terms; repeatable.")] = None,
+    dtype: Annotated[
+        Literal["float16", "bfloat16"] | None, typer.Option(help="Data type of the saved weights.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
+    folder: Annotated[
+        Path | None, typer.Option(help="Directory to write the files to instead of publishing them.")
+    ] = None,
     space: Annotated[
-        bool, typer.Option("--space", help="Also a Space ORG/NAME that runs the page of `timm-bcos demo`.")
+        bool, typer.Option("--space", help="Also publish a Space ORG/NAME that runs `timm-bcos demo`.")
     ] = False,
 ) -> None:
-    """Publish a network on the Hugging Face Hub: weights, config and a model card; with --space also a page.
+    """Publish a model on the Hugging Face Hub: weights, config, a model card, and with --space a demo.
 
     After `import timm_bcos`, `timm.create_model("hf-hub:ORG/NAME", pretrained=True)` has it.
 

@@ -1,148 +1,36 @@
-"""Runs a script of timm's, unchanged, where the B-cos networks are registered."""
+"""`timm-bcos run`: timm's scripts with the B-cos models registered."""
 
-import os
-import runpy
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import partial, wraps
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated
 
-import timm.task
-import torch
 import typer
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from ...errors import InputError
-from ...nn.heads import BcosConvClassifier, BcosLinearClassifier
-from ...training.tasks import DeletionClassificationTask, ExplanationDistillationTask
 from ..exceptions import as_python_does
 
-__all__ = [
-    "run",
-    "run_script",
-]
-
-# importing timm_bcos registers its models as soon as timm is imported; then comes the sitecustomize that this one hides
-START_UP = """
-import sys
-from importlib.machinery import PathFinder
-from importlib.util import module_from_spec
-
-sys.path.remove(__file__.rpartition("sitecustomize")[0][:-1])
-spec = PathFinder.find_spec("sitecustomize", sys.path)
-if spec is not None and spec.loader is not None:
-    spec.loader.exec_module(module_from_spec(spec))
-import timm_bcos
-"""
-CLASSIFIERS = (BcosConvClassifier, BcosLinearClassifier)
-
-
-def run_script(
-    script: Path, arguments: list[str], explanation_weight: float | None = None, delete_cells: bool = False
-) -> None:
-    """Run a Python script as `python script arguments...` would, in this process.
-
-    Args:
-        script: For instance timm's `train.py`.
-        arguments: Its arguments.
-        explanation_weight: Of `ExplanationDistillationTask`, which takes the place of timm's distillation of logits;
-            None leaves that as it is.
-        delete_cells: Let `DeletionClassificationTask` take the place of timm's classification.
-
-    Raises:
-        InputError: If there is no such script, or it would not use the task that was asked for.
-    """
-    if not script.is_file():
-        raise InputError(f"no script {script}: give the path of one of timm's scripts, which its repository has")
-    _check_task(arguments, explanation_weight, delete_cells)
-    _clip_all_but_heads()
-    sys.argv = [str(script), *arguments]
-    sys.path.insert(0, str(script.resolve().parent))
-    if "WORLD_SIZE" in os.environ:  # set by torchrun
-        torch.nn.parallel.DistributedDataParallel = _DistributedDataParallel  # type: ignore[assignment,misc]
-    if explanation_weight is not None:
-        task = partial(ExplanationDistillationTask, explanation_weight=explanation_weight)
-        timm.task.LogitDistillationTask = task  # type: ignore[misc,assignment]
-    if delete_cells:
-        timm.task.ClassificationTask = DeletionClassificationTask  # type: ignore[misc]
-    with _children_knowing_our_networks():
-        runpy.run_path(str(script), run_name="__main__")
-
-
-@contextmanager
-def _children_knowing_our_networks() -> Iterator[None]:
-    """Let Python processes that a script starts, as bulk_runner.py does, import this package after timm, too."""
-    before = os.environ.get("PYTHONPATH")
-    with TemporaryDirectory(prefix="timm-bcos-") as folder:
-        Path(folder, "sitecustomize.py").write_text(START_UP, encoding="utf-8")
-        os.environ["PYTHONPATH"] = os.pathsep.join([folder, *([before] if before else [])])
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ["PYTHONPATH"]
-            else:
-                os.environ["PYTHONPATH"] = before
-
-
-def _check_task(arguments: list[str], explanation_weight: float | None, delete_cells: bool) -> None:
-    """Refuse what train.py would pass over in silence; a file of options (`--config`) may say more."""
-    options = {argument.partition("=")[0] for argument in arguments}
-    if options & {"-c", "--config"}:
-        return
-    has_teacher = "--kd-model-name" in options
-    if explanation_weight is not None and not has_teacher:
-        raise InputError("--explanation-weight is for a distillation: give train.py a teacher with --kd-model-name")
-    if delete_cells and has_teacher:
-        raise InputError("--delete-cells is for a classification without a teacher: leave --kd-model-name out")
-
-
-def _clip_all_but_heads() -> None:
-    """timm's adaptive gradient clipping takes the last two parameters for the classifier's: B-cos ones have one."""
-    tasks: list[Any] = [kind for kind in vars(timm.task).values() if isinstance(kind, type)]
-    for kind in {base for task in tasks for base in task.__mro__ if "get_clip_parameters" in vars(base)}:
-        setattr(kind, "get_clip_parameters", _without_heads(vars(kind)["get_clip_parameters"]))  # noqa: B010
-
-
-def _without_heads(original: Callable[..., Iterable[nn.Parameter]]) -> Callable[..., Iterable[nn.Parameter]]:
-    @wraps(original)
-    def get_clip_parameters(task: nn.Module, exclude_head: bool = False) -> Iterable[nn.Parameter]:
-        everything = list(original(task))
-        heads = {id(p) for m in task.modules() if isinstance(m, CLASSIFIERS) for p in m.parameters()}
-        left = [parameter for parameter in everything if id(parameter) not in heads]
-        is_bcos = len(left) < len(everything)
-        return left if exclude_head and is_bcos else original(task, exclude_head=exclude_head)
-
-    return get_clip_parameters
-
-
-class _DistributedDataParallel(DistributedDataParallel):
-    """timm's train.py names the CPU as a process's device, which torch refuses: there, no device says the same."""
-
-    def __init__(self, module: torch.nn.Module, device_ids: list[Any] | None = None, **kwargs: Any) -> None:
-        on_cpu = device_ids is not None and all(torch.device(d).type == "cpu" for d in device_ids)
-        super().__init__(module, None if on_cpu else device_ids, **kwargs)
+__all__ = ["run"]
 
 
 def run(
-    script: Annotated[Path, typer.Argument(help="A script of timm's: train.py, validate.py, inference.py, ...")],
-    arguments: Annotated[list[str] | None, typer.Argument(help="The script's own arguments.")] = None,
+    script: Annotated[Path, typer.Argument(help="Script of timm: train.py, validate.py, inference.py, ...")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="Arguments of the script.")] = None,
     explanation_weight: Annotated[
         float | None,
-        typer.Option(min=0, help="With train.py --kd-model-name: weight of the loss on the teacher's explanations."),
+        typer.Option(
+            min=0, help="Weight of the loss on the teacher's explanations, for train.py with --kd-model-name."
+        ),
     ] = None,
     delete_cells: Annotated[
-        bool, typer.Option("--delete-cells", help="With train.py: half of the photos lack one of 4 × 4 cells (IDSDS).")
+        bool,
+        typer.Option(
+            "--delete-cells", help="Train with one of 4 × 4 cells deleted in half of the images (IDSDS), for train.py."
+        ),
     ] = False,
 ) -> None:
-    """Run a script of timm's, unchanged, with the B-cos networks registered.
+    """Run one of timm's scripts, unchanged, with the B-cos models registered.
 
-    train.py itself has an option for that: `python train.py --device-modules timm_bcos ...`.
+    train.py also has an option of its own for this: `python train.py --device-modules timm_bcos ...`.
     """
+    from ..script_runner import run_script
 
     with as_python_does():
         run_script(script, arguments or [], explanation_weight, delete_cells)

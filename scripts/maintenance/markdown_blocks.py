@@ -5,7 +5,7 @@ from pathlib import Path
 
 from timm_bcos.files import atomic_path
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def replace_block(page: Path, name: str, text: str) -> None:

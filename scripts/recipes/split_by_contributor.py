@@ -1,6 +1,6 @@
 """Lay out the clothes for timm's train.py with a validation split by people who have no photo in the training split.
 
-    python scripts/split_by_contributor.py data/clothing clothing
+    python scripts/recipes/split_by_contributor.py data/clothing clothing
 
 The source's own validation shares most of its contributors with train, so that settings chosen on it are chosen for
 known floors and cameras. Here the photos of train and validation are pooled and dealt out person by person; test stays.

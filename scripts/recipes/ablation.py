@@ -1,8 +1,9 @@
 """Train a family of networks with timm's train.py, one after the other, and tabulate them.
 
-    python scripts/ablation.py b --train-script train.py --data-dir data/cifar10 --val-split test -- \
+    python scripts/recipes/ablation.py b --train-script train.py --data-dir data/cifar10 --val-split test -- \
         -b 64 --epochs 100 --opt adam --lr 1e-3 --min-lr 1e-5 --warmup-epochs 0 --bce-loss --smoothing 1e-6
-    python scripts/ablation.py growth --train-script train.py --data-dir imagenet -- --epochs 100 --opt adam --lr 2.5e-4
+    python scripts/recipes/ablation.py growth --train-script train.py --data-dir imagenet -- --epochs 100 --opt \
+        adam --lr 2.5e-4
 
 `b` is the CIFAR network for seven exponents: accuracy, and how well the rows of W(x) align with the image (Fig. B3 of
 the supplement of arXiv 2205.10268). `growth` is DenseNet-121 with growth rates 20 to 32, with and without MaxOut:

@@ -1,6 +1,6 @@
 """What a network sees in the photos of each contributor, and what misleads it: their floor, or the clothes?
 
-    python scripts/contributor_shift.py data/clothing/test.tar contributors.csv shift \
+    python scripts/experiments/contributor_shift.py data/clothing/test.tar contributors.csv shift \
         before=runs/clothes/gate-0/model_best.pth.tar after=bcos_efficientnet_lite0.clothing
 
 Contributions of pixels sum up to the logits, so that one may count those of a photo's margin, which is floor, wall or
@@ -22,7 +22,6 @@ import numpy as np
 import timm
 import torch
 from networks import find_networks
-from paired_comparison import contributors
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,6 +30,7 @@ from tqdm import tqdm
 from timm_bcos import contrast, explain
 from timm_bcos.cli.exceptions import exit_status
 from timm_bcos.data.datasets import LabeledImages, load_dataset
+from timm_bcos.evaluation.comparison import contributors
 from timm_bcos.evaluation.paired import bootstrap_interval
 from timm_bcos.explanation.visualization import Bars, Row, draw_rows, overlay, save_figure
 from timm_bcos.files import write_csv

@@ -1,7 +1,7 @@
 """How long visitors of the demo page wait for a photo's explanation, alone and together, and what memory it takes.
 
-    python scripts/demo_load.py                  # docs/serving.md quotes its numbers
-    python scripts/demo_load.py --slow           # with two comparisons by slow methods beside the photos
+    python scripts/benchmarks/demo_load.py                  # docs/serving.md quotes its numbers
+    python scripts/benchmarks/demo_load.py --slow           # with two comparisons by slow methods beside the photos
 
 It starts `timm-bcos demo` on a free port of this machine, asks it at most 200 times, and ends it. Only 127.0.0.1 is
 asked.
@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PHOTOS = sorted((Path(__file__).parent / "photos").glob("*.jpg"))
+PHOTOS = sorted((Path(__file__).parents[1] / "photos").glob("*.jpg"))
 SLOW = ["rise", "lime", "occlusion"]
 SECONDS = 600  # after which a call is given up
 

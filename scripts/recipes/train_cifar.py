@@ -1,8 +1,8 @@
 """Train the paper's CIFAR-10 networks for the seven exponents, in pieces, into one folder.
 
-    python scripts/train_cifar.py runs --data-dir data/cifar10                 # all of it
-    python scripts/train_cifar.py runs --data-dir data/cifar10 --minutes 10    # ten minutes of it; again to go on
-    python scripts/train_cifar.py runs --minutes 10                            # elsewhere, with a copy of `runs`
+    python scripts/recipes/train_cifar.py runs --data-dir data/cifar10                 # all of it
+    python scripts/recipes/train_cifar.py runs --data-dir data/cifar10 --minutes 10  # ten minutes of it; again to go on
+    python scripts/recipes/train_cifar.py runs --minutes 10  # elsewhere, with a copy of `runs`
 
 The data are packed into `runs/cifar10.safetensors` first (the files' bytes as they are, 56 MB). `bcos_cnn9` is trained
 as in appendix C.1.1 of arXiv 2205.10268: Adam, learning rate 1e-3 to 1e-5 by a cosine, batches of 64, crops after

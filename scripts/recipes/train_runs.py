@@ -1,6 +1,7 @@
 """Train what a TOML file lists with timm's train.py, each network with several seeds, one after the other.
 
-    python scripts/train_runs.py scripts/runs/clothes.toml runs --train-script train.py weights=lite0.safetensors \
+    python scripts/recipes/train_runs.py scripts/recipes/clothes.toml runs --train-script train.py \
+        weights=lite0.safetensors \
         data=clothes_by_people
 
 A table of the file is a run: `options` for train.py, after the `options` at the top, which all runs have, or with

@@ -1,6 +1,7 @@
 """Accuracy and alignment of networks against their B, as a table and a figure.
 
-    python scripts/compare_exponents.py data/clothing/test.tar exponents runs/clothes/taught-0/last.pth.tar \
+    python scripts/experiments/compare_exponents.py data/clothing/test.tar exponents \
+        runs/clothes/taught-0/last.pth.tar \
         runs/clothes/taught_b150-0/last.pth.tar runs/clothes/taught_b200-0/last.pth.tar
 
 A network is a checkpoint of timm's train.py or a name of timm's, `local-dir:FOLDER` too. Alignment is the cosine of the

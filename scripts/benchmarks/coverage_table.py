@@ -1,8 +1,8 @@
 """The page docs/coverage.md, a row per model file, and docs/coverage.csv, a row per architecture, from measured rows.
 
-    python scripts/coverage_table.py coverage
+    python scripts/benchmarks/coverage_table.py coverage
 
-The folder is that of `scripts/coverage.py`: rows.jsonl, and made.json, which says with what they were measured.
+The folder is the output of `scripts/benchmarks/coverage.py`: rows.jsonl, and made.json with the command and versions.
 """
 
 import argparse
@@ -13,11 +13,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from markdown_blocks import DOCS, markdown_table
-
 from timm_bcos.files import atomic_path
 
-PHOTO = Path(__file__).parent / "photos" / "chelsea.jpg"
+DOCS = Path(__file__).parents[2] / "docs"
+PHOTO = Path(__file__).parents[1] / "photos" / "chelsea.jpg"
 TORCHVISION = "torchvision/"
 GOALS = dict(error64=1e-10, error32=1e-4, preserving=1e-3)
 
@@ -121,6 +120,12 @@ HEADER = [
 ]  # fmt: skip
 
 
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A table whose columns after the first are aligned to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [header, rule, *rows])
+
+
 def file_table(rows: Iterable[Row]) -> str:
     """One row per model file: counts, ranges, and the worst figure of its architectures."""
     return markdown_table(HEADER, [_file_row(file, part) for file, part in by_file(rows).items()])
@@ -209,7 +214,7 @@ def _rounded(value: object) -> object:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="what scripts/coverage.py measured")
+    parser.add_argument("folder", type=Path, help="what scripts/benchmarks/coverage.py measured")
     parser.add_argument("--out", type=Path, default=DOCS, help="where the page and the CSV file go")
     args = parser.parse_args()
     write_pages(read(args.folder / "rows.jsonl"), json.loads((args.folder / "made.json").read_text()), args.out)

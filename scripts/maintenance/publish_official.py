@@ -1,7 +1,7 @@
 """Publish the weights that the papers' authors released on the Hugging Face Hub; for maintainers.
 
-    python scripts/publish_official.py ORG                             # every published checkpoint; resumes
-    python scripts/publish_official.py ORG bcosv2_resnet50.mpi_in1k
+    python scripts/maintenance/publish_official.py ORG                             # every published checkpoint; resumes
+    python scripts/maintenance/publish_official.py ORG bcosv2_resnet50.mpi_in1k
 
 It downloads each release file, verifies its hash, converts it, publishes it as ORG/NAME.TAG and notes the address in
 `timm_bcos/weights/hub.json`, from where on `pretrained=True` prefers it.
@@ -34,7 +34,7 @@ def publish_official(
 ) -> None:
     """Publish what the papers' authors released and hub.json does not list yet; ends with the number of failures.
 
-    Example: python scripts/publish_official.py ORG bcosv2_resnet50.mpi_in1k
+    Example: python scripts/maintenance/publish_official.py ORG bcosv2_resnet50.mpi_in1k
     """
     failures = 0
     for tagged, weights in tqdm(official(names or ()).items(), "weights", disable=None):

@@ -1,6 +1,6 @@
 """Networks side by side: accuracy, and the grid pointing game on the same grids of photos, with paired differences.
 
-    python scripts/compare_localization.py data/clothing/test.tar \
+    python scripts/experiments/compare_localization.py data/clothing/test.tar \
         plain=output/train/plain/last.pth.tar antialiased=output/train/antialiased/last.pth.tar
 
 Grids are made of the photos that the first network is most confident of, for all alike.

@@ -1,6 +1,6 @@
 """Take a share of a split's photos, of each class alike, for learning curves: the smaller share is part of the larger.
 
-python scripts/take_share.py clothes_by_people/train 0.25 0.5  # makes clothes_by_people/train_25 and train_50
+python scripts/recipes/take_share.py clothes_by_people/train 0.25 0.5  # makes clothes_by_people/train_25 and train_50
 """
 
 import argparse

@@ -1,10 +1,12 @@
 """Teach the B-cos network that a plain EfficientNet is converted into by its original, without labels.
 
-    python scripts/lite0_weights.py lite0.safetensors
-    python scripts/teach.py lite0.safetensors taught --arch tf_efficientnet_lite0 --b 1.25 --probability softmax \
+    python scripts/recipes/lite0_weights.py lite0.safetensors
+    python scripts/recipes/teach.py lite0.safetensors taught --arch tf_efficientnet_lite0 --b 1.25 \
+        --probability softmax \
         --photos clothing/train.tar clothing/extra.tar grocery/train.tar --scenes wallpapers --icons cifar10/train.tar \
         --test imagenet_photos.tar --class-map imagenet_class_map.txt
-    python scripts/teach.py plain/model_best.pth.tar taught --photos clothes/train --test clothes --split validation
+    python scripts/recipes/teach.py plain/model_best.pth.tar taught --photos clothes/train --test clothes \
+        --split validation
 
 A network without biases is another function, however near its weights are. So the student's activations are gated by
 what its original's biases make of a gray image (`BcosConfig(bias="reference")`): at B = 1 its features then are the

@@ -5,7 +5,7 @@ torchvision's are called `torchvision/resnet18`, of the file `torchvision/resnet
 Each is converted (B = 2, no biases), run once in training mode so that running statistics have a scale, and explained.
 A second conversion (B = 1, biases kept) must give the original's logits. Rows are appended to a JSON-lines file as they
 come, so an interrupted run resumes; each architecture runs in a process of its own. Ends with a page
-(`scripts/coverage_table.py`); `--docs` puts it where it belongs.
+(`scripts/benchmarks/coverage_table.py`); `--docs` puts it where it belongs.
 """
 
 import argparse
@@ -291,7 +291,7 @@ def origin(arguments: list[str]) -> dict[str, str]:
     """The command, without paths of this machine, and the versions."""
     packages = (timm, torchvision, torch, timm_bcos)
     return dict(
-        command=" ".join(["python scripts/coverage.py", *(a for a in arguments if not a.startswith("/"))]),
+        command=" ".join(["python scripts/benchmarks/coverage.py", *(a for a in arguments if not a.startswith("/"))]),
         versions=", ".join(f"{package.__name__} {package.__version__}" for package in packages),
     )
 

@@ -1,6 +1,6 @@
 """Guidance by boxes, measured: the clothes network learns, on grids of training photos, to explain a class by its cell.
 
-    python scripts/guide_by_grids.py data/clothing guided
+    python scripts/experiments/guide_by_grids.py data/clothing guided
 
 Each step takes photos of their own, which are classified, and grids of 2 × 2 photos, in which a class's positive
 contributions are to lie in its cell (`energy_loss`). Norms keep their statistics. Then both networks are compared on

@@ -1,6 +1,6 @@
 """Render the stored results (docs/results/*.csv) as the tables of docs/results.md and docs/speed.md.
 
-python scripts/results_tables.py --write
+python scripts/maintenance/results_tables.py --write
 """
 
 import argparse

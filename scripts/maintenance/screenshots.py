@@ -1,6 +1,6 @@
 """Photograph the demo page for the documentation: docs/images/demo-desktop.webp and demo-phone.webp.
 
-    python scripts/screenshots.py
+    python scripts/maintenance/screenshots.py
 
 Needs Chromium (apt-get install chromium) and the extras `demo`, `attribution` and `test`.
 """
@@ -16,7 +16,7 @@ from playwright.sync_api import sync_playwright
 from timm_bcos.demo.app import build_app, demo_models, serving
 from timm_bcos.files import atomic_path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PHOTO = ROOT / "scripts" / "photos" / "coffee.jpg"
 WINDOWS = {"desktop": (1280, 1240), "phone": (390, 2090)}  # as high as the explanation, which scrolling would cut
 

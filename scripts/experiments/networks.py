@@ -8,7 +8,7 @@ from torch import nn
 from timm_bcos import InputError
 from timm_bcos.models.loading import load_model
 
-__all__ = ["find_network", "find_networks", "name_and_choice"]
+__all__ = ["find_network", "find_networks"]
 
 
 def find_network(choice: str) -> nn.Module:
@@ -19,10 +19,10 @@ def find_network(choice: str) -> nn.Module:
 
 def find_networks(arguments: Sequence[str]) -> dict[str, nn.Module]:
     """The networks of arguments NAME=CHOICE, by name."""
-    return {name: find_network(choice) for name, choice in map(name_and_choice, arguments)}
+    return {name: find_network(choice) for name, choice in map(_name_and_choice, arguments)}
 
 
-def name_and_choice(argument: str) -> tuple[str, str]:
+def _name_and_choice(argument: str) -> tuple[str, str]:
     """The two sides of NAME=CHOICE.
 
     Raises:

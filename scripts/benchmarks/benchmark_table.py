@@ -1,9 +1,9 @@
-"""Keep what `scripts/benchmark.py --json` measured as docs/results/speed.csv, from which the speed page is made.
+"""Merge the results of `scripts/benchmarks/benchmark.py --json` into docs/results/speed.csv.
 
-Rows that were measured again replace the old ones; all others stay.
+New measurements replace old rows of the same benchmark; all other rows stay.
 
-python scripts/benchmark_table.py times.json compiled.json
-python scripts/results_tables.py --write
+python scripts/benchmarks/benchmark_table.py times.json compiled.json
+python scripts/maintenance/results_tables.py --write
 """
 
 import argparse
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmark import ratios
-from markdown_blocks import DOCS
 
 from timm_bcos.files import write_csv
 
+DOCS = Path(__file__).parents[2] / "docs"
 FIELDS = (
     "network", "batch", "side", "mode", "what", "implementation", "milliseconds", "relative_time", "q25", "q75",
     "added_mib", "relative_memory",
@@ -61,7 +61,7 @@ def merged(old: list[list[str]], new: list[list[str]]) -> list[list[str]]:
 def main() -> None:
     """Read all files, and write one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path, help="written by scripts/benchmark.py --json")
+    parser.add_argument("files", nargs="+", type=Path, help="written by scripts/benchmarks/benchmark.py --json")
     files = parser.parse_args().files
     new = [[str(value) for value in row] for path in files for row in rows(json.loads(path.read_text()))]
     table = DOCS / "results" / "speed.csv"
