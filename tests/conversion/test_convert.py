@@ -19,7 +19,7 @@ PLAIN = {
     "resnet50": 96,
     "densenet121": 96,
     "convnext_tiny": 96,
-    "vit_small_patch16_224": 224,
+    "vit_small_patch16_224": 96,
     "tf_efficientnet_lite0": 96,
 }
 # one for each thing that the seven files can do
@@ -29,12 +29,30 @@ KINDS = {
     **dict.fromkeys(("test_efficientnet_evos", "test_efficientnet_gn", "convnextv2_atto", "convnext_tiny_hnf"), 64),
     **dict.fromkeys(("test_vit", "test_vit2", "test_vit3"), 160),
     "inception_v3": 139,
-    "vit_dwee_patch16_reg1_gap_256": 256,
+    "vit_dwee_patch16_reg1_gap_256": 64,
+}
+# arguments that make them shallower or narrower; a stage of two blocks has an identity beside its second
+RESNET: dict[str, object] = dict(layers=(2, 1, 1, 1))
+SMALLER: dict[str, dict[str, object]] = {
+    "convnext_tiny": dict(depths=(1, 1, 1, 1)),
+    "convnext_tiny_hnf": dict(depths=(1, 1, 1, 1), dims=(16, 32, 64, 128)),
+    "convnextv2_atto": dict(depths=(1, 1, 1, 1)),
+    "densenet121": dict(block_config=(2, 2, 2, 2)),
+    "ecaresnet26t": RESNET,
+    "resnet26t": RESNET,
+    "resnet50": RESNET,
+    "resnet50_gn": RESNET,
+    "resnetblur18": RESNET,
+    "seresnet50": RESNET,
+    "vgg11": dict(mlp_ratio=0.02),
+    "vgg11_bn": dict(mlp_ratio=0.02),
+    "vit_dwee_patch16_reg1_gap_256": dict(depth=2, img_size=64),
+    "vit_small_patch16_224": dict(depth=2, img_size=96),
 }
 
 
 def plain_and_image(name: str, size: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
-    model = timm.create_model(name).to(dtype)
+    model = timm.create_model(name, **SMALLER.get(name, {})).to(dtype)
     x = real_image(size, 2, dtype)
     return enliven(model, normalized(x, model.pretrained_cfg)), x
 

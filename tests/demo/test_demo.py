@@ -124,9 +124,17 @@ def test_the_strongest_neurons_are_the_strongest(networks: list[DemoModel], hat:
         assert (picture.pixels.std(-1) > 0.1).any(), "no color"
 
 
-@pytest.mark.parametrize("name", ["bcos_efficientnet_lite0.clothing", "bcosv2_vit_tiny_patch16_224", "bcos_cnn9"])
-def test_every_layer_that_is_offered_can_be_explained(name: str) -> None:
-    model = enliven(timm.create_model(name), real_image(timm.get_pretrained_cfg_value(name, "input_size")[-1]))
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("bcos_efficientnet_lite0.clothing", {}),
+        ("bcosv2_vit_tiny_patch16_224", dict(depth=2)),
+        pytest.param("bcosv2_vit_tiny_patch16_224", {}, marks=pytest.mark.slow),
+        ("bcos_cnn9", {}),
+    ],
+)
+def test_every_layer_that_is_offered_can_be_explained(name: str, kwargs: dict[str, int]) -> None:
+    model = enliven(timm.create_model(name, **kwargs), real_image(timm.get_pretrained_cfg_value(name, "input_size")[-1]))
     network = DemoModel(name, model, list(map(str, range(model.num_classes))))
     assert network.layer in network.layers
     visit = begin(network, encode_file(PHOTOS / "coffee.jpg"))

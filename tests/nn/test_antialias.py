@@ -15,6 +15,7 @@ from torch.export import Dim
 import timm_bcos
 from tests.helpers import assert_exact, enliven, real_image
 from tests.helpers.literal import bcos_conv2d
+from tests.helpers.slow import slow_but_for
 from timm_bcos import BcosConfig, BcosConv2d, InputError, bcosify
 from timm_bcos.conversion.blocks import antialiased_max_pool
 from timm_bcos.hub.repository import save_network
@@ -258,7 +259,7 @@ def test_fused(name: str) -> None:
     assert filters(fused) == filters(model)
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "resnet18"])
+@pytest.mark.parametrize("name", slow_but_for(["test_resnet", "test_efficientnet"], ARCHITECTURES))
 def test_script_trace_and_export(name: str) -> None:
     model, x = network(name, torch.float32)
     expected = model(x).detach()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import timm_bcos
 from tests.helpers import enliven, load_script, real_image
 from tests.helpers.literal_models import LiteralNetwork
+from tests.helpers.slow import slow_but_for
 from timm_bcos.models.architectures import SECOND_PAPER
 from timm_bcos.nn.layers import BcosConv2d
 from timm_bcos.nn.stems import BcosStem
@@ -39,8 +40,19 @@ V2_KINDS = [
     "bcosv2_vitc_small_patch1_14",
 ]
 
+# of each family, and of each format, the smallest
+V2_SMALL = {
+    "bcosv2_resnet18",
+    "bcosv2_densenet121",
+    "bcosv2_vgg11_bn",
+    "bcosv2_convnext_tiny",
+    "bcosv2_convnext_tiny_bnu",
+    "bcosv2_vit_tiny_patch16_224",
+    "bcosv2_vitc_tiny_patch1_14",
+}
 
-@pytest.mark.parametrize("name", V2_KINDS)
+
+@pytest.mark.parametrize("name", slow_but_for(V2_SMALL, V2_KINDS))
 def test_agrees_with_the_official_code_on_official_files(name: str) -> None:
     pytest.importorskip("bcos.models.pretrained")
     pytest.importorskip("einops")
