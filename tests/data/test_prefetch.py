@@ -1,7 +1,6 @@
 """What is read ahead comes in order, not too early, and ends with its reader."""
 
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -18,20 +17,19 @@ def test_items_in_their_order_from_another_thread() -> None:
 
 
 def test_no_more_than_what_waits() -> None:
-    made: list[int] = []
+    made = [threading.Event() for _ in range(100)]
 
     def items() -> Iterator[int]:
-        for i in range(100):
-            made.append(i)
+        for i, event in enumerate(made):
+            event.set()
             yield i
 
     reader = prefetch(items(), waiting=3)
     assert next(reader) == 0
-    time.sleep(0.2)
-    assert len(made) == 4  # the one that was given, and three that wait
+    assert made[3].wait(60)  # the one that was given, and three that wait
+    assert not made[4].wait(0.2)
     reader.close()
-    time.sleep(0.1)
-    assert len(made) <= 5
+    assert not made[5].wait(0.2)
 
 
 def test_errors_come_in_their_turn() -> None:
