@@ -17,12 +17,15 @@ for requirement in [*project["dependencies"], *extras["attribution"], *extras["v
 END
 cat "$venv/minima.txt"
 "$venv/bin/pip" install --quiet --constraint "$venv/minima.txt" -e ".[attribution,video]" pytest scikit-image
-tests=(tests/test_layers.py tests/test_models.py tests/test_dynamic.py tests/test_exactness.py tests/test_threads.py
-       tests/test_rules.py tests/test_any_network.py tests/test_conversion_plan.py tests/test_positions.py
-       tests/test_explain.py tests/test_convert.py tests/test_export.py tests/test_render.py tests/test_attribution.py
-       tests/test_attribution_methods.py tests/test_photos.py tests/test_video.py tests/test_cli.py
-       tests/test_hostile_files.py tests/test_settings.py tests/test_run.py tests/test_publish.py tests/test_card.py
-       tests/test_space.py tests/test_stock_timm.py tests/test_command_line.py tests/test_contrast.py)
+tests=(tests/nn/test_layers.py tests/models/test_models.py tests/dynamic_linear/test_dynamic.py
+       tests/dynamic_linear/test_exactness.py tests/dynamic_linear/test_threads.py tests/conversion/test_rules.py
+       tests/conversion/test_own_models.py tests/conversion/test_conversion_plan.py
+       tests/conversion/test_positions.py tests/explanation/test_explain.py tests/conversion/test_convert.py
+       tests/explanation/test_export.py tests/explanation/test_render.py tests/attribution/test_attribution.py
+       tests/attribution/test_attribution_methods.py tests/data/test_photos.py tests/explanation/test_video.py
+       tests/cli/test_cli.py tests/cli/test_hostile_files.py tests/evaluation/test_settings.py tests/cli/test_run.py
+       tests/hub/test_publish.py tests/hub/test_card.py tests/hub/test_space.py tests/training/test_stock_timm.py
+       tests/cli/test_command_line.py tests/explanation/test_contrast.py)
 # torch.export with a free batch size fails in torch 2.5 to 2.7 on our autograd functions; all else runs there
 OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest "${@:-${tests[@]}}" \
-    --deselect tests/test_export.py::test_torch_export_with_any_batch_size
+    --deselect tests/explanation/test_export.py::test_torch_export_with_any_batch_size

@@ -11,15 +11,13 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import command, enliven, load_script, real_image
 from torch import Tensor, nn
 
 import timm_bcos
+from tests.helpers import ROOT, command, enliven, load_script, real_image
 from timm_bcos import MethodError, ModelStateError, TargetError
 from timm_bcos.attribution.registry import METHODS, attribute, register
 from timm_bcos.weights.catalog import DEFAULT_NETWORK
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")

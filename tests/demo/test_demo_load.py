@@ -1,0 +1,266 @@
+"""Many visitors of the page at once: photos together, slow methods apart, an end in order."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers import PHOTOS, load_script
+
+pytest.importorskip("gradio")
+
+from timm_bcos.demo import visits
+from timm_bcos.demo.app import App, build_app, serving
+from timm_bcos.demo.handlers import LOOKED_AT
+from timm_bcos.demo.limits import SLOW_AT_ONCE, SLOW_WAITING, UNHEARD
+from timm_bcos.demo.uploads import encode_file
+from timm_bcos.demo.visits import DemoModel, embedded_networks
+from timm_bcos.demo.work import CLOSING, BusyError, ClosedError, Collector, Work
+
+load = load_script("demo_load")
+HAT = PHOTOS / "clothes" / "hat.jpg"
+SOON = 60  # seconds, in which what comes at once in practice has come
+
+
+@pytest.fixture
+def one_by_one() -> Iterator[Work]:
+    work = Work(quick=1)
+    yield work
+    work.close()
+
+
+@pytest.fixture
+def work() -> Iterator[Work]:
+    work = Work()
+    yield work
+    work.close()
+
+
+@pytest.fixture(scope="module")
+def network() -> DemoModel:
+    return embedded_networks()[2]
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    end = time.monotonic() + SOON
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+# ---- photos together ------------------------------------------------------------------------------------------------
+
+
+def test_photos_together_are_explained_as_each_alone(network: DemoModel) -> None:
+    images = [network.read(encode_file(PHOTOS / "clothes" / f"{name}.jpg")) for name in ("hat", "pants", "shoes")]
+    for image, (visit, explanation) in zip(images, visits.explain_photos(network, images), strict=True):
+        [(alone, expected)] = visits.explain_photos(network, [image])
+        assert list(visit.classes) == list(alone.classes) == explanation.target.tolist()
+        assert torch.equal(visit.image, image)
+        torch.testing.assert_close(explanation.logit, expected.logit, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(explanation.weights, expected.weights, rtol=1e-3, atol=1e-4)
+        with torch.no_grad():
+            logits = network.model(image)[0, list(visit.classes)]
+        torch.testing.assert_close(explanation.logit, logits, rtol=1e-4, atol=1e-4)
+
+
+class Sums:
+    """Adds items up with their key, and notes what came together; it waits to be let go."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[int, ...]] = []
+        self.may_begin = threading.Event()
+
+    def __call__(self, key: "Number", items: Sequence[int]) -> list[int]:
+        assert self.may_begin.wait(SOON)
+        self.batches.append(tuple(items))
+        if 13 in items:
+            raise ValueError("13")
+        return [key.value + item for item in items]
+
+
+class Number:
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+
+def test_questions_that_wait_are_answered_together(one_by_one: Work) -> None:
+    sums, ten, hundred = Sums(), Number(10), Number(100)
+    collector: Collector[Number, int, int] = Collector(one_by_one, sums, most=lambda _: 3)
+    with ThreadPoolExecutor(12) as pool:
+        first = pool.submit(collector.ask, ten, 0)
+        assert eventually(lambda: not collector._waiting and one_by_one._queued == 1)
+        futures = []
+        for count, (key, item) in enumerate([(ten, 1), (hundred, 2), (ten, 3), (ten, 4), (ten, 5), (hundred, 6)], 1):
+            futures.append(pool.submit(collector.ask, key, item))
+            assert eventually(lambda count=count: len(collector._waiting) == count)  # type: ignore[misc]
+        sums.may_begin.set()
+        assert first.result(SOON) == 10
+        assert [future.result(SOON) for future in futures] == [11, 102, 13, 14, 15, 106]
+    assert sums.batches == [(0,), (1, 3, 4), (2, 6), (5,)]
+
+
+def test_what_is_wrong_with_one_fails_no_other(one_by_one: Work) -> None:
+    sums, ten = Sums(), Number(10)
+    collector: Collector[Number, int, int] = Collector(one_by_one, sums, most=lambda _: 3)
+    with ThreadPoolExecutor(4) as pool:
+        first = pool.submit(collector.ask, ten, 0)
+        assert eventually(lambda: not collector._waiting and one_by_one._queued == 1)
+        good, bad = pool.submit(collector.ask, ten, 1), pool.submit(collector.ask, ten, 13)
+        assert eventually(lambda: len(collector._waiting) == 2)
+        sums.may_begin.set()
+        assert first.result(SOON) == 10 and good.result(SOON) == 11
+        with pytest.raises(ValueError, match="13"):
+            bad.result(SOON)
+
+
+# ---- slow methods ---------------------------------------------------------------------------------------------------
+
+
+def endless(before_batch: Callable[[int], None]) -> None:
+    while True:
+        before_batch(1)
+        time.sleep(0.001)
+
+
+def test_slow_steps_let_quick_ones_go_first_and_stop_when_nobody_waits(work: Work) -> None:
+    with work.slow(endless) as job:
+        assert eventually(lambda: job.images > 3)
+        with work.asking():
+            time.sleep(0.05)  # the batch under way ends
+            before = job.images
+            assert work.run(lambda: time.sleep(0.2)) is None
+            assert job.images <= before + 1
+        assert eventually(lambda: job.images > before + 3)
+    assert job.is_done(SOON)
+    with pytest.raises(ClosedError, match="nobody waits"):
+        job.result()
+
+
+def test_only_so_many_slow_steps(work: Work) -> None:
+    entered = [work.slow(endless) for _ in range(SLOW_AT_ONCE + SLOW_WAITING)]
+    jobs = [one.__enter__() for one in entered]
+    with pytest.raises(BusyError, match="try again"), work.slow(endless):
+        pass
+    assert eventually(lambda: sum(job.images > 0 for job in jobs) == SLOW_AT_ONCE)
+    for one in reversed(entered):
+        one.__exit__(None, None, None)
+    assert eventually(lambda: not work._jobs)
+    with work.slow(lambda before_batch: 7) as job:
+        assert job.is_done(SOON) and job.result() == 7
+
+
+@pytest.mark.parametrize("method", LOOKED_AT)
+def test_slow_methods_look_at_as_many_images_as_is_announced(network: DemoModel, method: str) -> None:
+    pytest.importorskip("captum")
+    pytest.importorskip("skimage")
+    visit, seen = visits.begin(network, encode_file(HAT)), []
+    watched = visits.map_of_method(visit, 0, method, seen.append)
+    assert abs(sum(seen) - LOOKED_AT[method]) <= 10
+    plain = visits.map_of_method(visit, 0, method)
+    assert plain.pixels is not None and watched.pixels is not None
+    torch.testing.assert_close(watched.pixels, plain.pixels)
+
+
+@pytest.fixture(scope="module")
+def app() -> App:
+    return build_app(embedded_networks()[1:])
+
+
+@pytest.fixture(scope="module")
+def port(app: App) -> Iterator[int]:
+    port = load.free_port()
+    with serving(app, port):
+        yield port
+
+
+def announced(visitor: Any) -> str:
+    """What a comparison shows before it begins with a slow method."""
+    status, _ = visitor.join("compare", None, 0, ["rise"])
+    assert status == 200
+    with visitor.listening() as messages:
+        message = next(message for message in messages if message["msg"] == "process_generating")
+    return str(message["output"]["data"][0])
+
+
+def test_a_comparison_says_how_long_it_takes_and_ends_with_its_visitor(app: App, port: int) -> None:
+    visitor = load.Visitor(port)
+    visitor.take_photo(HAT)
+    assert "takes about" in announced(visitor)  # and then it hangs up
+    assert eventually(lambda: not app.answers.work._jobs)
+    assert eventually(lambda: visitor.session not in app.answers.listeners)
+
+
+def test_a_comparison_that_nobody_listens_to_ends(app: App, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from timm_bcos.demo import handlers
+
+    monkeypatch.setattr(handlers, "GRACE", 0.1)
+    visitor = load.Visitor(port)
+    visitor.take_photo(HAT)
+    assert visitor.join("compare", None, 0, ["rise", "lime"])[0] == 200
+    assert eventually(lambda: bool(app.answers.work._jobs))
+    assert eventually(lambda: not app.answers.work._jobs)
+
+
+def test_a_photo_is_explained_while_comparisons_run(app: App, port: int) -> None:
+    visitor = load.Visitor(port)
+    with load.comparisons(port, 2):
+        assert eventually(lambda: len(app.answers.work._jobs) == 2)
+        answer = visitor.take_photo(HAT)
+        assert answer["success"] and "hat" in answer["output"]["data"][1]["document"]
+        assert len(app.answers.work._jobs) == 2, "they have not been waited for"
+    assert eventually(lambda: not app.answers.work._jobs)
+
+
+def test_sessions_that_nobody_listens_to_shut_nobody_out(app: App, port: int) -> None:
+    visitor = load.Visitor(port)
+    visitor.take_photo(HAT)
+    assert visitor.join("compare", None, 0, ["rise"])[0] == 200
+    with visitor.listening() as messages:
+        first = next(message for message in messages if message["msg"] == "process_generating")
+        for number in range(UNHEARD + 20):
+            stranger = load.Visitor(port, f"stranger{number}")
+            assert stranger.join(visitor.functions["add_classes"], None, [])[0] == 200
+        assert visitor.session in app._queue.pending_messages_per_session
+        assert visitor.join("add_classes", None, [])[0] == 200
+        kinds = []
+        for message in messages:
+            kinds.append(message["msg"])
+            if message["msg"] == "process_completed" and message["event_id"] != first["event_id"]:
+                break
+    assert kinds[-1] == "process_completed" and "unexpected_error" not in kinds
+    assert eventually(lambda: not app.answers.work._jobs)
+
+
+# ---- the end --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_in_order_and_tells_who_waits(number: signal.Signals) -> None:
+    with load.demo(OMP_NUM_THREADS="1") as (process, port):
+        visitor = load.Visitor(port)
+        visitor.take_photo(HAT)
+        assert visitor.join("compare", None, 0, ["rise", "occlusion"])[0] == 200
+        with visitor.listening() as messages:
+            next(message for message in messages if message["msg"] == "process_generating")
+            process.send_signal(number)
+            said = list(messages)
+        _, error = process.communicate(timeout=SOON)
+    assert process.returncode == 128 + number
+    assert CLOSING in str(said[-1])
+    assert error.splitlines() == [f"timm-bcos: stopped by {number.name}"]
+
+
+def test_a_page_can_be_served_again(network: DemoModel) -> None:
+    app = build_app([network])
+    for _ in range(2):
+        port = load.free_port()
+        with serving(app, port):
+            assert load.Visitor(port).take_photo(HAT)["success"]
+    with pytest.raises(ClosedError):
+        app.answers.work.run(lambda: None)
