@@ -1,4 +1,4 @@
-"""Render the stored results (docs/results/*.csv) as the tables of docs/results.md and docs/speed.md.
+"""Render the stored results (docs/results/*.csv) as tables in docs/ and scripts/experiments/REPORT.md.
 
 python scripts/maintenance/results_tables.py --write
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from markdown_blocks import DOCS, markdown_table, replace_block
 
 RESULTS, SPEED, CASE = (DOCS / f"{page}.md" for page in ("results", "speed", "case-study"))
+REPORT = DOCS.parent / "scripts" / "experiments" / "REPORT.md"
 Row = dict[str, str]
 
 
@@ -38,7 +39,7 @@ class Table:
     only: Row = field(default_factory=dict)
     best: str = ""
     among: str = ""
-    page: Path = RESULTS
+    page: Path = REPORT
 
 
 SMOOTH = {"1": "raw", "3": "smoothed 3×3", "15": "smoothed 15×15"}
@@ -63,6 +64,13 @@ RUNS = {
     "`bcos`": "{bcos}",
     "`gradcam`": "{gradcam}",
     "`bcos` − `gradcam`": "{gain} ({interval})",
+}
+EMBEDDED = {
+    "model": "`{model}`",
+    "B": "{b}",
+    "test images": "{images}",
+    "top-1 (%)": "{top1}",
+    "plain counterpart (%)": "{plain}",
 }
 METRIC = dict(file="metrics", rows=dict(method="{method}"), columns="{metric}", cell="{mean} ± {std}")
 PLAIN = "tf_efficientnet_lite0, plain"
@@ -117,10 +125,17 @@ CONTRIBUTORS = {
 }
 
 TABLES: dict[str, Table] = {
+    "embedded models": Table("embedded", EMBEDDED, page=RESULTS),
     **{
-        f"pointing game, {data}, {cells}×{cells}": Table(**GAME, only=dict(data=data, cells=cells))  # type: ignore[arg-type]
-        for data in ("CIFAR-10", "clothes", "ImageNet")
-        for cells in ("2", "3")
+        f"pointing game, {data}, {cells}×{cells}": Table(**GAME, only=dict(data=data, cells=cells), page=page)  # type: ignore[arg-type]
+        for data, cells, page in (
+            ("CIFAR-10", "2", REPORT),
+            ("CIFAR-10", "3", REPORT),
+            ("clothes", "2", REPORT),
+            ("clothes", "3", RESULTS),
+            ("ImageNet", "2", REPORT),
+            ("ImageNet", "3", REPORT),
+        )
     },
     "localization of runs": Table("localization_runs", RUNS),
     **{
@@ -128,11 +143,11 @@ TABLES: dict[str, Table] = {
         for network in ("bcos_cifar_resnet20", "bcos_efficientnet_lite0.clothing")
     },
     **{
-        f"metrics, {data}, {network}": Table(**METRIC, only=dict(data=data, network=network))  # type: ignore[arg-type]
-        for data, network in (
-            ("CIFAR-10", "bcos_cifar_resnet20"),
-            ("clothes", "bcos_efficientnet_lite0.clothing"),
-            ("clothes", PLAIN),
+        f"metrics, {data}, {network}": Table(**METRIC, only=dict(data=data, network=network), page=page)  # type: ignore[arg-type]
+        for data, network, page in (
+            ("CIFAR-10", "bcos_cifar_resnet20", RESULTS),
+            ("clothes", "bcos_efficientnet_lite0.clothing", REPORT),
+            ("clothes", PLAIN, REPORT),
         )
     },
     "ablation, b": Table("exponents", EXPONENTS),
@@ -215,7 +230,7 @@ def interval(row: Row, prefix: str = "") -> str:
 def links(row: Row) -> str:
     """To the logs of a training."""
     names = row.get("logs", "").split()
-    return ", ".join(f"[{i}](results/training/{name}.csv)" for i, name in enumerate(names, 1))
+    return ", ".join(f"[{i}](../../docs/results/training/{name}.csv)" for i, name in enumerate(names, 1))
 
 
 def render(table: Table) -> str:

@@ -222,9 +222,6 @@ class UncenteredBatchNorm2d(_UncenteredBatchNorm, nn.BatchNorm2d):  # type: igno
     """
 
 
-UncentredBatchNorm2d = UncenteredBatchNorm2d  # the British spelling
-
-
 class UncenteredBatchNorm1d(_UncenteredBatchNorm, nn.BatchNorm1d):  # type: ignore[misc,override]
     """The same for feature vectors (N, C) and sequences (N, C, L)."""
 
