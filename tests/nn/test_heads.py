@@ -109,3 +109,19 @@ def test_adaptive_clipping_leaves_out_classifiers_alone(name: str, task: type, m
     head = next(n for n, m in model.named_modules() if m is model.get_classifier())
     assert left_out == [f"{head}.weight", f"{head}.bias"][: 2 if name == "plain" else 1]
     assert len(list(training.get_clip_parameters())) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("arch", ["shvit_s1", "efficientvit_m0"])
+def test_models_whose_head_timm_has_removed_convert_and_explain_features(arch: str) -> None:
+    """Their `get_classifier` looks inside the head, and fails without one."""
+    x = real_image(64)
+    plain = timm.create_model(arch, num_classes=0).eval()
+    model = timm.create_model("bcosify", arch=arch, num_classes=0).eval()
+    assert model(x).shape == plain(x).shape
+    explanation = timm_bcos.explain(model, x, 3)
+    assert explanation.completeness_error.max() < 1e-4
+    model = timm.create_model("bcosify", arch=arch, num_classes=4)
+    model.reset_classifier(0)
+    assert model.train()(x.expand(2, -1, -1, -1)).shape == (2, plain.num_features)
+    model.reset_classifier(3)
+    assert timm_bcos.explain(model.eval(), x, 2).logits.shape == (1, 3)

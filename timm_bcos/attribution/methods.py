@@ -5,7 +5,6 @@ Settings are those of the B-cos paper's comparison (section 4 and supplement of 
 
 import importlib
 import math
-from collections.abc import Iterable
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from .._compat import timm_layers
 from ..errors import MethodError, ModelStateError
 from ..explanation.api import explain, explain_targets
-from ..nn.module_utils import channel_axis, first_output, hooked
+from ..nn.module_utils import channel_axis, first_output, hooked, told_classifiers
 from .deep_lift import multiplied_contributions
 from .registry import AttributionModel, check_counts, images_at_once, register
 
@@ -252,7 +251,7 @@ def _last_spatial_layer(subject: AttributionModel, z: Tensor) -> nn.Module:
     A map has the image's proportions, but for rounding; heads × tokens × features inside attention has not.
     """
     found: list[nn.Module] = []
-    heads = {id(m) for m in _classifiers(subject.part)}
+    heads = {id(m) for m in told_classifiers(subject.part)}
 
     def record(module: nn.Module, args: object, output: object) -> None:
         if isinstance(output, Tensor) and output.ndim == 4 and len(output) == 1 and id(module) not in heads:
@@ -266,9 +265,3 @@ def _last_spatial_layer(subject: AttributionModel, z: Tensor) -> nn.Module:
     if not found:
         raise MethodError(f"{subject.kind} has no layer with spatial positions (N, C, H, W): name one")
     return found[-1]
-
-
-def _classifiers(model: Any) -> list[nn.Module]:
-    head = model.get_classifier() if hasattr(model, "get_classifier") else None
-    heads: Iterable[object] = head if isinstance(head, tuple | list) else [head]
-    return [module for module in heads if isinstance(module, nn.Module)]

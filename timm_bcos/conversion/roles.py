@@ -8,6 +8,7 @@ from torch import nn
 
 from .._compat import private, timm_layers, timm_models
 from ..errors import InputError, UnsupportedModuleError
+from ..nn.modules import told_classifiers
 from ..nn.stems import BcosStem, ImageReader, image_channels
 from .config import BcosConfig
 from .problems import unread_layers
@@ -97,13 +98,12 @@ def _classifier_ids(model: Any) -> set[int]:
         return set()
     auxiliary = [child for name, child in model.named_children() if name in AUXILIARY]
     if hasattr(model, "get_classifier"):
-        found = model.get_classifier()
-        heads = list(found) if isinstance(found, tuple | list) else [found]
+        heads = told_classifiers(model)
     else:
         theirs = {id(m) for child in auxiliary for m in child.modules()}
         heads = [*_last_layers(m for m in model.modules() if id(m) not in theirs)]
     heads += [layer for child in auxiliary for layer in _last_layers(child.modules())]
-    return {id(m) for m in heads if m is not None}
+    return {id(m) for m in heads}
 
 
 def _is_backbone(model: nn.Module) -> bool:

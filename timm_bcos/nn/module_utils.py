@@ -27,6 +27,7 @@ __all__ = [
     "image_size",
     "isolate",
     "pick_output",
+    "told_classifiers",
 ]
 
 
@@ -141,6 +142,18 @@ def converted_part(model: nn.Module) -> nn.Module:
         model: Returned as it is if nothing in it is a converted model.
     """
     return next((module for module in model.modules() if hasattr(module, "bcos_config")), model)
+
+
+def told_classifiers(model: Any) -> list[nn.Module]:
+    """What timm's `get_classifier` names: several for distilled models, none where there is no such method.
+
+    Nor is there one where the method fails: some of timm's look inside a head that `num_classes=0` has removed.
+    """
+    try:
+        told = model.get_classifier()
+    except AttributeError:
+        return []
+    return [head for head in (told if isinstance(told, tuple | list) else [told]) if isinstance(head, nn.Module)]
 
 
 def first_output(output: object) -> Any:
