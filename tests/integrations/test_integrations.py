@@ -205,6 +205,55 @@ def test_other_adapters_are_not_merged(kind: str, options: dict[str, Any]) -> No
     torch.testing.assert_close(adapted(torch.ones(1, 4)), before)
 
 
+BYPASSING = [
+    ("HRAConfig", dict(r=2), BcosLinear(4, 4)),
+    ("HRAConfig", dict(r=2), BcosConv2d(4, 4, 1)),
+    ("ShiraConfig", dict(r=1), BcosLinear(4, 4)),
+    ("BOFTConfig", dict(boft_block_size=2), BcosConv2d(4, 4, 1)),
+    ("OFTConfig", dict(oft_block_size=2), BcosConv2d(4, 4, 3)),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "layer"), BYPASSING)
+def test_adapters_that_compute_as_plain_layers_do_are_refused(kind: str, options: dict[str, Any], layer: Layer) -> None:
+    peft = pytest.importorskip("peft")
+    model = nn.Sequential(layer)
+    with pytest.raises(InputError, match=rf"0: .*the weight of a {type(layer).__name__} as if.*LoRA"):
+        peft.get_peft_model(model, getattr(peft, kind)(target_modules=["0"], **options))
+    assert model[0] is layer and layer.weight.requires_grad
+
+
+AROUND: dict[str, dict[str, Any]] = {
+    "AdaLoraConfig": dict(target_r=2, init_r=2, total_step=5),
+    "DeloraConfig": dict(r=2),
+    "GraloraConfig": dict(r=2, gralora_k=2),
+    "IA3Config": dict(feedforward_modules=["0"]),
+    "OFTConfig": dict(oft_block_size=2),
+    "OSFConfig": dict(),
+    "RandLoraConfig": dict(r=2),
+    "RoadConfig": dict(group_size=4),
+    "VeraConfig": dict(r=2),
+    "WaveFTConfig": dict(n_frequency=4),
+}
+
+
+@pytest.mark.parametrize("kind", AROUND)
+def test_adapters_around_the_layer_begin_at_its_response(kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    if not hasattr(peft, kind):
+        pytest.skip(f"this version of PEFT has no {kind}")
+    layer, x = BcosLinear(8, 8), torch.randn(3, 8)
+    model = nn.Sequential(copy.deepcopy(layer))
+    model.config = {"model_type": "custom"}  # type: ignore[assignment]
+    adapted = peft.get_peft_model(model, getattr(peft, kind)(target_modules=["0"], **AROUND[kind])).eval()
+    calls: list[Tensor] = []
+    adapted.base_model.model[0].get_base_layer().register_forward_hook(lambda *args: calls.append(args[-1]))
+    torch.testing.assert_close(adapted(x), layer(x))
+    assert calls
+    randomize(adapted, 0.1)
+    assert (adapted(x) - layer(x)).abs().max() > 1e-3
+
+
 def test_plain_layers_are_as_peft_has_them() -> None:
     lora = pytest.importorskip("peft").tuners.lora
     adapted = adapt(nn.Sequential(nn.Linear(4, 4), BcosLinear(4, 4)), targets=["0", "1"])

@@ -8,7 +8,7 @@ from torch import nn
 
 from .._compat import private, timm_layers, timm_models
 from ..errors import InputError, UnsupportedModuleError
-from ..nn.modules import told_classifiers
+from ..nn.module_utils import told_classifiers
 from ..nn.stems import BcosStem, ImageReader, image_channels
 from .config import BcosConfig
 from .problems import unread_layers

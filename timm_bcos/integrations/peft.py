@@ -2,8 +2,9 @@
 
 PEFT adds an adapter's response to its layer's, Wx + BAx, which for a linear layer is (W + BA)x. A B-cos layer is not
 linear in its weight: here the adapter changes the weight itself, and the layer responds with W + BA, before and after
-merging. LoRA (arXiv 2106.09685), LoHa (2108.06098) and LoKr (2212.10650) do so; other adapters can be trained but not
-merged.
+merging. LoRA (arXiv 2106.09685), LoHa (2108.06098) and LoKr (2212.10650) do so. Adapters that leave the layer as it is,
+and change what goes into or comes out of it, can be trained but not merged. All others are refused: most of them
+compute with the layer's weight themselves, as a plain layer does.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,6 +26,12 @@ from .wrapping import marked, original
 __all__ = ["register"]
 
 LAYERS = (BcosConv2d, BcosLinear)
+# PEFT's classes that call the layer which they wrap, and begin at its response
+AROUND_THE_LAYER = {
+    "adalora.SVDConv2d", "adalora.SVDLinear", "boft.Linear", "c3a.C3ALinear", "delora.DeloraLinear",
+    "fourierft.FourierFTLinear", "gralora.Linear", "ia3.Conv2d", "ia3.Linear", "oft.Linear", "osf.Linear",
+    "randlora.Linear", "road.Linear", "vblora.Linear", "vera.Linear", "waveft.WaveFTLinear",
+}  # fmt: skip
 Base: Any = BaseTunerLayer if TYPE_CHECKING else object
 
 
@@ -207,6 +214,25 @@ def register() -> None:
         ours = {BcosLinear: linear, BcosConv2d: convolution}
         tuner.layers_mapping = ours | tuner.layers_mapping  # the first that fits is taken
     _then(BaseTuner, "_check_merge_allowed", _refuse_merge)
+    _first(BaseTuner, "_replace_module", lambda tuner, parent, name, new, child: _refuse_bypass(new, name))
+
+
+def _refuse_bypass(new: nn.Module, name: str) -> None:
+    """Refuse adapters that are not known to use the B-cos layer which they stand around.
+
+    Raises:
+        InputError: Naming the layer and the adapter.
+    """
+    if not isinstance(new, BaseTunerLayer) or isinstance(new, AdaptedWeight):
+        return
+    layer, kind = new.get_base_layer(), type(new)
+    package = kind.__module__.split(".")[-2]
+    if isinstance(layer, LAYERS) and f"{package}.{kind.__name__}" not in AROUND_THE_LAYER:
+        raise InputError(
+            f"{name}: the {kind.__name__} of peft.tuners.{package} computes, for all that is known of it, with the "
+            f"weight of a {type(layer).__name__} as if it were a plain layer's: adapt this layer by LoRA, LoHa or "
+            f"LoKr, or leave it out of target_modules"
+        )
 
 
 def _then(kind: type, name: str, also: Callable[[Any], None]) -> None:
@@ -218,6 +244,18 @@ def _then(kind: type, name: str, also: Callable[[Any], None]) -> None:
         found = method(self, *args, **kwargs)
         also(self)
         return found
+
+    setattr(kind, name, marked(both))
+
+
+def _first(kind: type, name: str, also: Callable[..., None]) -> None:
+    """Let a method of a class do something else before it, with the same arguments."""
+    method = original(getattr(kind, name))
+
+    @wraps(method)
+    def both(*args: Any) -> Any:
+        also(*args)
+        return method(*args)
 
     setattr(kind, name, marked(both))
 
