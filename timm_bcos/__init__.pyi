@@ -28,7 +28,7 @@ from .models.shift_averaged import ShiftAveraged
 from .models.zero_shot import ZeroShotClassifier, embed_texts
 from .nn.functional import encode_image
 from .nn.layers import BcosConv2d, BcosLinear
-from .nn.norms import UncenteredBatchNorm2d
+from .nn.norms import UncenteredBatchNorm2d, UncentredBatchNorm2d
 from .training.losses import DynamicWeights, cosine_loss, dynamic_weights, energy_loss
 from .training.tasks import DeletionClassificationTask, ExplanationDistillationTask, GuidedClassificationTask
 
@@ -59,6 +59,7 @@ __all__ = [
     "ShiftAveraged",
     "TargetError",
     "UncenteredBatchNorm2d",
+    "UncentredBatchNorm2d",
     "UnsupportedModuleError",
     "Violation",
     "ZeroShotClassifier",

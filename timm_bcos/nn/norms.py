@@ -222,6 +222,9 @@ class UncenteredBatchNorm2d(_UncenteredBatchNorm, nn.BatchNorm2d):  # type: igno
     """
 
 
+UncentredBatchNorm2d = UncenteredBatchNorm2d  # as earlier versions spelled it
+
+
 class UncenteredBatchNorm1d(_UncenteredBatchNorm, nn.BatchNorm1d):  # type: ignore[misc,override]
     """The same for feature vectors (N, C) and sequences (N, C, L)."""
 
