@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
 from tests.helpers.literal import uncentered_batch_norm
-from timm_bcos import BcosConfig, UncenteredBatchNorm2d, UnsupportedModuleError, bcosify, explain
+from timm_bcos import BcosConfig, ModelStateError, UncenteredBatchNorm2d, UnsupportedModuleError, bcosify, explain
 from timm_bcos.nn.norms import UncenteredBatchNorm1d, UncenteredBatchNormAct2d
 
 ARCHITECTURES = {
@@ -154,7 +154,7 @@ def test_statistics_of_averaged_weights() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("by", SYNCHRONIZE)
-def test_synchronized_networks_stay_uncentred(by: str, name: str) -> None:
+def test_synchronized_networks_stay_uncentered(by: str, name: str) -> None:
     model, x = network(name), images()
     shared = SYNCHRONIZE[by](copy.deepcopy(model))
     torch.testing.assert_close(shared(x), model(x))
@@ -232,3 +232,28 @@ def one_of_two(rank: int, port: int) -> None:
 
 def test_two_processes_share_their_statistics() -> None:
     start_processes(one_of_two, (free_port(),), nprocs=2, start_method="spawn")
+
+
+@pytest.mark.parametrize("kind", [UncenteredBatchNorm1d, UncenteredBatchNorm2d, UncenteredBatchNormAct2d])
+def test_a_bias_that_tools_assign_is_0_or_refused(kind: type) -> None:
+    """PEFT and others copy the bias of a module onto the one that they put in its place."""
+    norm = kind(4)
+    norm.bias = norm.bias
+    norm.bias = None
+    norm.bias = nn.Parameter(torch.zeros(4))
+    assert not norm.bias.any() and [name for name, _ in norm.named_parameters()] == ["weight"]
+    with pytest.raises(ModelStateError, match=rf"{kind.__name__} adds no bias"):
+        norm.bias = nn.Parameter(torch.ones(4))
+
+
+def test_norms_that_peft_has_tuned_are_merged() -> None:
+    peft = pytest.importorskip("peft")
+    model = timm.create_model("bcosify", arch="test_resnet", num_classes=3).eval()
+    x = torch.rand(2, 3, 32, 32)
+    adapted = peft.get_peft_model(model, peft.LNTuningConfig(target_modules=["bn1"])).eval()
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+    y = adapted(x)
+    torch.testing.assert_close(adapted.merge_and_unload()(x), y)

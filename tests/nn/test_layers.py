@@ -127,7 +127,7 @@ def test_agrees_with_the_official_package(unit: dict) -> None:
     torch.testing.assert_close(ours(x[:, :, 0, 0]), theirs(x[:, :, 0, 0]), rtol=1e-12, atol=1e-14)
 
 
-def test_uncentred_norm() -> None:
+def test_uncentered_norm() -> None:
     norm = UncenteredBatchNorm2d(3, momentum=0.5, dtype=Double)
     norm.weight.data.uniform_()
     x = 2 + torch.randn(4, 3, 5, 5, dtype=Double)
@@ -160,7 +160,7 @@ def test_batch_norm_begins_anew() -> None:
         torch.testing.assert_close(norm.state_dict()[name], value)
 
 
-def test_uncentred_norm_agrees_with_the_official_package() -> None:
+def test_uncentered_norm_agrees_with_the_official_package() -> None:
     norms = pytest.importorskip("bcos.modules.norms.uncentered_norms.batchnorm_uncentered")
     theirs, ours = norms.BatchNormUncentered2d(3).double(), UncenteredBatchNorm2d(3, dtype=Double)
     x = 2 + torch.randn(4, 3, 5, 5, dtype=Double)

@@ -109,7 +109,7 @@ def literal_norm(x: Tensor, weight: Tensor) -> Tensor:
     return x * (weight / (x.var((0, 2, 3), correction=0) + 1e-5).sqrt()).reshape(1, -1, 1, 1)
 
 
-def test_transforms_of_the_uncentred_norm() -> None:
+def test_transforms_of_the_uncentered_norm() -> None:
     """Whose running statistics cannot follow inside a transform, as with torch's."""
     norm, x = UncenteredBatchNorm2d(3, dtype=Double), torch.randn(2, 3, 4, 4, dtype=Double)
     weight = torch.randn(3, dtype=Double)

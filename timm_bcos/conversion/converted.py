@@ -61,7 +61,7 @@ class BcosModel:
         if mode:
             for module in self.modules():  # type: ignore[attr-defined]
                 refuse_fused(module)
-        _keep_uncentred(self)
+        _keep_uncentered(self)
         return super().train(mode)  # type: ignore[misc,no-any-return]
 
     def init_non_persistent_buffers(self) -> None:
@@ -133,7 +133,7 @@ TRAINED_NORMS = (
 )  # fmt: skip
 
 
-def _keep_uncentred(model: Any) -> None:
+def _keep_uncentered(model: Any) -> None:
     """Convert batch norms that others have put in place of uncentered ones: trained, they would subtract means.
 
     `timm.utils.unfreeze` makes plain ones of frozen ones, `convert_sync_batchnorm` synchronized ones of ours.
@@ -182,7 +182,7 @@ def _overrides(plain: Any) -> dict[str, Method]:
     def forward(self: Any, *args: object, **kwargs: object) -> object:
         _link_heads(self)
         if self.training and not torch.compiler.is_compiling():
-            _keep_uncentred(self)
+            _keep_uncentered(self)
         return plain.forward(self, *args, **kwargs)
 
     def reset_classifier(self: Any, num_classes: int, *args: object, **kwargs: object) -> None:

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from typing_extensions import Self
 
 from .._compat import private, timm_layers
+from ..errors import ModelStateError
 from . import autograd
 from .execution import records_gradients
 from .primitives import divide_by_deviation
@@ -126,6 +127,26 @@ class _UncenteredBatchNorm(private.BatchNorm):  # type: ignore[misc]
     def bias(self) -> nn.Parameter:  # type: ignore[override]
         """Zeros, which nothing reads but tools that copy a norm. No parameter of this module."""
         return nn.Parameter(torch.zeros_like(self.weight), requires_grad=False)
+
+    @bias.setter
+    def bias(self, value: nn.Parameter | None) -> None:
+        self._refuse_bias(value)
+
+    @torch.jit.unused
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """What tools assign that copy a norm onto another one: a bias of 0 is what this norm has."""
+        if name == "bias":
+            self._refuse_bias(param)
+        else:
+            super().register_parameter(name, param)
+
+    @torch.jit.unused
+    def _refuse_bias(self, value: nn.Parameter | None) -> None:
+        if value is not None and not value.is_meta and value.any():
+            raise ModelStateError(
+                f"a {type(self).__name__} adds no bias, and cannot be given one that is not 0: replace the norm by a "
+                f"plain one, or convert the model with bias=True"
+            )
 
     def forward(self, input: Tensor) -> Tensor:
         return self.normalize(input)
