@@ -141,7 +141,7 @@ def test_convert_writes_what_timm_loads(tmp_path: Path, capsys: pytest.CaptureFi
     assert command("explain", PHOTOS / "coffee.jpg", "--model", f"local-dir:{two}", "--out", tmp_path / "out") == 0
     capsys.readouterr()
     assert command("convert", "--out", tmp_path / "none") == 2
-    assert "no network given" in capsys.readouterr().err
+    assert "no model given" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 

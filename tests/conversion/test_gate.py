@@ -184,16 +184,16 @@ def test_post_hoc_methods_see_each_image(gated: tuple[nn.Module, Tensor], method
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(InputError, match=r"bias='gates'.*give True or False or 'gate'"):
+    with pytest.raises(InputError, match=r"bias='gates'.*give True or False or 'reference'"):
         BcosConfig(bias="gates")
     assert not BcosConfig(bias="reference").adds_bias and BcosConfig(bias=True).adds_bias
 
 
 def test_converts_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("convert", "--model", "test_efficientnet", "--bias", "--gate", "--out", tmp_path / "out") == 2
+    assert command("convert", "--model", "test_efficientnet", "--bias", "--reference", "--out", tmp_path / "out") == 2
     assert "choose one" in capsys.readouterr().err
     torch.save(lively().float().state_dict(), tmp_path / "plain.pth")
-    given = ("--model", "test_efficientnet", "--checkpoint", tmp_path / "plain.pth", "--gate", "--b", "1.5")
+    given = ("--model", "test_efficientnet", "--checkpoint", tmp_path / "plain.pth", "--reference", "--b", "1.5")
     assert command("convert", *given, "--out", tmp_path / "out") == 0
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert model.bcos_config.bias == "reference" and model.bn1.act.shift.any()

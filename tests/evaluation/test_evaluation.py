@@ -181,7 +181,7 @@ def test_confidences(model: nn.Module, photos: Path) -> None:
 
 def test_a_plain_network_has_to_be_named(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(*PLAY, "--plain", "--data-dir", photos, "--out", tmp_path / "out") == 2
-    assert "no network given: name one with --model" in capsys.readouterr().err
+    assert "no model given: name one with --model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_an_interrupted_lesson_goes_on(arguments: list[str], tmp_path: Path, mon
     rows = [line.split(",") for line in (tmp_path / "out" / "log.csv").read_text().splitlines()[1:]]
     assert [(row[0], row[1]) for row in rows] == [("2", "1.25"), ("4", "1.25")]
     config = whole.bcos_config
-    assert (config.b, config.stem, config.bias, config.probability) == (1.25, "encoded", "gate", "sigmoid")
+    assert (config.b, config.stem, config.bias, config.probability) == (1.25, "encoded", "reference", "sigmoid")
 
 
 def test_the_student_takes_images_as_its_teacher_does(

@@ -52,7 +52,7 @@ def x() -> Tensor:
     return real_image(64, 2, Double)
 
 
-@pytest.mark.parametrize("bias", [False, True, "gate"], ids=["no bias", "bias", "gate"])
+@pytest.mark.parametrize("bias", [False, True, "reference"], ids=["no bias", "bias", "reference"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_rows_and_logits_are_the_network_s(arch: str, bias: bool | str, x: Tensor) -> None:
     model = network(arch, x, bias=bias)

@@ -75,9 +75,9 @@ def test_a_published_copy_does_not_name_this_machine(tmp_path: Path) -> None:
 def test_a_tag_says_how_its_weights_were_made() -> None:
     default = timm.create_model(DEFAULT_NETWORK.partition(".")[0])
     assert default.pretrained_cfg["tag"] == "in1k" and default.num_classes == 1000
-    assert (default.bcos_config.b, default.bcos_config.bias) == (1.25, "gate")
+    assert (default.bcos_config.b, default.bcos_config.bias) == (1.25, "reference")
     clothing = timm.create_model("bcos_efficientnet_lite0.clothing")
-    assert (clothing.bcos_config.b, clothing.bcos_config.bias, clothing.num_classes) == (2.0, "gate", 10)
+    assert (clothing.bcos_config.b, clothing.bcos_config.bias, clothing.num_classes) == (2.0, "reference", 10)
     assert clothing.bcos_config.antialias and not default.bcos_config.antialias
     assert timm.create_model("bcos_efficientnet_lite0.clothing", b=1.5).bcos_config.b == 1.5
 

@@ -86,7 +86,7 @@ def load_plain_model(name: str | None = None, checkpoint: Path | None = None) ->
     if checkpoint is not None:
         return _with_weights(name, checkpoint, timm.create_model)
     if name is None:
-        raise InputError("no network given: name one with --model, or give a checkpoint of train.py with --checkpoint")
+        raise InputError("no model given: name one with --model, or give a checkpoint of train.py with --checkpoint")
     return _created(timm.create_model, name, pretrained=True)
 
 

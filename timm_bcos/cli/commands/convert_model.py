@@ -18,8 +18,8 @@ def convert(
         float, typer.Option(min=1, help="Exponent B. With 1 and --bias the model computes the same as before.")
     ] = 2.0,
     bias: Annotated[bool, typer.Option(help="Keep biases, which explanations do not attribute to the image.")] = False,
-    gate: Annotated[
-        bool, typer.Option("--gate", help="Use biases of batch norms in the gates of activations only.")
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Keep biases of batch norms as references of their activations only.")
     ] = False,
     positions: Annotated[
         Literal["keep", "attention"],
@@ -44,10 +44,10 @@ def convert(
     from ...models.loading import load_model
 
     if model is None and checkpoint is None:
-        raise InputError("no network given: name one with --model, or give a checkpoint of train.py with --checkpoint")
-    if bias and gate:
-        raise InputError("--bias adds biases and --gate does not: choose one of them")
-    biases = "gate" if gate else bias
+        raise InputError("no model given: name one with --model, or give a checkpoint of train.py with --checkpoint")
+    if bias and reference:
+        raise InputError("--bias adds biases and --reference does not: choose one of them")
+    biases = "reference" if reference else bias
     with quiet_libraries():
         network = load_model(model, checkpoint, b=b, bias=biases, positions=positions, antialias=antialias).eval()
         save_network(network, out)
