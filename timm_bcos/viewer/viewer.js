@@ -154,7 +154,7 @@ function swatch(one, at) {
 function accountRows(columns) {
   const sums = columns.map((one) => split(one.map, state.rectangle));
   const rest = columns.map((one) => one.bias - one.constantBias);
-  const isRest = page.defects.length > 0 || rest.some((value) => value !== 0);
+  const isRest = page.violations.length > 0 || rest.some((value) => value !== 0);
   return [
     state.rectangle && ["inside", `Inside, ${sizeOf(state.rectangle)}`, sums.map(({ inside }) => inside)],
     ["outside", state.rectangle ? "Outside" : "All pixels", sums.map(({ outside }) => outside)],
@@ -193,7 +193,7 @@ function cell(value, decimals) {
 function showRounding(total) {
   const error = Math.abs(total - current.logit), scale = Math.abs(current.logit - current.logitBias);
   const relative = error === 0 ? 0 : error / scale;
-  const kind = page.defects.length ? "Error" : "Rounding error";
+  const kind = page.violations.length ? "Error" : "Rounding error";
   const hint = state.rectangle ? "" : " Drag a rectangle in a picture to split the pixels.";
   by("rounding").textContent = `${kind}: ${scientific(error)} logits (relative: ${scientific(relative)}).${hint}`;
 }
@@ -261,9 +261,9 @@ function showFacts() {
   const shown = classes.length < page.classCount ? `${classes.length} of ${page.classCount} classes` : "All classes";
   const law = page.probability === "softmax" ? "softmax" : "sigmoid, so they need not add up to 100 %";
   by("kind").textContent = `${shown}, probabilities by ${law}`;
-  by("defects").hidden = page.defects.length === 0;
-  by("promise").hidden = page.defects.length > 0;
-  by("defects").querySelector("ul").append(...page.defects.map((defect) => element("li", "", defect)));
+  by("violations").hidden = page.violations.length === 0;
+  by("promise").hidden = page.violations.length > 0;
+  by("violations").querySelector("ul").append(...page.violations.map((violation) => element("li", "", violation)));
   document.body.classList.toggle("coarse", width < 100);
 }
 
