@@ -101,7 +101,7 @@ def test_the_code_of_the_card_runs(hub: hub_server.Hub, python: Callable[[str], 
     blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 2
     for block in blocks:
-        assert python(f"{block}\nprint(type(model).__name__)").strip() == "Cnn9"
+        assert python(f"{block}\nprint(type(model).__name__)").strip() == "BcosCnn9"
     assert (tmp_path / "why.png").stat().st_size > 1000
 
 
