@@ -24,7 +24,7 @@ from timm_bcos.evaluation.pointing_game import (
     localization,
     sample_grids,
 )
-from timm_bcos.evaluation.pointing_results import read_values, summarize
+from timm_bcos.evaluation.pointing_results import play_all, read_values, summarize
 
 CONFIDENCES = "timm_bcos.evaluation.pointing_results.confidences"
 PLAY = ("evaluate", "pointing-game")
@@ -166,6 +166,16 @@ def test_localization_asks_for_the_class_of_each_cell(
     monkeypatch.setattr("timm_bcos.evaluation.pointing_game.attribute", perfect)
     assert localization(model, dataset, grid, smooth=[1]).tolist() == [[1, 1, 1, 1]]
     assert localization(model, dataset, grid, smooth=[1, 3]).shape == (2, 4)
+
+
+def test_it_is_said_why_no_method_suits_a_model(model: nn.Module, photos: Path, tmp_path: Path) -> None:
+    dataset = timm.data.create_dataset("", root=str(photos), split="test")
+    samples = [[Grid(2, (0, 3, 5, 8), (7, 5, 3, 1))]]
+    with pytest.raises(
+        InputError, match="no method suits this model: lrp has rules for linear layers.*; chefer is for"
+    ):
+        play_all(model, dataset, samples, ["lrp", "chefer"], tmp_path)
+    assert play_all(model, dataset, samples, ["gradient", "chefer"], tmp_path)[0].startswith("chefer is for")
 
 
 def test_confidences(model: nn.Module, photos: Path) -> None:

@@ -5,7 +5,7 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def play_all(
                 play(player, dataset, grids, method, folder, **options)
             except MethodError as error:
                 left_out[method] = str(error)
-        write_summary(folder, methods)
+        write_summary(folder, methods, left_out)
     return list(left_out.values())
 
 
@@ -148,15 +148,20 @@ def summarize(folder: Path, methods: Iterable[str]) -> Panels:
     return {panel: values for panel, values in asked.items() if values}
 
 
-def write_summary(folder: Path, methods: Sequence[str]) -> None:
+def write_summary(folder: Path, methods: Sequence[str], left_out: Mapping[str, str]) -> None:
     """Write what has been played so far as tables and box plots.
 
+    Args:
+        folder: Of the results.
+        methods: That were asked for.
+        left_out: Why some of them were not played.
+
     Raises:
-        InputError: If nothing has been.
+        InputError: If none was.
     """
     panels = summarize(folder, methods)
     if not panels:
-        raise InputError("no method suits this model")
+        raise InputError(f"no method suits this model: {'; '.join(left_out.values())}")
     gains = paired_gains(read_values(folder), methods)
     with atomic_path(folder / "summary.md") as path:
         path.write_text(_table(panels) + ("\n" + gains_table(gains) if gains else ""))
