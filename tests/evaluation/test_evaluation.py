@@ -172,7 +172,7 @@ def test_it_is_said_why_no_method_suits_a_model(model: nn.Module, photos: Path, 
     dataset = timm.data.create_dataset("", root=str(photos), split="test")
     samples = [[Grid(2, (0, 3, 5, 8), (7, 5, 3, 1))]]
     with pytest.raises(
-        InputError, match="no method suits this model: lrp has rules for linear layers.*; chefer is for"
+        InputError, match=r"no method suits this model: lrp has rules for linear layers.*; chefer is for"
     ):
         play_all(model, dataset, samples, ["lrp", "chefer"], tmp_path)
     assert play_all(model, dataset, samples, ["gradient", "chefer"], tmp_path)[0].startswith("chefer is for")

@@ -25,7 +25,7 @@ from ..nn.stems import BcosStem, ImageReader
 from .attention import WINDOWED, BcosAttention
 from .blocks import AVERAGED, BARE, WIDE, WIDE_NORM_ACTS, WIDE_NORMS
 from .positions import PositionedQkv
-from .replacements import activations, attention, layers, norms, offsets, pooling
+from .replacements import activations, attention, linear, norms, offsets, pooling
 from .replacements.activations import sigmoid_as_activation
 from .replacements.base import LayerRole, Rule, keep, keep_leaf
 from .statistics import NORMALIZERS
@@ -117,26 +117,26 @@ class RuleTable(dict[Any, Rule]):
 
 
 RULES = RuleTable({
-    **_named(layers.replace_conv, "torch.nn.Conv2d timm.layers.Conv2dSame"),
+    **_named(linear.replace_conv, "torch.nn.Conv2d timm.layers.Conv2dSame"),
     **_named(
-        layers.replace_standardized_conv,
+        linear.replace_standardized_conv,
         """
         timm.layers.StdConv2d timm.layers.StdConv2dSame timm.layers.ScaledStdConv2d timm.layers.ScaledStdConv2dSame
         """,
     ),
     **_named(
-        layers.replace_linear,
+        linear.replace_linear,
         """
         torch.nn.Linear timm.layers.Linear torch.nn.modules.linear.NonDynamicallyQuantizableLinear
         """,
     ),
     **_named(
-        layers.replace_linear_layer,
+        linear.replace_linear_layer,
         """
         torch.nn.Conv1d torch.nn.Conv3d torch.nn.ConvTranspose1d torch.nn.ConvTranspose2d
         """,
     ),
-    **_named(layers.replace_lstm, "torch.nn.LSTM"),
+    **_named(linear.replace_lstm, "torch.nn.LSTM"),
     **_named(attention.replace_multihead_attention, "torch.nn.MultiheadAttention"),
     **dict.fromkeys((*WINDOWED,), attention.replace_window_attention),
     # norms
