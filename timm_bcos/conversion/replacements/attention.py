@@ -6,7 +6,7 @@ from ..attention import WINDOWED, BcosAttention
 from ..blocks import WIDE
 from ..config import BcosConfig
 from .base import LayerRole, hidden_role, refuse, with_class
-from .layers import replace_linear
+from .linear import replace_linear
 
 
 def replace_wide(block: nn.Module, place: LayerRole, config: BcosConfig) -> nn.Module:
