@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import timm_bcos
 from tests.helpers import real_image
 from timm_bcos import GuidedClassificationTask
-from timm_bcos.cli.commands import run
+from timm_bcos.cli import script_runner
 from timm_bcos.training.tasks import DeletionClassificationTask
 
 ARCHITECTURES = {
@@ -101,7 +101,7 @@ def test_a_classifier_that_peft_trains_beside_adapters(name: str) -> None:
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "plain"])
 def test_adaptive_clipping_leaves_out_classifiers_alone(name: str, task: type, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrainingTask, "get_clip_parameters", TrainingTask.get_clip_parameters)
-    run._clip_all_but_heads()
+    script_runner._clip_all_but_heads()
     model = timm.create_model("test_resnet") if name == "plain" else create(name)
     training = task(model, nn.CrossEntropyLoss())
     clipped = {id(p) for p in training.get_clip_parameters(exclude_head=True)}
