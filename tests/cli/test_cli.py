@@ -179,7 +179,7 @@ def test_bad_checkpoints(tmp_path: Path, weights: Path, monkeypatch: pytest.Monk
         "list.pth": "holds no state dict",
         "other.safetensors": r"'fc.weight' of shape \(8, 256, 1, 1\), this BcosCnn9 needs \(20, 256, 1, 1\)",
         "missing.safetensors": "has no 'features.3.weight', which this BcosCnn9 needs",
-        "extra.safetensors": "has 'extra', which this Cnn9 does not know",
+        "extra.safetensors": "has 'extra', which this BcosCnn9 does not know",
     }
     for name, text in cases.items():
         with pytest.raises(CheckpointError, match=text):
