@@ -171,9 +171,7 @@ def test_localization_asks_for_the_class_of_each_cell(
 def test_it_is_said_why_no_method_suits_a_model(model: nn.Module, photos: Path, tmp_path: Path) -> None:
     dataset = timm.data.create_dataset("", root=str(photos), split="test")
     samples = [[Grid(2, (0, 3, 5, 8), (7, 5, 3, 1))]]
-    with pytest.raises(
-        InputError, match=r"no method suits this model: lrp has rules for linear layers.*; chefer is for"
-    ):
+    with pytest.raises(InputError, match=r"no method suits this model: lrp has rules .*; chefer is for"):
         play_all(model, dataset, samples, ["lrp", "chefer"], tmp_path)
     assert play_all(model, dataset, samples, ["gradient", "chefer"], tmp_path)[0].startswith("chefer is for")
 

@@ -213,6 +213,7 @@ TRACED = [
     ("bcosify", dict(arch="test_efficientnet"), 64),  # depthwise
     ("bcosify", dict(arch="regnetx_002"), 64),  # groups
     ("bcosify", dict(arch="test_vit"), 160),
+    ("bcosify", dict(arch="tf_efficientnet_lite0", antialias=True, b=1.5), 64),  # low-pass filters and 'SAME' padding
 ]
 
 

@@ -151,7 +151,8 @@ def low_pass(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
         return handle_torch_function(low_pass, (x,), x, kernel, stride)
     has_neighbors = x.shape[-2] > 1 and x.shape[-1] > 1
     x = F.pad(x, [1, 1, 1, 1], "reflect" if has_neighbors else "replicate")
-    return F.conv2d(x, kernel.to(x).expand(x.shape[1], 1, 3, 3), stride=stride, groups=x.shape[1])
+    channels = int(x.shape[1])  # no tensor, as which tracers see sizes
+    return F.conv2d(x, kernel.to(x).expand(channels, 1, 3, 3), stride=stride, groups=channels)
 
 
 def sigmoid_activation(x: Tensor) -> Tensor:
