@@ -134,7 +134,7 @@ def assert_one_line(text: str) -> None:
         (["check", "--model", "hf-hub:"], "'hf-hub:' has no model id"),
         (["check", "--model", "test_resnet", "--b", "inf"], "--b inf"),
         (["check", "--model", "bcos_cnn9", "--b", "1.5"], "bcos_cnn9 has B = 2, not 1.5"),
-        (["check", "--model", "vit_tiny_patch16_224", "--size", "5"], "the network fails on an image of 5 × 5 pixels"),
+        (["check", "--model", "vit_tiny_patch16_224", "--size", "5"], "the model fails on an image of 5 × 5 pixels"),
         (["run", "none.py"], "no script none.py"),
     ],
 )

@@ -10,7 +10,7 @@ from timm_bcos import InputError
 script = load_script("train_runs")
 
 TRAIN = """
-import pathlib, sys
+import pathlib, sys  # as timm's with a LogitDistillationTask
 given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 folder = pathlib.Path(given["--output"]) / given["--experiment"]
 with (folder.parent / "calls").open("a") as calls:

@@ -63,15 +63,15 @@ Model = Annotated[
     str | None,
     typer.Option(
         help="Name of a B-cos model, or of a timm model, which is converted to a B-cos model that computes the same. "
-        "[default: the model of the checkpoint, or the embedded bcos_efficientnet_lite0.in1k]",
+        "(default: the model of the checkpoint, or the embedded bcos_efficientnet_lite0.in1k)",
         rich_help_panel=MODEL,
     ),
 ]
 ModelToCheck = Annotated[
     str | None,
     typer.Option(
-        help="Name of a B-cos model, or of a timm model, which is converted. [default: the model of the checkpoint, or "
-        "the embedded bcos_efficientnet_lite0.in1k]",
+        help="Name of a B-cos model, or of a timm model, which is converted. (default: the model of the checkpoint, or "
+        "the embedded bcos_efficientnet_lite0.in1k)",
         rich_help_panel=MODEL,
     ),
 ]
@@ -107,7 +107,7 @@ ClassMap = Annotated[
 
 Methods = Annotated[
     list[str] | None,
-    typer.Option("--method", help="Attribution method; repeatable. [default: all that suit the model]"),
+    typer.Option("--method", help="Attribution method; repeatable. (default: all that suit the model)"),
 ]
 
 

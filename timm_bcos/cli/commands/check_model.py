@@ -21,9 +21,9 @@ def check(
     checkpoint: Checkpoint = None,
     b: Annotated[
         float | None,
-        typer.Option(min=1, help="Exponent B of the conversion of a timm model. [default: 2; with --against: 1]"),
+        typer.Option(min=1, help="Exponent B of the conversion of a timm model. (default: 2; with --against: 1)"),
     ] = None,
-    size: Annotated[int | None, typer.Option(min=1, help="Image size in pixels. [default: the model's]")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Image size in pixels. (default: the model's)")] = None,
     against: Annotated[
         str | None,
         typer.Option(

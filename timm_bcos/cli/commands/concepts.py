@@ -31,7 +31,7 @@ def concepts(
     method: Annotated[str, typer.Option(help="Method that finds the concepts: nmf, kmeans, sae or channels.")] = "nmf",
     count: Annotated[int, typer.Option(min=1, help="Number of concepts.")] = 8,
     target: Annotated[
-        str | None, typer.Option(help="Class whose logit is decomposed. [default: the predicted class]")
+        str | None, typer.Option(help="Class whose logit is decomposed. (default: the predicted class)")
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Number of concepts per photo to explain by pixels.")] = 3,
     images: Annotated[int, typer.Option(min=1, help="Number of images per concept in wall.png.")] = 6,

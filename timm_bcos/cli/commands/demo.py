@@ -17,7 +17,7 @@ def demo(
     device: Device = "cpu",
     port: Annotated[
         int | None,
-        typer.Option(min=1, max=65535, help="Port of the demo. [default: the first free port from 7860]"),
+        typer.Option(min=1, max=65535, help="Port of the demo. (default: the first free port from 7860)"),
     ] = None,
     share: Annotated[
         bool, typer.Option("--share", help="Also serve at a public address for a week, through Gradio's servers.")

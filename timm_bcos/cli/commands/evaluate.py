@@ -41,14 +41,14 @@ def pointing_game(
     plain: Plain = False,
     device: Device = "cpu",
     method: Methods = None,
-    n: Annotated[list[int] | None, typer.Option(min=1, help="Cells per side; repeatable. [default: 2, 3]")] = None,
+    n: Annotated[list[int] | None, typer.Option(min=1, help="Cells per side; repeatable. (default: 2, 3)")] = None,
     grids: Annotated[int, typer.Option(min=1, help="Number of grids per grid size.")] = 500,
     threshold: Annotated[
         float, typer.Option(min=0, max=1, help="Minimum confidence for an image to be used in a grid.")
     ] = 0.5,
     reuse: Annotated[bool, typer.Option("--reuse", help="Reuse images when a class has too few.")] = False,
     smooth: Annotated[
-        list[int] | None, typer.Option(min=1, help="Window of the mean filter in pixels; repeatable. [default: 1, 15]")
+        list[int] | None, typer.Option(min=1, help="Window of the mean filter in pixels; repeatable. (default: 1, 15)")
     ] = None,
     disconnect: Annotated[
         Disconnect,
@@ -59,7 +59,7 @@ def pointing_game(
     seed: Annotated[int, typer.Option(help="Random seed for sampling classes.")] = 0,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of classes per pass. [default: as many as fit into about 3 GB of memory]"),
+        typer.Option(min=1, help="Number of classes per pass. (default: as many as fit into about 3 GB of memory)"),
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory for the results; a run resumes there.")] = Path("pointing_game"),
 ) -> None:
@@ -104,7 +104,7 @@ def metrics(
     method: Methods = None,
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="Metric to compute; repeatable. [default: all: deletion, insertion, faithfulness, …]"),
+        typer.Option(help="Metric to compute; repeatable. (default: all: deletion, insertion, faithfulness, …)"),
     ] = None,
     regions: Annotated[
         Path | None,

@@ -24,7 +24,7 @@ __all__ = ["of_classes", "of_methods"]
 
 SHOWN = 6
 Show = Annotated[
-    list[str] | None, typer.Option(help=f"Class to show, by name or index; repeatable. [default: the first {SHOWN}]")
+    list[str] | None, typer.Option(help=f"Class to show, by name or index; repeatable. (default: the first {SHOWN})")
 ]
 Out = Annotated[Path, typer.Option(help="Image file to write.")]
 

@@ -30,11 +30,11 @@ def publish(
         typer.Option(help="Training data set by its name on the Hub, for instance imagenet-1k; repeatable."),
     ] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="Repository ORG/NAME of the initial weights. [default: as recorded by train.py]")
+        str | None, typer.Option(help="Repository ORG/NAME of the initial weights. (default: as recorded by train.py)")
     ] = None,
     license: Annotated[
         str | None,
-        typer.Option(help="License by its name on the Hub. [default: the license of published weights, or apache-2.0]"),
+        typer.Option(help="License by its name on the Hub. (default: the license of published weights, or apache-2.0)"),
     ] = None,
     note: Annotated[list[str] | None, typer.Option(help="Additional license terms; repeatable.")] = None,
     dtype: Annotated[
