@@ -9,10 +9,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import timm_bcos
 from tests.helpers import PHOTOS, ROOT, assert_exact
 from timm_bcos.data.photos import open_photo
 from timm_bcos.models.class_names import class_names
+from timm_bcos.weights.formats import convert_plain_weights
 from timm_bcos.weights.readers import read_state_dict
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -31,7 +31,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
 
 def convert(plain: nn.Module) -> nn.Module:
     converted = timm.create_model("bcosify", arch="tf_efficientnet_lite0", b=1, bias=True)
-    converted.load_state_dict(timm_bcos.models.bcos_models.convert_plain_weights(plain.state_dict(), converted))
+    converted.load_state_dict(convert_plain_weights(plain.state_dict(), converted))
     return converted.eval()
 
 
