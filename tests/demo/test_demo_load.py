@@ -209,6 +209,7 @@ def test_a_comparison_that_nobody_listens_to_ends(app: App, port: int, monkeypat
 
 def test_a_photo_is_explained_while_comparisons_run(app: App, port: int) -> None:
     visitor = load.Visitor(port)
+    assert eventually(lambda: not app.answers.work._jobs)  # of tests before
     with load.comparisons(port, 2):
         assert eventually(lambda: len(app.answers.work._jobs) == 2)
         answer = visitor.take_photo(HAT)
