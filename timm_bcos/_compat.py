@@ -98,6 +98,7 @@ PRIVATE = {
     "is_functorch_wrapped_tensor": "torch._C._functorch.is_functorch_wrapped_tensor",
     "get_unwrapped": "torch._C._functorch.get_unwrapped",
     "is_legacy_batchedtensor": "torch._C._functorch.is_legacy_batchedtensor",
+    "get_eval_frame_callback": "torch._C._dynamo.eval_frame.get_eval_frame_callback",
     "StorageWeakRef": "torch.multiprocessing.reductions.StorageWeakRef",
     "top_saved_tensors_hooks": "torch._C._autograd._top_saved_tensors_default_hooks",
     "tree_leaves": "torch.utils._pytree.tree_leaves",

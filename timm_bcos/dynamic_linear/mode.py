@@ -10,8 +10,10 @@ parameters to functions detached, so only the image's path does. The model is no
 thread that entered it.
 """
 
+import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -188,12 +190,46 @@ def mark_constant(value: Tensor) -> Tensor:
     return value if mode is None or mode.tracker is None else mode.tracker.mark(value)
 
 
+class _WithoutCompiledCode:
+    """Context manager in which `torch.compile`d functions and modules run as they were written.
+
+    A compiled program does not call the torch functions that explanation mode rewrites. The stance of torch's compiler
+    belongs to the process: it is taken by the first explanation that begins, and given back by the last one that ends.
+    Compiled models in other threads run eagerly meanwhile, with the same results.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._depth, self._stance = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._depth:
+                self._stance.enter_context(_eager_stance())
+            self._depth += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._depth -= 1
+            if not self._depth:
+                self._stance.close()
+
+
+def _eager_stance() -> AbstractContextManager[object]:
+    # nothing is compiled where dynamo was never imported, which takes a second; a stance cannot change while it compiles
+    if "torch._dynamo" not in sys.modules or private.get_eval_frame_callback() not in (None, False):
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+WITHOUT_COMPILED_CODE = _WithoutCompiledCode()
+
+
 @contextmanager
 def active(mode: DynamicLinearMode) -> Iterator[DynamicLinearMode]:
     """Let a mode act, and it alone: others that are under way in this thread wait."""
     token = _ACTIVE.set(mode)
     try:
-        with mode:
+        with WITHOUT_COMPILED_CODE, mode:
             yield mode
     finally:
         _ACTIVE.reset(token)
@@ -212,7 +248,13 @@ def paused() -> Iterator[None]:
 @contextmanager
 def ordinary_autograd(device: torch.device) -> Iterator[None]:
     """Let gradients be recorded in full precision, whatever the caller has switched on or off."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), paused():
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+        WITHOUT_COMPILED_CODE,
+        paused(),
+    ):
         yield
 
 

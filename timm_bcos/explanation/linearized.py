@@ -283,18 +283,18 @@ def _hint(output: object) -> str:
 
 
 def _network_to_run(model: nn.Module, layer: str | None, outputs: list[object]) -> nn.Module:
-    """The model itself, or one whose layer of interest notes its outputs and which runs once, as it was written.
+    """The model itself, or a copy whose layer of interest notes its outputs and which has no checkpoints.
 
-    A compiled program holds no explanation mode, and the backward pass would run checkpointed parts without it.
+    The backward pass would run checkpointed parts again, without explanation mode.
     """
-    changed = [name for name, m in model.named_modules() if _is_compiled(m) or _is_checkpointing(m) or _is_program(m)]
-    if layer is None and not changed:
+    changed = [name for name, module in model.named_modules() if _is_checkpointing(module) or _is_program(module)]
+    if layer is None and not any(map(_is_checkpointing, model.modules())):
         return model
     network = isolate(model, [name for name in (*changed, layer) if name])
     for name in changed:
         own = network.get_submodule(name)
         own.grad_checkpointing = False  # type: ignore[assignment]
-        if _is_program(own):
+        if _is_program(own):  # whose program is of the original's layers
             own.__dict__["forward"] = own.get_submodule("_orig_mod").__call__
     if layer is not None:
         network.get_submodule(layer).register_forward_hook(lambda module, args, output: _noted(output, outputs))
@@ -313,10 +313,6 @@ def _copied(output: Any) -> Any:
     if isinstance(output, dict):
         return {name: _copied(value) for name, value in output.items()}
     return tuple(map(_copied, output)) if isinstance(output, list | tuple) else output
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return module.__dict__.get("_compiled_call_impl") is not None
 
 
 def _is_program(module: nn.Module) -> bool:
