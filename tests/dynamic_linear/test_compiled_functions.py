@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import timm_bcos
 
+
 def written(z: Tensor) -> Tensor:
     return z * torch.sigmoid(z) + 0.3
 

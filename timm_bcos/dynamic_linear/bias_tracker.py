@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from .boundaries import Boundary
+from .kinds import is_zero, within_transforms
 from .registry import Function
 from .violations import Violation
 
@@ -45,29 +46,47 @@ class _Tap(torch.autograd.Function):
     """Passes y on as it is; the gradient of `factor` is what `addend`, a part of y, contributes for each image."""
 
     @staticmethod
-    def forward(ctx: _Context, y: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
-        ctx.addend = addend
+    def forward(y: Tensor, factor: Tensor, addend: Tensor) -> Tensor:  # type: ignore[override]
+        return y
+
+    @staticmethod
+    def setup_context(ctx: _Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # type: ignore[override]
+        y, factor, ctx.addend = inputs
         ctx.images = len(factor)
         ctx.mark_dirty(y)  # no view: layers that work in place may follow
-        return y
 
     @staticmethod
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         return grad, by_image(grad, ctx.addend, ctx.images), None
+
+    @staticmethod
+    def vmap(info: object, in_dims: tuple[int | None, ...], y: Tensor, factor: Tensor, addend: Tensor) -> object:
+        """`torch.vmap`'s dimension in front, where those of an addend broadcast behind it."""
+        y = y.movedim(in_dims[0] or 0, 0).clone()
+        if in_dims[2] is not None:
+            addend = addend.movedim(in_dims[2], 0)
+            addend = addend.reshape(len(addend), *(1,) * (y.ndim - addend.ndim), *addend.shape[1:])
+        return _Tap.apply(y, factor, addend), 0
 
 
 class _Marked(torch.autograd.Function):
     """A constant as an operand that carries a gradient: `addend` times a factor for each image."""
 
     @staticmethod
-    def forward(ctx: _Context, addend: Tensor, factor: Tensor) -> Tensor:
-        ctx.addend = addend
-        ctx.images = len(factor)
+    def forward(addend: Tensor, factor: Tensor) -> Tensor:  # type: ignore[override]
         return addend.clone()
+
+    @staticmethod
+    def setup_context(ctx: _Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # type: ignore[override]
+        ctx.addend, ctx.images = inputs[0], len(inputs[1])
 
     @staticmethod
     def backward(ctx: _Context, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
         return None, by_image(grad, ctx.addend, ctx.images)
+
+    @staticmethod
+    def vmap(info: object, in_dims: tuple[int | None, ...], addend: Tensor, factor: Tensor) -> object:
+        return _Marked.apply(addend.movedim(in_dims[0] or 0, 0), factor), 0
 
 
 def by_image(grad: Tensor, addend: Tensor, images: int) -> Tensor:
@@ -118,7 +137,7 @@ class Noted:
 
     def is_zero(self) -> bool:
         """Whether it adds nothing, so that it does not matter whether the function was called."""
-        return all(not bool(v.any()) if isinstance(v, Tensor) else not v for v in self.values)
+        return all(is_zero(v) if isinstance(v, Tensor) else not v for v in self.values)
 
     def is_like(self, other: "Noted") -> bool:
         """Whether both may be the same call."""
@@ -168,7 +187,7 @@ class BiasTracker:
     @staticmethod
     def _factor(images: int, like: Tensor) -> Tensor:
         dtype = like.dtype.to_real() if like.is_complex() else like.dtype
-        return torch.ones(images, dtype=dtype, device=like.device).requires_grad_()
+        return torch.ones(images, dtype=dtype, device=like.device, requires_grad=True)
 
     def note(self, func: Function, values: Sequence[object], is_given: bool, offset: int = 0) -> None:
         """Remember a constant, to be compared with what another image gives.
@@ -182,19 +201,22 @@ class BiasTracker:
         if self.has_escaped or not is_given:
             self.needs_another_image = True
         place = self.place(func, "changes") if self._names_places else None
-        self.noted.append(Noted(function_name(func), tuple(values), place, offset))
+        made_of = tuple(within_transforms(value) if isinstance(value, Tensor) else value for value in values)
+        self.noted.append(Noted(function_name(func), made_of, place, offset))
 
     def tap(self, y: Tensor, addend: Tensor) -> Tensor:
         """Note that y, a result that nobody has seen yet, has a constant addend."""
-        if y.ndim:
-            _image_axis(y, len(self.constants))
+        whole = within_transforms(y)
+        if whole.ndim:
+            _image_axis(whole, len(self.constants))
         elif len(self.constants) > 1:
             raise AmbiguousBatch
         return _Tap.apply(y, self.constants, addend.detach())  # type: ignore[no-any-return]
 
     def mark(self, addend: Tensor) -> Tensor:
         """A constant operand, noted; it needs a place for each image, as class tokens have."""
-        if len(self.constants) > 1 and (addend.ndim == 0 or addend.shape[0] % len(self.constants)):
+        whole = within_transforms(addend)
+        if len(self.constants) > 1 and (whole.ndim == 0 or len(whole) % len(self.constants)):
             raise AmbiguousBatch
         return _Marked.apply(addend.detach(), self.constants)  # type: ignore[no-any-return]
 

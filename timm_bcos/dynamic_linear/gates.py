@@ -21,6 +21,13 @@ GATES = """
     all any long int bool short char byte multinomial bernoulli detach data det slogdet logdet
     remainder __mod__ __rmod__ fmod floor_divide __floordiv__ __rfloordiv__ logaddexp logaddexp2
     inv pinv inverse pinverse matrix_exp matrix_power cholesky
+    arccos arcsin arccosh arcsinh arctanh atanh frac frexp igamma igammac mvlgamma polygamma nextafter logcumsumexp
+    prod cumprod frobenius_norm nuclear_norm norm_except_dim cond matrix_rank cholesky_ex cholesky_inverse inv_ex
+    tensorinv vander
+    eig eigh eigvals eigvalsh svd svdvals svd_lowrank pca_lowrank qr lu lu_factor lu_factor_ex lu_unpack ldl_factor
+    ldl_factor_ex geqrf orgqr householder_product histogram detach_copy
+    mse_loss l1_loss smooth_l1_loss huber_loss kl_div cross_entropy binary_cross_entropy
+    binary_cross_entropy_with_logits cosine_embedding_loss triplet_margin_loss poisson_nll_loss gaussian_nll_loss
 """
 IN_PLACE = """
     sigmoid_ hardsigmoid_ sqrt_ rsqrt_ exp_ log_ sin_ cos_ reciprocal_ sign_ floor_ ceil_ round_ softmax_ log1p_ erf_
@@ -28,7 +35,7 @@ IN_PLACE = """
 """
 
 
-@rule(patch_norm, feature_norm, *named(GATES))
+@rule(patch_norm, feature_norm, *named(GATES), *(getattr(torch.special, name) for name in torch.special.__all__))
 def _gate(mode: Mode, func: Function, /, *args: object, **kwargs: object) -> object:
     return func(*map(detached, args), **{name: detached(value) for name, value in kwargs.items()})
 
@@ -48,6 +55,12 @@ def _gate_in_place(mode: Mode, func: Function, /, input: Tensor, *args: object, 
         return input.copy_(mode.written_gate(value, func))
     leave_path(input, value)
     return input
+
+
+@rule(*named("xlogy xlog1py"))
+def _times_log(mode: Mode, func: Function, /, input: Tensor, other: Tensor) -> Tensor:
+    """x · log y, the logarithm being a gate."""
+    return func(input, detached(other))  # type: ignore[no-any-return]
 
 
 @rule(torch.nn.functional.normalize)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._compat import private
 
-__all__ = ["Kind", "Kinds", "memory_key"]
+__all__ = ["Kind", "Kinds", "is_zero", "memory_key", "records_graph", "within_transforms"]
 
 StorageWeakRef = private.StorageWeakRef
 
@@ -38,7 +38,7 @@ class Kinds:
         """Kind of a tensor; UNVERIFIED for one that nobody has set, or that was changed since."""
         known = self._known(x)
         stored = Kind.UNVERIFIED if known is None else known.kind
-        if x.requires_grad:
+        if records_graph(x):
             return Kind.IMAGE if stored is Kind.IMAGE else Kind.PATH
         if stored is Kind.CONSTANT and not self.is_current(x):
             return Kind.UNVERIFIED
@@ -47,7 +47,7 @@ class Kinds:
     def is_current(self, x: Tensor) -> bool:
         """Whether the kind of this memory is known, and nothing else has written to it since."""
         known = self._known(x)
-        return known is not None and known.version == _version(x) and known.on_path >= x.requires_grad
+        return known is not None and known.version == _version(x) and known.on_path >= records_graph(x)
 
     def is_stale(self, x: Tensor) -> bool:
         """Whether something else has written to this memory since its kind was set."""
@@ -55,7 +55,7 @@ class Kinds:
 
     def set(self, x: Tensor, kind: Kind, maker: str = "") -> None:
         """Say what a tensor's memory holds from now on, and which function has written it."""
-        self._found[memory_key(x)] = _Content(_reference(x), kind, maker, _version(x), x.requires_grad)
+        self._found[memory_key(x)] = _Content(_reference(x), kind, maker, _version(x), records_graph(x))
 
     def maker(self, x: Tensor) -> str:
         """Name of the function that wrote a tensor's memory."""
@@ -79,6 +79,7 @@ class _Content:
 
 
 def _version(x: Tensor) -> int:
+    x = within_transforms(x)
     return 0 if x.is_inference() else x._version
 
 
@@ -87,13 +88,32 @@ def memory_key(x: Tensor) -> int:
 
     Addresses are not used again while `Kinds` holds a weak reference to them.
     """
+    x = within_transforms(x)
     try:
         return int(x.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return id(x)
 
 
+def within_transforms(x: Tensor) -> Tensor:
+    """The tensor that `torch.func` has wrapped."""
+    while private.is_functorch_wrapped_tensor(x):
+        x = private.get_unwrapped(x)
+    return x
+
+
+def records_graph(x: Tensor) -> bool:
+    """Whether autograd records what becomes of a tensor; `torch.vmap` hides that from `requires_grad`."""
+    return within_transforms(x).requires_grad
+
+
+def is_zero(x: Tensor) -> bool:
+    """Whether a tensor holds zeros alone."""
+    return not bool(within_transforms(x).any())
+
+
 def _reference(x: Tensor) -> Any:
+    x = within_transforms(x)
     try:
         return StorageWeakRef(x.untyped_storage())
     except (NotImplementedError, RuntimeError):

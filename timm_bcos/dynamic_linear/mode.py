@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._compat import private
 from ..errors import ModelStateError
-from .kinds import Kind
+from .kinds import Kind, records_graph, within_transforms
 from .registry import (
     METADATA,
     STREAMS,
@@ -82,9 +82,9 @@ class DynamicLinearMode(TorchFunctionMode):
     def frozen(self, value: object) -> object:
         """Parameters are constants, whose gradients nobody wants."""
         if isinstance(value, Tensor):
-            if not value.requires_grad or value is self.leaf or STREAMS.get() is not None:
+            if not records_graph(value) or value is self.leaf or STREAMS.get() is not None:
                 return value
-            if value.grad_fn is None and (self.leaf is not None or isinstance(value, nn.Parameter)):
+            if within_transforms(value).grad_fn is None and (self.leaf is not None or isinstance(value, nn.Parameter)):
                 return value.detach()
             return self.seen(value)
         if type(value) is list or type(value) is tuple:
@@ -215,7 +215,7 @@ class _WithoutCompiledCode:
 
 
 def _eager_stance() -> AbstractContextManager[object]:
-    # nothing is compiled where dynamo was never imported, which takes a second; a stance cannot change while it compiles
+    # nothing is compiled where dynamo, which takes a second to import, was not; while it compiles no stance can change
     if "torch._dynamo" not in sys.modules or private.get_eval_frame_callback() not in (None, False):
         return nullcontext()
     return torch.compiler.set_stance("force_eager")

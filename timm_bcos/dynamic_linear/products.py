@@ -1,6 +1,7 @@
 """Products: with one factor on the linear path there is nothing to decide, several share the product equally."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -135,7 +136,7 @@ def _bilinear(
     return y if bias is None else mode.add(y + bias, bias, func)
 
 
-@rule(*named("addcmul addmm addbmm baddbmm addmv addr"))
+@rule(torch.sparse.addmm, *named("addcmul addmm addbmm baddbmm addmv addr"))
 def _sum_and_product(
     mode: Mode, func: Function, /, input: Tensor, *factors: Tensor, value: float = 1, beta: float = 1,
     alpha: float = 1, **named_factors: Tensor,
@@ -164,6 +165,8 @@ def _product_of(func: Function) -> Callable[..., Tensor]:
         return torch.mul
     if func.__name__ == "addr":
         return torch.outer
+    if func is torch.sparse.addmm:
+        return torch.sparse.mm
     if func.__name__ == "addbmm":
         return lambda a, b: torch.bmm(a, b).sum(0)
     return torch.matmul
@@ -189,10 +192,20 @@ def _sum_and_quotient(
     return _sum(mode, func, input, 1, quotient, [tensor1, tensor2, value])
 
 
-@rule(*named("solve"))
-def _solve(mode: Mode, func: Function, /, A: Tensor, B: Tensor, **kwargs: object) -> Tensor:  # noqa: N803  (torch's)
+# Where the right-hand side of a system of equations stands, whose solution is linear in it.
+RIGHT_HAND_SIDES = {
+    **dict.fromkeys(named("solve solve_ex solve_triangular tensorsolve lstsq"), 1),
+    **dict.fromkeys(named("cholesky_solve lu_solve triangular_solve"), 0),
+    **dict.fromkeys([torch.linalg.lu_solve, torch.linalg.ldl_solve], 2),
+}
+
+
+@rule(*RIGHT_HAND_SIDES)
+def _solve(mode: Mode, func: Function, /, *args: object, **kwargs: object) -> Any:
     """A⁻¹ B, the matrix being a gate."""
-    return func(detached(A), B, **kwargs)  # type: ignore[no-any-return]
+    place = RIGHT_HAND_SIDES[func]
+    operands = [x if i == place else detached(x) for i, x in enumerate(args)]
+    return func(*operands, **{name: x if name in ("B", "input") else detached(x) for name, x in kwargs.items()})
 
 
 @rule(*named("ldexp"))
@@ -228,7 +241,25 @@ def _embedding(
     return func(detached(input), weight)  # type: ignore[no-any-return]
 
 
-@rule(*named("grid_sample affine_grid"))
+@rule(F.embedding_bag)
+def _embedding_bag(
+    mode: Mode, func: Function, /, input: Tensor, weight: Tensor, offsets: Tensor | None = None,
+    max_norm: float | None = None, norm_type: float = 2, scale_grad_by_freq: bool = False,
+    reduction: str = "mean", sparse: bool = False, per_sample_weights: Tensor | None = None, *args: Any, **kwargs: Any,
+) -> Tensor:  # fmt: skip
+    """Sums of rows of a table, each with a weight: a product of both."""
+    reduction = kwargs.pop("mode", reduction)
+    if max_norm is not None:
+        raise NotImplementedError("embedding_bag with max_norm changes its table in place")
+    fixed = (None, norm_type, scale_grad_by_freq, reduction, False)
+
+    def bag(table: Tensor, weights: Tensor | None) -> Tensor:
+        return func(detached(input), table, detached(offsets), *fixed, weights, *args, **kwargs)  # type: ignore[no-any-return]
+
+    return share(bag, [weight, per_sample_weights])
+
+
+@rule(*named("grid_sample affine_grid grid_sampler grid_sampler_2d grid_sampler_3d affine_grid_generator"))
 def _grid_sample(mode: Mode, func: Function, /, input: Tensor, grid: Tensor, *args: object, **kwargs: object) -> Tensor:
     """Where to sample is a constant of the linear map."""
     return func(input, detached(grid), *args, **kwargs)  # type: ignore[no-any-return]

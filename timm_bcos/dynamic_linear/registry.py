@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn import functional
-from .kinds import Kind
+from .kinds import Kind, records_graph
 
 __all__ = [
     "DATA",
@@ -62,8 +62,13 @@ class Mode(Protocol):
     leaf: Tensor | None
     tracker: Any
 
+    def __torch_function__(
+        self, func: Function, types: object, args: Sequence[object] = (), kwargs: dict[str, object] | None = None
+    ) -> Any:
+        """A function of the forward pass."""
+
     def call(self, func: Function, *args: object) -> Any:
-        """A function inside a handler, as the mode's table has it."""
+        """A function of what a handler has made, as the mode's table has it."""
 
     def add(self, y: Tensor, addend: Operand, func: Function, *sources: object) -> Tensor:
         """Account for what a fresh result contains beside the linear path."""
@@ -119,7 +124,7 @@ def named(text: str) -> list[Function]:
 def on_linear_path(x: object) -> TypeGuard[Tensor]:
     """Whether x is (a dynamic linear map of) the image, rather than a constant of the network."""
     streams = STREAMS.get()
-    return isinstance(x, Tensor) and (x.requires_grad if streams is None else streams.is_path(x))
+    return isinstance(x, Tensor) and (records_graph(x) if streams is None else streams.is_path(x))
 
 
 @overload
@@ -204,6 +209,7 @@ METADATA = frozenset([torch.autograd.grad, torch.autograd.backward, Tensor.backw
         "is_mps is_xpu names itemsize nbytes size dim stride numel nelement element_size storage_offset "
         "get_device is_contiguous is_floating_point is_complex is_inference is_pinned __len__ __hash__ grad _version "
         "is_nested is_sparse_csr is_mkldnn output_nr requires_grad_ retain_grad _backward_hooks is_signed "
+        "register_hook register_post_accumulate_grad_hook record_stream share_memory_ is_conj is_neg is_set_to "
         "sparse_dim dense_dim is_coalesced is_shared is_same_size is_tensor _is_view _base"
     )
 )
@@ -329,7 +335,9 @@ LINEAR = """
     cumulative_trapezoid trapezoid trapz nan_to_num refine_names rename align_to as_tensor asarray deg2rad rad2deg
     cartesian_prod combinations view_copy permute_copy expand_copy t_copy transpose_copy select_copy slice_copy
     squeeze_copy unsqueeze_copy unbind_copy split_copy split_with_sizes_copy alias_copy diagonal_copy as_strided_copy
-    unfold_copy view_as_real_copy view_as_complex_copy _pack_padded_sequence
+    unfold_copy view_as_real_copy view_as_complex_copy _pack_padded_sequence narrow_copy chalf __reversed__ pin_memory
+    hfft2 ihfft2 hfftn ihfftn unsafe_chunk native_dropout
+    to_sparse to_sparse_coo to_sparse_csr to_sparse_csc _to_dense values _values _sparse_sum
 """
 # Piecewise: which input an output takes, or its sign, is a constant of the linear map. Homogeneous of degree 1.
 PIECEWISE = """

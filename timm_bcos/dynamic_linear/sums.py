@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..nn import functional
-from .kinds import Kind
+from .kinds import Kind, is_zero
 from .registry import Function, Mode, Operand, detached, named, on_linear_path, rule
 
 __all__ = ["add", "choose"]
@@ -58,7 +58,7 @@ def _copy(value: Operand) -> Operand:
 def _join_base(mode: Mode, func: Function, target: Tensor) -> None:
     """Before the path is written to a part of a tensor off the path: all of it joins the path, its content noted."""
     base = target._base
-    if base is None or mode.tracker is None or base.requires_grad or not bool(base.any()):
+    if base is None or mode.tracker is None or base.requires_grad or is_zero(base):
         return
     base.copy_(mode.operand(base, func))
     assert target.grad_fn is not None  # autograd notices that a view's base has changed when it is asked
@@ -245,7 +245,7 @@ def _write(
     y = run(input, value)
     if on_linear_path(y):
         for source, part, kind in parts:
-            if bool(part.any()):
+            if not is_zero(part):
                 y = mode.add_kind(y, part, func, (source, *numbers), kind)
     return None if func is Tensor.__setitem__ else y
 

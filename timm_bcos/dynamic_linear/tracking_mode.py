@@ -10,7 +10,7 @@ from ..errors import BcosError, ModelStateError
 from ..nn.execution import saved_tensors_have_hooks
 from ..nn.functional import encode_image, to_logits
 from .bias_tracker import AmbiguousBatch, BiasTracker, function_name
-from .kinds import Kind, Kinds, memory_key
+from .kinds import Kind, Kinds, is_zero, memory_key
 from .mode import DynamicLinearMode, differentiates_apart, is_active
 from .registry import (
     DATA,
@@ -124,7 +124,7 @@ class BiasTrackingMode(DynamicLinearMode):
         result = func(*args, **kwargs)  # raises the same as the handler where torch does
         if written is None:
             return self.suspected(result, func)
-        if written.requires_grad:
+        if on_linear_path(written):
             self.tracker.suspect(written, "unknown", func, written.detach().clone())
         return result
 
@@ -146,7 +146,7 @@ class BiasTrackingMode(DynamicLinearMode):
 
     def is_image(self, x: Tensor) -> bool:
         """Whether x is the image, or made of it before anything has read it."""
-        return x.requires_grad and self.kinds.get(x) is Kind.IMAGE
+        return on_linear_path(x) and self.kinds.get(x) is Kind.IMAGE
 
     def maker(self, x: Tensor) -> str:
         """Name of the function that made a gate."""
@@ -175,7 +175,7 @@ class BiasTrackingMode(DynamicLinearMode):
         written = writes_to(func, args)
         operands = {memory_key(x) for x in tensors_in(args)}
         for x in tensors_in([result]):
-            if x.requires_grad and x.is_floating_point():
+            if on_linear_path(x) and x.is_floating_point():
                 self.eps = max(self.eps, torch.finfo(x.dtype).eps)
             if memory_key(x) not in operands:
                 self.kinds.set(x, kind, name)
@@ -201,7 +201,7 @@ class BiasTrackingMode(DynamicLinearMode):
     def suspected(self, result: object, func: Function) -> object:
         """What a function that is not known has made of the path."""
         if isinstance(result, Tensor):
-            return self.tracker.suspect(result, "unknown", func) if result.requires_grad else result
+            return self.tracker.suspect(result, "unknown", func) if on_linear_path(result) else result
         if isinstance(result, list | tuple):
             found = [self.suspected(item, func) for item in result]
             return type(result)(found) if type(result) in (list, tuple) else tuple(found)
@@ -231,7 +231,7 @@ class BiasTrackingMode(DynamicLinearMode):
                 return y
             addend = y.detach().new_full((), addend)
         if kind >= Kind.GATE:
-            return self.tracker.suspect(y, "added", func, addend.detach().clone()) if bool(addend.any()) else y
+            return y if is_zero(addend) else self.tracker.suspect(y, "added", func, addend.detach().clone())
         lasting = self._lasting(addend)
         made_of = [lasting if v is addend else self._lasting(v) if isinstance(v, Tensor) else v for v in sources]
         is_given = kind is Kind.CONSTANT and (func in SETTINGS or all(map(self._is_own, sources)))
@@ -244,7 +244,7 @@ class BiasTrackingMode(DynamicLinearMode):
             return value
         kind = self.kinds.get(value)
         if kind is Kind.GATE:
-            if not bool(value.any()):
+            if is_zero(value):
                 return value
             return self.written_gate(value, func)
         is_given, value = kind is Kind.CONSTANT and self._is_own(value), self._lasting(value)
