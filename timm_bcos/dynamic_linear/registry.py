@@ -1,6 +1,6 @@
 """The table of explanation mode: what each torch function is, as data.
 
-A function of the linear path that stands in none of these tables is reported: `timm_bcos.check` calls the network not
+A function of the linear path that stands in none of these tables is reported: `timm_bcos.check` calls the model not
 exact. `register_function` adds functions of your own.
 """
 
@@ -122,7 +122,7 @@ def named(text: str) -> list[Function]:
 
 
 def on_linear_path(x: object) -> TypeGuard[Tensor]:
-    """Whether x is (a dynamic linear map of) the image, rather than a constant of the network."""
+    """Whether x is (a dynamic linear map of) the image, rather than a constant of the model."""
     streams = STREAMS.get()
     return isinstance(x, Tensor) and (records_graph(x) if streams is None else streams.is_path(x))
 

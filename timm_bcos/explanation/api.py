@@ -1,4 +1,4 @@
-"""Exact explanations: rows of the linear map that a B-cos network is for its input, logits = W(x) · x + constants.
+"""Exact explanations: rows of the linear map that a B-cos model is for its input, logits = W(x) · x + constants.
 
 Papers: https://arxiv.org/abs/2205.10268 (section 3.2), https://arxiv.org/abs/2306.10898 (section 3.1).
 """
@@ -46,13 +46,13 @@ def explain(
     Nothing of the model is changed, not even for the moment: other threads may use it meanwhile.
 
     Args:
-        model: A B-cos network in evaluation mode.
+        model: A B-cos model in evaluation mode.
         x: Images (N, C, H, W) in [0, 1], without mean/std normalization, or already encoded (N, 2C, H, W). Unchanged.
         target: The class: None for the prediction, an int for all images, or N ints. A set of ints: the mean of their
             logits. A floating-point tensor (K,) or (N, K): a direction, whose product with the K outputs is explained.
             With `layer`, units (channels) instead of classes; None takes the one that is most active.
         layer: Path of an inner module, as in `model.named_modules()`, to explain one of its neurons.
-        output: Which of several outputs, by key or index, if the network (or the layer) returns more than one; None
+        output: Which of several outputs, by key or index, if the model (or the layer) returns more than one; None
             takes the first.
         position: Of a layer's or an output's map, the (row, column), or the index for token sequences; or one pair for
             each image, as in `Explanation.position`. None takes
@@ -60,7 +60,7 @@ def explain(
         region: The mean over a part of the map instead: a mask (H, W) or (N, H, W) of weights, at the size of the
             image or of the map; or a box (left, top, right, bottom) in pixels of the image, or N boxes. A tensor (N, 4)
             that is not boolean holds boxes.
-        extra: Other arguments that the network's forward takes, by name. Tensors with N rows are taken image by image.
+        extra: Other arguments that the model's forward takes, by name. Tensors with N rows are taken image by image.
             What they add is a constant of the explanation; the image alone is explained.
         chunk: Images per pass, which bounds the memory that a large batch takes; None takes all at once.
 
@@ -70,10 +70,10 @@ def explain(
     Raises:
         InputError: For tensors that are no images as above.
         TargetError: For a class, layer, output, unit, position or region that does not exist.
-        ModelStateError: For a model in training mode, or one that is no B-cos network.
+        ModelStateError: For a model in training mode, or one that is no B-cos model.
 
     Warns:
-        InexactWarning: If the network has parts that are not dynamic linear.
+        InexactWarning: If the model has parts that are not dynamic linear.
 
     Examples:
         >>> explanation = timm_bcos.explain(model, transform(photo)[None])

@@ -213,28 +213,28 @@ def _check(
     check_images(x, stem)
     if tolerance is None:
         tolerance = TOLERANCE.get(stem.weight.dtype, 1e-2)
-    network = frozen_copy(getattr(model, "_orig_mod", model))
+    model = frozen_copy(getattr(model, "_orig_mod", model))
     if stem.weight.device.type != "mps":
-        network, x, extra = _widened(network, x, extra, output)
-    verdict = _measure(network, x, tolerance, output, extra)
-    return verdict if verdict.exact else _placed(network, verdict, x, output, extra)
+        model, x, extra = _widened(model, x, extra, output)
+    verdict = _measure(model, x, tolerance, output, extra)
+    return verdict if verdict.exact else _placed(model, verdict, x, output, extra)
 
 
 def _widened(
-    network: nn.Module, x: Tensor, extra: dict[str, object], output: str | int | None
+    model: nn.Module, x: Tensor, extra: dict[str, object], output: str | int | None
 ) -> tuple[nn.Module, Tensor, dict[str, object]]:
     """The model, its images and other arguments in float64; as they are if the model has parts that stay narrow."""
-    dtypes = {name: t.dtype for name, t in (*network.named_parameters(), *network.named_buffers())}
-    own = next(t.dtype for t in network.parameters())
+    dtypes = {name: t.dtype for name, t in (*model.named_parameters(), *model.named_buffers())}
+    own = next(t.dtype for t in model.parameters())
     wide = {n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in extra.items()}
     try:
-        _outputs(network.double(), x.detach().double(), output, wide)
+        _outputs(model.double(), x.detach().double(), output, wide)
     except (RuntimeError, BcosError):
-        network.to(own)
-        for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        model.to(own)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             tensor.data = tensor.data.to(dtypes[name])
-        return network, x.detach().to(own), extra
-    return network, x.detach().double(), wide
+        return model, x.detach().to(own), extra
+    return model, x.detach().double(), wide
 
 
 def _measure(model: nn.Module, x: Tensor, tolerance: float, output: str | int | None, extra: Extra) -> ExactnessReport:

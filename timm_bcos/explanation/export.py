@@ -1,6 +1,6 @@
-"""Explanations outside training code: a network and its explanation as one program of plain tensor operations.
+"""Explanations outside training code: a model and its explanation as one program of plain tensor operations.
 
-The network itself exports as timm's do (`torch.export`, ONNX, `torch.compile`). An explanation takes a backward pass,
+The model itself exports as timm's do (`torch.export`, ONNX, `torch.compile`). An explanation takes a backward pass,
 which these formats do not hold; traced in explanation mode it becomes part of the program.
 """
 
@@ -23,13 +23,13 @@ Explained = tuple[Tensor, Tensor, Tensor]
 
 
 def export_explainer(model: nn.Module, x: Tensor) -> ExportedProgram:
-    """Export a network together with its explanation: (images, target) to (logits, weights, contribution map).
+    """Export a model together with its explanation: (images, target) to (logits, weights, contribution map).
 
     The program needs torch alone, neither timm nor this package: `torch.export.save(program, "explainer.pt2")`, then
     `torch.export.load("explainer.pt2").module()(images, target)`. It runs on the device and in the dtype of the model.
 
     Args:
-        model: A B-cos network in eval mode.
+        model: A B-cos model in eval mode.
         x: Example images (N, C, H, W) in [0, 1], N at least 2; the batch size stays free, the image size is fixed.
 
     Returns:

@@ -11,15 +11,15 @@ from ..nn.stems import BcosStem, ImageReader
 
 __all__ = ["check_images", "check_model", "image_reader", "is_encoding", "refuse_stripes", "rows_of"]
 
-LONGEST = 100  # sides in proportion; the shorter side is resized to what the network wants, the longer one with it
+LONGEST = 100  # sides in proportion; the shorter side is resized to what the model wants, the longer one with it
 
 
 def check_model(model: nn.Module) -> BcosStem | ImageReader:
-    """What reads the images in a B-cos network.
+    """What reads the images in a B-cos model.
 
     Raises:
-        InputError: For what is no network.
-        ModelStateError: For another network, or one in training mode.
+        InputError: For what is no model.
+        ModelStateError: For another model, or one in training mode.
     """
     stem = image_reader(model)
     training = [name or "the model" for name, m in model.named_modules() if m.training]
@@ -31,11 +31,11 @@ def check_model(model: nn.Module) -> BcosStem | ImageReader:
 def image_reader(model: nn.Module) -> BcosStem | ImageReader:
     """The same in training mode, too."""
     if not isinstance(model, nn.Module):
-        raise InputError(f"expected a network first, then images, got {type(model).__name__}")
+        raise InputError(f"expected a model first, then images, got {type(model).__name__}")
     stems = [m for m in model.modules() if isinstance(m, BcosStem | ImageReader)]
     if not stems:
         raise ModelStateError(
-            f"{type(model).__name__} is no B-cos network: create one with timm.create_model('bcos_...'), "
+            f"{type(model).__name__} is no B-cos model: create one with timm.create_model('bcos_...'), "
             f"or convert it with timm_bcos.bcosify(model)"
         )
     return stems[0]

@@ -1,36 +1,32 @@
-"""A model at its images: one forward pass in explanation mode, from which any number of outputs are explained."""
+"""The second and third step of an explanation: select numbers of a model's run, and attribute them to its images."""
 
-import difflib
 from collections.abc import Callable
-from functools import cached_property
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..dynamic_linear.bias_tracker import AmbiguousBatch, BiasTracker
-from ..dynamic_linear.mode import active, ordinary_autograd
-from ..dynamic_linear.tracking_mode import BiasTrackingMode
+from ..dynamic_linear.bias_tracker import AmbiguousBatch
+from ..dynamic_linear.mode import ordinary_autograd
 from ..dynamic_linear.violations import Violation
-from ..errors import BcosError, ModelStateError, TargetError
-from ..nn.functional import encode_image
+from ..errors import ModelStateError, TargetError
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
-from ..nn.module_utils import channel_axis, converted_part, first_output, isolate, pick_output, told_classifiers
-from .inputs import check_model, is_encoding, rows_of
+from ..nn.module_utils import channel_axis, converted_part, first_output, told_classifiers
 from .linear_parts import LinearPart, linear_part, linear_parts
 from .outputs import ModelOutputs, Selection
 from .regions import PositionGrid
 from .request import Request
 from .result import Explanation
-from .self_check import compare_outputs, compare_with_another_image, incomplete, measure_rounding, outputs_apart
+from .run import ModelRun
+from .self_check import compare_outputs, compare_with_another_image, incomplete
 
 __all__ = ["LinearizedModel"]
 
 T = TypeVar("T")
 
 
-class LinearizedModel:
-    """A model for a batch of images.
+class LinearizedModel(ModelRun):
+    """A run of a model, from which any number of outputs are explained.
 
     Args:
         model: A B-cos model in evaluation mode, as `check_model` wants it. Not changed.
@@ -53,21 +49,10 @@ class LinearizedModel:
         request: Request = Request(),  # noqa: B008  (frozen)
         checks: bool = True,
     ) -> None:
-        self.model = getattr(model, "_orig_mod", model)  # of `torch.compile`
-        self.layer, self.output, self.extra = request.layer, request.output, dict(request.extra)
-        self._saves_copies = False
-        stem = check_model(model)
-        self.image_channels = stem.image_channels
-        if self.layer is not None:
-            _check_layer(self.model, self.layer)
+        super().__init__(model, x, request)
         with ordinary_autograd(x.device):
-            x = x.detach().clone()
-            is_encoded = is_encoding(x, self.image_channels)
-            channels = x.shape[1] // 2 if is_encoded else x.shape[1]
-            self.inputs = encode_image(x.to(stem.weight.dtype), channels).clone()
-            self.image = self.inputs[:, :channels].contiguous()
             try:
-                self._run()
+                self.run()
             except AmbiguousBatch as signal:
                 signal.violations = tuple(compare_outputs(self)) if checks else ()
                 raise
@@ -76,58 +61,9 @@ class LinearizedModel:
             if checks and self.apart.shape == self.tensor.shape:
                 self.outputs.shifts = self.by_position(self.apart - self.tensor.detach())
 
-    def _run(self) -> None:
-        self.leaf, self.tracker, self.mode, whole, outputs = self._pass(self.image)
-        self._whole = whole
-        self.tensor = self._checked([whole] if self.layer is None else outputs)
+    def run(self) -> None:
+        super().run()
         self.outputs = self._outputs_of(self.tensor, self.layer)
-
-    @property
-    def eps(self) -> float:
-        """Of the narrowest type on the image's path."""
-        return self.mode.eps
-
-    @property
-    def is_narrow(self) -> bool:
-        """Whether a part of the model computes in a narrower type than its input's."""
-        return self.eps > torch.finfo(self.image.dtype).eps
-
-    @cached_property
-    def apart(self) -> Tensor:
-        """As `outputs_apart` finds them."""
-        return outputs_apart(self)
-
-    @cached_property
-    def rounding(self) -> float | None:
-        """As `measure_rounding` finds it, once it is asked for."""
-        return measure_rounding(self)
-
-    def _pass(self, image: Tensor, names_places: bool = False) -> tuple[Any, ...]:
-        """One forward pass in explanation mode: the leaf, the tracker, the mode, what the model and layer return."""
-        outputs: list[object] = []
-        network = _network_to_run(self.model, self.layer, outputs)
-        leaf = image.clone().requires_grad_()
-        tracker = BiasTracker(network, len(image), leaf, names_places)
-        mode = BiasTrackingMode(leaf, tracker)
-        mode.heeds_hooks = self._saves_copies
-        try:
-            with active(mode):
-                whole = network(leaf.clone(), **self.extra)  # a clone, in which it may write
-        except (BcosError, AmbiguousBatch):
-            raise
-        except Exception as error:
-            self.plain(image)  # raises the same where the model itself is at fault
-            raise ModelStateError(f"{type(self.model).__name__} cannot be explained: {error}") from error
-        return leaf, tracker, mode, whole, outputs
-
-    def plain(self, image: Tensor, rows: slice = slice(None)) -> Tensor:
-        """The outputs outside of explanation mode, for some of the images."""
-        outputs: list[object] = []
-        network = _network_to_run(self.model, self.layer, outputs)
-        with torch.no_grad():
-            whole = network(image[rows].clone(), **rows_of(self.extra, rows, len(image)))
-        found: Tensor = pick_output(whole if self.layer is None else outputs[0], self.output, "the model")
-        return found
 
     def _compared(self) -> tuple[Violation, ...]:
         found = compare_outputs(self, self.tensor.detach())
@@ -140,27 +76,8 @@ class LinearizedModel:
     @property
     def final(self) -> ModelOutputs:
         """What the model returns, whatever the layer is."""
-        output = first_output(self._whole)
+        output = first_output(self.whole)
         return self._outputs_of(output, None)
-
-    def _checked(self, outputs: list[object]) -> Tensor:
-        what = "the model" if self.layer is None else f"layer {self.layer!r}"
-        if len(outputs) != 1:
-            times = f"runs {len(outputs)} times in a forward pass: pick the module around it" if outputs else (
-                "did not run for this input"
-            )  # fmt: skip
-            raise TargetError(f"{what} {times}")
-        output = pick_output(outputs[0], self.output, what)
-        if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4) or len(output) != len(self.leaf):
-            found = _described(output)
-            raise TargetError(f"{what} returns {found}; one row of units per image is needed{_hint(output)}")
-        if not output.requires_grad:
-            raise TargetError(
-                f"{what} ends in {self.mode.maker(output)}, a gate or a statistic that only scales the image's path: "
-                f"pick another layer, take a final activation out (nn.Identity()), or say what it is with "
-                f"timm_bcos.register_function"
-            )
-        return self.mode.seen(output)
 
     def _outputs_of(self, x: Tensor, layer: str | None) -> ModelOutputs:
         size = (self.leaf.shape[2], self.leaf.shape[3])
@@ -232,15 +149,15 @@ class LinearizedModel:
             ModelStateError: For a model that autograd cannot differentiate.
         """
         with ordinary_autograd(self.leaf.device):
-            if not self._saves_copies:
+            if not self.saves_copies:
                 try:
                     return function()
                 except RuntimeError as error:
                     if "modified by an inplace operation" not in str(error):
                         raise ModelStateError(f"{type(self.model).__name__} cannot be explained: {error}") from error
             with torch.autograd.graph.allow_mutation_on_saved_tensors():
-                self._saves_copies = True
-                self._run()
+                self.saves_copies = True
+                self.run()
                 return function()
 
     def explanation(self, selection: Selection, part: LinearPart, layer: str | None) -> Explanation:
@@ -268,70 +185,6 @@ class LinearizedModel:
             region=selection.region,
         )
         return incomplete(self, found, selection.shift, (*part.violations, *self.violations))
-
-
-def _described(output: object) -> str:
-    return str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
-
-
-def _hint(output: object) -> str:
-    if not isinstance(output, Tensor):
-        return ""
-    if output.ndim == 1:
-        return ": return one column per output, y[:, None]"
-    return ": name the output to explain with output=" if output.ndim == 0 else ""
-
-
-def _network_to_run(model: nn.Module, layer: str | None, outputs: list[object]) -> nn.Module:
-    """The model itself, or a copy whose layer of interest notes its outputs and which has no checkpoints.
-
-    The backward pass would run checkpointed parts again, without explanation mode.
-    """
-    changed = [name for name, module in model.named_modules() if _is_checkpointing(module) or _is_program(module)]
-    if layer is None and not any(map(_is_checkpointing, model.modules())):
-        return model
-    network = isolate(model, [name for name in (*changed, layer) if name])
-    for name in changed:
-        own = network.get_submodule(name)
-        own.grad_checkpointing = False  # type: ignore[assignment]
-        if _is_program(own):  # whose program is of the original's layers
-            own.__dict__["forward"] = own.get_submodule("_orig_mod").__call__
-    if layer is not None:
-        network.get_submodule(layer).register_forward_hook(lambda module, args, output: _noted(output, outputs))
-    return network
-
-
-def _noted(output: object, outputs: list[object]) -> object:
-    """A copy of what is noted is passed on: functions that follow may work in place."""
-    outputs.append(_copied(output))
-    return _copied(outputs[-1])
-
-
-def _copied(output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return output.clone()
-    if isinstance(output, dict):
-        return {name: _copied(value) for name, value in output.items()}
-    return tuple(map(_copied, output)) if isinstance(output, list | tuple) else output
-
-
-def _is_program(module: nn.Module) -> bool:
-    """Whether `torch.compile` has wrapped a part of the model."""
-    return type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules
-
-
-def _is_checkpointing(module: nn.Module) -> bool:
-    return getattr(module, "grad_checkpointing", False) is True
-
-
-def _check_layer(model: nn.Module, layer: str) -> None:
-    if layer == "":
-        raise TargetError("layer='' is the model itself: leave `layer` out to explain its logits")
-    names = dict(model.named_modules(remove_duplicate=False))
-    if layer not in names:
-        near = difflib.get_close_matches(layer, names, n=3)
-        hint = f"close names: {', '.join(near)}" if near else "see model.named_modules() for their names"
-        raise TargetError(f"no layer {layer!r}; {hint}")
 
 
 def _logit_bias(model: nn.Module) -> float:

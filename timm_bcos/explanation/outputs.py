@@ -1,4 +1,4 @@
-"""Numbers read out of a network's outputs, one per image: linear in the outputs, so that they can be explained."""
+"""Numbers read out of a model's outputs, one per image: linear in the outputs, so that they can be explained."""
 
 from dataclasses import dataclass
 
@@ -38,7 +38,7 @@ class Selection:
 
 @dataclass
 class ModelOutputs:
-    """A layer's outputs, or the network's.
+    """A layer's outputs, or the model's.
 
     Attributes:
         maps: (N, K, P) K units at P positions, on the graph.

@@ -104,7 +104,7 @@ def _rows(target: Target, images: slice) -> Target:
 
 
 def check_target(target: object, images: int, name: str = "target") -> Target:
-    """What a user has given, as far as it can be checked before the network has run.
+    """What a user has given, as far as it can be checked before the model has run.
 
     Args:
         target: A class, N classes, a set of classes, a direction (K,) or N of them; None for the strongest class.

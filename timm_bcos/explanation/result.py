@@ -28,14 +28,14 @@ class Explanation:
         weights: (N, 2C, H, W) row `target` of W(x), a picture in the input's encoding.
         inputs: (N, 2C, H, W) the encoded images.
         bias: (N,) what is added on the way contributes: constants (logit bias, layer biases, position embeddings,
-            class tokens), and, in a network that is not dynamic linear, values that depend on the image. Computed as
+            class tokens), and, in a model that is not dynamic linear, values that depend on the image. Computed as
             gradient · addend and never as the remainder.
         constant_bias: (N,) how much of `bias` comes from true constants (parameters, buffers, literals): all of it, or
             the explanation is not exact.
-        violations: Where the network is not dynamic linear, so that the explanation is not exact; empty if it is.
+        violations: Where the model is not dynamic linear, so that the explanation is not exact; empty if it is.
         logit_bias: The classifier's fixed logit bias, which `bias` contains; 0 for inner neurons.
         layer: The explained neuron's layer, None for a logit.
-        probability_kind: 'sigmoid' or 'softmax', as the network's config says.
+        probability_kind: 'sigmoid' or 'softmax', as the model's config says.
         position: (N, 2) its row and column (row 0 for token sequences); None for a logit, and for a region.
         versus: (N,) the class that `contrast` subtracts; weights and biases are then differences. None for one class.
         direction: (N, K) coefficients of the outputs whose sum is explained; None for a class, or two.
@@ -88,8 +88,8 @@ class Explanation:
     def probability(self) -> Tensor:
         """(N, K) probabilities of the classes.
 
-        Sigmoids, as B-cos networks train with binary cross-entropy, so they need not sum to 1; softmax for a
-        conversion that preserves a network trained with it.
+        Sigmoids, as B-cos models train with binary cross-entropy, so they need not sum to 1; softmax for a
+        conversion that preserves a model trained with it.
         """
         return self.logits.softmax(1) if self.probability_kind == "softmax" else self.logits.sigmoid()
 

@@ -1,7 +1,6 @@
 """An explanation held against itself: does it sum up, and is it of what the model computes?"""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -9,17 +8,13 @@ from torch import Tensor
 from ..dynamic_linear.bias_tracker import changed_constants
 from ..dynamic_linear.violations import Violation
 from .result import Explanation
-
-if TYPE_CHECKING:
-    from .linearized import LinearizedModel
+from .run import ModelRun
 
 __all__ = [
     "another_image",
     "compare_outputs",
     "compare_with_another_image",
     "incomplete",
-    "measure_rounding",
-    "outputs_apart",
     "tolerance",
 ]
 
@@ -29,20 +24,7 @@ def tolerance(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps ** (2 / 3))
 
 
-def measure_rounding(run: "LinearizedModel") -> float | None:
-    """Largest change of an output when the image changes in its last digits; None if two runs differ anyway.
-
-    A deep untrained model may amplify rounding a million times.
-    """
-    plain, again = run.plain(run.image), run.plain(run.image)
-    if not torch.equal(plain.nan_to_num(), again.nan_to_num()):
-        return None
-    up = torch.rand(run.image.shape, generator=torch.Generator().manual_seed(0)).to(run.image) < 0.5
-    other = run.image * (1 + run.eps * (2 * up.to(run.image.dtype) - 1))
-    return float((run.plain(other) - plain).abs().max())
-
-
-def compare_outputs(run: "LinearizedModel", found: Tensor | None = None) -> list[Violation]:
+def compare_outputs(run: ModelRun, found: Tensor | None = None) -> list[Violation]:
     """Hold outputs in explanation mode against those outside of it, and a batch against its images in other company.
 
     Args:
@@ -56,14 +38,7 @@ def compare_outputs(run: "LinearizedModel", found: Tensor | None = None) -> list
     return violations or _difference(run, together, run.apart, "images")
 
 
-def outputs_apart(run: "LinearizedModel") -> Tensor:
-    """The plain outputs of the first image alone, and of the others without it."""
-    if len(run.image) == 1:
-        return run.plain(run.image)
-    return torch.cat([run.plain(run.image, slice(0, 1)), run.plain(run.image, slice(1, None))])
-
-
-def _difference(run: "LinearizedModel", found: Tensor, expected: Tensor, kind: str) -> list[Violation]:
+def _difference(run: ModelRun, found: Tensor, expected: Tensor, kind: str) -> list[Violation]:
     if found.shape != expected.shape:
         return [Violation("", f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}", kind)]
     change, scale = (found - expected).abs().max().item(), expected.abs().max().item()
@@ -88,7 +63,7 @@ def another_image(image: Tensor, darkest: float = 0.0, brightest: float = 1.0) -
     return darkest + (brightest - darkest) * (image.flip(-2, -1) + noise) / 2
 
 
-def compare_with_another_image(run: "LinearizedModel") -> list[Violation]:
+def compare_with_another_image(run: ModelRun) -> list[Violation]:
     """Constants are the same for any image: run another one, and compare what was booked as constant.
 
     With a dark and a bright one, too, where a number, or what changes the image before it is read, may be the same for
@@ -100,13 +75,13 @@ def compare_with_another_image(run: "LinearizedModel") -> list[Violation]:
         others += [another_image(run.image, 0.01, 0.2), another_image(run.image, 0.8, 0.99)]
     found: list[Violation] = []
     for image in others:
-        _, tracker, *_ = run._pass(image, names_places=True)
+        _, tracker, *_ = run.trace(image, names_places=True)
         found += changed_constants(run.tracker, tracker)
     return list(dict.fromkeys(found))
 
 
 def incomplete(
-    run: "LinearizedModel", explanation: Explanation, shift: Tensor | None, violations: tuple[Violation, ...]
+    run: ModelRun, explanation: Explanation, shift: Tensor | None, violations: tuple[Violation, ...]
 ) -> Explanation:
     """The explanation with its violations; among them that it does not sum up, where it does not but for rounding.
 
@@ -126,7 +101,7 @@ def incomplete(
     return replace(explanation, violations=tuple(dict.fromkeys((*violations, *found))), rounding=narrow)
 
 
-def _excess(run: "LinearizedModel", error: Tensor, allowed: Tensor, kind: str, figure: str) -> list[Violation]:
+def _excess(run: ModelRun, error: Tensor, allowed: Tensor, kind: str, figure: str) -> list[Violation]:
     """A violation where an error (N,) is larger than allowed, and than rounding is in this model."""
     error = error.abs()
     if not bool(((error > allowed) | error.isnan()).any()):

@@ -1,4 +1,4 @@
-"""Explanations of films, frame by frame: the film and, beside it, what the network sees in each frame."""
+"""Explanations of films, frame by frame: the film and, beside it, what the model sees in each frame."""
 
 import os
 from collections import Counter
@@ -41,7 +41,7 @@ def explain_video(
     Frames are read, explained and written in small batches: memory does not grow with the film.
 
     Args:
-        model: A B-cos network in eval mode.
+        model: A B-cos model in eval mode.
         source: A film or an animated GIF.
         out: Where to; the suffix says the format. Written whole or not at all.
         target: A class; None explains the most probable one of each frame.

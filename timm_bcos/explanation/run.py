@@ -1,0 +1,207 @@
+"""The first step of an explanation: run the model at its images, in explanation mode and outside of it."""
+
+import difflib
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..dynamic_linear.bias_tracker import AmbiguousBatch, BiasTracker
+from ..dynamic_linear.mode import active, ordinary_autograd
+from ..dynamic_linear.tracking_mode import BiasTrackingMode
+from ..errors import BcosError, ModelStateError, TargetError
+from ..nn.functional import encode_image
+from ..nn.module_utils import isolate, pick_output
+from .inputs import check_model, is_encoding, rows_of
+from .request import Request
+
+__all__ = ["ModelRun"]
+
+
+class ModelRun:
+    """A model at a batch of images.
+
+    Args:
+        model: A B-cos model in evaluation mode, as `check_model` wants it. Not changed.
+        x: Images, as `check_images` wants them.
+        request: Of which the layer, the output and the other arguments of the model are taken.
+
+    Attributes:
+        image: (N, C, H, W) the images, as the model is given them.
+        inputs: (N, 2C, H, W) their encoding.
+        leaf: The images that outputs are differentiated by.
+        tracker: Constants and violations of the pass in explanation mode.
+        whole: What the model returned in explanation mode.
+        tensor: What is explained: the model's output, or the layer's.
+
+    Raises:
+        TargetError: For a layer that does not exist, does not run once, or whose output has no units.
+        AmbiguousBatch: If constants cannot be told apart by image.
+    """
+
+    leaf: Tensor
+    tracker: BiasTracker
+    mode: BiasTrackingMode
+    whole: object
+    tensor: Tensor
+
+    def __init__(self, model: nn.Module, x: Tensor, request: Request) -> None:
+        self.model = getattr(model, "_orig_mod", model)  # of `torch.compile`
+        self.layer, self.output, self.extra = request.layer, request.output, dict(request.extra)
+        self.saves_copies = False
+        stem = check_model(model)
+        self.image_channels = stem.image_channels
+        if self.layer is not None:
+            _check_layer(self.model, self.layer)
+        with ordinary_autograd(x.device):
+            x = x.detach().clone()
+            is_encoded = is_encoding(x, self.image_channels)
+            channels = x.shape[1] // 2 if is_encoded else x.shape[1]
+            self.inputs = encode_image(x.to(stem.weight.dtype), channels).clone()
+            self.image = self.inputs[:, :channels].contiguous()
+
+    def run(self) -> None:
+        """Run the model in explanation mode."""
+        self.leaf, self.tracker, self.mode, self.whole, outputs = self.trace(self.image)
+        self.tensor = self._checked([self.whole] if self.layer is None else outputs)
+
+    def trace(self, image: Tensor, names_places: bool = False) -> tuple[Any, ...]:
+        """One forward pass in explanation mode: the leaf, the tracker, the mode, what the model and layer return."""
+        outputs: list[object] = []
+        model = _model_to_run(self.model, self.layer, outputs)
+        leaf = image.clone().requires_grad_()
+        tracker = BiasTracker(model, len(image), leaf, names_places)
+        mode = BiasTrackingMode(leaf, tracker)
+        mode.heeds_hooks = self.saves_copies
+        try:
+            with active(mode):
+                whole = model(leaf.clone(), **self.extra)  # a clone, in which it may write
+        except (BcosError, AmbiguousBatch):
+            raise
+        except Exception as error:
+            self.plain(image)  # raises the same where the model itself is at fault
+            raise ModelStateError(f"{type(self.model).__name__} cannot be explained: {error}") from error
+        return leaf, tracker, mode, whole, outputs
+
+    def plain(self, image: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The outputs outside of explanation mode, for some of the images."""
+        outputs: list[object] = []
+        model = _model_to_run(self.model, self.layer, outputs)
+        with torch.no_grad():
+            whole = model(image[rows].clone(), **rows_of(self.extra, rows, len(image)))
+        found: Tensor = pick_output(whole if self.layer is None else outputs[0], self.output, "the model")
+        return found
+
+    @cached_property
+    def apart(self) -> Tensor:
+        """The plain outputs of the first image alone, and of the others without it."""
+        if len(self.image) == 1:
+            return self.plain(self.image)
+        return torch.cat([self.plain(self.image, slice(0, 1)), self.plain(self.image, slice(1, None))])
+
+    @property
+    def eps(self) -> float:
+        """Of the narrowest type on the image's path."""
+        return self.mode.eps
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether a part of the model computes in a narrower type than its input's."""
+        return self.eps > torch.finfo(self.image.dtype).eps
+
+    @cached_property
+    def rounding(self) -> float | None:
+        """Largest change of an output when the image changes in its last digits; None if two runs differ anyway.
+
+        A deep untrained model may amplify rounding a million times.
+        """
+        plain, again = self.plain(self.image), self.plain(self.image)
+        if not torch.equal(plain.nan_to_num(), again.nan_to_num()):
+            return None
+        up = torch.rand(self.image.shape, generator=torch.Generator().manual_seed(0)).to(self.image) < 0.5
+        other = self.image * (1 + self.eps * (2 * up.to(self.image.dtype) - 1))
+        return float((self.plain(other) - plain).abs().max())
+
+    def _checked(self, outputs: list[object]) -> Tensor:
+        what = "the model" if self.layer is None else f"layer {self.layer!r}"
+        if len(outputs) != 1:
+            times = f"runs {len(outputs)} times in a forward pass: pick the module around it" if outputs else (
+                "did not run for this input"
+            )  # fmt: skip
+            raise TargetError(f"{what} {times}")
+        output = pick_output(outputs[0], self.output, what)
+        if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4) or len(output) != len(self.leaf):
+            found = _described(output)
+            raise TargetError(f"{what} returns {found}; one row of units per image is needed{_hint(output)}")
+        if not output.requires_grad:
+            raise TargetError(
+                f"{what} ends in {self.mode.maker(output)}, a gate or a statistic that only scales the image's path: "
+                f"pick another layer, take a final activation out (nn.Identity()), or say what it is with "
+                f"timm_bcos.register_function"
+            )
+        return self.mode.seen(output)
+
+
+def _described(output: object) -> str:
+    return str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
+
+
+def _hint(output: object) -> str:
+    if not isinstance(output, Tensor):
+        return ""
+    if output.ndim == 1:
+        return ": return one column per output, y[:, None]"
+    return ": name the output to explain with output=" if output.ndim == 0 else ""
+
+
+def _model_to_run(model: nn.Module, layer: str | None, outputs: list[object]) -> nn.Module:
+    """The model itself, or a copy whose layer of interest notes its outputs and which has no checkpoints.
+
+    The backward pass would run checkpointed parts again, without explanation mode.
+    """
+    changed = [name for name, module in model.named_modules() if _is_checkpointing(module) or _is_program(module)]
+    if layer is None and not any(map(_is_checkpointing, model.modules())):
+        return model
+    copy = isolate(model, [name for name in (*changed, layer) if name])
+    for name in changed:
+        own = copy.get_submodule(name)
+        own.grad_checkpointing = False  # type: ignore[assignment]
+        if _is_program(own):  # whose program is of the original's layers
+            own.__dict__["forward"] = own.get_submodule("_orig_mod").__call__
+    if layer is not None:
+        copy.get_submodule(layer).register_forward_hook(lambda module, args, output: _noted(output, outputs))
+    return copy
+
+
+def _noted(output: object, outputs: list[object]) -> object:
+    """A copy of what is noted is passed on: functions that follow may work in place."""
+    outputs.append(_copied(output))
+    return _copied(outputs[-1])
+
+
+def _copied(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output.clone()
+    if isinstance(output, dict):
+        return {name: _copied(value) for name, value in output.items()}
+    return tuple(map(_copied, output)) if isinstance(output, list | tuple) else output
+
+
+def _is_program(module: nn.Module) -> bool:
+    """Whether `torch.compile` has wrapped a part of the model."""
+    return type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules
+
+
+def _is_checkpointing(module: nn.Module) -> bool:
+    return getattr(module, "grad_checkpointing", False) is True
+
+
+def _check_layer(model: nn.Module, layer: str) -> None:
+    if layer == "":
+        raise TargetError("layer='' is the model itself: leave `layer` out to explain its logits")
+    names = dict(model.named_modules(remove_duplicate=False))
+    if layer not in names:
+        near = difflib.get_close_matches(layer, names, n=3)
+        hint = f"close names: {', '.join(near)}" if near else "see model.named_modules() for their names"
+        raise TargetError(f"no layer {layer!r}; {hint}")
