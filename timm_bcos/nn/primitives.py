@@ -83,6 +83,8 @@ def inverse_norm(weight: Tensor, power: float) -> Tensor:
 def max_out(x: Tensor, units: int, dim: int) -> Tensor:
     """MaxOut: the largest response of each M neighboring units (section 4 of arXiv 2205.10268).
 
+    Of equal responses the first one gets the whole gradient, so that units with equal weights become different.
+
     Args:
         x: Responses, unit m of output o at index o · M + m.
         units: M.
@@ -96,8 +98,16 @@ def max_out(x: Tensor, units: int, dim: int) -> Tensor:
     neighbors = x.unflatten(dim, [-1, units]).unbind(dim + 1 if dim >= 0 else dim)
     best = neighbors[0]
     for other in neighbors[1:]:  # faster than a maximum along an axis
-        best = torch.maximum(best, other)
+        best = _larger(best, other)
     return best
+
+
+def _larger(first: Tensor, second: Tensor) -> Tensor:
+    """`torch.maximum`, which would split the gradient of equal elements; here `first` gets all of it."""
+    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript leaves out what is inside)
+        if only_infers(first, second):
+            return torch.maximum(first, second)
+    return torch.where((first >= second) | first.isnan(), first, second)  # NaN is passed on
 
 
 def patch_norm(
