@@ -6,9 +6,10 @@ keeps the same y, and unit weights are computed again. Second derivatives, and b
 formulas, which are computed again too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from .primitives import (
     cosine_factor,
     effective_weight,
     feature_norm,
+    has_amplitude,
     inverse_norm,
     norm_power,
     patch_norm,
@@ -32,11 +34,11 @@ from .primitives import (
     sum_of_groups,
 )
 
-__all__ = ["bcos_conv2d", "bcos_linear", "divide_by_deviation"]
+__all__ = ["Convolution", "LinearMap", "Unit", "bcos_response", "divide_by_deviation"]
 
 
 class Unit(NamedTuple):
-    """What a layer's units are, as in `functional.bcos_linear`."""
+    """The settings of a layer's units, as in `functional.bcos_linear`."""
 
     b: float
     gamma: float
@@ -44,42 +46,97 @@ class Unit(NamedTuple):
     normalize_weight: bool
 
 
-class Window(NamedTuple):
-    """What a convolution sees, as in `functional.bcos_conv2d`."""
+@dataclass(frozen=True)
+class Convolution:
+    """The linear transform of `functional.bcos_conv2d`, with the norms of its patches."""
 
     stride: list[int]
     padding: list[int]
     dilation: list[int]
     groups: int
     eps: float
+    axis: ClassVar[int] = 1  # of the units
+
+    def formula(self, x: Tensor, weight: Tensor, unit: Unit) -> Tensor:
+        """The response by torch's own functions."""
+        return functional.bcos_conv2d(x, weight, **vars(self), **unit._asdict())
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The transform itself, for an effective weight."""
+        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """(N, G, H', W') of the patches."""
+        return patch_norm(x, list(weight.shape[2:]), **vars(self))
+
+    def sum_of_units(self, values: Tensor) -> Tensor:
+        """Sum over the units that share a norm."""
+        return sum_of_groups(values, self.groups)
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, is_wanted: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients by x and by the effective weight, those that are wanted."""
+        by_x, by_weight, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None,
+            self.stride, self.padding, self.dilation, False, [0, 0], self.groups, [*is_wanted, False],
+        )  # fmt: skip
+        return by_x, by_weight
+
+    def half_by_squares(self, slope: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """The gradient by x² / 2, from that by the squared norms / 2."""
+        size, kernel = [len(x), self.groups, *x.shape[2:]], list(weight.shape[2:])
+        by_sums = by_window_sum(slope, size, kernel, self.stride, self.padding, self.dilation)
+        return per_unit(by_sums, x, self.groups)
 
 
-def bcos_conv2d(x: Tensor, weight: Tensor, window: Window, unit: Unit) -> Tensor:
-    """`functional.bcos_conv2d` for any B but 1."""
-    if x.ndim == 3:
-        return bcos_conv2d(x[None], weight, window, unit)[0]
-    y: Tensor = _BcosConv2d.apply(_as_autocast(x), weight, window, _without_amplitude(unit))
-    return y * row_norm(weight).to(y.dtype).reshape(-1, 1, 1) if has_amplitude(unit) else y
+@dataclass(frozen=True)
+class LinearMap:
+    """The linear transform of `functional.bcos_linear`, with the norms of its vectors; methods as of `Convolution`."""
+
+    axis: ClassVar[int] = -1
+    groups: ClassVar[int] = 1
+
+    def formula(self, x: Tensor, weight: Tensor, unit: Unit) -> Tensor:
+        return functional.bcos_linear(x, weight, **unit._asdict())
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return feature_norm(x)
+
+    def sum_of_units(self, values: Tensor) -> Tensor:
+        return values.sum(-1, keepdim=True)
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, is_wanted: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        by_x = grad @ weight if is_wanted[0] else None
+        by_weight = grad.flatten(0, -2).T @ x.flatten(0, -2) if is_wanted[1] else None
+        return by_x, by_weight
+
+    def half_by_squares(self, slope: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return slope
 
 
-def bcos_linear(x: Tensor, weight: Tensor, unit: Unit) -> Tensor:
-    """`functional.bcos_linear`, likewise."""
-    y: Tensor = _BcosLinear.apply(_as_autocast(x), weight, _without_amplitude(unit))
-    return y * row_norm(weight).to(y.dtype) if has_amplitude(unit) else y
+Transform = Convolution | LinearMap
+
+
+def bcos_response(x: Tensor, weight: Tensor, transform: Transform, unit: Unit) -> Tensor:
+    """`transform.formula`, for any B but 1, with a backward pass by hand."""
+    if transform.axis == 1 and x.ndim == 3:  # a single image
+        return bcos_response(x[None], weight, transform, unit)[0]
+    if not has_amplitude(unit.b, unit.normalize_weight):
+        return _BcosResponse.apply(_as_autocast(x), weight, transform, unit)  # type: ignore[no-any-return]
+    y: Tensor = _BcosResponse.apply(_as_autocast(x), weight, transform, unit._replace(normalize_weight=True))
+    amplitude = row_norm(weight).to(y.dtype)
+    return y * (amplitude.reshape(-1, 1, 1) if transform.axis == 1 else amplitude)
 
 
 def divide_by_deviation(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`primitives.divide_by_deviation`."""
     return _DivideByDeviation.apply(x, weight, eps)
-
-
-def has_amplitude(unit: Unit) -> bool:
-    """Whether the norms of free rows multiply the response, instead of what x is multiplied by."""
-    return not unit.normalize_weight and unit.b != 2
-
-
-def _without_amplitude(unit: Unit) -> Unit:
-    return unit._replace(normalize_weight=True) if has_amplitude(unit) else unit
 
 
 def _as_autocast(x: Tensor) -> Tensor:
@@ -94,7 +151,7 @@ class _Saved(FunctionCtx):
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
-    window: Window
+    transform: Transform
     unit: Unit
     eps: float
     response: "_Response | None"
@@ -111,66 +168,28 @@ class _Response(NamedTuple):
         return self.alias._version == self.version
 
 
-class _BcosConv2d(torch.autograd.Function):
+class _BcosResponse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Saved, x: Tensor, weight: Tensor, window: Window, unit: Unit) -> Tensor:
-        linear = F.conv2d(x, _used(weight, unit, x.dtype), None, *window[:4])
-        norm = patch_norm(x, list(weight.shape[2:]), *window)
-        y, ctx.response, kept = _respond(linear, norm, unit, 1, window.groups)
+    def forward(ctx: _Saved, x: Tensor, weight: Tensor, transform: Transform, unit: Unit) -> Tensor:
+        norm = transform.norm(x, weight)
+        y, ctx.response, kept = _respond(transform.linear(x, _used(weight, unit, x.dtype)), norm, unit, transform)
         ctx.save_for_backward(x, weight, norm, *kept)
-        ctx.window, ctx.unit = window, unit
+        ctx.transform, ctx.unit = transform, unit
         return y
 
     @staticmethod
     def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, norm, *kept = ctx.saved_tensors
+        transform, unit = ctx.transform, ctx.unit
         if torch.is_grad_enabled() or not runs_eagerly(grad):
-            formula = partial(functional.bcos_conv2d, **ctx.window._asdict(), **ctx.unit._asdict())
-            return *_gradients_of(formula, (x, weight), grad, ctx), None, None
-        stride, padding, dilation, groups, _ = ctx.window
-
-        def respond() -> Tensor:
-            return F.conv2d(x, _used(weight, ctx.unit, x.dtype), None, stride, padding, dilation, groups)
-
-        saved, is_response, winner = _kept(ctx, kept, respond, 1)
-        total = partial(sum_of_groups, groups=groups)
-        by_linear, by_norm = _by_response(grad, norm, saved, is_response, winner, ctx.unit, total, 1, groups)
-        by_x, by_used, _ = torch.ops.aten.convolution_backward(
-            by_linear, x, _used(weight, ctx.unit, x.dtype), None,
-            stride, padding, dilation, False, [0, 0], groups, [*ctx.needs_input_grad[:2], False],
-        )  # fmt: skip
-        if by_x is not None:
-            size, kernel = [len(x), groups, *x.shape[2:]], list(weight.shape[2:])
-            slope = by_window_sum(by_norm / norm, size, kernel, stride, padding, dilation)
-            by_x.addcmul_(x, per_unit(slope, x, groups).to(x.dtype))
-        return by_x, _by_weight(by_used, weight, ctx.unit), None, None
-
-
-class _BcosLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: _Saved, x: Tensor, weight: Tensor, unit: Unit) -> Tensor:
-        norm = feature_norm(x)
-        y, ctx.response, kept = _respond(F.linear(x, _used(weight, unit, x.dtype)), norm, unit, -1)
-        ctx.save_for_backward(x, weight, norm, *kept)
-        ctx.unit = unit
-        return y
-
-    @staticmethod
-    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, norm, *kept = ctx.saved_tensors
-        if torch.is_grad_enabled() or not runs_eagerly(grad):
-            formula = partial(functional.bcos_linear, **ctx.unit._asdict())
-            return *_gradients_of(formula, (x, weight), grad, ctx), None
-        saved, is_response, winner = _kept(ctx, kept, lambda: F.linear(x, _used(weight, ctx.unit, x.dtype)), -1)
-        total = partial(torch.sum, dim=-1, keepdim=True)
-        by_linear, by_norm = _by_response(grad, norm, saved, is_response, winner, ctx.unit, total, -1, 1)
-        by_x = by_used = None
-        if ctx.needs_input_grad[0]:
-            by_x = by_linear @ _used(weight, ctx.unit, x.dtype)
-            by_x.addcmul_(x, (by_norm / norm).to(x.dtype))
-        if ctx.needs_input_grad[1]:
-            by_used = by_linear.flatten(0, -2).T @ x.flatten(0, -2)
-        return by_x, _by_weight(by_used, weight, ctx.unit), None
+            return *_gradients_of(partial(transform.formula, unit=unit), (x, weight), grad, ctx), None, None
+        used = _used(weight, unit, x.dtype)
+        saved, is_response, winner = _kept(ctx, kept, lambda: transform.linear(x, used))
+        by_linear, by_norm = _by_response(grad, norm, saved, is_response, winner, unit, transform)
+        by_x, by_used = transform.backward(by_linear, x, used, ctx.needs_input_grad[:2])
+        if by_x is not None:  # x has an effect on the norm, too: ∂n/∂x = x / n
+            by_x.addcmul_(x, transform.half_by_squares(by_norm / norm, x, weight).to(x.dtype))
+        return by_x, _by_weight(by_used, weight, unit), None, None
 
 
 def _used(weight: Tensor, unit: Unit, dtype: torch.dtype) -> Tensor:
@@ -188,14 +207,14 @@ def _by_weight(by_used: Tensor | None, weight: Tensor, unit: Unit) -> Tensor | N
 
 
 def _respond(
-    linear: Tensor, norm: Tensor, unit: Unit, dim: int, groups: int = 1
+    linear: Tensor, norm: Tensor, unit: Unit, transform: Transform
 ) -> tuple[Tensor, _Response | None, list[Tensor]]:
     """The response, how it is watched if it is kept, and what else is saved. May overwrite `linear`."""
     winner: list[Tensor] = []
     if unit.max_out > 1:
-        linear, *winner = _max_out(linear, unit.max_out, dim)
+        linear, *winner = _max_out(linear, unit.max_out, transform.axis)
     keeps_response = _keeps_response(linear, unit)
-    y = scale_by_cosine(linear, norm, unit.b, unit.gamma, keeps_response, groups)
+    y = scale_by_cosine(linear, norm, unit.b, unit.gamma, keeps_response, transform.groups)
     if not keeps_response:
         return y, None, [linear, *winner]
     return y, _Response(y.detach(), y._version), winner
@@ -206,9 +225,7 @@ def _keeps_response(x: Tensor, unit: Unit) -> bool:
     return unit.b == 2 and x.dtype != torch.float16 and not saved_tensors_have_hooks()
 
 
-def _kept(
-    ctx: _Saved, kept: list[Tensor], respond: Callable[[], Tensor], dim: int
-) -> tuple[Tensor, bool, list[Tensor]]:
+def _kept(ctx: _Saved, kept: list[Tensor], respond: Callable[[], Tensor]) -> tuple[Tensor, bool, list[Tensor]]:
     """What the forward pass kept, whether it is the response or the linear one, and MaxOut's winners.
 
     A response that was changed in place since is no longer known: the linear one is computed again.
@@ -218,23 +235,19 @@ def _kept(
     if ctx.response.is_unchanged():
         return ctx.response.alias, True, kept
     linear = respond()
-    return (_max_out(linear, ctx.unit.max_out, dim)[0] if kept else linear), False, kept
+    return (_max_out(linear, ctx.unit.max_out, ctx.transform.axis)[0] if kept else linear), False, kept
 
 
 def _by_response(
-    grad: Tensor, norm: Tensor, saved: Tensor, is_response: bool, winner: list[Tensor], unit: Unit,
-    total: Callable[[Tensor], Tensor], dim: int, groups: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients by the linear responses (all those of MaxOut) and by the norm.
-
-    `total` sums up what belongs to the units that have a norm in common.
-    """
+    grad: Tensor, norm: Tensor, saved: Tensor, is_response: bool, winner: list[Tensor], unit: Unit, transform: Transform
+) -> tuple[Tensor, Tensor]:
+    """The gradients by the linear responses (all those of MaxOut) and by the norm."""
     by_linear, by_norm = torch.empty_like(saved), torch.empty_like(norm)
     gradients = _of_square if is_response else _of_power
     for piece, n, g, out, out_norm in pieces(saved, norm, grad, by_linear, by_norm):
-        products = gradients(piece, per_unit(n, piece, groups), g, unit, out)
-        out_norm.copy_(total(products)).div_(n).neg_()
-    return (_to_winners(by_linear, winner[0], unit.max_out, dim) if winner else by_linear), by_norm
+        products = gradients(piece, per_unit(n, piece, transform.groups), g, unit, out)
+        out_norm.copy_(transform.sum_of_units(products)).div_(n).neg_()
+    return (_to_winners(by_linear, winner[0], unit.max_out, transform.axis) if winner else by_linear), by_norm
 
 
 def _of_square(y: Tensor, norm: Tensor, grad: Tensor, unit: Unit, out: Tensor) -> Tensor:

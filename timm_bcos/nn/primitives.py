@@ -15,6 +15,7 @@ __all__ = [
     "divide_by_deviation",
     "effective_weight",
     "feature_norm",
+    "has_amplitude",
     "inverse_norm",
     "max_out",
     "mean_and_variance",
@@ -38,6 +39,11 @@ def norm_power(b: float, normalize_weight: bool) -> float:
     if normalize_weight or b not in (1.0, 2.0):
         return 1.0
     return 0.0 if b == 1.0 else 0.5
+
+
+def has_amplitude(b: float, normalize_weight: bool) -> bool:
+    """Whether the norms of free rows multiply the response, and not x (see `norm_power`)."""
+    return not normalize_weight and b != 1.0 and b != 2.0
 
 
 def effective_weight(weight: Tensor, b: float, normalize_weight: bool) -> Tensor:
