@@ -7,7 +7,7 @@ models and loads weights only in the functions that do so.
 import copy
 import difflib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -141,46 +141,109 @@ def _create_converted(
         >>> timm.create_model("bcosify", arch="swin_tiny_patch4_window7_224", features_only=True)  # timm's own maps
         >>> timm.create_model("bcosify", arch="test_resnet", arch_kwargs=dict(norm_layer="groupnorm"))
     """
-    from ..conversion.converted import bcosify as convert
-    from ..weights.pretrained import fill_backbone, load_pretrained
-
     changes, kwargs = BcosConfig.split(kwargs)
     config = BcosConfig.finetune(**changes)
     source = _find(arch, cache_dir)
     plain_cfg = _plain_cfg(arch, source)
     given = pretrained_cfg if isinstance(pretrained_cfg, dict) else {}
     overlay = pretrained_cfg_overlay or {}
-    has_source = any({**given, **overlay}.get(key) for key in WEIGHT_SOURCES)
-    own_weights = pretrained and not has_source
-    no_weights = dict.fromkeys((*WEIGHT_SOURCES, "hf_hub_filename", "tag", "source"), None)
-    cfg = {**plain_cfg, **no_weights, "architecture": "bcosify", "custom_load": False, **UNNORMALIZED, **given}
-    cfg = resolve_pretrained_cfg("bcosify", cfg, overlay).to_dict()
+    conversion = _Conversion(
+        arch=arch,
+        source=source,
+        config=config,
+        changes=changes,
+        arch_kwargs=arch_kwargs or {},
+        pretrained=pretrained,
+        has_other_weights=_names_weights({**given, **overlay}),
+        has_own_weights=_names_weights(plain_cfg),
+        cfg=resolve_pretrained_cfg("bcosify", _converted_cfg(plain_cfg, given), overlay).to_dict(),
+        cache_dir=cache_dir,
+    )
+    is_traced = kwargs.get("feature_cls") == "fx"  # timm traces the converted model
+    return (
+        conversion.backbone(**kwargs) if kwargs.get("features_only") and not is_traced else conversion.model(**kwargs)
+    )
 
-    def build(**model_kwargs: object) -> nn.Module:
-        arguments = {**model_kwargs, **source.remembered(), **(arch_kwargs or {})}
-        entry = model_entrypoint(source.name)
-        plain = entry(pretrained=own_weights, pretrained_cfg=source.cfg, cache_dir=cache_dir, **arguments)
-        original = copy.deepcopy(plain) if config.bias == "reference" and has_source else None
-        model = convert(plain, config)
-        if pretrained and has_source:
-            load_pretrained(model, cfg, partial(_convert_weights, original), cache_dir, changes)
-        elif pretrained and any(plain_cfg.get(key) for key in WEIGHT_SOURCES):
-            _warn_unless_preserved(arch, config)
+
+def _names_weights(cfg: dict[str, Any]) -> bool:
+    return any(cfg.get(key) for key in WEIGHT_SOURCES)
+
+
+def _converted_cfg(plain: dict[str, object], given: dict[str, object]) -> dict[str, object]:
+    """The pretrained cfg of a plain model without its weights, and for images without normalization."""
+    no_weights = dict.fromkeys((*WEIGHT_SOURCES, "hf_hub_filename", "tag", "source"), None)
+    return {**plain, **no_weights, "architecture": "bcosify", "custom_load": False, **UNNORMALIZED, **given}
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """A call of `timm.create_model('bcosify', arch=...)`.
+
+    Attributes:
+        arch: The architecture as the user named it.
+        source: Where it comes from.
+        config: How it is converted.
+        changes: Names of the config's fields that the user chose.
+        arch_kwargs: Arguments of the architecture that are named like fields of `BcosConfig`.
+        pretrained: Whether to load weights.
+        has_other_weights: Whether the user named weights, which are loaded after the conversion.
+        has_own_weights: Whether weights of the plain architecture are published.
+        cfg: The pretrained cfg of the converted model.
+        cache_dir: Directory of downloads.
+    """
+
+    arch: str
+    source: "_Source"
+    config: BcosConfig
+    changes: Collection[str]
+    arch_kwargs: dict[str, object]
+    pretrained: bool
+    has_other_weights: bool
+    has_own_weights: bool
+    cfg: dict[str, Any]
+    cache_dir: str | Path | None
+
+    def model(self, **kwargs: object) -> nn.Module:
+        """The converted model."""
+        arguments = {**self.source.kwargs, **kwargs}
+        return build_model_with_cfg(self._build, "bcosify", False, pretrained_cfg=self.cfg, **arguments)  # type: ignore[no-any-return]
+
+    def backbone(self, **kwargs: object) -> nn.Module:
+        """The converted feature backbone that timm makes of the plain architecture."""
+        from ..conversion.converted import bcosify
+        from ..weights.pretrained import fill_backbone
+
+        backbone: Any = bcosify(self._plain(**{**self.source.kwargs, **kwargs}), self.config)
+        if self.pretrained and self.has_other_weights:
+            whole = self.model(**{key: value for key, value in kwargs.items() if key not in BACKBONE_ARGUMENTS})
+            fill_backbone(backbone, whole)
+        backbone.pretrained_cfg = {key: value for key, value in self.cfg.items() if key not in HEAD_CFG}
+        backbone.default_cfg = backbone.pretrained_cfg
+        return backbone  # type: ignore[no-any-return]
+
+    def _build(self, **kwargs: object) -> nn.Module:
+        from ..conversion.converted import bcosify
+
+        plain = self._plain(**kwargs)
+        original = copy.deepcopy(plain) if self.config.bias == "reference" and self.has_other_weights else None
+        model = bcosify(plain, self.config)
+        if self.pretrained and self.has_other_weights:
+            self._load_other_weights(model, original)
+        elif self.pretrained and self.has_own_weights:
+            _warn_unless_preserved(self.arch, self.config)
         return model
 
-    def build_whole(**model_kwargs: object) -> nn.Module:
-        return build_model_with_cfg(build, "bcosify", False, pretrained_cfg=cfg, **{**source.kwargs, **model_kwargs})  # type: ignore[no-any-return]
+    def _plain(self, **kwargs: object) -> nn.Module:
+        """The plain architecture, with its own weights unless others are loaded later."""
+        entry = model_entrypoint(self.source.name)
+        arguments = {**kwargs, **self.source.remembered(), **self.arch_kwargs}
+        own_weights = self.pretrained and not self.has_other_weights
+        return entry(pretrained=own_weights, pretrained_cfg=self.source.cfg, cache_dir=self.cache_dir, **arguments)
 
-    if not kwargs.get("features_only") or kwargs.get("feature_cls") == "fx":  # which traces the converted network
-        return build_whole(**kwargs)
-    entry = partial(model_entrypoint(source.name), pretrained=own_weights, cache_dir=cache_dir)
-    arguments = {**source.kwargs, **kwargs, **source.remembered(), **(arch_kwargs or {})}
-    backbone = convert(entry(pretrained_cfg=source.cfg, **arguments), config)
-    if pretrained and has_source:
-        fill_backbone(backbone, build_whole(**{k: v for k, v in kwargs.items() if k not in BACKBONE_ARGUMENTS}))
-    backbone.pretrained_cfg = {key: value for key, value in cfg.items() if key not in HEAD_CFG}  # type: ignore[assignment]
-    backbone.default_cfg = backbone.pretrained_cfg
-    return backbone
+    def _load_other_weights(self, model: nn.Module, original: nn.Module | None) -> None:
+        from ..weights.pretrained import load_pretrained
+
+        load_pretrained(model, self.cfg, partial(_convert_weights, original), self.cache_dir, self.changes)
 
 
 def _convert_weights(original: nn.Module | None, state_dict: "StateDict", model: nn.Module) -> "StateDict":
