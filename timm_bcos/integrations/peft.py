@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import InputError, ModelStateError
 from ..nn.layers import BcosConv2d, BcosLinear
 from ..nn.module_utils import clone
-from .wrapping import marked, original
+from .registration import marked, original
 
 __all__ = ["register"]
 

@@ -1,6 +1,6 @@
 """torchao and B-cos layers: what would turn them into plain ones, or cannot work, is refused in a sentence.
 
-A fused network (`timm_bcos.fuse`) can be quantized: its weights are what images are multiplied by.
+A fused model (`timm_bcos.fuse`) can be quantized: its weights are what images are multiplied by.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import ModelStateError
 from ..nn.layers import BcosConv2d, BcosLinear
-from .wrapping import marked, original
+from .registration import marked, original
 
 __all__ = ["refuse_float8", "refuse_unfused"]
 

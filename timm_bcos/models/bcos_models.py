@@ -55,20 +55,20 @@ UNNORMALIZED = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 GEOMETRY = ("input_size", "pool_size", "first_conv", "classifier", "fixed_input_size", "min_input_size")
 
 
-def _cfg(network: Architecture, paper: dict[str, str]) -> dict[str, Any]:
+def _cfg(row: Architecture, paper: dict[str, str]) -> dict[str, Any]:
     """A pretrained cfg: the architecture's geometry, images in [0, 1] without normalization."""
-    plain = resolve_pretrained_cfg(network.arch).to_dict() if isinstance(network.arch, str) else {}
+    plain = resolve_pretrained_cfg(row.arch).to_dict() if isinstance(row.arch, str) else {}
     geometry = {key: plain[key] for key in GEOMETRY if plain.get(key) is not None}
     ours = dict(num_classes=1000, crop_pct=0.875, interpolation="bilinear", license="apache-2.0", **UNNORMALIZED)
-    return {**geometry, **ours, **paper, **network.cfg}
+    return {**geometry, **ours, **paper, **row.cfg}
 
 
 def _cfgs() -> dict[str, Any]:
-    """By name and tag; networks without published weights have one without a tag."""
+    """By name and tag; models without published weights have one without a tag."""
     cfgs: dict[str, Any] = {"bcosify": _cfg(Architecture("resnet50", BcosConfig()), PAPER_CFG)}
     hub = {tagged: dict(hf_hub_id=address) for tagged, address in hub_addresses().items()}
-    for name, network in ARCHITECTURES.items():
-        cfg = _cfg(network, _paper(name))
+    for name, row in ARCHITECTURES.items():
+        cfg = _cfg(row, _paper(name))
         crop = cfg["input_size"][-1]
         weights = {f"{name}.{published.tag}": published.cfg(crop) for published in PUBLISHED.get(name, ())}
         weights |= {tagged: own for tagged, own in EMBEDDED.items() if tagged.partition(".")[0] == name}
@@ -91,18 +91,18 @@ def _create(
     from ..weights.formats import convert_official_weights
     from ..weights.pretrained import load_pretrained
 
-    network = ARCHITECTURES[name]
+    row = ARCHITECTURES[name]
     changes, kwargs = BcosConfig.split(kwargs)
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay).to_dict()
-    config = network.tagged.get(cfg.get("tag") or "", network.config).change(**changes)
+    config = row.tagged.get(cfg.get("tag") or "", row.config).change(**changes)
 
     def build(**model_kwargs: object) -> nn.Module:
-        model = network.build(config, **model_kwargs)
+        model = row.build(config, **model_kwargs)
         if pretrained:  # timm's own loading verifies no hash, and knows nothing of encoded images
             load_pretrained(model, cfg, convert_official_weights, cache_dir, changes)
         return model
 
-    return build_model_with_cfg(build, name, False, pretrained_cfg=cfg, feature_cfg=dict(network.feature_cfg), **kwargs)
+    return build_model_with_cfg(build, name, False, pretrained_cfg=cfg, feature_cfg=dict(row.feature_cfg), **kwargs)
 
 
 BACKBONE_ARGUMENTS = ("features_only", "out_indices", "feature_cls")  # of timm's create_model
@@ -133,8 +133,8 @@ def _create_converted(
         kwargs: Fields of `timm_bcos.BcosConfig`, and arguments of the architecture.
 
     Raises:
-        TargetError: For an architecture that timm does not know, or that is a B-cos network already.
-        CheckpointError: If the Hub or the directory has no such network.
+        TargetError: For an architecture that timm does not know, or that is a B-cos model already.
+        CheckpointError: If the Hub or the directory has no such model.
 
     Examples:
         >>> timm.create_model("bcosify", arch="resnet50", pretrained=True, b=1, bias=True)  # computes the same
@@ -274,7 +274,7 @@ class _Source:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def remembered(self) -> dict[str, object]:
-        """What timm wants to know of the network whose weights it loads, if it was saved with arguments."""
+        """What timm wants to know of the model whose weights it loads, if it was saved with arguments."""
         return dict(pretrained_model_args=self.kwargs) if self.kwargs else {}
 
 
@@ -283,7 +283,7 @@ def architecture(name: str, cache_dir: str | Path | None = None) -> str:
 
     Raises:
         TargetError: If timm does not know it.
-        CheckpointError: If the Hub or the directory has no such network.
+        CheckpointError: If the Hub or the directory has no such model.
     """
     return _find(name, cache_dir).name
 
@@ -319,7 +319,7 @@ def _plain_cfg(arch: str, source: _Source) -> dict[str, object]:
     """The pretrained cfg of a plain architecture."""
     if source.name in ENTRY_POINTS:
         raise TargetError(
-            f"arch={arch!r} is a B-cos network already: create it as such, timm.create_model({arch!r}, ...), which "
+            f"arch={arch!r} is a B-cos model already: create it as such, timm.create_model({arch!r}, ...), which "
             f"takes the fields of BcosConfig too"
         )
     try:
@@ -354,8 +354,8 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
     return entry
 
 
-def _describe(network: Architecture) -> str:
-    arch = network.arch if isinstance(network.arch, str) else network.arch.__name__
+def _describe(row: Architecture) -> str:
+    arch = row.arch if isinstance(row.arch, str) else row.arch.__name__
     return f"{arch} as a B-cos model. Keywords: timm's, and those of `timm_bcos.BcosConfig`."
 
 

@@ -92,7 +92,7 @@ class PooledCnn(nn.Module):
             (final features, maps), or the maps alone.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt={output_fmt!r}: this network's maps are NCHW")
+            raise ValueError(f"output_fmt={output_fmt!r}: this model's maps are NCHW")
         stages = self._stages()
         take, last = private.feature_take_indices(len(stages), indices)
         maps = []

@@ -1,4 +1,4 @@
-"""The names of a network's classes."""
+"""The names of a model's classes."""
 
 import difflib
 from pathlib import Path
@@ -12,16 +12,16 @@ from .loading import TimmModel
 __all__ = ["class_names", "find_class", "read_class_names"]
 
 
-def class_names(network: TimmModel, path: Path | None = None) -> list[str]:
-    """Names of a network's classes: from a file, its cfg, or timm's ImageNet tables; numbers where there are none.
+def class_names(model: TimmModel, path: Path | None = None) -> list[str]:
+    """Names of a model's classes: from a file, its cfg, or timm's ImageNet tables; numbers where there are none.
 
     Raises:
         InputError: If the file names another number of classes.
     """
-    count = network.num_classes
+    count = model.num_classes
     if path is not None:
         return read_class_names(path, count)
-    labels = network.pretrained_cfg.get("label_names")
+    labels = model.pretrained_cfg.get("label_names")
     if labels and len(labels) == count:
         return list(labels)
     if count == 1000:

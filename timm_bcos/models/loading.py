@@ -1,4 +1,4 @@
-"""Networks by name or from a checkpoint, and the names of their classes: what the command line and scripts share."""
+"""Models by name or from a checkpoint, and the names of their classes: what the command line and scripts share."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..conversion.converted import BcosModel
 from ..errors import BcosError, CheckpointError, InputError, TargetError
 from ..files import first_line
-from ..weights.catalog import DEFAULT_NETWORK, EMBEDDED, PUBLISHED
+from ..weights.catalog import DEFAULT_MODEL, EMBEDDED, PUBLISHED
 from ..weights.readers import load_state, read_state_dict, read_training_arguments
 from .architectures import ARCHITECTURES
 from .bcos_models import ENTRY_POINTS, architecture
@@ -33,7 +33,7 @@ __all__ = [
 
 
 class TimmModel(nn.Module):
-    """A network that timm has created; for hints alone, no network is an instance.
+    """A model that timm has created; for hints alone, no model is an instance.
 
     Attributes:
         num_classes: K.
@@ -47,33 +47,33 @@ class TimmModel(nn.Module):
 
 
 class TimmBcosModel(BcosModel, TimmModel):
-    """Such a network after its conversion."""
+    """Such a model after its conversion."""
 
 
-Create = Callable[..., Any]  # a network from its name and timm's keywords
+Create = Callable[..., Any]  # a model from its name and timm's keywords
 
-# arguments of train.py that are fields of a pretrained cfg, and those that it hands to the network
+# arguments of train.py that are fields of a pretrained cfg, and those that it hands to the model
 DATA_ARGUMENTS = ("input_size", "crop_pct", "interpolation")
 MODEL_ARGUMENTS = dict(gp="global_pool", bn_eps="bn_eps", bn_momentum="bn_momentum")
 
 
 def load_model(name: str | None = None, checkpoint: Path | None = None, **conversion: object) -> TimmBcosModel:
-    """A B-cos network with weights; a timm model is converted to one.
+    """A B-cos model with weights; a timm model is converted to one.
 
     Args:
         name: timm's. None for the one that a checkpoint of timm's train.py was trained as, or without a checkpoint for
-            the network that comes with this package.
-        checkpoint: Weights, of the B-cos network or of the plain one; None for the published ones.
+            the model that comes with this package.
+        checkpoint: Weights, of the B-cos model or of the plain one; None for the published ones.
         conversion: `BcosConfig` fields for a timm model; by default it computes the same as before.
 
     Raises:
         CheckpointError: For weights that cannot be had or do not fit, or a checkpoint that was trained as another
-            network or at another B.
-        InputError: For a network that timm cannot create.
+            model or at another B.
+        InputError: For a model that timm cannot create.
         TargetError: For a name that timm does not know.
     """
     if checkpoint is None:
-        return _with_published_weights(DEFAULT_NETWORK if name is None else name, conversion)
+        return _with_published_weights(DEFAULT_MODEL if name is None else name, conversion)
     return _with_weights(name, checkpoint, partial(create_model, conversion=conversion, checkpoint=checkpoint))
 
 
@@ -111,31 +111,31 @@ def load_named(choice: str, name: str | None = None) -> TimmModel:
 def create_model(
     name: str, conversion: Mapping[str, object], checkpoint: Path | None = None, **kwargs: Any
 ) -> TimmBcosModel:
-    """`timm.create_model`, with plain networks converted.
+    """`timm.create_model`, with plain models converted.
 
     Args:
         name: timm's.
-        conversion: `BcosConfig` fields for a plain network; without any it computes the same as before.
-        checkpoint: Of the plain network, if gates are to begin at its answers to gray.
+        conversion: `BcosConfig` fields for a plain model; without any it computes the same as before.
+        checkpoint: Of the plain model, if gates are to begin at its answers to gray.
         kwargs: For `timm.create_model`.
 
     Raises:
-        InputError: For a network that timm cannot create, or of another B than `conversion` asks for.
+        InputError: For a model that timm cannot create, or of another B than `conversion` asks for.
         TargetError: For a name that timm does not know.
     """
     if architecture(name) in ENTRY_POINTS:
-        network = _created(timm.create_model, name, **kwargs)
+        model = _created(timm.create_model, name, **kwargs)
     else:
         overlay = kwargs.get("pretrained_cfg_overlay", {})
         statistics = {key: overlay.pop(key) for key in ("mean", "std") if key in overlay}  # which the stem takes over
         changes = conversion or dict(b=1, bias=True)
         if changes.get("bias") == "reference" and checkpoint is not None and kwargs.get("device") != "meta":
             kwargs |= dict(pretrained=True, pretrained_cfg_overlay=overlay | dict(file=str(checkpoint)))
-        network = _created(timm.create_model, "bcosify", arch=name, **{**statistics, **changes}, **kwargs)
-    asked, own = conversion.get("b"), network.bcos_config.b
+        model = _created(timm.create_model, "bcosify", arch=name, **{**statistics, **changes}, **kwargs)
+    asked, own = conversion.get("b"), model.bcos_config.b
     if asked is not None and own != asked:
         raise InputError(f"{name} has B = {own:g}, not {asked:g}: leave B out, or name a plain timm model to convert")
-    return network
+    return model
 
 
 def _created(create: Create, name: str, **kwargs: object) -> Any:
@@ -152,17 +152,17 @@ def _with_weights(name: str | None, checkpoint: Path, create: Create) -> Any:
     weights, trained = read_state_dict(checkpoint), read_training_arguments(checkpoint)
     if trained is not None and {"model", "num_classes"} <= trained.keys():
         _refuse_another_name(name, trained, checkpoint)
-        network = _as_trained(trained, create, checkpoint)
+        model = _as_trained(trained, create, checkpoint)
     elif name is None:
-        raise CheckpointError(f"{checkpoint} does not say of which network it is: name it with --model")
+        raise CheckpointError(f"{checkpoint} does not say of which model it is: name it with --model")
     else:
-        network = create(name, **_classes_of(weights, partial(create, name)))
-    load_state(network, weights, str(checkpoint))
-    return network
+        model = create(name, **_classes_of(weights, partial(create, name)))
+    load_state(model, weights, str(checkpoint))
+    return model
 
 
 def _refuse_another_name(name: str | None, trained: dict[str, Any], checkpoint: Path) -> None:
-    """Another network may have weights of the same shapes, and another B: it would compute something else."""
+    """Another model may have weights of the same shapes, and another B: it would compute something else."""
     own = trained["model"]
     if name is None or split_model_name_tag(name)[0] == split_model_name_tag(str(own))[0]:
         return
@@ -180,7 +180,7 @@ def _with_published_weights(name: str, conversion: Mapping[str, object]) -> Timm
 
 
 def _as_trained(trained: dict[str, Any], create: Create, checkpoint: Path) -> TimmModel:
-    """The network that train.py created; images are evaluated as there."""
+    """The model that train.py created; images are evaluated as there."""
     try:
         name, kwargs = _arguments_of(trained)
         return create(name, **kwargs)
@@ -188,7 +188,7 @@ def _as_trained(trained: dict[str, Any], create: Create, checkpoint: Path) -> Ti
         raise
     except Exception as error:
         raise CheckpointError(
-            f"{checkpoint}: its training arguments describe no network that can be made: {first_line(error)}"
+            f"{checkpoint}: its training arguments describe no model that can be made: {first_line(error)}"
         ) from error
 
 
@@ -208,9 +208,9 @@ def _arguments_of(trained: dict[str, Any]) -> tuple[str, dict[str, object]]:
 
 def _classes_of(weights: dict[str, Tensor], create: Create) -> dict[str, int]:
     """A checkpoint may have been trained on other classes than the architecture's default."""
-    network = create(device="meta")
-    head = network.get_classifier()
-    name = next((n for n, m in network.named_modules() if m is head), "")
+    model = create(device="meta")
+    head = model.get_classifier()
+    name = next((n for n, m in model.named_modules() if m is head), "")
     found = weights.get(f"{name}.weight")
     if found is None or found.ndim == 0:
         return {}
@@ -221,7 +221,7 @@ def _classes_of(weights: dict[str, Tensor], create: Create) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Listed:
-    """A network, with one of its weights if it has any.
+    """A model, with one of its weights if it has any.
 
     Attributes:
         name: timm's.
@@ -248,11 +248,11 @@ class Listed:
 
 
 def list_bcos_models(pattern: str = "*", *, pretrained: bool = False) -> Iterator[Listed]:
-    """The registered networks, a row per weight file, in the order of the papers.
+    """The registered models, a row per weight file, in the order of the papers.
 
     Args:
         pattern: Of names, as in `timm.list_models`.
-        pretrained: Only networks with weights.
+        pretrained: Only models with weights.
     """
     for name in ARCHITECTURES:
         tags = _tags(name)

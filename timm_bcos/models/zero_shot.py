@@ -23,7 +23,7 @@ class ZeroShotClassifier(nn.Module):
     """An image tower with a logit for each of K embeddings: scale · cos(tower(x), embedding) + bias.
 
     Args:
-        tower: A B-cos network whose outputs are embeddings, (N, C, H, W) to (N, D).
+        tower: A B-cos model whose outputs are embeddings, (N, C, H, W) to (N, D).
         embeddings: (K, D), one for each class: of texts (`embed_texts`), or of other images (`tower(images)`). Only
             their directions count.
         scale: Of the cosines. CLIP learns about 100, SigLIP about 118.
@@ -119,10 +119,10 @@ def embed_texts(
     name = model if isinstance(model, str) else "ViT-B-16"  # whose tokens all of OpenAI's models have
     if isinstance(model, str) and model not in open_clip.list_models():
         raise InputError(f"OpenCLIP has no model {model!r}: open_clip.list_models() lists them")
-    network: Any = open_clip.create_model(model, pretrained=pretrained) if isinstance(model, str) else model
+    tower: Any = open_clip.create_model(model, pretrained=pretrained) if isinstance(model, str) else model
     tokenizer = open_clip.get_tokenizer(name)
     sentences = [template.format(text) for text in texts for template in templates]
-    found: Tensor = F.normalize(network.eval().encode_text(tokenizer(sentences)), dim=-1)
+    found: Tensor = F.normalize(tower.eval().encode_text(tokenizer(sentences)), dim=-1)
     return F.normalize(found.unflatten(0, (len(texts), len(templates))).mean(1), dim=-1)
 
 

@@ -84,7 +84,7 @@ class BcosPool2d(timm_layers.SelectAdaptivePool2d):  # type: ignore[misc]
     """timm's global pooling, which lets feature maps through while the classifier after it pools by itself.
 
     Attributes:
-        deferred: True while a `BcosConvClassifier` follows; a converted network sees to it whenever it runs.
+        deferred: True while a `BcosConvClassifier` follows; a converted model sees to it whenever it runs.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

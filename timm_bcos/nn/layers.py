@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -16,7 +17,16 @@ from .._compat import timm_layers
 from ..errors import ModelStateError
 from . import autograd
 from .execution import records_gradients
-from .functional import bcos_conv2d, bcos_linear, conv2d_response, linear_response, low_pass, same_padding
+from .functional import (
+    bcos_conv2d,
+    bcos_linear,
+    conv2d_response,
+    linear_response,
+    low_pass,
+    same_padding,
+    shifted_activation,
+    sigmoid_activation,
+)
 from .fused import fuse_layer
 
 __all__ = [
@@ -24,6 +34,8 @@ __all__ = [
     "BcosLayer",
     "BcosLinear",
     "LowPass2d",
+    "ShiftedActivation",
+    "SigmoidActivation",
     "refuse_fused",
 ]
 
@@ -62,7 +74,7 @@ def refuse_fused(module: nn.Module) -> None:
         ModelStateError: If it has been.
     """
     if getattr(module, "is_fused", False):
-        raise ModelStateError("this network has been fused for inference: train the one that it was made from")
+        raise ModelStateError("this model has been fused for inference: train the one that it was made from")
 
 
 def _check_units(b: float, max_out: int, normalize_weight: bool) -> None:
@@ -308,3 +320,40 @@ class BcosLinear(BcosLayer, nn.Linear):  # type: ignore[misc]
 
     def per_output(self, values: Tensor) -> Tensor:
         return values
+
+
+class SigmoidActivation(nn.Sigmoid):
+    """A sigmoid whose value is passed on, as an activation's: a(x) = 1/2 + x · slope, the 1/2 being a constant.
+
+    `torch.nn.Sigmoid` counts as a gate, whose value only scales. Where it is added or read by a layer, the explanation
+    would not be exact: convert it with `RULES | {nn.Sigmoid: sigmoid_as_activation}`.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return sigmoid_activation(input)
+
+
+@register_notrace_module  # a node of timm's graphs, which TorchScript can then compile: functions take no modules there
+class ShiftedActivation(nn.Module):
+    """An activation with a bias that only gates: a(x + shift) - a(shift).
+
+    An additive bias is not explained by the image. Here it only decides how much of x passes: the output is x times a
+    gate, which lies between 0 and 1 for ReLU and ReLU6. What is left out, a(shift), is a constant.
+
+    Args:
+        act: a, an elementwise activation.
+        shift: (C,) one per channel; trained like a bias.
+
+    Shape: (N, C, H, W) to the same.
+    """
+
+    def __init__(self, act: nn.Module, shift: Tensor) -> None:
+        super().__init__()
+        self.act = act
+        self.shift = nn.Parameter(shift.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift = self.shift.reshape(1, -1, 1, 1).to(x.dtype)
+        if torch.jit.is_scripting():  # which passes no modules
+            return self.act(x + shift) - self.act.forward(shift.clone())
+        return shifted_activation(x, shift, self.act)

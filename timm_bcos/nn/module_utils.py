@@ -71,9 +71,9 @@ def clone(module: ModuleT, **members: object) -> ModuleT:
 
 
 def isolate(model: ModuleT, names: Iterable[str]) -> ModuleT:
-    """A network with clones of the named modules and of all on the way to them; everything else is shared.
+    """A model with clones of the named modules and of all on the way to them; everything else is shared.
 
-    What is done to the clones (hooks, children) no other user of the network can see.
+    What is done to the clones (hooks, children) no other user of the model can see.
 
     Args:
         model: Not changed.
@@ -91,12 +91,12 @@ def isolate(model: ModuleT, names: Iterable[str]) -> ModuleT:
 
 
 def frozen_copy(model: ModuleT) -> ModuleT:
-    """A private copy of a network: modules of its own, the same numbers in memory, no parameter that learns.
+    """A private copy of a model: modules of its own, the same numbers in memory, no parameter that learns.
 
-    What is done to the copy (hooks, modes, replaced modules) no other user of the network can see. Tensors that modules
+    What is done to the copy (hooks, modes, replaced modules) no other user of the model can see. Tensors that modules
     keep besides (weight norm's product, activations that a hook has stored) are shared too, without their graphs. Hooks
-    are shared with what they hold, unless they belong to the network. The copy recomputes nothing in the backward pass,
-    if the network did (gradient checkpointing).
+    are shared with what they hold, unless they belong to the model. The copy recomputes nothing in the backward pass,
+    if the model did (gradient checkpointing).
     """
     memo: dict[int, object] = {id(hook): hook for hook in _foreign_hooks(model)}
     for module in model.modules():
@@ -112,7 +112,7 @@ def frozen_copy(model: ModuleT) -> ModuleT:
 
 
 def _foreign_hooks(model: nn.Module) -> Iterator[object]:
-    """Hooks that neither modules of the network nor what they hold have registered."""
+    """Hooks that neither modules of the model nor what they hold have registered."""
     own = {id(value) for module in model.modules() for value in (module, *vars(module).values())}
     for module in model.modules():
         for name, hooks in vars(module).items():
@@ -157,7 +157,7 @@ def told_classifiers(model: Any) -> list[nn.Module]:
 
 
 def first_output(output: object) -> Any:
-    """What a network returns, without what only training needs: the first of a tuple, list or dict."""
+    """What a model returns, without what only training needs: the first of a tuple, list or dict."""
     parts = _parts(output)
     return next(iter(parts.values())) if parts else output
 
@@ -224,23 +224,23 @@ CHANNEL_AXES: tuple[tuple[int, tuple[type[nn.Module], ...]], ...] = (
 )  # fmt: skip
 
 
-def channel_axis(module: nn.Module, output: Tensor, network: nn.Module | None = None) -> int:
-    """Which axis of a module's output counts its units: formats change inside networks, so the network cannot say.
+def channel_axis(module: nn.Module, output: Tensor, model: nn.Module | None = None) -> int:
+    """Which axis of a module's output counts its units: formats change inside models, so the model cannot say.
 
     1. Of (N, C) it is 1.
     2. The module's type says: 1 for convolutions, batch norms, pooling, ...; the last one for linear layers, layer
        norms over features, ...
     3. Of other modules (blocks, activations) the last such module within them says, or else the last one registered
-       before them in the network. The `output_fmt` of the module, or else of the network (for tokens (N, L, C): the
+       before them in the model. The `output_fmt` of the module, or else of the model (for tokens (N, L, C): the
        last axis) says something else where the data are permuted in between: then the axis that is as long as that
        module has channels counts.
-    4. If both or neither is as long, the type says if all types within the module agree, otherwise the network's
+    4. If both or neither is as long, the type says if all types within the module agree, otherwise the model's
        format.
 
     Args:
         module: What returned the output.
         output: (N, ...), with at least two axes.
-        network: Which the module is a part of; without it formats are (N, C, H, W) and (N, L, C).
+        model: Which the module is a part of; without it formats are (N, C, H, W) and (N, L, C).
 
     Returns:
         From 1 to output.ndim - 1.
@@ -248,9 +248,9 @@ def channel_axis(module: nn.Module, output: Tensor, network: nn.Module | None = 
     typed = _axis_of_type(module)
     if output.ndim == 2 or typed is not None:
         return (typed or 1) % output.ndim
-    named = getattr(module, "output_fmt", None) or getattr(network, "output_fmt", "NCHW")
+    named = getattr(module, "output_fmt", None) or getattr(model, "output_fmt", "NCHW")
     by_format = 1 if output.ndim > 3 and named == "NCHW" else output.ndim - 1
-    inside = [m for m in module.modules() if _axis_of_type(m)] or _last_before(module, network)
+    inside = [m for m in module.modules() if _axis_of_type(m)] or _last_before(module, model)
     axes = [(_axis_of_type(m) or 1) % output.ndim for m in reversed(inside)]
     if not axes:
         return by_format
@@ -267,9 +267,9 @@ def _axis_of_type(module: nn.Module) -> int | None:
     return next((axis for axis, kinds in CHANNEL_AXES if isinstance(module, kinds)), None)
 
 
-def _last_before(module: nn.Module, network: nn.Module | None) -> list[nn.Module]:
+def _last_before(module: nn.Module, model: nn.Module | None) -> list[nn.Module]:
     before: list[nn.Module] = []
-    for other in network.modules() if network is not None else ():
+    for other in model.modules() if model is not None else ():
         if other is module:
             return before[-1:]
         before += [other] if _axis_of_type(other) else []

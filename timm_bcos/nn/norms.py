@@ -1,4 +1,4 @@
-"""Norms that keep a network dynamic linear: they divide, but neither subtract a running mean nor add a bias.
+"""Norms that keep a model dynamic linear: they divide, but neither subtract a running mean nor add a bias.
 
 Paper: B-cos Alignment for Inherently Interpretable CNNs and Vision Transformers (TPAMI 2024),
 https://arxiv.org/abs/2306.10898, section 3.3. torch's other norms need no class of their own: explanation mode treats
@@ -226,7 +226,7 @@ class UncenteredBatchNorm2d(_UncenteredBatchNorm, nn.BatchNorm2d):  # type: igno
     `var` is the *centered* variance of the batch (biased) in training and the running one in evaluation.
 
     Tools that put a norm of their own in its place get a `running_mean` and a `bias` of 0. A frozen norm then computes
-    the same. torch's trainable and synchronized norms would begin to subtract means: a converted network makes them
+    the same. torch's trainable and synchronized norms would begin to subtract means: a converted model makes them
     uncentered again when it is trained (`timm_bcos.conversion.converted`).
 
     Args:

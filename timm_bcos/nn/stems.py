@@ -24,7 +24,7 @@ class BcosStem(BcosConv2d):
 
     Args:
         image_channels: Channels of the image; the weight has twice as many input channels.
-        mean: Channel means that a pretrained network expects, or None to feed the encoding as it is.
+        mean: Channel means that a pretrained model expects, or None to feed the encoding as it is.
         std: Channel standard deviations, with `mean`.
 
     The encoding e is normalized as (e - [m, 1-m]) / [s, s] *before* any zero padding; with weights [w, -w] / 2 the
@@ -67,14 +67,14 @@ class BcosStem(BcosConv2d):
 
 
 class ImageReader(nn.Module):
-    """Reads the image for networks whose first layers cannot take its encoding: ones that fold it or split its colors.
+    """Reads the image for models whose first layers cannot take its encoding: ones that fold it or split its colors.
 
     It encodes and normalizes as `BcosStem` does, and then hands over half the difference of the image and its
     complement, which is the normalized image itself: a linear map of the encoding.
 
     Args:
         image_channels: Channels C of the image.
-        mean: Channel means that the network expects, or None for 0.5.
+        mean: Channel means that the model expects, or None for 0.5.
         std: Channel standard deviations, or None for 1.
 
     Shape: (N, C, H, W) in [0, 1], or encoded (N, 2C, H, W), to (N, C, H, W).
@@ -128,13 +128,13 @@ def _per_channel(values: Sequence[float], channels: int) -> Tensor:
 
 
 def image_channels(model: nn.Module) -> int | None:
-    """Channels of the images that a network takes: what its stem reads, or else what it says itself.
+    """Channels of the images that a model takes: what its stem reads, or else what it says itself.
 
     Args:
         model: B-cos or plain.
 
     Returns:
-        The number, without the complements of an encoded image; None for a plain network that does not say.
+        The number, without the complements of an encoded image; None for a plain model that does not say.
     """
     for module in model.modules():
         if isinstance(module, BcosStem | ImageReader):

@@ -27,7 +27,7 @@ class DynamicWeights:
     """Outputs and the rows of W(x) of one class each, both on the graph.
 
     Attributes:
-        logits: (N, K) what the network returns, with the gradients of ordinary training.
+        logits: (N, K) what the model returns, with the gradients of ordinary training.
         weights: (N, 2C, H, W) for each image the row of W(x) of its target, in the input's encoding.
         inputs: (N, 2C, H, W) the encoded images; constants.
     """
@@ -50,30 +50,30 @@ def dynamic_weights(model: nn.Module, x: Tensor, target: Targets = None) -> Dyna
     as in an ordinary step.
 
     Args:
-        model: A B-cos network, in training or evaluation mode.
+        model: A B-cos model, in training or evaluation mode.
         x: Images (N, C, H, W) without mean/std normalization, or encoded (N, 2C, H, W).
         target: As in `explain`; None for the prediction.
 
     Raises:
-        InputError: For tensors that are no images of this network.
-        ModelStateError: For what is no B-cos network, for gradient checkpointing, and for networks that are distributed
+        InputError: For tensors that are no images of this model.
+        ModelStateError: For what is no B-cos model, for gradient checkpointing, and for models that are distributed
             over processes.
-        TargetError: For classes that do not exist, and for networks that return no (N, K) logits.
+        TargetError: For classes that do not exist, and for models that return no (N, K) logits.
 
     Example:
         >>> found = timm_bcos.dynamic_weights(model, images, labels)
         >>> loss = criterion(found.logits, labels) + timm_bcos.energy_loss(found.contribution_map, masks)
         >>> loss.backward()
     """
-    network: nn.Module = getattr(model, "_orig_mod", model)  # of `torch.compile`
-    reader = image_reader(network)
-    _check_trainable(network, x)
+    model = getattr(model, "_orig_mod", model)  # of `torch.compile`
+    reader = image_reader(model)
+    _check_trainable(model, x)
     inputs = encode_image(x.detach(), reader.image_channels).to(reader.weight.dtype)
     leaf = inputs.clone().requires_grad_()
     streams = DualGraph(leaf)
     with torch.enable_grad():
         with streams.active(), active(DynamicLinearMode(leaf)):
-            outputs = first_output(network(leaf.clone()))
+            outputs = first_output(model(leaf.clone()))
         logits = streams.counterpart(outputs)
         _check_logits(outputs, logits, len(x))
         value = (outputs * _direction(target, logits)).sum()
@@ -81,23 +81,23 @@ def dynamic_weights(model: nn.Module, x: Tensor, target: Targets = None) -> Dyna
     return DynamicWeights(logits, weights, inputs)
 
 
-def _check_trainable(network: nn.Module, x: Tensor) -> None:
+def _check_trainable(model: nn.Module, x: Tensor) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim != 4 or 0 in x.shape:
         found = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
         raise InputError(f"expected images (N, C, H, W) of floating point, got {found}")
     if torch.is_inference_mode_enabled() or x.is_inference():
         raise InputError("W(x) needs autograd, which torch.inference_mode() rules out")
-    if isinstance(network, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        raise ModelStateError("W(x) is trained in one process: give the network itself, model.module")
-    if any(getattr(module, "grad_checkpointing", False) is True for module in network.modules()):
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise ModelStateError("W(x) is trained in one process: give the model itself, model.module")
+    if any(getattr(module, "grad_checkpointing", False) is True for module in model.modules()):
         raise ModelStateError("gradient checkpointing is on: call model.set_grad_checkpointing(False) first")
 
 
 def _check_logits(outputs: Tensor, logits: Tensor, images: int) -> None:
     if outputs is logits:
-        raise TargetError("the network's outputs do not depend on the images")
+        raise TargetError("the model's outputs do not depend on the images")
     if outputs.ndim != 2 or len(outputs) != images:
-        raise TargetError(f"the network returns {tuple(outputs.shape)}: logits ({images}, K) are needed")
+        raise TargetError(f"the model returns {tuple(outputs.shape)}: logits ({images}, K) are needed")
 
 
 def _direction(target: Targets, logits: Tensor) -> Tensor:

