@@ -48,10 +48,6 @@ def _call(module: str, function: str) -> None:
     getattr(import_module(f".{module}", __package__), function)()
 
 
-for _library, _names in REGISTRATIONS.items():
-    register_when_imported(_library, partial(_call, *_names))
-
-
 # A function of another library is wrapped once, even if this package is imported again.
 
 MARK = "_wrapped_by_timm_bcos"
@@ -69,3 +65,8 @@ def original(function: Any) -> Any:
     while getattr(function, MARK, False):
         function = function.__wrapped__
     return function
+
+
+# Last, because a library that has been imported is told at once.
+for _library, _names in REGISTRATIONS.items():
+    register_when_imported(_library, partial(_call, *_names))
