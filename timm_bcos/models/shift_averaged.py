@@ -1,7 +1,7 @@
-"""Models that answer with the mean over small shifts of the image: smoother explanations, which are still exact.
+"""The mean of a model's logits over small shifts of the image, whose explanations are smoother and still exact.
 
-Strided convolutions and pooling see every second position only, which leaves checkerboards in W(x). Shifts are linear
-maps T of the image, so that the mean of W(T x) · T over the shifts is exactly the W(x) of the mean logit.
+Strided convolutions and pooling sample every second position only, which shows as checkerboards in W(x). Shifts are
+linear maps T of the image, so that W(x) of the mean logit is the mean of W(T x) · T over the shifts.
 """
 
 from typing import Any
@@ -18,14 +18,14 @@ __all__ = ["ShiftAveraged"]
 
 
 class ShiftAveraged(nn.Module):
-    """The mean logits of shifts by 0, ..., size - 1 pixels in both directions; pixels at the border are repeated.
+    """The mean logits over shifts by 0, ..., size - 1 pixels in both directions; pixels at the border are repeated.
 
-    What `explain` gives for it is the explanation of this mean, not of the model's logit for the image itself; it
-    costs size² passes.
+    `explain` explains this mean instead of the model's logit for the image itself. A forward pass takes size² passes of
+    the model.
 
     Args:
         model: A B-cos model, (N, C, H, W) to (N, K).
-        size: Of the shifts, in pixels; the strides of a model's first layers multiply to 4 or more.
+        size: Number of shifts per direction, in pixels. 4 is the product of the first strides in most models.
 
     Raises:
         InputError: For a model without B-cos stem, or a size below 1.
@@ -50,7 +50,7 @@ class ShiftAveraged(nn.Module):
                 setattr(self, name, getattr(model, name))
 
     def get_classifier(self) -> Any:
-        """The model's, whose logit bias is the mean's too; None for one that does not tell."""
+        """The model's classifier, whose logit bias is that of the mean, too; None if the model has no such method."""
         tell = getattr(self.model, "get_classifier", None)
         return tell() if callable(tell) else None
 

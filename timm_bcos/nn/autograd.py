@@ -1,9 +1,9 @@
-"""The backward passes of training, by hand: what autograd would derive from the formulas, in less time and memory.
+"""Hand-written backward passes for training: the gradients that autograd derives, in less time and memory.
 
-A graph of eager PyTorch keeps, of a B-cos layer, its input, its parameter, its response y and the norm n of what its
-units have seen. From y follows the linear response, since |a| = sqrt(|y| · n / γ) at B = 2; the norm behind the layer
-keeps the same y, and unit weights are computed again. Second derivatives, and batched gradients, are those of the
-formulas, which are computed again too.
+For the backward pass a B-cos layer saves its input x, its weight, its response y and the norm n of x or of its patches.
+At B = 2 the linear response a follows from y, since |a| = sqrt(|y| · n / γ), and the norm layer behind it saves y
+anyway. Effective weights are computed again. Second derivatives and batched gradients are those of the formulas
+(`functional`), which are computed again, too.
 """
 
 from collections.abc import Callable, Sequence
@@ -84,7 +84,7 @@ class Convolution:
         return by_x, by_weight
 
     def half_by_squares(self, slope: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """The gradient by x² / 2, from that by the squared norms / 2."""
+        """The gradient by x² / 2, given the one by half the squared norms."""
         size, kernel = [len(x), self.groups, *x.shape[2:]], list(weight.shape[2:])
         by_sums = by_window_sum(slope, size, kernel, self.stride, self.padding, self.dilation)
         return per_unit(by_sums, x, self.groups)
@@ -92,7 +92,7 @@ class Convolution:
 
 @dataclass(frozen=True)
 class LinearMap:
-    """The linear transform of `functional.bcos_linear`, with the norms of its vectors; methods as of `Convolution`."""
+    """The linear transform of `functional.bcos_linear`, with the norms of its vectors; see `Convolution`."""
 
     axis: ClassVar[int] = -1
     groups: ClassVar[int] = 1
@@ -140,14 +140,14 @@ def divide_by_deviation(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
 
 
 def _as_autocast(x: Tensor) -> Tensor:
-    """In the dtype that autocast gives torch's own layers."""
+    """x in the dtype that autocast gives the inputs of torch's own layers."""
     kind = x.device.type
     is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not on "meta"
     return x.to(torch.get_autocast_dtype(kind)) if is_on and x.dtype != torch.float64 else x
 
 
 class _Saved(FunctionCtx):
-    """What forward leaves to backward."""
+    """What the forward pass saves for the backward pass."""
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
@@ -158,13 +158,13 @@ class _Saved(FunctionCtx):
 
 
 class _Response(NamedTuple):
-    """A response that the graph keeps: its memory, and how often that had been written to by then."""
+    """A response that is saved although others may change it in place: its memory, and its version when saved."""
 
     alias: Tensor
     version: int
 
     def is_unchanged(self) -> bool:
-        """Whether nobody has changed it in place since, as `x += shortcut` does."""
+        """Whether it has not been changed in place since, as `x += shortcut` does."""
         return self.alias._version == self.version
 
 
@@ -209,7 +209,7 @@ def _by_weight(by_used: Tensor | None, weight: Tensor, unit: Unit) -> Tensor | N
 def _respond(
     linear: Tensor, norm: Tensor, unit: Unit, transform: Transform
 ) -> tuple[Tensor, _Response | None, list[Tensor]]:
-    """The response, how it is watched if it is kept, and what else is saved. May overwrite `linear`."""
+    """The response; the same if it is saved; and the tensors to save. May overwrite `linear`."""
     winner: list[Tensor] = []
     if unit.max_out > 1:
         linear, *winner = _max_out(linear, unit.max_out, transform.axis)
@@ -221,14 +221,17 @@ def _respond(
 
 
 def _keeps_response(x: Tensor, unit: Unit) -> bool:
-    """Whether |a| follows from y; float16 has no room for squares. Hooks (of checkpoints) see what is saved alone."""
+    """Whether the response is saved, from which |a| follows at B = 2.
+
+    Not in float16, in which squares overflow, nor under hooks, which see saved tensors only.
+    """
     return unit.b == 2 and x.dtype != torch.float16 and not saved_tensors_have_hooks()
 
 
 def _kept(ctx: _Saved, kept: list[Tensor], respond: Callable[[], Tensor]) -> tuple[Tensor, bool, list[Tensor]]:
-    """What the forward pass kept, whether it is the response or the linear one, and MaxOut's winners.
+    """What the forward pass saved, whether it is the response or the linear response, and MaxOut's winners.
 
-    A response that was changed in place since is no longer known: the linear one is computed again.
+    If the response has been changed in place since, the linear response is computed again.
     """
     if ctx.response is None:
         return kept[0], False, kept[1:]
@@ -251,7 +254,7 @@ def _by_response(
 
 
 def _of_square(y: Tensor, norm: Tensor, grad: Tensor, unit: Unit, out: Tensor) -> Tensor:
-    """Write the gradient by a of y = γ · |a| · a / n, and return the products that -n · (that by n) is the sum of.
+    """Write the gradient by a of y = γ · |a| · a / n to `out`; return y · grad, of which -∂/∂n · n is the sum.
 
     ∂y/∂a = 2γ · |a| / n = 2 · sqrt(γ · |y| / n), and ∂y/∂n = -y / n.
     """
@@ -260,7 +263,7 @@ def _of_square(y: Tensor, norm: Tensor, grad: Tensor, unit: Unit, out: Tensor) -
 
 
 def _of_power(linear: Tensor, norm: Tensor, grad: Tensor, unit: Unit, out: Tensor) -> Tensor:
-    """The same for y = f · a with f = γ · (|a| / n + ε)^(B-1), from a; ε is 0 at B = 2."""
+    """`_of_square` for y = f · a with f = γ · (|a| / n + ε)^(B-1), from a instead of y; ε is 0 at B = 2."""
     factor = cosine_factor(linear, norm, unit.b, unit.gamma)
     slope = factor  # a · ∂f/∂a
     if unit.b != 2:
@@ -271,7 +274,7 @@ def _of_power(linear: Tensor, norm: Tensor, grad: Tensor, unit: Unit, out: Tenso
 
 
 def _max_out(x: Tensor, units: int, dim: int) -> tuple[Tensor, Tensor]:
-    """The largest of each M neighbors, and which it is."""
+    """The largest of each M neighbors, and its index among them; of equal ones the first."""
     best, *others = _neighbors(x, units, dim)
     winner = torch.zeros_like(best, dtype=torch.uint8)
     for i, other in enumerate(others, start=1):
@@ -281,7 +284,7 @@ def _max_out(x: Tensor, units: int, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _to_winners(grad: Tensor, winner: Tensor, units: int, dim: int) -> Tensor:
-    """The gradient by all neighbors, in the memory layout of their responses."""
+    """Spread the gradient by the largest of M neighbors to all of them: 0 for the others. Keeps the memory layout."""
     axis = dim % grad.ndim
     size = [*grad.shape[:axis], units * grad.shape[axis], *grad.shape[axis + 1 :]]
     is_last = grad.ndim == 4 and grad.is_contiguous(memory_format=torch.channels_last)
@@ -300,7 +303,7 @@ def _neighbors(x: Tensor, units: int, dim: int) -> tuple[Tensor, ...]:
 def _gradients_of(
     formula: Callable[..., Any], inputs: tuple[Tensor, ...], grad: Tensor, ctx: _Saved
 ) -> list[Tensor | None]:
-    """By those inputs that want one, through the formula, computed once more."""
+    """The gradients by the inputs that need one, by autograd through the formula, which is computed again."""
     create_graph = torch.is_grad_enabled()
     is_wanted = ctx.needs_input_grad[: len(inputs)]
     wanted = [x for x, wants in zip(inputs, is_wanted, strict=True) if wants]
@@ -310,7 +313,7 @@ def _gradients_of(
 
 
 class _DivideByDeviation(torch.autograd.Function):
-    """From d var / d x = 2 (x - mean) / n and d (1 / sqrt(var + ε)) / d var = -1/2 (var + ε)^(-3/2)."""
+    """Uses d var / d x = 2 (x - mean) / n and d (1 / sqrt(var + ε)) / d var = -1/2 (var + ε)^(-3/2)."""
 
     @staticmethod
     def forward(ctx: _Saved, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -337,7 +340,7 @@ class _DivideByDeviation(torch.autograd.Function):
 
 
 def _mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`primitives.mean_and_variance`: of each image, and then of the images' means."""
+    """`primitives.mean_and_variance`, computed image by image and then combined."""
     means, variances = [], []
     for (part,) in pieces(x):
         wide = part.float() if x.dtype in (torch.float16, torch.bfloat16) else part

@@ -1,11 +1,11 @@
-"""The B-cos transform as functions: Algorithm 1 of the paper, and what stands before and behind it.
+"""The B-cos transform as functions (Algorithm 1 of the paper), with the steps before and after it.
 
 Paper: B-cos Networks: Alignment is All We Need for Interpretability (CVPR 2022), https://arxiv.org/abs/2205.10268.
 Free rows (`normalize_weight=False`): https://arxiv.org/abs/2411.00715, section 3. `nn.autograd` has the same functions
 with a backward pass by hand.
 
-Each function that they are made of takes part in `__torch_function__` dispatch. That is how explanation mode
-(`timm_bcos.dynamic_linear`) replaces it, and why `torch.fx` traces it as one node.
+All steps take part in `__torch_function__` dispatch, so that explanation mode (`timm_bcos.dynamic_linear`) can replace
+them and `torch.fx` traces each as one node.
 """
 
 import torch
@@ -163,13 +163,13 @@ def linear_response(
 
 
 def encode_image(image: Tensor, in_chans: int) -> Tensor:
-    """Encode an image as [r, g, b, 1-r, 1-g, 1-b], so that each color has its own direction.
+    """Encode an image as [r, g, b, 1-r, 1-g, 1-b], so that each color has a direction of its own.
 
     The official code (package `bcos`) calls this transform `AddInverse`.
 
     Args:
-        image: (N, C, H, W) pixels in [0, 1], or an already encoded (N, 2C, H, W), which is returned as it is.
-        in_chans: C, the number of image channels.
+        image: Pixels in [0, 1], (N, C, H, W). An encoded image (N, 2C, H, W) is returned as it is.
+        in_chans: Number of image channels, C.
 
     Returns:
         (N, 2C, H, W).
@@ -207,18 +207,18 @@ def same_padding(x: Tensor, kernel: list[int], stride: list[int], dilation: list
 def low_pass(x: Tensor, kernel: Tensor, stride: int) -> Tensor:
     """Filter each channel of x (N, C, H, W) by a 3×3 kernel, (C, 1, 3, 3) or one for all, with reflected borders.
 
-    A side of one pixel has nothing to reflect: the pixels of such a map are repeated at its borders.
+    Maps that are one pixel high or wide cannot be reflected: their borders are repeated.
     """
     if not torch.jit.is_scripting() and has_torch_function_unary(x):
         return handle_torch_function(low_pass, (x,), x, kernel, stride)
     has_neighbors = x.shape[-2] > 1 and x.shape[-1] > 1
     x = F.pad(x, [1, 1, 1, 1], "reflect" if has_neighbors else "replicate")
-    channels = int(x.shape[1])  # no tensor, as which tracers see sizes
+    channels = int(x.shape[1])  # tracers pass sizes as tensors
     return F.conv2d(x, kernel.to(x).expand(channels, 1, 3, 3), stride=stride, groups=channels)
 
 
 def sigmoid_activation(x: Tensor) -> Tensor:
-    """The sigmoid as an activation, whose value is passed on; elsewhere it is a gate, which only scales."""
+    """The sigmoid as an activation, see `nn.layers.SigmoidActivation`; `torch.sigmoid` counts as a gate."""
     if not torch.jit.is_scripting() and has_torch_function_unary(x):
         return handle_torch_function(sigmoid_activation, (x,), x)
     return torch.sigmoid(x)
@@ -233,7 +233,7 @@ def shifted_activation(x: Tensor, shift: Tensor, act: nn.Module) -> Tensor:
     Args:
         x: Any shape.
         shift: Broadcastable to x.
-        act: a, elementwise; it may work in place. Its hooks see x + shift alone.
+        act: Elementwise activation a, which may work in place. Its hooks run for x + shift only.
     """
     if has_torch_function((x, shift)):
         return handle_torch_function(shifted_activation, (x, shift), x, shift, act)
@@ -242,9 +242,10 @@ def shifted_activation(x: Tensor, shift: Tensor, act: nn.Module) -> Tensor:
 
 
 def to_logits(y: Tensor, temperature: float, logit_bias: float) -> Tensor:
-    """y / T + logit bias, in float32: y / T may exceed float16's range, so under autocast it also stays float32.
+    """Compute y / T + logit bias, for half precision in float32, because y / T may exceed float16's range.
 
-    The official code (package `bcos`) has a layer for it, `LogitLayer`, with `logit_temperature` and `logit_bias`.
+    Under autocast the result stays in float32. In the official code (package `bcos`) this is `LogitLayer`, with
+    `logit_temperature` and `logit_bias`.
     """
     if not torch.jit.is_scripting():
         if has_torch_function_unary(y):

@@ -1,8 +1,8 @@
-"""B-cos layers for inference: what depends on the weights alone is computed once, scales of norms included.
+"""B-cos layers for inference, with effective weights computed once and the scales of norms folded in.
 
 A B-cos layer with exponent B computes y = γ · |ŵᵀx / ‖x‖|^(B-1) · ŵᵀx. A scale s of its output is
-s · y = |vᵀx| / ‖x‖ · vᵀx with v = sign(s) · √(γ|s|) · ŵ where B is 2, and vᵀx with v = s · γ · ŵ where B is 1; for any
-other B it stays a factor per channel. A scale of its input, y(s ⊙ x), moves into the weights as v = s ⊙ ŵ, and into the
+s · y = |vᵀx| / ‖x‖ · vᵀx with v = sign(s) · √(γ|s|) · ŵ if B is 2, and vᵀx with v = s · γ · ŵ if B is 1. For any other
+B it remains a factor per channel. A scale s of its input, y(s ⊙ x), moves into the weight as v = s ⊙ ŵ, and into the
 norm as ‖s ⊙ x‖² = Σ s² x².
 """
 
@@ -25,7 +25,7 @@ LayerT = TypeVar("LayerT", bound="BcosLayer")
 
 
 class FoldedNorm(nn.Module):
-    """What is left of a norm whose scale a neighboring layer has taken over: its drop and activation layers."""
+    """The drop and activation layers of a norm whose scale has been folded into a neighboring layer."""
 
     def __init__(self, norm: UncenteredBatchNorm2d) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class FoldedNorm(nn.Module):
 
 
 def norm_scale(norm: UncenteredBatchNorm2d) -> Tensor:
-    """What an uncentered batch norm multiplies each channel by in evaluation, (C,) in float64."""
+    """The factor per channel of an uncentered batch norm in evaluation mode, (C,) in float64."""
     return norm.weight.detach().double() * (norm.running_var.double() + norm.eps).rsqrt()
 
 
@@ -47,9 +47,9 @@ def fuse_layer(layer: LayerT, after: Tensor | None = None, before: Tensor | None
     """A copy of a layer for inference, computed in float64.
 
     Args:
-        layer: Not changed.
-        after: (O,) scale of the layer's output that the copy takes over.
-        before: (C,) scale of the layer's input that the copy takes over; of convolutions only.
+        layer: The layer, which is not changed.
+        after: Scale of the layer's output to fold in, (O,).
+        before: Scale of a convolution's input to fold in, (C,).
 
     Raises:
         ModelStateError: For a layer that has been fused.
@@ -95,7 +95,7 @@ def _fold(layer: "BcosLayer", after: Tensor | None) -> tuple[Tensor, Tensor | No
 
 
 def _per_input(scale: Tensor, layer: "BcosLayer") -> Tensor:
-    """(C,) as it multiplies weights (O, C / G, ...) of G groups."""
+    """A scale of input channels (C,) in the shape of weights (O, C / G, ...) of G groups."""
     groups: int = getattr(layer, "groups", 1)
     rows = scale.reshape(groups, -1).repeat_interleave(layer.weight.shape[0] // groups, 0)
     return rows.reshape([*rows.shape, *[1] * (layer.weight.ndim - 2)])

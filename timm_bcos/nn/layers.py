@@ -1,8 +1,8 @@
-"""B-cos layers: torch's convolution and linear layer with one step of `forward` changed.
+"""B-cos layers: torch's convolution and linear layer with the B-cos transform, and what models need beside them.
 
 Papers: https://arxiv.org/abs/2205.10268 (B-cos, MaxOut, γ), https://arxiv.org/abs/2306.10898 (unit norm, logit bias).
-Differs from the official code (package `bcos`) in that the weight stays at `.weight`, as everywhere in timm. There it
-is `.linear.weight`, of a `NormedConv2d` or `NormedLinear`.
+Differs from the official code (package `bcos`) in that the weight is at `.weight`, as in torch and timm. There it is at
+`.linear.weight`, in a `NormedConv2d` or `NormedLinear`.
 """
 
 from typing import Literal
@@ -46,8 +46,8 @@ class LowPass2d(timm_layers.BlurPool2d):  # type: ignore[misc]
     It removes the highest frequency, of period 2, and halves the one of period 4.
 
     Args:
-        channels: Of the map; None takes them from the input.
-        stride: Of the output: 1, or 2.
+        channels: Number of channels; None to accept any.
+        stride: Stride of the output, 1 or 2.
 
     Shape: (N, C, H, W) to (N, C, ⌈H / stride⌉, ⌈W / stride⌉).
     """
@@ -74,7 +74,7 @@ def refuse_fused(module: nn.Module) -> None:
         ModelStateError: If it has been.
     """
     if getattr(module, "is_fused", False):
-        raise ModelStateError("this model has been fused for inference: train the one that it was made from")
+        raise ModelStateError("this model has been fused for inference: train the model that it was made from")
 
 
 def _check_units(b: float, max_out: int, normalize_weight: bool) -> None:
@@ -177,8 +177,8 @@ class BcosConv2d(BcosLayer, nn.Conv2d):  # type: ignore[misc]
     In the official code (package `bcos`): `BcosConv2d`, and `BcosConv2dWithScale` with scale = 1 / γ.
 
     Args:
-        in_channels: Input channels; likewise the other arguments of `torch.nn.Conv2d`.
-        b: Exponent B; 1 is a plain (unit-norm) convolution.
+        in_channels: Number of input channels. This and the next arguments are those of `torch.nn.Conv2d`.
+        b: Exponent B. With 1 the layer is a convolution with unit-norm rows.
         max_out: Units M per output channel: the weight has out_channels · M rows, unit m of channel o being row
             o · M + m, and the largest response is taken before the cosine factor.
         gamma: Fixed output scale γ.
@@ -186,16 +186,15 @@ class BcosConv2d(BcosLayer, nn.Conv2d):  # type: ignore[misc]
             needed to start from pretrained weights.
         pad_same: TensorFlow's 'SAME' padding, computed from the input's size (timm's `Conv2dSame`).
         eps: Stabilizes the norm of a patch, sqrt(‖patch‖² + eps).
-        antialias: With a stride, filter the input by [1, 2, 1] / 4 first, whose cosine is then taken. Strides sample
-            unevenly, and W(x) shows it as checkerboards. Zhang (arXiv 1904.11486) convolves at stride 1 and filters
-            with the stride; for a linear layer, filtering first is the same (but for the borders) at a fraction of the
-            cost.
+        antialias: Filter the input by [1, 2, 1] / 4 first if the layer has a stride, which would otherwise show as
+            checkerboards in W(x). Zhang (arXiv 1904.11486) convolves at stride 1 and filters with the stride. For a
+            linear layer, filtering first is the same (except at the borders) at a fraction of the cost.
 
     Attributes:
         low_pass: The filter, or None.
-        is_fused: Whether `weight` is what x is multiplied by, γ and neighboring norms included (`timm_bcos.fuse`).
-        amplitude: (O, 1, 1) of a fused layer, what its response is multiplied by besides; or None.
-        channel_squares: (C,) of a fused layer, the squared scale of a norm before it; or None.
+        is_fused: See `BcosLayer`.
+        amplitude: See `BcosLayer`; (O, 1, 1).
+        channel_squares: The squared scale of a norm that was fused with the layer behind it, (C,); or None.
 
     Shape: (N, in_channels, H, W) to (N, out_channels, H', W').
     """
@@ -240,7 +239,7 @@ class BcosConv2d(BcosLayer, nn.Conv2d):  # type: ignore[misc]
         self.low_pass = LowPass2d(in_channels, device=device, dtype=dtype) if antialias and samples else None
 
     def _split_padding(self) -> tuple[list[int], list[int]]:
-        """Symmetric zero padding, left to the convolution, or else explicit padding as `F.pad` takes it."""
+        """Symmetric zero padding for the convolution itself, and explicit padding for `F.pad`; one of them is 0."""
         if self.padding_mode == "zeros" and not isinstance(self.padding, str):
             return list(self.padding), [0, 0, 0, 0]
         return [0, 0], list(self._reversed_padding_repeated_twice)
@@ -281,11 +280,15 @@ class BcosLinear(BcosLayer, nn.Linear):  # type: ignore[misc]
     """B-cos linear layer: γ · |cos(x, w)|^(B-1) · ŵᵀx over the last dimension.
 
     Args:
-        in_features: Input features; likewise the other arguments of `torch.nn.Linear`.
-        b: Exponent B; `max_out`, `gamma` and `normalize_weight` are as in `BcosConv2d`.
+        in_features: Number of input features. This and the next arguments are those of `torch.nn.Linear`.
+        b: See `BcosConv2d`.
+        max_out: See `BcosConv2d`.
+        gamma: See `BcosConv2d`.
+        normalize_weight: See `BcosConv2d`.
 
     Attributes:
-        is_fused: As in `BcosConv2d`; likewise `amplitude`, here (O,).
+        is_fused: See `BcosLayer`.
+        amplitude: See `BcosLayer`; (O,).
 
     Shape: (..., in_features) to (..., out_features).
     """
@@ -323,26 +326,27 @@ class BcosLinear(BcosLayer, nn.Linear):  # type: ignore[misc]
 
 
 class SigmoidActivation(nn.Sigmoid):
-    """A sigmoid whose value is passed on, as an activation's: a(x) = 1/2 + x · slope, the 1/2 being a constant.
+    """A sigmoid as an activation, 1/2 + x · slope, where 1/2 is a constant.
 
-    `torch.nn.Sigmoid` counts as a gate, whose value only scales. Where it is added or read by a layer, the explanation
-    would not be exact: convert it with `RULES | {nn.Sigmoid: sigmoid_as_activation}`.
+    `torch.nn.Sigmoid` counts as a gate: explanations treat its value as a constant factor. They are not exact if that
+    value is added to something or is the input of a layer. Then convert the model with
+    `RULES | {nn.Sigmoid: sigmoid_as_activation}`.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         return sigmoid_activation(input)
 
 
-@register_notrace_module  # a node of timm's graphs, which TorchScript can then compile: functions take no modules there
+@register_notrace_module  # one node in timm's graphs: TorchScript cannot compile a function that takes a module
 class ShiftedActivation(nn.Module):
-    """An activation with a bias that only gates: a(x + shift) - a(shift).
+    """An activation with a bias that only acts in its gate: a(x + shift) - a(shift).
 
-    An additive bias is not explained by the image. Here it only decides how much of x passes: the output is x times a
-    gate, which lies between 0 and 1 for ReLU and ReLU6. What is left out, a(shift), is a constant.
+    The output is x times a gate, between 0 and 1 for ReLU and ReLU6. Unlike an additive bias, the shift adds nothing
+    that the image does not explain.
 
     Args:
-        act: a, an elementwise activation.
-        shift: (C,) one per channel; trained like a bias.
+        act: Elementwise activation a.
+        shift: Initial value of the shift, one per channel (C,). It is trained like a bias.
 
     Shape: (N, C, H, W) to the same.
     """
@@ -354,6 +358,6 @@ class ShiftedActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shift = self.shift.reshape(1, -1, 1, 1).to(x.dtype)
-        if torch.jit.is_scripting():  # which passes no modules
+        if torch.jit.is_scripting():  # functions take no modules there
             return self.act(x + shift) - self.act.forward(shift.clone())
         return shifted_activation(x, shift, self.act)
