@@ -1,7 +1,7 @@
 """Importing this module registers our models with timm: the papers' models, fine-tuned ones, and `bcosify`.
 
-`import timm` imports it, possibly in the middle of importing another module of this package. So it imports what builds
-models and loads weights only in the functions that do so.
+`import timm` imports it, possibly while another module of this package is being imported. So functions import what
+builds models and loads weights when they are called.
 """
 
 import copy
@@ -56,7 +56,7 @@ GEOMETRY = ("input_size", "pool_size", "first_conv", "classifier", "fixed_input_
 
 
 def _cfg(row: Architecture, paper: dict[str, str]) -> dict[str, Any]:
-    """A pretrained cfg: the architecture's geometry, images in [0, 1] without normalization."""
+    """The pretrained cfg of a model: the architecture's geometry, and images in [0, 1] without normalization."""
     plain = resolve_pretrained_cfg(row.arch).to_dict() if isinstance(row.arch, str) else {}
     geometry = {key: plain[key] for key in GEOMETRY if plain.get(key) is not None}
     ours = dict(num_classes=1000, crop_pct=0.875, interpolation="bilinear", license="apache-2.0", **UNNORMALIZED)
@@ -64,7 +64,7 @@ def _cfg(row: Architecture, paper: dict[str, str]) -> dict[str, Any]:
 
 
 def _cfgs() -> dict[str, Any]:
-    """By name and tag; models without published weights have one without a tag."""
+    """All pretrained cfgs by name and tag. Models without published weights have one without a tag."""
     cfgs: dict[str, Any] = {"bcosify": _cfg(Architecture("resnet50", BcosConfig()), PAPER_CFG)}
     hub = {tagged: dict(hf_hub_id=address) for tagged, address in hub_addresses().items()}
     for name, row in ARCHITECTURES.items():
@@ -98,7 +98,7 @@ def _create(
 
     def build(**model_kwargs: object) -> nn.Module:
         model = row.build(config, **model_kwargs)
-        if pretrained:  # timm's own loading verifies no hash, and knows nothing of encoded images
+        if pretrained:  # timm does not verify hashes and does not know encoded images
             load_pretrained(model, cfg, convert_official_weights, cache_dir, changes)
         return model
 
@@ -106,7 +106,7 @@ def _create(
 
 
 BACKBONE_ARGUMENTS = ("features_only", "out_indices", "feature_cls")  # of timm's create_model
-HEAD_CFG = ("num_classes", "classifier", "global_pool")  # what a backbone's cfg does not say
+HEAD_CFG = ("num_classes", "classifier", "global_pool")  # not in the cfg of a backbone
 WEIGHT_SOURCES = ("file", "url", "state_dict", "hf_hub_id")
 
 
@@ -122,18 +122,18 @@ def _create_converted(
     """`timm.create_model('bcosify', arch=...)`: any timm model, converted.
 
     Args:
-        pretrained: Start from the architecture's own weights; where the cfg or its overlay names a weight source, that
-            is loaded after the conversion instead, be it converted weights or plain ones.
-        arch: timm's name, 'hf-hub:ORG/NAME' or 'local-dir:PATH'.
-        arch_kwargs: Arguments of the architecture. Those that no field of `BcosConfig` is called like can stand among
-            the others; `arch_kwargs=dict(bias=...)` is for those that one is.
-        pretrained_cfg: timm's.
-        pretrained_cfg_overlay: timm's.
-        cache_dir: Where downloads go.
+        pretrained: Whether to load the architecture's own weights before the conversion; or, if the cfg or its overlay
+            names weights, those after the conversion, whether they are converted or plain.
+        arch: timm's name of the architecture, 'hf-hub:ORG/NAME' or 'local-dir:PATH'.
+        arch_kwargs: Arguments of the architecture that have the name of a field of `BcosConfig`, such as
+            `arch_kwargs=dict(bias=...)`. All others can also be passed directly.
+        pretrained_cfg: See `timm.create_model`.
+        pretrained_cfg_overlay: See `timm.create_model`.
+        cache_dir: Directory of downloads; None for the default.
         kwargs: Fields of `timm_bcos.BcosConfig`, and arguments of the architecture.
 
     Raises:
-        TargetError: For an architecture that timm does not know, or that is a B-cos model already.
+        TargetError: If timm does not know the architecture, or if it is a B-cos model already.
         CheckpointError: If the Hub or the directory has no such model.
 
     Examples:
@@ -236,7 +236,7 @@ class _Conversion:
     def _plain(self, **kwargs: object) -> nn.Module:
         """The plain architecture, with its own weights unless others are loaded later."""
         entry = model_entrypoint(self.source.name)
-        arguments = {**kwargs, **self.source.remembered(), **self.arch_kwargs}
+        arguments = {**kwargs, **self.source.saved_arguments(), **self.arch_kwargs}
         own_weights = self.pretrained and not self.has_other_weights
         return entry(pretrained=own_weights, pretrained_cfg=self.source.cfg, cache_dir=self.cache_dir, **arguments)
 
@@ -247,7 +247,7 @@ class _Conversion:
 
 
 def _convert_weights(original: nn.Module | None, state_dict: "StateDict", model: nn.Module) -> "StateDict":
-    """Weights for a conversion of `original`, which takes them itself where reference activations are needed."""
+    """Convert weights. If `original`, the plain model, is given, it loads them to compute reference activations."""
     from ..conversion.reference import reference_activations
     from ..weights.formats import convert_plain_weights
 
@@ -261,25 +261,29 @@ def _convert_weights(original: nn.Module | None, state_dict: "StateDict", model:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a plain architecture comes from.
+    """Source of a plain architecture.
 
     Attributes:
-        name: timm's.
-        cfg: Its pretrained cfg, or the tag of one.
-        kwargs: Arguments that the Hub's or the directory's config tells.
+        name: timm's name of the architecture.
+        cfg: Pretrained cfg, or its tag.
+        kwargs: Arguments in the config on the Hub or in the directory.
     """
 
     name: str
     cfg: dict[str, object] | str | None
     kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def remembered(self) -> dict[str, object]:
-        """What timm wants to know of the model whose weights it loads, if it was saved with arguments."""
+    def saved_arguments(self) -> dict[str, object]:
+        """timm's argument for the arguments that the model was saved with, if there are any."""
         return dict(pretrained_model_args=self.kwargs) if self.kwargs else {}
 
 
 def architecture(name: str, cache_dir: str | Path | None = None) -> str:
-    """timm's name of what `timm.create_model(name)` would create, from a Hub's or a directory's config too.
+    """timm's name of the architecture that `timm.create_model(name)` creates.
+
+    Args:
+        name: timm's name with or without a tag, 'hf-hub:ORG/NAME' or 'local-dir:PATH'.
+        cache_dir: Directory of downloads; None for the default.
 
     Raises:
         TargetError: If timm does not know it.
@@ -310,7 +314,7 @@ def _read_config(name: str, kind: str, place: str, cache_dir: str | Path | None)
             cfg, arch, kwargs = load_model_config_from_hf(place, cache_dir=cache_dir)
         else:
             cfg, arch, kwargs = private.load_model_config_from_path(place)
-    except Exception as error:  # the Hub's client, its HTTP library and the system each raise their own
+    except Exception as error:  # errors of the Hub's client, its HTTP library and the system
         raise CheckpointError(f"cannot read the config of {name}: {first_line(error)}") from error
     return _Source(arch, cfg, dict(kwargs or {}))
 
@@ -344,7 +348,7 @@ def _warn_unless_preserved(arch: str, config: BcosConfig) -> None:
 
 
 def _entry_point(name: str) -> Callable[..., nn.Module]:
-    """timm registers functions, under their names."""
+    """The function that timm registers under its name."""
 
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return _create_converted(pretrained, **kwargs) if name == "bcosify" else _create(name, pretrained, **kwargs)

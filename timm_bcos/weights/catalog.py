@@ -1,8 +1,8 @@
 """The weights that the papers' authors published: timm's tags, addresses, accuracies and evaluation sizes.
 
-Addresses and figures are those of the official releases. The ten hex digits that end a file's name are the start of
-its SHA-256. The first paper's release gives neither digits nor accuracies. `hub.json` lists
-the copies on the Hugging Face Hub, which are preferred. `scripts/maintenance/publish_official.py` writes both.
+Addresses and figures are those of the official releases. Ten hex digits at the end of a file's name are the start of
+its SHA-256. The first paper's release has neither digits nor accuracies. `hub.json` lists copies on the Hugging Face
+Hub, which are preferred; `scripts/maintenance/publish_official.py` writes it.
 """
 
 import json
@@ -40,9 +40,9 @@ class Published:
 
     Attributes:
         tag: timm's tag.
-        url: Its address; with a name for the cache where the address has none.
-        resize: What images' shorter side is resized to before the center crop, in pixels.
-        top1: Published top-1 accuracy in per cent, where there is one.
+        url: Address, or address and name of the file in the cache.
+        resize: Length to which the shorter side of images is resized before the center crop, in pixels.
+        top1: Published top-1 accuracy in percent; None if there is none.
         notes: Terms that may apply.
     """
 
@@ -53,7 +53,7 @@ class Published:
     notes: tuple[str, ...] = (IMAGENET_NOTE,)
 
     def cfg(self, crop: int) -> dict[str, object]:
-        """What timm's pretrained cfg says of it.
+        """Entries of timm's pretrained cfg.
 
         Args:
             crop: Evaluation size of the model, in pixels.
@@ -66,7 +66,7 @@ class Published:
 def _v1(
     name: str, share: str, tag: str = "mpi_in1k", resize: int = 256, notes: tuple[str, ...] = (IMAGENET_NOTE, V1_NOTE)
 ) -> Published:
-    """The address's last part is `download` for all of them: the cache needs names."""
+    """A weight file of the first paper. Its address ends in `download`, so that the cache needs a name."""
     return Published(tag, (V1.format(share), f"{name}.{tag}.pth"), resize, notes=notes)
 
 
