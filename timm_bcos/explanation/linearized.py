@@ -15,7 +15,7 @@ from ..dynamic_linear.violations import Violation
 from ..errors import BcosError, ModelStateError, TargetError
 from ..nn.functional import encode_image
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
-from ..nn.module_utils import channel_axis, converted_part, first_output, isolate, pick_output, told_classifiers
+from ..nn.module_utils import channel_axis, converted_part, first_output, get_classifiers, isolate, pick_output
 from .inputs import check_model, is_encoding, rows_of
 from .linear_parts import LinearPart, linear_part, linear_parts
 from .outputs import ModelOutputs, Selection
@@ -339,7 +339,7 @@ def _check_layer(model: nn.Module, layer: str) -> None:
 
 
 def _logit_bias(model: nn.Module) -> float:
-    heads = told_classifiers(converted_part(model)) or list(model.modules())
+    heads = get_classifiers(converted_part(model)) or list(model.modules())
     biases = [m.logit_bias for m in heads if isinstance(m, BcosConvClassifier | BcosLinearClassifier)]
     return biases[-1] if biases else 0.0
 

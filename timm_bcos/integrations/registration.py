@@ -1,6 +1,6 @@
 """Other libraries and B-cos layers, which are `nn.Linear` and `nn.Conv2d` but do not compute y = Wx.
 
-Each library is told of them when it is imported, before or after this package.
+Each library gets to know them when it is imported, before or after this package.
 """
 
 import warnings
@@ -28,7 +28,7 @@ def register_when_imported(library: str, register: Callable[[], None]) -> None:
 
     Args:
         library: Name of the module to wait for.
-        register: Tells the library of our layers.
+        register: Function that makes the library handle B-cos layers.
     """
 
     @wrapt.when_imported(library)
@@ -67,6 +67,6 @@ def original(function: Any) -> Any:
     return function
 
 
-# Last, because a library that has been imported is told at once.
+# At the end, because for a library that is imported already the function is called now.
 for _library, _names in REGISTRATIONS.items():
     register_when_imported(_library, partial(_call, *_names))

@@ -115,7 +115,7 @@ def _restore_stem_width(model: nn.Module, width: int) -> None:
 
 
 def _fully_convolutional(vgg: Any) -> None:
-    """VGG's first fully connected layer as a 7×7 convolution with padding 3, at whatever resolution."""
+    """VGG's first fully connected layer as a 7×7 convolution with padding 3, which takes maps of any size."""
     vgg.pre_logits.fc1.padding = (3, 3)
     vgg.pre_logits.input_kernel_size = 1
 

@@ -83,11 +83,11 @@ class Convolution:
         )  # fmt: skip
         return by_x, by_weight
 
-    def half_by_squares(self, slope: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """The gradient by x² / 2, given the one by half the squared norms."""
+    def spread_to_input(self, values: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """The sum of the values (N, G, H', W') of all windows that contain an element of x, for each element."""
         size, kernel = [len(x), self.groups, *x.shape[2:]], list(weight.shape[2:])
-        by_sums = by_window_sum(slope, size, kernel, self.stride, self.padding, self.dilation)
-        return per_unit(by_sums, x, self.groups)
+        sums = by_window_sum(values, size, kernel, self.stride, self.padding, self.dilation)
+        return per_unit(sums, x, self.groups)
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ class LinearMap:
         by_weight = grad.flatten(0, -2).T @ x.flatten(0, -2) if is_wanted[1] else None
         return by_x, by_weight
 
-    def half_by_squares(self, slope: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        return slope
+    def spread_to_input(self, values: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return values
 
 
 Transform = Convolution | LinearMap
@@ -188,7 +188,7 @@ class _BcosResponse(torch.autograd.Function):
         by_linear, by_norm = _by_response(grad, norm, saved, is_response, winner, unit, transform)
         by_x, by_used = transform.backward(by_linear, x, used, ctx.needs_input_grad[:2])
         if by_x is not None:  # x has an effect on the norm, too: ∂n/∂x = x / n
-            by_x.addcmul_(x, transform.half_by_squares(by_norm / norm, x, weight).to(x.dtype))
+            by_x.addcmul_(x, transform.spread_to_input(by_norm / norm, x, weight).to(x.dtype))
         return by_x, _by_weight(by_used, weight, unit), None, None
 
 

@@ -23,11 +23,11 @@ __all__ = [
     "converted_part",
     "first_output",
     "frozen_copy",
+    "get_classifiers",
     "hooked",
     "image_size",
     "isolate",
     "pick_output",
-    "told_classifiers",
 ]
 
 
@@ -58,7 +58,7 @@ def clone(module: ModuleT, **members: object) -> ModuleT:
     """A copy of a module that shares its parameters, buffers, children and hooks, except those given.
 
     Args:
-        module: The module, which is not changed, whatever is assigned to the copy later.
+        module: The module, which is not changed, not even by later assignments to the copy.
         members: Parameters (None for none), buffers or children that the copy has instead.
     """
     new = copy.copy(module)
@@ -144,16 +144,16 @@ def converted_part(model: nn.Module) -> nn.Module:
     return next((module for module in model.modules() if hasattr(module, "bcos_config")), model)
 
 
-def told_classifiers(model: Any) -> list[nn.Module]:
+def get_classifiers(model: Any) -> list[nn.Module]:
     """The classifiers that timm's `get_classifier` returns: several for distilled models, none without the method.
 
     Some of timm's methods fail after `num_classes=0` has removed the head; then there is none, either.
     """
     try:
-        told = model.get_classifier()
+        found = model.get_classifier()
     except AttributeError:
         return []
-    return [head for head in (told if isinstance(told, tuple | list) else [told]) if isinstance(head, nn.Module)]
+    return [head for head in (found if isinstance(found, tuple | list) else [found]) if isinstance(head, nn.Module)]
 
 
 def first_output(output: object) -> Any:

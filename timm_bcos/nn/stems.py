@@ -139,5 +139,5 @@ def image_channels(model: nn.Module) -> int | None:
     for module in model.modules():
         if isinstance(module, BcosStem | ImageReader):
             return module.image_channels
-    told = getattr(model, "in_chans", None)
-    return told if isinstance(told, int) else None
+    channels = getattr(model, "in_chans", None)
+    return channels if isinstance(channels, int) else None
