@@ -17,7 +17,7 @@ import timm_bcos
 from tests.helpers import ROOT, command, enliven, load_script, real_image
 from timm_bcos import MethodError, ModelStateError, TargetError
 from timm_bcos.attribution.registry import METHODS, attribute, register
-from timm_bcos.weights.catalog import DEFAULT_NETWORK
+from timm_bcos.weights.catalog import DEFAULT_MODEL
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_names_of_methods_are_not_taken_twice() -> None:
 def test_the_help_names_the_default_network(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("explain", "--help") == 0
     text = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
-    assert DEFAULT_NETWORK in text and "network for clothes" not in text
+    assert DEFAULT_MODEL in text and "network for clothes" not in text
 
 
 CITED = re.compile(r"`(timm_bcos(?:\.\w+)+)")

@@ -203,7 +203,7 @@ def test_checkpoints_are_loaded_as_what_they_were_trained_as(tmp_path: Path) -> 
 def test_damaged_training_arguments(arguments: dict, tmp_path: Path) -> None:
     state = timm.create_model("bcos_cnn9", num_classes=2).state_dict()
     torch.save({"state_dict": state, "args": argparse.Namespace(**arguments)}, tmp_path / "w.pth.tar")
-    with pytest.raises(CheckpointError, match=r"w.pth.tar: its training arguments describe no network"):
+    with pytest.raises(CheckpointError, match=r"w.pth.tar: its training arguments describe no model"):
         load_model(checkpoint=tmp_path / "w.pth.tar")
 
 

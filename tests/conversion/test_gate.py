@@ -13,7 +13,7 @@ import timm_bcos
 from tests.helpers import assert_exact, command, enliven, normalized, real_image
 from timm_bcos import BcosConfig, InputError, bcosify
 from timm_bcos.dynamic_linear.mode import DynamicLinearMode, active
-from timm_bcos.nn.activations import ShiftedActivation
+from timm_bcos.nn.layers import ShiftedActivation
 
 Double = torch.float64
 ACTS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "gelu": nn.GELU, "silu": nn.SiLU, "hardswish": nn.Hardswish}

@@ -12,7 +12,7 @@ import timm_bcos
 from tests.helpers import real_image
 from timm_bcos import BcosConfig, InputError, UnsupportedModuleError
 from timm_bcos.conversion.reference import reference_activations
-from timm_bcos.nn.activations import ShiftedActivation
+from timm_bcos.nn.layers import ShiftedActivation
 
 PIXELS = BcosConfig(mean=(0.0,), std=(1.0,))
 

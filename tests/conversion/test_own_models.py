@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
@@ -246,3 +247,32 @@ def test_a_pooling_to_several_positions_stays_one() -> None:
     model = bcosify(plain, PRESERVE)
     torch.testing.assert_close(model(x), expected)
     assert_exact(model, x, 1e-10)
+
+
+class TwoReaders(nn.Module):
+    """Two layers read the image, so that an `ImageReader` does; the forward pass keeps something on the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+        self.height = 0
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        self.height = x.shape[2]
+        return self.first(x) + self.second(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.forward_features(x).mean((2, 3)))
+
+
+def test_a_reader_comes_once_before_nested_forward_methods() -> None:
+    statistics: dict[str, Any] = dict(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    model = bcosify(TwoReaders().double(), BcosConfig(b=1, bias=True, **statistics)).eval()
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    read = (x - torch.tensor(statistics["mean"])[:, None, None]) / torch.tensor(statistics["std"])[:, None, None]
+    features = model.first(read) + model.second(read)
+    torch.testing.assert_close(model.forward_features(x), features, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model(x), model.head(features.mean((2, 3))), rtol=1e-6, atol=1e-6)
+    assert model.height == 8, "what a forward pass assigns stays"
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))

@@ -239,7 +239,7 @@ def test_unknown_architectures_are_refused() -> None:
     with pytest.raises(TargetError, match="hf-hub:org/name"):
         timm.create_model("bcosify", arch="org/name")
     for arch in ("bcos_resnet18", "bcosify", "bcos_efficientnet_lite0.clothes"):
-        with pytest.raises(TargetError, match=r"is a B-cos network already: create it as such"):
+        with pytest.raises(TargetError, match=r"is a B-cos model already: create it as such"):
             timm.create_model("bcosify", arch=arch, b=1.5)
 
 

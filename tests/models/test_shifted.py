@@ -81,5 +81,5 @@ def test_wrong_sizes(network: nn.Module, size: object) -> None:
 
 
 def test_other_networks() -> None:
-    with pytest.raises(InputError, match=r"ResNet is no B-cos network: convert it with timm_bcos\.bcosify"):
+    with pytest.raises(InputError, match=r"ResNet is no B-cos model: convert it with timm_bcos\.bcosify"):
         ShiftAveraged(timm.create_model("test_resnet"))

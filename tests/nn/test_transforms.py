@@ -18,6 +18,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from tests.helpers import enliven, real_image
 from timm_bcos import BcosConv2d, BcosLinear, UncenteredBatchNorm2d
 from timm_bcos.nn import autograd
+from timm_bcos.nn.primitives import max_out
 
 Double = torch.float64
 KINDS: dict[str, dict[str, Any]] = {
@@ -103,6 +104,79 @@ def test_batched_gradients_and_dual_numbers(kind: str) -> None:
             dual = forward_ad.make_dual(x, torch.ones_like(x))
             found = [forward_ad.unpack_dual(f).tangent for f in (layer(dual), literal(layer, dual, layer.weight))]
         torch.testing.assert_close(*found)
+
+
+MODES: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
+    "eager": lambda layer: layer,
+    "compiled": lambda layer: torch.compile(layer, backend="aot_eager"),
+    "scripted": torch.jit.script,
+    "torch.fx": torch.fx.symbolic_trace,
+}
+DERIVATIVES: dict[str, Callable[[Callable[[Tensor], Tensor], nn.Module, Tensor], Tensor]] = {
+    "backward": lambda f, layer, x: torch.autograd.grad(f(x).square().sum(), layer.weight)[0],
+    "double backward": lambda f, layer, x: torch.autograd.grad(
+        torch.autograd.grad(f(x).sum(), layer.weight, create_graph=True)[0].square().sum(), layer.weight
+    )[0],
+}
+FUNCTIONAL: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+    "grad": lambda f, weight: grad(f)(weight),
+    "vmap of grad": lambda f, weight: vmap(grad(f))(weight[None])[0],
+    "jacrev": lambda f, weight: jacrev(f)(weight),
+    "jacfwd": lambda f, weight: jacfwd(f)(weight),
+}
+
+
+def tied_layers(b: float) -> list[tuple[nn.Module, Tensor]]:
+    """Layers whose three units per output are equal, as after a conversion."""
+    unit: dict[str, Any] = dict(b=b, max_out=3, dtype=Double)
+    pairs = [
+        (BcosConv2d(3, 4, 3, padding=1, **unit), torch.randn(2, 3, 4, 4, dtype=Double)),
+        (BcosLinear(5, 4, **unit), torch.randn(3, 5, dtype=Double)),
+    ]
+    for layer, _ in pairs:
+        layer.weight.data = layer.weight.data[::3].repeat_interleave(3, 0)
+    return pairs
+
+
+def gradient_of_first_units(layer: nn.Module, x: Tensor, order: int) -> Tensor:
+    """The gradient of a layer without MaxOut, whose rows the first units are; 0 for the others."""
+    plain = BcosLinear(5, 4, b=layer.b) if isinstance(layer, BcosLinear) else BcosConv2d(3, 4, 3, padding=1, b=layer.b)
+    plain.weight = nn.Parameter(layer.weight.detach()[::3])
+    derivative = DERIVATIVES["backward" if order == 1 else "double backward"](plain, plain, x)
+    expected = torch.zeros_like(layer.weight)
+    expected[::3] = derivative
+    return expected
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.script.*:FutureWarning", "ignore:.*torch.jit.script.*:DeprecationWarning"
+)
+@pytest.mark.parametrize("b", [1.0, 1.5, 2.0])
+@pytest.mark.parametrize("mode", MODES)
+def test_equal_units_of_max_out_give_the_gradient_to_the_first(mode: str, b: float) -> None:
+    for layer, x in tied_layers(b):
+        torch._dynamo.reset()
+        first = DERIVATIVES["backward"](MODES[mode](layer), layer, x)
+        torch.testing.assert_close(first, gradient_of_first_units(layer, x, 1))
+        if mode != "compiled":  # which has no second derivatives
+            second = DERIVATIVES["double backward"](MODES[mode](layer), layer, x)
+            torch.testing.assert_close(second, gradient_of_first_units(layer, x, 2))
+
+
+@pytest.mark.parametrize("b", [1.0, 1.5, 2.0])
+@pytest.mark.parametrize("transform", FUNCTIONAL)
+def test_equal_units_of_max_out_under_torch_func(transform: str, b: float) -> None:
+    for layer, x in tied_layers(b):
+        loss = lambda w, layer=layer, x=x: called(layer)(x, w).square().sum()  # noqa: E731
+        found = FUNCTIONAL[transform](loss, layer.weight.detach())
+        torch.testing.assert_close(found, gradient_of_first_units(layer, x, 1))
+
+
+@pytest.mark.parametrize("wants_gradients", [True, False])
+def test_max_out_passes_nan_on(wants_gradients: bool) -> None:
+    nan = float("nan")
+    x = torch.tensor([[nan, 1.0, 1.0, nan, 2.0, 1.0, 1.0, 3.0]]).requires_grad_(wants_gradients)
+    torch.testing.assert_close(max_out(x, 2, -1), torch.tensor([[nan, nan, 2.0, 3.0]]), equal_nan=True)
 
 
 def literal_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -199,7 +273,7 @@ def test_no_autograd_function_runs_in_evaluation(
 ) -> None:
     model, x = timm.create_model(name, num_classes=5, **kwargs).eval(), real_image(64, 2)
     expected = model(x)
-    for function in (autograd._BcosConv2d, autograd._BcosLinear, autograd._DivideByDeviation):
+    for function in (autograd._BcosResponse, autograd._DivideByDeviation):
         monkeypatch.setattr(function, "apply", None)
     with torch.no_grad():
         torch.testing.assert_close(model(x), expected)

@@ -35,7 +35,7 @@ from timm_bcos import (
 )
 from timm_bcos.dynamic_linear.dual_graph import DualGraph
 from timm_bcos.dynamic_linear.mode import DynamicLinearMode, active
-from timm_bcos.nn.activations import ShiftedActivation
+from timm_bcos.nn.layers import ShiftedActivation
 
 Double = torch.float64
 ARCHITECTURES = ["test_resnet", "test_efficientnet", "test_vit", "test_convnext", "test_byobnet", "test_mambaout"]

@@ -15,7 +15,7 @@ from timm_bcos.data.datasets import load_dataset
 from timm_bcos.evaluation.pointing_game import confidences
 from timm_bcos.models.class_names import class_names
 from timm_bcos.models.loading import load_model
-from timm_bcos.weights.catalog import DEFAULT_NETWORK, EMBEDDED
+from timm_bcos.weights.catalog import DEFAULT_MODEL, EMBEDDED
 
 SHARED = ROOT.parent / "shared" / "data"
 TEST_SPLITS = {"in1k": "imagenet_photos.tar", "clothing": "clothing/test.tar", "cifar10": "cifar10/test.tar"}
@@ -49,7 +49,7 @@ def test_they_are_as_accurate_as_they_say(name: str) -> None:
 
 
 def test_they_can_be_fine_tuned_for_other_classes() -> None:
-    model = timm.create_model(DEFAULT_NETWORK, pretrained=True, num_classes=3).eval()
+    model = timm.create_model(DEFAULT_MODEL, pretrained=True, num_classes=3).eval()
     trained = load_model().state_dict()
     own = model.state_dict()
     fresh = [name for name in own if own[name].shape != trained[name].shape]
@@ -73,7 +73,7 @@ def test_a_published_copy_does_not_name_this_machine(tmp_path: Path) -> None:
 
 
 def test_a_tag_says_how_its_weights_were_made() -> None:
-    default = timm.create_model(DEFAULT_NETWORK.partition(".")[0])
+    default = timm.create_model(DEFAULT_MODEL.partition(".")[0])
     assert default.pretrained_cfg["tag"] == "in1k" and default.num_classes == 1000
     assert (default.bcos_config.b, default.bcos_config.bias) == (1.25, "reference")
     clothing = timm.create_model("bcos_efficientnet_lite0.clothing")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .._compat import timm_layers
 from ..errors import MethodError, ModelStateError
 from ..explanation.api import explain, explain_targets
-from ..nn.module_utils import channel_axis, first_output, hooked, told_classifiers
+from ..nn.module_utils import channel_axis, first_output, get_classifiers, hooked
 from .deep_lift import multiplied_contributions
 from .registry import AttributionModel, check_counts, images_at_once, register
 
@@ -250,7 +250,7 @@ def _last_spatial_layer(subject: AttributionModel, z: Tensor) -> nn.Module:
     A map has the image's proportions, but for rounding; heads × tokens × features inside attention has not.
     """
     found: list[nn.Module] = []
-    heads = {id(m) for m in told_classifiers(subject.part)}
+    heads = {id(m) for m in get_classifiers(subject.part)}
 
     def record(module: nn.Module, args: object, output: object) -> None:
         if isinstance(output, Tensor) and output.ndim == 4 and len(output) == 1 and id(module) not in heads:

@@ -1,6 +1,6 @@
 """Blocks whose forward pass has to be written differently: tables from the class of timm or torchvision to ours."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -57,52 +57,55 @@ inception: Any = Library("torchvision.models.inception")
 googlenet: Any = Library("torchvision.models.googlenet")
 inception_v3: Any = Library("timm.models.inception_v3")
 efficientvit: Any = Library("timm.models.efficientvit_mit")
+Block: Any = nn.Module if TYPE_CHECKING else object  # mixed into a class of modules
 
 
-class _AverageInceptionB(inception_v3.InceptionB):
-    """timm's block calls `max_pool2d` as a function; here its pooling branch averages."""
+# timm's and torchvision's blocks name their layers alike, so that a method fits both.
+
+
+class _AverageB(Block):
+    """Inception v3's block B, which calls `max_pool2d` as a function, with average pooling in its place."""
 
     def _forward(self, x: Tensor) -> list[Tensor]:
         double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
         return [self.branch3x3(x), double, F.avg_pool2d(x, kernel_size=3, stride=2)]
 
 
-class _AverageInceptionD(inception_v3.InceptionD):
-    """Likewise."""
+class _AverageD(Block):
+    """Inception v3's block D, which calls `max_pool2d` as a function, with average pooling in its place."""
 
     def _forward(self, x: Tensor) -> list[Tensor]:
         long = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
         return [self.branch3x3_2(self.branch3x3_1(x)), long, F.avg_pool2d(x, kernel_size=3, stride=2)]
 
 
-class _AverageTorchvisionInceptionB(inception.InceptionB):
-    """Likewise for torchvision's, whose layers have the same names."""
-
-    _forward = _AverageInceptionB._forward
-
-
-class _AverageTorchvisionInceptionD(inception.InceptionD):
-    """Likewise."""
-
-    _forward = _AverageInceptionD._forward
-
-
-class _BareInceptionConv(inception.BasicConv2d):
-    """torchvision's block calls `relu` as a function; here there is none."""
+class _ConvNorm(Block):
+    """torchvision's convolution and norm, without the activation, `relu` called as a function."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(x))
+        return self.bn(self.conv(x))  # type: ignore[no-any-return]
 
 
-class _BareGoogLeNetConv(googlenet.BasicConv2d):
-    """Likewise."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(x))
+class _AverageInceptionB(_AverageB, inception_v3.InceptionB): ...
 
 
-class _BareGoogLeNetHead(googlenet.InceptionAux):
-    """Likewise for the head that only training runs."""
+class _AverageInceptionD(_AverageD, inception_v3.InceptionD): ...
+
+
+class _AverageTorchvisionInceptionB(_AverageB, inception.InceptionB): ...
+
+
+class _AverageTorchvisionInceptionD(_AverageD, inception.InceptionD): ...
+
+
+class _InceptionConvNorm(_ConvNorm, inception.BasicConv2d): ...
+
+
+class _GoogLeNetConvNorm(_ConvNorm, googlenet.BasicConv2d): ...
+
+
+class _GoogLeNetHead(googlenet.InceptionAux):
+    """GoogLeNet's auxiliary head, which only training runs, without `relu` called as a function."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(F.adaptive_avg_pool2d(x, (4, 4))).flatten(1)
@@ -162,9 +165,9 @@ AVERAGED: Table = {
     inception.InceptionD: _AverageTorchvisionInceptionD,
 }
 BARE: Table = {
-    inception.BasicConv2d: _BareInceptionConv,
-    googlenet.BasicConv2d: _BareGoogLeNetConv,
-    googlenet.InceptionAux: _BareGoogLeNetHead,
+    inception.BasicConv2d: _InceptionConvNorm,
+    googlenet.BasicConv2d: _GoogLeNetConvNorm,
+    googlenet.InceptionAux: _GoogLeNetHead,
 }
 WIDE: Table = {efficientvit.LiteMLA: _WideLiteMLA}
 WIDE_NORMS: Table = {

@@ -265,24 +265,31 @@ READING = ("forward", "forward_features", "forward_intermediates")
 
 
 def _reads_first(method: Method) -> Method:
-    """A forward method behind the network's `ImageReader`.
+    """A forward method that passes its image through the model's `ImageReader` first.
 
-    It runs on the same network seen as one without a reader, so that methods which it calls do not read again.
+    The method itself runs on `_without_reader(self)`: `forward` calls `forward_features`, which must not read again.
     """
     first = [*signature(method).parameters, "x"][1]
 
     def read_and_call(self: Any, *args: object, **kwargs: object) -> object:
         image = args[0] if args else kwargs.pop(first)
         if isinstance(image, CONTAINERS):
-            raise InputError(f"the network reads one tensor of images first, got a {type(image).__name__}")
+            raise InputError(f"the model reads one tensor of images first, got a {type(image).__name__}")
         return method(_without_reader(self), self.image_reader(image), *args[1:], **kwargs)
 
     return wraps(method)(read_and_call)
 
 
 def _without_reader(model: Any) -> nn.Module:
-    unread = object.__new__(model._unread_class)
-    object.__setattr__(unread, "__dict__", model.__dict__)  # not a copy: the same state
+    """The same model as an object of the class whose forward methods do not read: both have one `__dict__`.
+
+    Simpler mechanisms fail: a forward pre-hook runs for `model(x)` alone, not for `model.forward_features(x)`; a flag
+    on the model is seen by other threads; a `Sequential` of reader and model renames the weights and has no
+    `forward_features`; a shallow copy loses what a forward method assigns to `self`, and torch.compile cannot trace it
+    in one graph.
+    """
+    unread = object.__new__(model._class_without_reader)
+    object.__setattr__(unread, "__dict__", model.__dict__)
     return unread
 
 
@@ -293,7 +300,7 @@ def _bcos_class(plain: type, has_reader: bool) -> type:
     if has_reader:
         base = _bcos_class(plain, False)
         bases, methods = (base,), {n: _reads_first(getattr(base, n)) for n in READING if hasattr(base, n)}
-        methods["_unread_class"] = base
+        methods["_class_without_reader"] = base
     own = dict(_plain_class=plain, _has_reader=has_reader, __module__=__name__, **methods)
     return type(f"Bcos{plain.__name__}", bases, own)
 

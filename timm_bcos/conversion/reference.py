@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .._compat import timm_layers
 from ..errors import InputError
 from ..files import first_line
-from ..nn.activations import ShiftedActivation
+from ..nn.layers import ShiftedActivation
 from ..nn.module_utils import frozen_copy, image_size
 
 __all__ = ["reference_activations", "set_reference_shifts"]

@@ -8,7 +8,7 @@ from torch import nn
 
 from .._compat import private, timm_layers, timm_models
 from ..errors import InputError, UnsupportedModuleError
-from ..nn.module_utils import told_classifiers
+from ..nn.module_utils import get_classifiers
 from ..nn.stems import BcosStem, ImageReader, image_channels
 from .config import BcosConfig
 from .problems import unread_layers
@@ -98,7 +98,7 @@ def _classifier_ids(model: Any) -> set[int]:
         return set()
     auxiliary = [child for name, child in model.named_children() if name in AUXILIARY]
     if hasattr(model, "get_classifier"):
-        heads = told_classifiers(model)
+        heads = get_classifiers(model)
     else:
         theirs = {id(m) for child in auxiliary for m in child.modules()}
         heads = [*_last_layers(m for m in model.modules() if id(m) not in theirs)]

@@ -17,9 +17,8 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from .._compat import timm_layers
-from ..nn.activations import ShiftedActivation, SigmoidActivation
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, BcosPool2d
-from ..nn.layers import BcosConv2d, BcosLinear, LowPass2d
+from ..nn.layers import BcosConv2d, BcosLinear, LowPass2d, ShiftedActivation, SigmoidActivation
 from ..nn.norms import UncenteredBatchNorm1d, UncenteredBatchNorm2d, UncenteredBatchNormAct2d
 from ..nn.stems import BcosStem, ImageReader
 from .attention import WINDOWED, BcosAttention

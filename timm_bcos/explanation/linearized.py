@@ -11,7 +11,7 @@ from ..dynamic_linear.mode import ordinary_autograd
 from ..dynamic_linear.violations import Violation
 from ..errors import ModelStateError, TargetError
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
-from ..nn.module_utils import channel_axis, converted_part, first_output, told_classifiers
+from ..nn.module_utils import channel_axis, converted_part, first_output, get_classifiers
 from .linear_parts import LinearPart, linear_part, linear_parts
 from .outputs import ModelOutputs, Selection
 from .regions import PositionGrid
@@ -188,7 +188,7 @@ class LinearizedModel(ModelRun):
 
 
 def _logit_bias(model: nn.Module) -> float:
-    heads = told_classifiers(converted_part(model)) or list(model.modules())
+    heads = get_classifiers(converted_part(model)) or list(model.modules())
     biases = [m.logit_bias for m in heads if isinstance(m, BcosConvClassifier | BcosLinearClassifier)]
     return biases[-1] if biases else 0.0
 

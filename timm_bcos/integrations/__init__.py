@@ -1,1 +1,1 @@
-"""Other libraries that take B-cos layers for linear ones; `registration` says when each is told."""
+"""Support of B-cos layers in other libraries, which would treat them as linear layers; see `registration`."""

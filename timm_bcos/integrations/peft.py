@@ -19,14 +19,13 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from ..errors import InputError, ModelStateError
-from ..nn.layers import BcosConv2d, BcosLinear
+from ..nn.layers import BcosConv2d, BcosLayer, BcosLinear
 from ..nn.module_utils import clone
-from .wrapping import marked, original
+from .registration import marked, original
 
 __all__ = ["register"]
 
-LAYERS = (BcosConv2d, BcosLinear)
-# PEFT's classes that call the layer which they wrap, and begin at its response
+# PEFT's classes that call the layer which they wrap, and change its input or response.
 AROUND_THE_LAYER = {
     "adalora.SVDConv2d", "adalora.SVDLinear", "boft.Linear", "c3a.C3ALinear", "delora.DeloraLinear",
     "fourierft.FourierFTLinear", "gralora.Linear", "ia3.Conv2d", "ia3.Linear", "oft.Linear", "osf.Linear",
@@ -36,12 +35,12 @@ Base: Any = BaseTunerLayer if TYPE_CHECKING else object
 
 
 def plain_twin(layer: nn.Module) -> nn.Module:
-    """A plain layer with the weight of a B-cos layer, of one group and without MaxOut: what PEFT takes its shape from.
+    """A plain layer with the weight of a B-cos layer, for PEFT's methods that need the shape of the weight.
 
     Raises:
-        InputError: For a layer that has an adapter of another kind.
+        InputError: If the layer already has an adapter of another kind.
     """
-    if not isinstance(layer, LAYERS):
+    if not isinstance(layer, BcosLayer):
         raise InputError(f"a {type(layer).__name__} around a B-cos layer: use one kind of adapter for each layer")
     rows, columns, *kernel = layer.weight.shape
     twin: nn.Module
@@ -54,7 +53,7 @@ def plain_twin(layer: nn.Module) -> nn.Module:
 
 
 class AdaptedWeight(Base):
-    """A B-cos layer whose weight an adapter changes; comes before one of PEFT's classes of adapted layers.
+    """A B-cos layer whose weight an adapter changes. The next base class is one of PEFT's adapted layers.
 
     Attributes:
         base_layer: The B-cos layer.
@@ -66,7 +65,7 @@ class AdaptedWeight(Base):
 
     @contextmanager
     def _as_plain(self) -> Iterator[None]:
-        """For PEFT's methods that look at the layer's shape, or write to its weight."""
+        """Replace the layer by its plain twin for PEFT's methods that read its shape or write to its weight."""
         layer = self.base_layer
         self.base_layer = layer if type(layer) in (nn.Conv2d, nn.Linear) else plain_twin(layer)
         try:
@@ -88,7 +87,7 @@ class AdaptedWeight(Base):
 
     def get_delta_weight(self, adapter_name: str, **kwargs: Any) -> Tensor:
         """What an adapter adds to the weight; in its shape."""
-        if isinstance(self.base_layer, LAYERS):  # a clone, since other threads may run this layer
+        if isinstance(self.base_layer, BcosLayer):  # a clone, because other threads may run this layer
             plain: Any = clone(self, base_layer=plain_twin(self.base_layer))  # type: ignore[type-var]
             return plain.get_delta_weight(adapter_name, **kwargs)  # type: ignore[no-any-return]
         return super().get_delta_weight(adapter_name, **kwargs)  # type: ignore[no-any-return]
@@ -105,7 +104,7 @@ class AdaptedWeight(Base):
         weight = layer.weight
         for name in names:
             weight = weight + self._update(name).to(weight.dtype)
-        layer._parameters["weight"] = weight  # computed, and so no parameter
+        layer._parameters["weight"] = weight  # not a leaf, so `nn.Parameter` does not fit
         return layer(x, *args, **kwargs)  # type: ignore[no-any-return]
 
     def _update(self, name: str) -> Tensor:
@@ -206,19 +205,19 @@ class BcosLoKrConv2d(AdaptedByLycoris, lokr.Conv2d):  # type: ignore[misc]
 
 
 def register() -> None:
-    """Tell PEFT: in every `LoraConfig`, in the tables of LoHa and LoKr, and where it asks whether it may merge."""
+    """Register B-cos layers in every `LoraConfig`, in the tables of LoHa and LoKr, and for the check before merging."""
     loras = {BcosLinear: BcosLoraLinear, BcosConv2d: BcosLoraConv2d}
     _then(lora.LoraConfig, "__post_init__", lambda config: config._register_custom_module(loras))
     tables = ((loha.LoHaModel, BcosLoHaLinear, BcosLoHaConv2d), (lokr.LoKrModel, BcosLoKrLinear, BcosLoKrConv2d))
     for tuner, linear, convolution in tables:
         ours = {BcosLinear: linear, BcosConv2d: convolution}
-        tuner.layers_mapping = ours | tuner.layers_mapping  # the first that fits is taken
+        tuner.layers_mapping = ours | tuner.layers_mapping  # PEFT takes the first match
     _then(BaseTuner, "_check_merge_allowed", _refuse_merge)
     _first(BaseTuner, "_replace_module", lambda tuner, parent, name, new, child: _refuse_bypass(new, name))
 
 
 def _refuse_bypass(new: nn.Module, name: str) -> None:
-    """Refuse adapters that are not known to use the B-cos layer which they stand around.
+    """Refuse adapters that may not call the B-cos layer which they wrap.
 
     Raises:
         InputError: Naming the layer and the adapter.
@@ -227,16 +226,15 @@ def _refuse_bypass(new: nn.Module, name: str) -> None:
         return
     layer, kind = new.get_base_layer(), type(new)
     package = kind.__module__.split(".")[-2]
-    if isinstance(layer, LAYERS) and f"{package}.{kind.__name__}" not in AROUND_THE_LAYER:
+    if isinstance(layer, BcosLayer) and f"{package}.{kind.__name__}" not in AROUND_THE_LAYER:
         raise InputError(
-            f"{name}: the {kind.__name__} of peft.tuners.{package} computes, for all that is known of it, with the "
-            f"weight of a {type(layer).__name__} as if it were a plain layer's: adapt this layer by LoRA, LoHa or "
-            f"LoKr, or leave it out of target_modules"
+            f"{name}: the {kind.__name__} of peft.tuners.{package} may use the weight of a {type(layer).__name__} as "
+            f"if it were a plain layer's: adapt this layer by LoRA, LoHa or LoKr, or leave it out of target_modules"
         )
 
 
 def _then(kind: type, name: str, also: Callable[[Any], None]) -> None:
-    """Let a method of a class do something else after it."""
+    """Call a function after a method of a class."""
     method = original(getattr(kind, name))
 
     @wraps(method)
@@ -249,7 +247,7 @@ def _then(kind: type, name: str, also: Callable[[Any], None]) -> None:
 
 
 def _first(kind: type, name: str, also: Callable[..., None]) -> None:
-    """Let a method of a class do something else before it, with the same arguments."""
+    """Call a function before a method of a class, with the same arguments."""
     method = original(getattr(kind, name))
 
     @wraps(method)
@@ -269,7 +267,7 @@ def _refuse_merge(tuner: Any) -> None:
     for name, module in tuner.model.named_modules():
         if isinstance(module, BaseTunerLayer) and not isinstance(module, AdaptedWeight):
             layer = module.get_base_layer()
-            if isinstance(layer, LAYERS):
+            if isinstance(layer, BcosLayer):
                 raise ModelStateError(
                     f"{name}: {type(tuner).__name__.removesuffix('Model')} adds to the response of a "
                     f"{type(layer).__name__}, which is not linear in its weight: merging would change the outputs. "

@@ -1,6 +1,6 @@
-"""torchao and B-cos layers: what would turn them into plain ones, or cannot work, is refused in a sentence.
+"""torchao and B-cos layers: what would replace them by plain ones, or cannot work, raises an error.
 
-A fused network (`timm_bcos.fuse`) can be quantized: its weights are what images are multiplied by.
+A fused model (`timm_bcos.fuse`) can be quantized, because its layers use their weights as they are.
 """
 
 from collections.abc import Callable
@@ -10,38 +10,41 @@ from typing import Any
 from torch import nn
 
 from ..errors import ModelStateError
-from ..nn.layers import BcosConv2d, BcosLinear
-from .wrapping import marked, original
+from ..nn.layers import BcosLayer, BcosLinear
+from .registration import marked, original
 
 __all__ = ["refuse_float8", "refuse_unfused"]
 
-LAYERS = (BcosConv2d, BcosLinear)
 Filter = Callable[[nn.Module, str], bool]
 Replace = Callable[..., nn.Module]
 
 
 def refuse_float8() -> None:
-    """Let `convert_to_float8_training` refuse B-cos layers, which it would replace by plain ones."""
+    """Make `convert_to_float8_training` refuse B-cos layers, which it would replace by plain ones."""
     from torchao.float8 import float8_linear_utils
 
     swap = original(float8_linear_utils.swap_linear_layers)
 
     @wraps(swap)
     def refusing(module: nn.Module, *args: Any, module_filter_fn: Filter | None = None, **kwargs: Any) -> nn.Module:
-        for name, layer in module.named_modules():
-            if isinstance(layer, BcosLinear) and (module_filter_fn is None or module_filter_fn(layer, name)):
-                raise ModelStateError(
-                    f"{name or '(root)'}: float8 training would replace a {type(layer).__name__} by a plain linear "
-                    f"layer: leave such layers out, module_filter_fn=lambda module, name: not isinstance(module, "
-                    f"timm_bcos.BcosLinear)"
-                )
+        _check_kept(module, module_filter_fn)
         return swap(module, *args, module_filter_fn=module_filter_fn, **kwargs)  # type: ignore[no-any-return]
 
     float8_linear_utils.swap_linear_layers = marked(refusing)
 
 
+def _check_kept(model: nn.Module, filter_fn: Filter | None) -> None:
+    for name, layer in model.named_modules():
+        if isinstance(layer, BcosLinear) and (filter_fn is None or filter_fn(layer, name)):
+            raise ModelStateError(
+                f"{name or '(root)'}: float8 training would replace a {type(layer).__name__} by a plain linear "
+                f"layer: leave such layers out, module_filter_fn=lambda module, name: not isinstance(module, "
+                f"timm_bcos.BcosLinear)"
+            )
+
+
 def refuse_unfused() -> None:
-    """Let `quantize_` refuse B-cos layers that normalize their weight, and configs that replace B-cos layers."""
+    """Make `quantize_` refuse B-cos layers that normalize their weight, and configs that replace B-cos layers."""
     from torchao.quantization import quant_api
 
     walk = original(quant_api._replace_with_custom_fn_if_matches_filter)
@@ -60,7 +63,7 @@ def refuse_unfused() -> None:
 
 def _check_fused(model: nn.Module, filter_fn: Filter) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, LAYERS) and not module.is_fused and filter_fn(module, name):
+        if isinstance(module, BcosLayer) and not module.is_fused and filter_fn(module, name):
             raise ModelStateError(
                 f"{name or '(root)'}: a {type(module).__name__} normalizes its weight in each pass, which a quantized "
                 f"weight does not allow: quantize a fused copy, quantize_(timm_bcos.fuse(model), ...)"
@@ -71,7 +74,7 @@ def _keeping_kind(replace: Replace) -> Replace:
     @wraps(replace)
     def checked(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         new = replace(module, *args, **kwargs)
-        if isinstance(module, LAYERS) and not isinstance(new, type(module)):
+        if isinstance(module, BcosLayer) and not isinstance(new, type(module)):
             raise ModelStateError(
                 f"torchao would replace a {type(module).__name__} by a {type(new).__name__}, which is no B-cos layer: "
                 f"leave such layers out with filter_fn"

@@ -1,1 +1,1 @@
-"""The registered networks, and how to get one by name or from a checkpoint."""
+"""The registered models, and how to get one by name or from a checkpoint."""

@@ -6,8 +6,8 @@ from the official code in that Inception's auxiliary head is optional, as in tim
 converted pretrained models (B-cosification, NeurIPS 2024, https://arxiv.org/abs/2411.00715) whose weights come with
 this package.
 
-`import timm` imports this table to register the models, possibly in the middle of importing another module of this
-package. So it imports what builds models only when it builds one.
+`import timm` imports this module, possibly while another module of this package is being imported. So functions import
+what builds models when they are called.
 """
 
 import math
@@ -29,13 +29,13 @@ class Architecture:
 
     Attributes:
         arch: Name of timm's architecture, or a function that builds the plain model.
-        config: The conversion.
+        config: Config of the conversion.
         kwargs: Default arguments of the architecture.
-        prepare: Changes the plain model before the conversion.
-        finish: Changes the converted model.
+        prepare: Function that changes the plain model before the conversion; or None.
+        finish: Function that changes the converted model; or None.
         feature_cfg: timm's configuration of `features_only`.
         cfg: Entries of the pretrained cfg in addition to the architecture's own.
-        tagged: Conversions that differ from `config`, by the tag of the weights that were trained with them.
+        tagged: Configs of weights that were trained with another config, by their tag.
     """
 
     arch: str | Callable[..., nn.Module]
@@ -48,11 +48,16 @@ class Architecture:
     tagged: dict[str, BcosConfig] = field(default_factory=dict)
 
     def build(self, config: BcosConfig, **kwargs: object) -> nn.Module:
-        """The converted model with fresh weights; kwargs are the architecture's."""
+        """Build the converted model with random weights.
+
+        Args:
+            config: Config of the conversion.
+            kwargs: Arguments of the architecture.
+        """
         from timm.models import model_entrypoint
 
         from ..conversion.converted import bcosify
-        from ..nn.layers import BcosConv2d, BcosLinear
+        from ..nn.layers import BcosLayer
 
         build: Any = model_entrypoint(self.arch) if isinstance(self.arch, str) else self.arch
         model = build(**{**self.kwargs, **kwargs})
@@ -61,9 +66,9 @@ class Architecture:
         if self.prepare is not None:
             self.prepare(model)
         model = bcosify(model, config)
-        for module in model.modules():
-            if isinstance(module, BcosConv2d | BcosLinear):
-                module.reset_parameters()
+        layers: list[Any] = [module for module in model.modules() if isinstance(module, BcosLayer)]
+        for layer in layers:
+            layer.reset_parameters()
         if self.finish is not None:
             self.finish(model)
         return model
@@ -110,7 +115,7 @@ def _restore_stem_width(model: nn.Module, width: int) -> None:
 
 
 def _fully_convolutional(vgg: Any) -> None:
-    """VGG's first fully connected layer as a 7×7 convolution with padding 3, at whatever resolution."""
+    """VGG's first fully connected layer as a 7×7 convolution with padding 3, which takes maps of any size."""
     vgg.pre_logits.fc1.padding = (3, 3)
     vgg.pre_logits.input_kernel_size = 1
 

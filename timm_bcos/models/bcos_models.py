@@ -1,13 +1,13 @@
 """Importing this module registers our models with timm: the papers' models, fine-tuned ones, and `bcosify`.
 
-`import timm` imports it, possibly in the middle of importing another module of this package. So it imports what builds
-models and loads weights only in the functions that do so.
+`import timm` imports it, possibly while another module of this package is being imported. So functions import what
+builds models and loads weights when they are called.
 """
 
 import copy
 import difflib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -55,20 +55,20 @@ UNNORMALIZED = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 GEOMETRY = ("input_size", "pool_size", "first_conv", "classifier", "fixed_input_size", "min_input_size")
 
 
-def _cfg(network: Architecture, paper: dict[str, str]) -> dict[str, Any]:
-    """A pretrained cfg: the architecture's geometry, images in [0, 1] without normalization."""
-    plain = resolve_pretrained_cfg(network.arch).to_dict() if isinstance(network.arch, str) else {}
+def _cfg(row: Architecture, paper: dict[str, str]) -> dict[str, Any]:
+    """The pretrained cfg of a model: the architecture's geometry, and images in [0, 1] without normalization."""
+    plain = resolve_pretrained_cfg(row.arch).to_dict() if isinstance(row.arch, str) else {}
     geometry = {key: plain[key] for key in GEOMETRY if plain.get(key) is not None}
     ours = dict(num_classes=1000, crop_pct=0.875, interpolation="bilinear", license="apache-2.0", **UNNORMALIZED)
-    return {**geometry, **ours, **paper, **network.cfg}
+    return {**geometry, **ours, **paper, **row.cfg}
 
 
 def _cfgs() -> dict[str, Any]:
-    """By name and tag; networks without published weights have one without a tag."""
+    """All pretrained cfgs by name and tag. Models without published weights have one without a tag."""
     cfgs: dict[str, Any] = {"bcosify": _cfg(Architecture("resnet50", BcosConfig()), PAPER_CFG)}
     hub = {tagged: dict(hf_hub_id=address) for tagged, address in hub_addresses().items()}
-    for name, network in ARCHITECTURES.items():
-        cfg = _cfg(network, _paper(name))
+    for name, row in ARCHITECTURES.items():
+        cfg = _cfg(row, _paper(name))
         crop = cfg["input_size"][-1]
         weights = {f"{name}.{published.tag}": published.cfg(crop) for published in PUBLISHED.get(name, ())}
         weights |= {tagged: own for tagged, own in EMBEDDED.items() if tagged.partition(".")[0] == name}
@@ -91,22 +91,22 @@ def _create(
     from ..weights.formats import convert_official_weights
     from ..weights.pretrained import load_pretrained
 
-    network = ARCHITECTURES[name]
+    row = ARCHITECTURES[name]
     changes, kwargs = BcosConfig.split(kwargs)
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay).to_dict()
-    config = network.tagged.get(cfg.get("tag") or "", network.config).change(**changes)
+    config = row.tagged.get(cfg.get("tag") or "", row.config).change(**changes)
 
     def build(**model_kwargs: object) -> nn.Module:
-        model = network.build(config, **model_kwargs)
-        if pretrained:  # timm's own loading verifies no hash, and knows nothing of encoded images
+        model = row.build(config, **model_kwargs)
+        if pretrained:  # timm does not verify hashes and does not know encoded images
             load_pretrained(model, cfg, convert_official_weights, cache_dir, changes)
         return model
 
-    return build_model_with_cfg(build, name, False, pretrained_cfg=cfg, feature_cfg=dict(network.feature_cfg), **kwargs)
+    return build_model_with_cfg(build, name, False, pretrained_cfg=cfg, feature_cfg=dict(row.feature_cfg), **kwargs)
 
 
 BACKBONE_ARGUMENTS = ("features_only", "out_indices", "feature_cls")  # of timm's create_model
-HEAD_CFG = ("num_classes", "classifier", "global_pool")  # what a backbone's cfg does not say
+HEAD_CFG = ("num_classes", "classifier", "global_pool")  # not in the cfg of a backbone
 WEIGHT_SOURCES = ("file", "url", "state_dict", "hf_hub_id")
 
 
@@ -122,69 +122,132 @@ def _create_converted(
     """`timm.create_model('bcosify', arch=...)`: any timm model, converted.
 
     Args:
-        pretrained: Start from the architecture's own weights; where the cfg or its overlay names a weight source, that
-            is loaded after the conversion instead, be it converted weights or plain ones.
-        arch: timm's name, 'hf-hub:ORG/NAME' or 'local-dir:PATH'.
-        arch_kwargs: Arguments of the architecture. Those that no field of `BcosConfig` is called like can stand among
-            the others; `arch_kwargs=dict(bias=...)` is for those that one is.
-        pretrained_cfg: timm's.
-        pretrained_cfg_overlay: timm's.
-        cache_dir: Where downloads go.
+        pretrained: Whether to load the architecture's own weights before the conversion; or, if the cfg or its overlay
+            names weights, those after the conversion, whether they are converted or plain.
+        arch: timm's name of the architecture, 'hf-hub:ORG/NAME' or 'local-dir:PATH'.
+        arch_kwargs: Arguments of the architecture that have the name of a field of `BcosConfig`, such as
+            `arch_kwargs=dict(bias=...)`. All others can also be passed directly.
+        pretrained_cfg: See `timm.create_model`.
+        pretrained_cfg_overlay: See `timm.create_model`.
+        cache_dir: Directory of downloads; None for the default.
         kwargs: Fields of `timm_bcos.BcosConfig`, and arguments of the architecture.
 
     Raises:
-        TargetError: For an architecture that timm does not know, or that is a B-cos network already.
-        CheckpointError: If the Hub or the directory has no such network.
+        TargetError: If timm does not know the architecture, or if it is a B-cos model already.
+        CheckpointError: If the Hub or the directory has no such model.
 
     Examples:
         >>> timm.create_model("bcosify", arch="resnet50", pretrained=True, b=1, bias=True)  # computes the same
         >>> timm.create_model("bcosify", arch="swin_tiny_patch4_window7_224", features_only=True)  # timm's own maps
         >>> timm.create_model("bcosify", arch="test_resnet", arch_kwargs=dict(norm_layer="groupnorm"))
     """
-    from ..conversion.converted import bcosify as convert
-    from ..weights.pretrained import fill_backbone, load_pretrained
-
     changes, kwargs = BcosConfig.split(kwargs)
     config = BcosConfig.finetune(**changes)
     source = _find(arch, cache_dir)
     plain_cfg = _plain_cfg(arch, source)
     given = pretrained_cfg if isinstance(pretrained_cfg, dict) else {}
     overlay = pretrained_cfg_overlay or {}
-    has_source = any({**given, **overlay}.get(key) for key in WEIGHT_SOURCES)
-    own_weights = pretrained and not has_source
-    no_weights = dict.fromkeys((*WEIGHT_SOURCES, "hf_hub_filename", "tag", "source"), None)
-    cfg = {**plain_cfg, **no_weights, "architecture": "bcosify", "custom_load": False, **UNNORMALIZED, **given}
-    cfg = resolve_pretrained_cfg("bcosify", cfg, overlay).to_dict()
+    conversion = _Conversion(
+        arch=arch,
+        source=source,
+        config=config,
+        changes=changes,
+        arch_kwargs=arch_kwargs or {},
+        pretrained=pretrained,
+        has_other_weights=_names_weights({**given, **overlay}),
+        has_own_weights=_names_weights(plain_cfg),
+        cfg=resolve_pretrained_cfg("bcosify", _converted_cfg(plain_cfg, given), overlay).to_dict(),
+        cache_dir=cache_dir,
+    )
+    is_traced = kwargs.get("feature_cls") == "fx"  # timm traces the converted model
+    return (
+        conversion.backbone(**kwargs) if kwargs.get("features_only") and not is_traced else conversion.model(**kwargs)
+    )
 
-    def build(**model_kwargs: object) -> nn.Module:
-        arguments = {**model_kwargs, **source.remembered(), **(arch_kwargs or {})}
-        entry = model_entrypoint(source.name)
-        plain = entry(pretrained=own_weights, pretrained_cfg=source.cfg, cache_dir=cache_dir, **arguments)
-        original = copy.deepcopy(plain) if config.bias == "reference" and has_source else None
-        model = convert(plain, config)
-        if pretrained and has_source:
-            load_pretrained(model, cfg, partial(_convert_weights, original), cache_dir, changes)
-        elif pretrained and any(plain_cfg.get(key) for key in WEIGHT_SOURCES):
-            _warn_unless_preserved(arch, config)
+
+def _names_weights(cfg: dict[str, Any]) -> bool:
+    return any(cfg.get(key) for key in WEIGHT_SOURCES)
+
+
+def _converted_cfg(plain: dict[str, object], given: dict[str, object]) -> dict[str, object]:
+    """The pretrained cfg of a plain model without its weights, and for images without normalization."""
+    no_weights = dict.fromkeys((*WEIGHT_SOURCES, "hf_hub_filename", "tag", "source"), None)
+    return {**plain, **no_weights, "architecture": "bcosify", "custom_load": False, **UNNORMALIZED, **given}
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """A call of `timm.create_model('bcosify', arch=...)`.
+
+    Attributes:
+        arch: The architecture as the user named it.
+        source: Where it comes from.
+        config: How it is converted.
+        changes: Names of the config's fields that the user chose.
+        arch_kwargs: Arguments of the architecture that are named like fields of `BcosConfig`.
+        pretrained: Whether to load weights.
+        has_other_weights: Whether the user named weights, which are loaded after the conversion.
+        has_own_weights: Whether weights of the plain architecture are published.
+        cfg: The pretrained cfg of the converted model.
+        cache_dir: Directory of downloads.
+    """
+
+    arch: str
+    source: "_Source"
+    config: BcosConfig
+    changes: Collection[str]
+    arch_kwargs: dict[str, object]
+    pretrained: bool
+    has_other_weights: bool
+    has_own_weights: bool
+    cfg: dict[str, Any]
+    cache_dir: str | Path | None
+
+    def model(self, **kwargs: object) -> nn.Module:
+        """The converted model."""
+        arguments = {**self.source.kwargs, **kwargs}
+        return build_model_with_cfg(self._build, "bcosify", False, pretrained_cfg=self.cfg, **arguments)  # type: ignore[no-any-return]
+
+    def backbone(self, **kwargs: object) -> nn.Module:
+        """The converted feature backbone that timm makes of the plain architecture."""
+        from ..conversion.converted import bcosify
+        from ..weights.pretrained import fill_backbone
+
+        backbone: Any = bcosify(self._plain(**{**self.source.kwargs, **kwargs}), self.config)
+        if self.pretrained and self.has_other_weights:
+            whole = self.model(**{key: value for key, value in kwargs.items() if key not in BACKBONE_ARGUMENTS})
+            fill_backbone(backbone, whole)
+        backbone.pretrained_cfg = {key: value for key, value in self.cfg.items() if key not in HEAD_CFG}
+        backbone.default_cfg = backbone.pretrained_cfg
+        return backbone  # type: ignore[no-any-return]
+
+    def _build(self, **kwargs: object) -> nn.Module:
+        from ..conversion.converted import bcosify
+
+        plain = self._plain(**kwargs)
+        original = copy.deepcopy(plain) if self.config.bias == "reference" and self.has_other_weights else None
+        model = bcosify(plain, self.config)
+        if self.pretrained and self.has_other_weights:
+            self._load_other_weights(model, original)
+        elif self.pretrained and self.has_own_weights:
+            _warn_unless_preserved(self.arch, self.config)
         return model
 
-    def build_whole(**model_kwargs: object) -> nn.Module:
-        return build_model_with_cfg(build, "bcosify", False, pretrained_cfg=cfg, **{**source.kwargs, **model_kwargs})  # type: ignore[no-any-return]
+    def _plain(self, **kwargs: object) -> nn.Module:
+        """The plain architecture, with its own weights unless others are loaded later."""
+        entry = model_entrypoint(self.source.name)
+        arguments = {**kwargs, **self.source.saved_arguments(), **self.arch_kwargs}
+        own_weights = self.pretrained and not self.has_other_weights
+        return entry(pretrained=own_weights, pretrained_cfg=self.source.cfg, cache_dir=self.cache_dir, **arguments)
 
-    if not kwargs.get("features_only") or kwargs.get("feature_cls") == "fx":  # which traces the converted network
-        return build_whole(**kwargs)
-    entry = partial(model_entrypoint(source.name), pretrained=own_weights, cache_dir=cache_dir)
-    arguments = {**source.kwargs, **kwargs, **source.remembered(), **(arch_kwargs or {})}
-    backbone = convert(entry(pretrained_cfg=source.cfg, **arguments), config)
-    if pretrained and has_source:
-        fill_backbone(backbone, build_whole(**{k: v for k, v in kwargs.items() if k not in BACKBONE_ARGUMENTS}))
-    backbone.pretrained_cfg = {key: value for key, value in cfg.items() if key not in HEAD_CFG}  # type: ignore[assignment]
-    backbone.default_cfg = backbone.pretrained_cfg
-    return backbone
+    def _load_other_weights(self, model: nn.Module, original: nn.Module | None) -> None:
+        from ..weights.pretrained import load_pretrained
+
+        load_pretrained(model, self.cfg, partial(_convert_weights, original), self.cache_dir, self.changes)
 
 
 def _convert_weights(original: nn.Module | None, state_dict: "StateDict", model: nn.Module) -> "StateDict":
-    """Weights for a conversion of `original`, which takes them itself where reference activations are needed."""
+    """Convert weights. If `original`, the plain model, is given, it loads them to compute reference activations."""
     from ..conversion.reference import reference_activations
     from ..weights.formats import convert_plain_weights
 
@@ -198,29 +261,33 @@ def _convert_weights(original: nn.Module | None, state_dict: "StateDict", model:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a plain architecture comes from.
+    """Source of a plain architecture.
 
     Attributes:
-        name: timm's.
-        cfg: Its pretrained cfg, or the tag of one.
-        kwargs: Arguments that the Hub's or the directory's config tells.
+        name: timm's name of the architecture.
+        cfg: Pretrained cfg, or its tag.
+        kwargs: Arguments in the config on the Hub or in the directory.
     """
 
     name: str
     cfg: dict[str, object] | str | None
     kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def remembered(self) -> dict[str, object]:
-        """What timm wants to know of the network whose weights it loads, if it was saved with arguments."""
+    def saved_arguments(self) -> dict[str, object]:
+        """timm's argument for the arguments that the model was saved with, if there are any."""
         return dict(pretrained_model_args=self.kwargs) if self.kwargs else {}
 
 
 def architecture(name: str, cache_dir: str | Path | None = None) -> str:
-    """timm's name of what `timm.create_model(name)` would create, from a Hub's or a directory's config too.
+    """timm's name of the architecture that `timm.create_model(name)` creates.
+
+    Args:
+        name: timm's name with or without a tag, 'hf-hub:ORG/NAME' or 'local-dir:PATH'.
+        cache_dir: Directory of downloads; None for the default.
 
     Raises:
         TargetError: If timm does not know it.
-        CheckpointError: If the Hub or the directory has no such network.
+        CheckpointError: If the Hub or the directory has no such model.
     """
     return _find(name, cache_dir).name
 
@@ -247,7 +314,7 @@ def _read_config(name: str, kind: str, place: str, cache_dir: str | Path | None)
             cfg, arch, kwargs = load_model_config_from_hf(place, cache_dir=cache_dir)
         else:
             cfg, arch, kwargs = private.load_model_config_from_path(place)
-    except Exception as error:  # the Hub's client, its HTTP library and the system each raise their own
+    except Exception as error:  # errors of the Hub's client, its HTTP library and the system
         raise CheckpointError(f"cannot read the config of {name}: {first_line(error)}") from error
     return _Source(arch, cfg, dict(kwargs or {}))
 
@@ -256,7 +323,7 @@ def _plain_cfg(arch: str, source: _Source) -> dict[str, object]:
     """The pretrained cfg of a plain architecture."""
     if source.name in ENTRY_POINTS:
         raise TargetError(
-            f"arch={arch!r} is a B-cos network already: create it as such, timm.create_model({arch!r}, ...), which "
+            f"arch={arch!r} is a B-cos model already: create it as such, timm.create_model({arch!r}, ...), which "
             f"takes the fields of BcosConfig too"
         )
     try:
@@ -281,7 +348,7 @@ def _warn_unless_preserved(arch: str, config: BcosConfig) -> None:
 
 
 def _entry_point(name: str) -> Callable[..., nn.Module]:
-    """timm registers functions, under their names."""
+    """The function that timm registers under its name."""
 
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return _create_converted(pretrained, **kwargs) if name == "bcosify" else _create(name, pretrained, **kwargs)
@@ -291,8 +358,8 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
     return entry
 
 
-def _describe(network: Architecture) -> str:
-    arch = network.arch if isinstance(network.arch, str) else network.arch.__name__
+def _describe(row: Architecture) -> str:
+    arch = row.arch if isinstance(row.arch, str) else row.arch.__name__
     return f"{arch} as a B-cos model. Keywords: timm's, and those of `timm_bcos.BcosConfig`."
 
 

@@ -1,6 +1,7 @@
-"""The residual networks for CIFAR-10 of https://arxiv.org/abs/1512.03385 (section 4.2), which timm does not have.
+"""Plain models for CIFAR-10 that timm lacks, with timm's interface; `bcos_models` converts them.
 
-Only the plain architecture stands here, with timm's model interface; `bcos_models` converts it like any other.
+`Cnn9` is the CNN of https://arxiv.org/abs/2205.10268. `CifarResNet` are the residual networks of
+https://arxiv.org/abs/1512.03385 (section 4.2).
 """
 
 from typing import Any
@@ -21,10 +22,13 @@ __all__ = [
 ]
 
 checkpoint = private.checkpoint
+checkpoint_seq = private.checkpoint_seq
 
 
 class PooledCnn(nn.Module):
-    """What timm asks of a model, for a subclass with `feature_info`, `num_features` and stages.
+    """timm's interface for a CNN with global pooling and a linear classifier.
+
+    Subclasses define `feature_info`, `num_features`, `forward_features`, `forward_head` and their stages.
 
     Attributes:
         classifier: Name of the linear layer.
@@ -61,12 +65,23 @@ class PooledCnn(nn.Module):
         self.global_pool.train(self.training)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last feature map."""
+        raise NotImplementedError
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool and classify the last feature map; `pre_logits` returns pooled features."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
     def _stages(self) -> list[nn.Module]:
         """The layers up to the end of each resolution."""
         raise NotImplementedError
 
     def _keep_stages(self, count: int) -> None:
-        """Drop the layers behind the first stages."""
+        """Drop the layers behind the first `count` stages."""
         raise NotImplementedError
 
     def forward_intermediates(
@@ -82,17 +97,17 @@ class PooledCnn(nn.Module):
 
         Args:
             x: Images.
-            indices: The last n if an int, all if None, else which.
-            norm: Unused, there is no norm.
-            stop_early: Stop after the last one wanted.
-            output_fmt: Must be NCHW.
-            intermediates_only: Leave out the final features.
+            indices: Indices of the maps; an integer n for the last n, None for all.
+            norm: Unused; there is no final norm.
+            stop_early: Whether to skip the layers behind the last map.
+            output_fmt: Format of the maps; must be NCHW.
+            intermediates_only: Whether to return the maps without the final features.
 
         Returns:
             (final features, maps), or the maps alone.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt={output_fmt!r}: this network's maps are NCHW")
+            raise ValueError(f"output_fmt={output_fmt!r}: this model's maps are NCHW")
         stages = self._stages()
         take, last = private.feature_take_indices(len(stages), indices)
         maps = []
@@ -105,7 +120,7 @@ class PooledCnn(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the layers behind the last map wanted, and the head."""
+        """Drop the layers behind the last of the given maps, and the head."""
         take, last = private.feature_take_indices(len(self.feature_info), indices)
         pruned = last < len(self.feature_info) - 1
         if pruned:
@@ -125,10 +140,10 @@ class Cnn9(PooledCnn):
     """Eight 3×3 convolutions, then global pooling and a linear classifier, which the conversion swaps.
 
     Args:
-        num_classes: K; 0 returns pooled features.
-        in_chans: Image channels.
-        global_pool: timm's pooling type.
-        drop_rate: Dropout before the classifier.
+        num_classes: Number of classes, K; 0 for pooled features as the output.
+        in_chans: Number of image channels.
+        global_pool: timm's type of pooling.
+        drop_rate: Dropout rate before the classifier.
 
     Shape: (N, in_chans, 32, 32) to (N, num_classes).
     """
@@ -178,19 +193,13 @@ class Cnn9(PooledCnn):
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) to (N, 256, H/4, W/4)."""
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return private.checkpoint_seq(self.features, x)
+            return checkpoint_seq(self.features, x)
         return self.features(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """(N, 256, H, W) to logits (N, K), or to pooled features before the classifier."""
         x = self.head_drop(self.global_pool(x))
         return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-
-checkpoint_seq = private.checkpoint_seq
 
 
 WIDTHS = (16, 32, 64)
@@ -221,10 +230,10 @@ class CifarResNet(PooledCnn):
 
     Args:
         depth: 6n + 2: 20, 32, 44, 56 or 110 in the paper.
-        num_classes: K; 0 returns pooled features.
-        in_chans: Image channels.
-        global_pool: timm's pooling type.
-        drop_rate: Dropout before the classifier.
+        num_classes: Number of classes, K; 0 for pooled features as the output.
+        in_chans: Number of image channels.
+        global_pool: timm's type of pooling.
+        drop_rate: Dropout rate before the classifier.
 
     Shape: (N, in_chans, 32, 32) to (N, num_classes).
 
@@ -286,9 +295,6 @@ class CifarResNet(PooledCnn):
         """Pool, drop out and classify features (N, 64, H, W)."""
         x = self.head_drop(self.global_pool(x))
         return x if pre_logits else self.linear(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 def _stage(inputs: int, outputs: int, stride: int, blocks: int, **dd: Unpack[Factory]) -> nn.Sequential:

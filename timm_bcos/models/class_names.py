@@ -1,4 +1,4 @@
-"""The names of a network's classes."""
+"""The names of a model's classes."""
 
 import difflib
 from pathlib import Path
@@ -12,16 +12,20 @@ from .loading import TimmModel
 __all__ = ["class_names", "find_class", "read_class_names"]
 
 
-def class_names(network: TimmModel, path: Path | None = None) -> list[str]:
-    """Names of a network's classes: from a file, its cfg, or timm's ImageNet tables; numbers where there are none.
+def class_names(model: TimmModel, path: Path | None = None) -> list[str]:
+    """Names of a model's classes, from a file, its pretrained cfg or timm's table of ImageNet; otherwise numbers.
+
+    Args:
+        model: The model.
+        path: File or directory of names, see `read_class_names`; None for the model's own names.
 
     Raises:
         InputError: If the file names another number of classes.
     """
-    count = network.num_classes
+    count = model.num_classes
     if path is not None:
         return read_class_names(path, count)
-    labels = network.pretrained_cfg.get("label_names")
+    labels = model.pretrained_cfg.get("label_names")
     if labels and len(labels) == count:
         return list(labels)
     if count == 1000:
@@ -31,10 +35,14 @@ def class_names(network: TimmModel, path: Path | None = None) -> list[str]:
 
 
 def read_class_names(path: Path, count: int) -> list[str]:
-    """Class names from a file, one a line, or from a directory, which has a directory of images per class.
+    """Class names from a text file with one per line, or from a directory with a directory of images per class.
+
+    Args:
+        path: Text file or directory.
+        count: Expected number of classes.
 
     Raises:
-        InputError: If there is neither, or with another number of classes than `count`.
+        InputError: If the path cannot be read, or has another number of classes than `count`.
     """
     try:
         names = _class_directories(path) if path.is_dir() else _lines(path.read_bytes().decode("utf-8"))
@@ -46,23 +54,25 @@ def read_class_names(path: Path, count: int) -> list[str]:
 
 
 def _lines(text: str) -> list[str]:
-    """Lines ended by a line feed, or by a carriage return and a line feed; the last one perhaps by nothing.
-
-    `str.splitlines` would also split names at U+2028 and other separators.
-    """
+    """Lines that end with LF or CRLF. `str.splitlines` would also split at U+2028 and other separators."""
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 
 def _class_directories(path: Path) -> list[str]:
-    """In the order of timm's image folders."""
+    """Names of the subdirectories, in the order of timm's image folders."""
     return sorted((entry.name for entry in path.iterdir() if entry.is_dir()), key=timm.utils.natural_key)
 
 
 def find_class(wanted: str, names: list[str], count: int) -> int:
-    """The index of a class given by number, name, or a part of one name.
+    """The index of a class, given by its index, its name, or a part of its name.
+
+    Args:
+        wanted: Index, name or part of a name; case does not matter.
+        names: Names of the classes.
+        count: Number of classes.
 
     Raises:
-        TargetError: If there is none, or several.
+        TargetError: If no class or several classes match.
     """
     if wanted.isdecimal():
         if int(wanted) < count:
@@ -71,11 +81,11 @@ def find_class(wanted: str, names: list[str], count: int) -> int:
     lower = [name.lower() for name in names]
     matches = [i for i, name in enumerate(lower) if name == wanted.lower()]
     matches = matches or [i for i, name in enumerate(lower) if wanted.lower() in name]
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
+    if len(matches) > 1:
         several = ", ".join(names[i] for i in matches[:5])
         raise TargetError(f"several classes match {wanted!r}: {several}; give a whole name or an index")
-    close = ", ".join(difflib.get_close_matches(wanted.lower(), lower, n=3))
-    hint = f"close names: {close}; or give" if close else "give"
-    raise TargetError(f"no class is called {wanted!r}; {hint} an index, 0 to {count - 1}")
+    if not matches:
+        close = ", ".join(difflib.get_close_matches(wanted.lower(), lower, n=3))
+        hint = f"close names: {close}; or give" if close else "give"
+        raise TargetError(f"no class is called {wanted!r}; {hint} an index, 0 to {count - 1}")
+    return matches[0]

@@ -1,7 +1,7 @@
 """DenseNet with a stem of fixed width.
 
-timm ties the stem's width to the growth rate k (2k channels). The paper varies k with the stem at 64 channels: only so
-do the parameter counts of its Tab. B1 come out (https://arxiv.org/abs/2205.10268, supplement).
+In timm the stem has 2k channels, where k is the growth rate. In the paper it has 64 for all k, as the parameter counts
+of Tab. B1 show (https://arxiv.org/abs/2205.10268, supplement).
 """
 
 from typing import Any
@@ -18,11 +18,11 @@ __all__ = ["restore_stem_width"]
 
 
 def restore_stem_width(model: Any, width: int) -> None:
-    """Rebuild a DenseNet's layers for a stem of `width` channels; nothing happens if it has them.
+    """Rebuild a DenseNet's layers for a stem of `width` channels, if it has another width.
 
     Args:
-        model: A plain DenseNet without a deep stem. Changed in place, weights included.
-        width: Channels of the stem.
+        model: Plain DenseNet without a deep stem. It is changed in place, weights included.
+        width: Number of channels of the stem.
     """
     if model.features.conv0.out_channels == width:
         return
@@ -40,31 +40,30 @@ def restore_stem_width(model: Any, width: int) -> None:
 
 
 def _rebuild_blocks(model: Any, channels: int, dd: Factory) -> int:
-    """Replace each block and transition by one for its new number of input channels; returns the last output's."""
+    """Rebuild each block and transition for its new number of input channels; return the number of output channels."""
+    norm = type(model.features.norm5)
     for name, module in list(model.features.named_children()):
         if isinstance(module, densenet.DenseBlock):
-            first: Any = module.denselayer1
-            growth = first.conv2.out_channels
-            bottleneck = first.conv1.out_channels // growth
-            block = densenet.DenseBlock(
-                len(module), channels, bottleneck, growth, type(first.norm1), first.drop_rate,
-                first.grad_checkpointing, **dd,
-            )  # fmt: skip
-            setattr(model.features, name, block)
-            channels += len(module) * growth
+            setattr(model.features, name, _rebuild_block(module, channels, dd))
+            channels += len(module) * module.denselayer1.conv2.out_channels
         elif isinstance(module, densenet.DenseTransition):
-            setattr(
-                model.features,
-                name,
-                densenet.DenseTransition(channels, channels // 2, type(model.features.norm5), **dd),
-            )
+            setattr(model.features, name, densenet.DenseTransition(channels, channels // 2, norm, **dd))
             channels //= 2
-    model.features.norm5 = type(model.features.norm5)(channels, **dd)
+    model.features.norm5 = norm(channels, **dd)
     return channels
 
 
+def _rebuild_block(block: Any, channels: int, dd: Factory) -> nn.Module:
+    first: Any = block.denselayer1
+    growth = first.conv2.out_channels
+    bottleneck = first.conv1.out_channels // growth
+    return densenet.DenseBlock(  # type: ignore[no-any-return]
+        len(block), channels, bottleneck, growth, type(first.norm1), first.drop_rate, first.grad_checkpointing, **dd
+    )
+
+
 def _width_at(model: Any, name: str, stem_width: int) -> int:
-    """Output channels of a child of `features`."""
+    """Number of output channels of a child of `features`."""
     module = getattr(model.features, name)
     if not isinstance(module, densenet.DenseBlock):
         return stem_width if name == "norm0" else model.num_features

@@ -1,4 +1,4 @@
-"""Networks by name or from a checkpoint, and the names of their classes: what the command line and scripts share."""
+"""Models by name or from a checkpoint, for the command line and scripts."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..conversion.converted import BcosModel
 from ..errors import BcosError, CheckpointError, InputError, TargetError
 from ..files import first_line
-from ..weights.catalog import DEFAULT_NETWORK, EMBEDDED, PUBLISHED
+from ..weights.catalog import DEFAULT_MODEL, EMBEDDED, PUBLISHED
 from ..weights.readers import load_state, read_state_dict, read_training_arguments
 from .architectures import ARCHITECTURES
 from .bcos_models import ENTRY_POINTS, architecture
@@ -33,12 +33,12 @@ __all__ = [
 
 
 class TimmModel(nn.Module):
-    """A network that timm has created; for hints alone, no network is an instance.
+    """A model created by timm, for type hints only: models are no instances of this class.
 
     Attributes:
-        num_classes: K.
-        in_chans: Image channels.
-        pretrained_cfg: Where its weights are from, and how images are made ready for it.
+        num_classes: Number of classes, K.
+        in_chans: Number of image channels.
+        pretrained_cfg: timm's pretrained cfg: source of the weights, and preprocessing of images.
     """
 
     num_classes: int
@@ -47,38 +47,41 @@ class TimmModel(nn.Module):
 
 
 class TimmBcosModel(BcosModel, TimmModel):
-    """Such a network after its conversion."""
+    """A converted model, for type hints only."""
 
 
-Create = Callable[..., Any]  # a network from its name and timm's keywords
+Create = Callable[..., Any]  # creates a model from its name and timm's keywords
 
-# arguments of train.py that are fields of a pretrained cfg, and those that it hands to the network
+# Arguments of train.py that are fields of a pretrained cfg, and those that are arguments of the model.
 DATA_ARGUMENTS = ("input_size", "crop_pct", "interpolation")
 MODEL_ARGUMENTS = dict(gp="global_pool", bn_eps="bn_eps", bn_momentum="bn_momentum")
 
 
 def load_model(name: str | None = None, checkpoint: Path | None = None, **conversion: object) -> TimmBcosModel:
-    """A B-cos network with weights; a timm model is converted to one.
+    """Load a B-cos model with weights. Plain timm models are converted.
 
     Args:
-        name: timm's. None for the one that a checkpoint of timm's train.py was trained as, or without a checkpoint for
-            the network that comes with this package.
-        checkpoint: Weights, of the B-cos network or of the plain one; None for the published ones.
-        conversion: `BcosConfig` fields for a timm model; by default it computes the same as before.
+        name: timm's name of the model. None for the model of a checkpoint of timm's train.py, or, without a checkpoint,
+            for the model that comes with this package.
+        checkpoint: File of weights, of the B-cos model or of the plain one; None for published weights.
+        conversion: Fields of `BcosConfig` for a plain model; by default the conversion computes the same.
 
     Raises:
-        CheckpointError: For weights that cannot be had or do not fit, or a checkpoint that was trained as another
-            network or at another B.
-        InputError: For a network that timm cannot create.
-        TargetError: For a name that timm does not know.
+        CheckpointError: If weights cannot be read or do not fit, or if the checkpoint is of another model or B.
+        InputError: If timm cannot create the model.
+        TargetError: If timm does not know the name.
     """
     if checkpoint is None:
-        return _with_published_weights(DEFAULT_NETWORK if name is None else name, conversion)
+        return _with_published_weights(DEFAULT_MODEL if name is None else name, conversion)
     return _with_weights(name, checkpoint, partial(create_model, conversion=conversion, checkpoint=checkpoint))
 
 
 def load_plain_model(name: str | None = None, checkpoint: Path | None = None) -> TimmModel:
-    """A timm model as it is, B-cos or not, with weights; arguments as in `load_model`.
+    """Load a timm model with weights, without a conversion.
+
+    Args:
+        name: See `load_model`.
+        checkpoint: See `load_model`.
 
     Raises:
         InputError: Without a name and a checkpoint.
@@ -91,11 +94,11 @@ def load_plain_model(name: str | None = None, checkpoint: Path | None = None) ->
 
 
 def load_named(choice: str, name: str | None = None) -> TimmModel:
-    """A model, B-cos or not, from one word: the path of a checkpoint, or a name of timm's.
+    """Load a timm model, without a conversion, by its name or from a checkpoint.
 
     Args:
-        choice: What to load.
-        name: timm's name of the model, for checkpoints without one.
+        choice: Path of a checkpoint, or timm's name of a model.
+        name: timm's name of the model, for a checkpoint that does not contain it.
 
     Raises:
         CheckpointError: For weights that cannot be loaded.
@@ -111,35 +114,35 @@ def load_named(choice: str, name: str | None = None) -> TimmModel:
 def create_model(
     name: str, conversion: Mapping[str, object], checkpoint: Path | None = None, **kwargs: Any
 ) -> TimmBcosModel:
-    """`timm.create_model`, with plain networks converted.
+    """`timm.create_model`, followed by a conversion if the model is plain.
 
     Args:
-        name: timm's.
-        conversion: `BcosConfig` fields for a plain network; without any it computes the same as before.
-        checkpoint: Of the plain network, if gates are to begin at its answers to gray.
-        kwargs: For `timm.create_model`.
+        name: timm's name of the model.
+        conversion: Fields of `BcosConfig` for a plain model; if empty, the conversion computes the same.
+        checkpoint: Weights of the plain model, which bias="reference" needs for its shifts; None without them.
+        kwargs: Arguments of `timm.create_model`.
 
     Raises:
-        InputError: For a network that timm cannot create, or of another B than `conversion` asks for.
-        TargetError: For a name that timm does not know.
+        InputError: If timm cannot create the model, or its B is not that of `conversion`.
+        TargetError: If timm does not know the name.
     """
     if architecture(name) in ENTRY_POINTS:
-        network = _created(timm.create_model, name, **kwargs)
+        model = _created(timm.create_model, name, **kwargs)
     else:
         overlay = kwargs.get("pretrained_cfg_overlay", {})
-        statistics = {key: overlay.pop(key) for key in ("mean", "std") if key in overlay}  # which the stem takes over
+        statistics = {key: overlay.pop(key) for key in ("mean", "std") if key in overlay}  # for the stem
         changes = conversion or dict(b=1, bias=True)
         if changes.get("bias") == "reference" and checkpoint is not None and kwargs.get("device") != "meta":
             kwargs |= dict(pretrained=True, pretrained_cfg_overlay=overlay | dict(file=str(checkpoint)))
-        network = _created(timm.create_model, "bcosify", arch=name, **{**statistics, **changes}, **kwargs)
-    asked, own = conversion.get("b"), network.bcos_config.b
+        model = _created(timm.create_model, "bcosify", arch=name, **{**statistics, **changes}, **kwargs)
+    asked, own = conversion.get("b"), model.bcos_config.b
     if asked is not None and own != asked:
         raise InputError(f"{name} has B = {own:g}, not {asked:g}: leave B out, or name a plain timm model to convert")
-    return network
+    return model
 
 
 def _created(create: Create, name: str, **kwargs: object) -> Any:
-    """Errors of timm, the Hub's client and architectures are of many families."""
+    """Call `create`; timm, the Hub's client and architectures raise errors of many types, which become `InputError`."""
     try:
         return create(name, **kwargs)
     except BcosError:
@@ -152,17 +155,17 @@ def _with_weights(name: str | None, checkpoint: Path, create: Create) -> Any:
     weights, trained = read_state_dict(checkpoint), read_training_arguments(checkpoint)
     if trained is not None and {"model", "num_classes"} <= trained.keys():
         _refuse_another_name(name, trained, checkpoint)
-        network = _as_trained(trained, create, checkpoint)
+        model = _as_trained(trained, create, checkpoint)
     elif name is None:
-        raise CheckpointError(f"{checkpoint} does not say of which network it is: name it with --model")
+        raise CheckpointError(f"{checkpoint} does not say of which model it is: name it with --model")
     else:
-        network = create(name, **_classes_of(weights, partial(create, name)))
-    load_state(network, weights, str(checkpoint))
-    return network
+        model = create(name, **_classes_of(weights, partial(create, name)))
+    load_state(model, weights, str(checkpoint))
+    return model
 
 
 def _refuse_another_name(name: str | None, trained: dict[str, Any], checkpoint: Path) -> None:
-    """Another network may have weights of the same shapes, and another B: it would compute something else."""
+    """Refuse a name that is not the checkpoint's: weights of the same shapes may fit, but compute something else."""
     own = trained["model"]
     if name is None or split_model_name_tag(name)[0] == split_model_name_tag(str(own))[0]:
         return
@@ -180,7 +183,7 @@ def _with_published_weights(name: str, conversion: Mapping[str, object]) -> Timm
 
 
 def _as_trained(trained: dict[str, Any], create: Create, checkpoint: Path) -> TimmModel:
-    """The network that train.py created; images are evaluated as there."""
+    """The model that train.py created, with its preprocessing."""
     try:
         name, kwargs = _arguments_of(trained)
         return create(name, **kwargs)
@@ -188,29 +191,29 @@ def _as_trained(trained: dict[str, Any], create: Create, checkpoint: Path) -> Ti
         raise
     except Exception as error:
         raise CheckpointError(
-            f"{checkpoint}: its training arguments describe no network that can be made: {first_line(error)}"
+            f"{checkpoint}: its training arguments describe no model that can be made: {first_line(error)}"
         ) from error
 
 
 def _arguments_of(trained: dict[str, Any]) -> tuple[str, dict[str, object]]:
     name: str = trained["model"]
     names = DATA_ARGUMENTS if name.startswith("bcos") else (*DATA_ARGUMENTS, "mean", "std")
-    given = {key: trained[key] for key in names if trained.get(key)}
-    overlay = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    fields = {key: trained[key] for key in names if trained.get(key)}
+    overlay = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
     channels = trained.get("in_chans") or (trained.get("input_size") or (3,))[0]
     if trained.get("img_size"):
         overlay.setdefault("input_size", (channels, trained["img_size"], trained["img_size"]))
     shape = dict(num_classes=trained["num_classes"], in_chans=channels)
-    told = {name: trained.get(key) for key, name in MODEL_ARGUMENTS.items()} | (trained.get("model_kwargs") or {})
-    kwargs = {key: value for key, value in told.items() if value is not None}
+    given = {name: trained.get(key) for key, name in MODEL_ARGUMENTS.items()} | (trained.get("model_kwargs") or {})
+    kwargs = {key: value for key, value in given.items() if value is not None}
     return name, dict(pretrained_cfg_overlay=overlay, **{**shape, **kwargs})
 
 
 def _classes_of(weights: dict[str, Tensor], create: Create) -> dict[str, int]:
-    """A checkpoint may have been trained on other classes than the architecture's default."""
-    network = create(device="meta")
-    head = network.get_classifier()
-    name = next((n for n, m in network.named_modules() if m is head), "")
+    """Arguments for the number of classes of a checkpoint; none if its weights have no classifier."""
+    model = create(device="meta")
+    head = model.get_classifier()
+    name = next((n for n, m in model.named_modules() if m is head), "")
     found = weights.get(f"{name}.weight")
     if found is None or found.ndim == 0:
         return {}
@@ -221,16 +224,16 @@ def _classes_of(weights: dict[str, Tensor], create: Create) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Listed:
-    """A network, with one of its weights if it has any.
+    """A registered model with one of its published weights.
 
     Attributes:
-        name: timm's.
-        tag: Of the weights; empty where there are none.
-        parameters: In millions.
-        top1: Published accuracy in per cent, where there is one.
-        resize: What images' shorter side is resized to, in pixels; None where the weights do not say it.
+        name: timm's name of the model.
+        tag: Tag of the weights; empty without weights.
+        parameters: Number of parameters, in millions.
+        top1: Published accuracy in percent; None if there is none.
+        resize: Length to which the shorter side of images is resized, in pixels; None if it is not known.
         size: Height and width of the input, in pixels.
-        note: On weights that come with this package.
+        note: Remark on weights that come with this package.
     """
 
     name: str
@@ -243,16 +246,16 @@ class Listed:
 
     @property
     def tagged_name(self) -> str:
-        """What `timm.create_model` takes."""
+        """The name for `timm.create_model`."""
         return f"{self.name}.{self.tag}" if self.tag else self.name
 
 
 def list_bcos_models(pattern: str = "*", *, pretrained: bool = False) -> Iterator[Listed]:
-    """The registered networks, a row per weight file, in the order of the papers.
+    """The registered models, a row per weight file, in the order of the papers.
 
     Args:
-        pattern: Of names, as in `timm.list_models`.
-        pretrained: Only networks with weights.
+        pattern: Pattern of names, as in `timm.list_models`.
+        pretrained: Whether to list only models with weights.
     """
     for name in ARCHITECTURES:
         tags = _tags(name)

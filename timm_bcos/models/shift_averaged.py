@@ -1,7 +1,7 @@
-"""Networks that answer with the mean over small shifts of the image: smoother explanations, which are still exact.
+"""The mean of a model's logits over small shifts of the image, whose explanations are smoother and still exact.
 
-Strided convolutions and pooling see every second position only, which leaves checkerboards in W(x). Shifts are linear
-maps T of the image, so that the mean of W(T x) · T over the shifts is exactly the W(x) of the mean logit.
+Strided convolutions and pooling sample every second position only, which shows as checkerboards in W(x). Shifts are
+linear maps T of the image, so that W(x) of the mean logit is the mean of W(T x) · T over the shifts.
 """
 
 from typing import Any
@@ -18,40 +18,40 @@ __all__ = ["ShiftAveraged"]
 
 
 class ShiftAveraged(nn.Module):
-    """The mean logits of shifts by 0, ..., size - 1 pixels in both directions; pixels at the border are repeated.
+    """The mean logits over shifts by 0, ..., size - 1 pixels in both directions; pixels at the border are repeated.
 
-    What `explain` gives for it is the explanation of this mean, not of the network's logit for the image itself; it
-    costs size² passes.
+    `explain` explains this mean instead of the model's logit for the image itself. A forward pass takes size² passes of
+    the model.
 
     Args:
-        network: A B-cos network, (N, C, H, W) to (N, K).
-        size: Of the shifts, in pixels; the strides of a network's first layers multiply to 4 or more.
+        model: A B-cos model, (N, C, H, W) to (N, K).
+        size: Number of shifts per direction, in pixels. 4 is the product of the first strides in most models.
 
     Raises:
-        InputError: For a network without B-cos stem, or a size below 1.
+        InputError: For a model without B-cos stem, or a size below 1.
 
     Examples:
         >>> smooth = ShiftAveraged(model, 4).eval()
         >>> timm_bcos.explain(smooth, x).save("smooth.png")
     """
 
-    def __init__(self, network: nn.Module, size: int = 4) -> None:
+    def __init__(self, model: nn.Module, size: int = 4) -> None:
         super().__init__()
-        channels = image_channels(network)
-        if channels is None or not any(isinstance(m, BcosStem | ImageReader) for m in network.modules()):
-            raise InputError(f"{type(network).__name__} is no B-cos network: convert it with timm_bcos.bcosify(model)")
+        channels = image_channels(model)
+        if channels is None or not any(isinstance(m, BcosStem | ImageReader) for m in model.modules()):
+            raise InputError(f"{type(model).__name__} is no B-cos model: convert it with timm_bcos.bcosify(model)")
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise InputError(f"size={size!r}: give the number of pixels to shift by, at least 1")
-        self.network = network
+        self.model = model
         self.size = size
         self.in_chans = channels
         for name in ("num_classes", "pretrained_cfg", "bcos_config"):
-            if hasattr(network, name):
-                setattr(self, name, getattr(network, name))
+            if hasattr(model, name):
+                setattr(self, name, getattr(model, name))
 
     def get_classifier(self) -> Any:
-        """The network's, whose logit bias is the mean's too; None for one that does not tell."""
-        tell = getattr(self.network, "get_classifier", None)
+        """The model's classifier, whose logit bias is that of the mean, too; None if the model has no such method."""
+        tell = getattr(self.model, "get_classifier", None)
         return tell() if callable(tell) else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,5 +61,5 @@ class ShiftAveraged(nn.Module):
         before = self.size // 2
         around = F.pad(encoded, (before, self.size - 1 - before) * 2, mode="replicate")
         offsets = [(row, column) for row in range(self.size) for column in range(self.size)]
-        logits = [self.network(around[:, :, r : r + height, c : c + width]) for r, c in offsets]
+        logits = [self.model(around[:, :, r : r + height, c : c + width]) for r, c in offsets]
         return torch.stack(logits).mean(0)

@@ -1,4 +1,4 @@
-"""What the B-cos vision transformers have and timm's lack: fixed positions for any grid, and a convolutional stem.
+"""Simple vision transformers: fixed position embeddings for grids of any size, and a convolutional stem.
 
 Papers: https://arxiv.org/abs/2306.10898 (B-cos ViTs), https://arxiv.org/abs/2205.01580 (simple ViT),
 https://arxiv.org/abs/2106.14881 (convolutional stem).
@@ -22,14 +22,14 @@ __all__ = ["SimpleVisionTransformer", "conv_stem_embed", "flatten_patches", "sim
 def sincos_positions(x: Tensor, height: int, width: int, temperature: float = 10_000.0) -> Tensor:
     """Fixed 2D position embedding [sin x, cos x, sin y, cos y] of a grid of tokens.
 
-    Frequencies fall from 1 to 1 / temperature, both ends included; timm's `build_sincos2d_pos_embed` stops short of
-    the last and puts y first.
+    Frequencies fall from 1 to 1 / temperature, both ends included. timm's `build_sincos2d_pos_embed` leaves out the
+    last one and puts y first.
 
     Args:
-        x: (N, L, D) tokens, of which D, a multiple of 4, the dtype and the device count.
-        height: Rows of the grid.
-        width: Its columns.
-        temperature: The lowest frequency's inverse.
+        x: Tokens (N, L, D), which give D (a multiple of 4), the dtype and the device.
+        height: Number of rows of the grid.
+        width: Number of columns of the grid.
+        temperature: Inverse of the lowest frequency.
 
     Returns:
         (height · width, D).
@@ -48,7 +48,7 @@ VALUES_FROM[sincos_positions] = "none"
 
 
 class SimpleVisionTransformer(timm_models.VisionTransformer):  # type: ignore[misc]
-    """timm's vision transformer with fixed positions, computed for whatever grid its input has."""
+    """timm's vision transformer with fixed position embeddings, computed for the grid of its input."""
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """(N, L, D), or (N, H, W, D) with `dynamic_img_size`, to (N, L, D)."""
@@ -64,7 +64,7 @@ def simple_vit(*, stem_widths: Sequence[int] = (), **kwargs: Any) -> SimpleVisio
     """A simple ViT with a patch embedding, or with a convolutional stem.
 
     Args:
-        stem_widths: Channels of the stem's layers; none for timm's patch embedding.
+        stem_widths: Number of channels of each layer of the stem; empty for timm's patch embedding.
         kwargs: Arguments of timm's `VisionTransformer`.
     """
     if stem_widths:
@@ -76,9 +76,9 @@ def conv_stem_embed(in_chans: int, widths: Sequence[int], **kwargs: Any) -> nn.M
     """timm's patch embedding behind a stem of 3×3 convolutions with one-group group norms.
 
     Args:
-        in_chans: Image channels.
-        widths: Channels of the stem's layers, whose stride is 2 where they grow.
-        kwargs: `HybridEmbed`'s.
+        in_chans: Number of image channels.
+        widths: Number of channels of each layer of the stem. The stride is 2 where the number grows.
+        kwargs: Arguments of timm's `HybridEmbed`.
     """
     dd = Factory(device=kwargs.get("device"), dtype=kwargs.get("dtype"))
     stem = nn.Sequential()
@@ -94,8 +94,8 @@ def conv_stem_embed(in_chans: int, widths: Sequence[int], **kwargs: Any) -> nn.M
 
 
 def flatten_patches(model: Any) -> None:
-    """Let the patch embedding stabilize its norm as the B-cos *linear* layer over flattened patches that it stands for.
+    """Let the patch embedding compute norms as a B-cos linear layer over flattened patches, as in the official code.
 
-    That layer divides by ‖x‖ + 1e-12, a convolution by sqrt(‖x‖² + 1e-6).
+    A linear layer divides by ‖x‖ + 1e-12, a convolution by sqrt(‖x‖² + 1e-6).
     """
     model.patch_embed.proj.eps = 1e-24

@@ -1,8 +1,8 @@
-"""Classes by embeddings: the similarity of an image to texts, or to other images, explained like any logit.
+"""Zero-shot classification: the similarity of an image to texts, or to other images, explained like any logit.
 
-An image tower (CLIP, https://arxiv.org/abs/2103.00020; SigLIP, https://arxiv.org/abs/2303.15343; DINOv3) gives an
-embedding e(x) = W(x) · x + constants. The cosine with a class's embedding t is t̂ · e(x) / ‖e(x)‖, where the length only
-scales, as a gate does: t̂ · W(x) / ‖e(x)‖ explains the similarity exactly.
+An image tower (CLIP, https://arxiv.org/abs/2103.00020; SigLIP, https://arxiv.org/abs/2303.15343; DINOv3) computes an
+embedding e(x) = W(x) · x + constants. Its cosine with the embedding t of a class is t̂ · e(x) / ‖e(x)‖. Apart from the
+normalization factor 1 / ‖e(x)‖ it is linear in e(x), so that t̂ · W(x) / ‖e(x)‖ explains it exactly.
 """
 
 from collections.abc import Sequence
@@ -20,19 +20,19 @@ __all__ = ["ZeroShotClassifier", "embed_texts"]
 
 
 class ZeroShotClassifier(nn.Module):
-    """An image tower with a logit for each of K embeddings: scale · cos(tower(x), embedding) + bias.
+    """An image tower with one logit for each of K embeddings: scale · cos(tower(x), embedding) + bias.
 
     Args:
-        tower: A B-cos network whose outputs are embeddings, (N, C, H, W) to (N, D).
-        embeddings: (K, D), one for each class: of texts (`embed_texts`), or of other images (`tower(images)`). Only
-            their directions count.
-        scale: Of the cosines. CLIP learns about 100, SigLIP about 118.
-        bias: Added to each logit; SigLIP learns about -13.
-        class_names: K names, for pictures and command lines.
-        probability: 'softmax' for towers trained as CLIP, 'sigmoid' for SigLIP.
+        tower: B-cos model whose outputs are embeddings, (N, C, H, W) to (N, D).
+        embeddings: Embeddings of the classes, (K, D), of texts (`embed_texts`) or of other images (`tower(images)`).
+            Only their directions count.
+        scale: Factor of the cosines. CLIP learns about 100, SigLIP about 118.
+        bias: Constant added to each logit. SigLIP learns about -13.
+        class_names: Names of the K classes.
+        probability: 'softmax' for towers trained like CLIP, 'sigmoid' for SigLIP.
 
     Raises:
-        InputError: For embeddings that are no (K, D), are not finite or 0, or a wrong number of names.
+        InputError: If embeddings are not of shape (K, D), are 0 or not finite, or if the number of names is not K.
 
     Examples:
         >>> tower = bcosify(timm.create_model("vit_base_patch16_siglip_224", pretrained=True)).eval()
@@ -94,20 +94,21 @@ def embed_texts(
     *,
     templates: Sequence[str] = ("a photo of a {}.",),
 ) -> Tensor:
-    """Embeddings of class names by a text tower of OpenCLIP (extra `text`).
+    """Compute embeddings of class names with a text tower of OpenCLIP (extra `text`).
 
     Args:
-        texts: K class names.
-        model: OpenCLIP's name of the model that the image tower is from; or such a model itself, whose tokens are then
-            taken to be those of OpenAI's models.
-        pretrained: OpenCLIP's name of its weights; None for random ones.
-        templates: Sentences around each name, whose embeddings are averaged (section 3.1.4 of CLIP's paper).
+        texts: Names of the K classes.
+        model: OpenCLIP's name of the model that the image tower belongs to, or the model itself, for which the
+            tokenizer of OpenAI's models is used.
+        pretrained: OpenCLIP's name of the weights; None for random ones.
+        templates: Sentences with a placeholder {} for the name. Their embeddings are averaged (section 3.1.4 of CLIP's
+            paper).
 
     Returns:
-        (K, D), of length 1.
+        Embeddings of length 1, (K, D).
 
     Raises:
-        InputError: Without OpenCLIP, or for names that it does not know.
+        InputError: If OpenCLIP is not installed or does not know the model.
 
     Examples:
         >>> classes = embed_texts(["cat", "dog"], "ViT-B-16", "openai")
@@ -116,13 +117,13 @@ def embed_texts(
     if not texts or isinstance(texts, str):
         raise InputError(f"texts={texts!r}: give a list of class names")
     open_clip = _open_clip()
-    name = model if isinstance(model, str) else "ViT-B-16"  # whose tokens all of OpenAI's models have
+    name = model if isinstance(model, str) else "ViT-B-16"  # all of OpenAI's models have this tokenizer
     if isinstance(model, str) and model not in open_clip.list_models():
         raise InputError(f"OpenCLIP has no model {model!r}: open_clip.list_models() lists them")
-    network: Any = open_clip.create_model(model, pretrained=pretrained) if isinstance(model, str) else model
+    tower: Any = open_clip.create_model(model, pretrained=pretrained) if isinstance(model, str) else model
     tokenizer = open_clip.get_tokenizer(name)
     sentences = [template.format(text) for text in texts for template in templates]
-    found: Tensor = F.normalize(network.eval().encode_text(tokenizer(sentences)), dim=-1)
+    found: Tensor = F.normalize(tower.eval().encode_text(tokenizer(sentences)), dim=-1)
     return F.normalize(found.unflatten(0, (len(texts), len(templates))).mean(1), dim=-1)
 
 

@@ -1,14 +1,15 @@
-"""The backward passes of training, by hand: what autograd would derive from the formulas, in less time and memory.
+"""Hand-written backward passes for training: the gradients that autograd derives, in less time and memory.
 
-A graph of eager PyTorch keeps, of a B-cos layer, its input, its parameter, its response y and the norm n of what its
-units have seen. From y follows the linear response, since |a| = sqrt(|y| · n / γ) at B = 2; the norm behind the layer
-keeps the same y, and unit weights are computed again. Second derivatives, and batched gradients, are those of the
-formulas, which are computed again too.
+For the backward pass a B-cos layer saves its input x, its weight, its response y and the norm n of x or of its patches.
+At B = 2 the linear response a follows from y, since |a| = sqrt(|y| · n / γ), and the norm layer behind it saves y
+anyway. Effective weights are computed again. Second derivatives and batched gradients are those of the formulas
+(`functional`), which are computed again, too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from .primitives import (
     cosine_factor,
     effective_weight,
     feature_norm,
+    has_amplitude,
     inverse_norm,
     norm_power,
     patch_norm,
@@ -32,11 +34,11 @@ from .primitives import (
     sum_of_groups,
 )
 
-__all__ = ["bcos_conv2d", "bcos_linear", "divide_by_deviation"]
+__all__ = ["Convolution", "LinearMap", "Unit", "bcos_response", "divide_by_deviation"]
 
 
 class Unit(NamedTuple):
-    """What a layer's units are, as in `functional.bcos_linear`."""
+    """The settings of a layer's units, as in `functional.bcos_linear`."""
 
     b: float
     gamma: float
@@ -44,28 +46,92 @@ class Unit(NamedTuple):
     normalize_weight: bool
 
 
-class Window(NamedTuple):
-    """What a convolution sees, as in `functional.bcos_conv2d`."""
+@dataclass(frozen=True)
+class Convolution:
+    """The linear transform of `functional.bcos_conv2d`, with the norms of its patches."""
 
     stride: list[int]
     padding: list[int]
     dilation: list[int]
     groups: int
     eps: float
+    axis: ClassVar[int] = 1  # of the units
+
+    def formula(self, x: Tensor, weight: Tensor, unit: Unit) -> Tensor:
+        """The response by torch's own functions."""
+        return functional.bcos_conv2d(x, weight, **vars(self), **unit._asdict())
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The transform itself, for an effective weight."""
+        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """(N, G, H', W') of the patches."""
+        return patch_norm(x, list(weight.shape[2:]), **vars(self))
+
+    def sum_of_units(self, values: Tensor) -> Tensor:
+        """Sum over the units that share a norm."""
+        return sum_of_groups(values, self.groups)
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, is_wanted: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients by x and by the effective weight, those that are wanted."""
+        by_x, by_weight, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None,
+            self.stride, self.padding, self.dilation, False, [0, 0], self.groups, [*is_wanted, False],
+        )  # fmt: skip
+        return by_x, by_weight
+
+    def spread_to_input(self, values: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """The sum of the values (N, G, H', W') of all windows that contain an element of x, for each element."""
+        size, kernel = [len(x), self.groups, *x.shape[2:]], list(weight.shape[2:])
+        sums = by_window_sum(values, size, kernel, self.stride, self.padding, self.dilation)
+        return per_unit(sums, x, self.groups)
 
 
-def bcos_conv2d(x: Tensor, weight: Tensor, window: Window, unit: Unit) -> Tensor:
-    """`functional.bcos_conv2d` for any B but 1."""
-    if x.ndim == 3:
-        return bcos_conv2d(x[None], weight, window, unit)[0]
-    y: Tensor = _BcosConv2d.apply(_as_autocast(x), weight, window, _without_amplitude(unit))
-    return y * row_norm(weight).to(y.dtype).reshape(-1, 1, 1) if has_amplitude(unit) else y
+@dataclass(frozen=True)
+class LinearMap:
+    """The linear transform of `functional.bcos_linear`, with the norms of its vectors; see `Convolution`."""
+
+    axis: ClassVar[int] = -1
+    groups: ClassVar[int] = 1
+
+    def formula(self, x: Tensor, weight: Tensor, unit: Unit) -> Tensor:
+        return functional.bcos_linear(x, weight, **unit._asdict())
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return feature_norm(x)
+
+    def sum_of_units(self, values: Tensor) -> Tensor:
+        return values.sum(-1, keepdim=True)
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, is_wanted: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        by_x = grad @ weight if is_wanted[0] else None
+        by_weight = grad.flatten(0, -2).T @ x.flatten(0, -2) if is_wanted[1] else None
+        return by_x, by_weight
+
+    def spread_to_input(self, values: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        return values
 
 
-def bcos_linear(x: Tensor, weight: Tensor, unit: Unit) -> Tensor:
-    """`functional.bcos_linear`, likewise."""
-    y: Tensor = _BcosLinear.apply(_as_autocast(x), weight, _without_amplitude(unit))
-    return y * row_norm(weight).to(y.dtype) if has_amplitude(unit) else y
+Transform = Convolution | LinearMap
+
+
+def bcos_response(x: Tensor, weight: Tensor, transform: Transform, unit: Unit) -> Tensor:
+    """`transform.formula`, for any B but 1, with a backward pass by hand."""
+    if transform.axis == 1 and x.ndim == 3:  # a single image
+        return bcos_response(x[None], weight, transform, unit)[0]
+    if not has_amplitude(unit.b, unit.normalize_weight):
+        return _BcosResponse.apply(_as_autocast(x), weight, transform, unit)  # type: ignore[no-any-return]
+    y: Tensor = _BcosResponse.apply(_as_autocast(x), weight, transform, unit._replace(normalize_weight=True))
+    amplitude = row_norm(weight).to(y.dtype)
+    return y * (amplitude.reshape(-1, 1, 1) if transform.axis == 1 else amplitude)
 
 
 def divide_by_deviation(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -73,104 +139,57 @@ def divide_by_deviation(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
     return _DivideByDeviation.apply(x, weight, eps)
 
 
-def has_amplitude(unit: Unit) -> bool:
-    """Whether the norms of free rows multiply the response, instead of what x is multiplied by."""
-    return not unit.normalize_weight and unit.b != 2
-
-
-def _without_amplitude(unit: Unit) -> Unit:
-    return unit._replace(normalize_weight=True) if has_amplitude(unit) else unit
-
-
 def _as_autocast(x: Tensor) -> Tensor:
-    """In the dtype that autocast gives torch's own layers."""
+    """x in the dtype that autocast gives the inputs of torch's own layers."""
     kind = x.device.type
     is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # not on "meta"
     return x.to(torch.get_autocast_dtype(kind)) if is_on and x.dtype != torch.float64 else x
 
 
 class _Saved(FunctionCtx):
-    """What forward leaves to backward."""
+    """What the forward pass saves for the backward pass."""
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
-    window: Window
+    transform: Transform
     unit: Unit
     eps: float
     response: "_Response | None"
 
 
 class _Response(NamedTuple):
-    """A response that the graph keeps: its memory, and how often that had been written to by then."""
+    """A response that is saved although others may change it in place: its memory, and its version when saved."""
 
     alias: Tensor
     version: int
 
     def is_unchanged(self) -> bool:
-        """Whether nobody has changed it in place since, as `x += shortcut` does."""
+        """Whether it has not been changed in place since, as `x += shortcut` does."""
         return self.alias._version == self.version
 
 
-class _BcosConv2d(torch.autograd.Function):
+class _BcosResponse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Saved, x: Tensor, weight: Tensor, window: Window, unit: Unit) -> Tensor:
-        linear = F.conv2d(x, _used(weight, unit, x.dtype), None, *window[:4])
-        norm = patch_norm(x, list(weight.shape[2:]), *window)
-        y, ctx.response, kept = _respond(linear, norm, unit, 1, window.groups)
+    def forward(ctx: _Saved, x: Tensor, weight: Tensor, transform: Transform, unit: Unit) -> Tensor:
+        norm = transform.norm(x, weight)
+        y, ctx.response, kept = _respond(transform.linear(x, _used(weight, unit, x.dtype)), norm, unit, transform)
         ctx.save_for_backward(x, weight, norm, *kept)
-        ctx.window, ctx.unit = window, unit
+        ctx.transform, ctx.unit = transform, unit
         return y
 
     @staticmethod
     def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, norm, *kept = ctx.saved_tensors
+        transform, unit = ctx.transform, ctx.unit
         if torch.is_grad_enabled() or not runs_eagerly(grad):
-            formula = partial(functional.bcos_conv2d, **ctx.window._asdict(), **ctx.unit._asdict())
-            return *_gradients_of(formula, (x, weight), grad, ctx), None, None
-        stride, padding, dilation, groups, _ = ctx.window
-
-        def respond() -> Tensor:
-            return F.conv2d(x, _used(weight, ctx.unit, x.dtype), None, stride, padding, dilation, groups)
-
-        saved, is_response, winner = _kept(ctx, kept, respond, 1)
-        total = partial(sum_of_groups, groups=groups)
-        by_linear, by_norm = _by_response(grad, norm, saved, is_response, winner, ctx.unit, total, 1, groups)
-        by_x, by_used, _ = torch.ops.aten.convolution_backward(
-            by_linear, x, _used(weight, ctx.unit, x.dtype), None,
-            stride, padding, dilation, False, [0, 0], groups, [*ctx.needs_input_grad[:2], False],
-        )  # fmt: skip
-        if by_x is not None:
-            size, kernel = [len(x), groups, *x.shape[2:]], list(weight.shape[2:])
-            slope = by_window_sum(by_norm / norm, size, kernel, stride, padding, dilation)
-            by_x.addcmul_(x, per_unit(slope, x, groups).to(x.dtype))
-        return by_x, _by_weight(by_used, weight, ctx.unit), None, None
-
-
-class _BcosLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: _Saved, x: Tensor, weight: Tensor, unit: Unit) -> Tensor:
-        norm = feature_norm(x)
-        y, ctx.response, kept = _respond(F.linear(x, _used(weight, unit, x.dtype)), norm, unit, -1)
-        ctx.save_for_backward(x, weight, norm, *kept)
-        ctx.unit = unit
-        return y
-
-    @staticmethod
-    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, norm, *kept = ctx.saved_tensors
-        if torch.is_grad_enabled() or not runs_eagerly(grad):
-            formula = partial(functional.bcos_linear, **ctx.unit._asdict())
-            return *_gradients_of(formula, (x, weight), grad, ctx), None
-        saved, is_response, winner = _kept(ctx, kept, lambda: F.linear(x, _used(weight, ctx.unit, x.dtype)), -1)
-        total = partial(torch.sum, dim=-1, keepdim=True)
-        by_linear, by_norm = _by_response(grad, norm, saved, is_response, winner, ctx.unit, total, -1, 1)
-        by_x = by_used = None
-        if ctx.needs_input_grad[0]:
-            by_x = by_linear @ _used(weight, ctx.unit, x.dtype)
-            by_x.addcmul_(x, (by_norm / norm).to(x.dtype))
-        if ctx.needs_input_grad[1]:
-            by_used = by_linear.flatten(0, -2).T @ x.flatten(0, -2)
-        return by_x, _by_weight(by_used, weight, ctx.unit), None
+            return *_gradients_of(partial(transform.formula, unit=unit), (x, weight), grad, ctx), None, None
+        used = _used(weight, unit, x.dtype)
+        saved, is_response, winner = _kept(ctx, kept, lambda: transform.linear(x, used))
+        by_linear, by_norm = _by_response(grad, norm, saved, is_response, winner, unit, transform)
+        by_x, by_used = transform.backward(by_linear, x, used, ctx.needs_input_grad[:2])
+        if by_x is not None:  # x has an effect on the norm, too: ∂n/∂x = x / n
+            by_x.addcmul_(x, transform.spread_to_input(by_norm / norm, x, weight).to(x.dtype))
+        return by_x, _by_weight(by_used, weight, unit), None, None
 
 
 def _used(weight: Tensor, unit: Unit, dtype: torch.dtype) -> Tensor:
@@ -188,57 +207,54 @@ def _by_weight(by_used: Tensor | None, weight: Tensor, unit: Unit) -> Tensor | N
 
 
 def _respond(
-    linear: Tensor, norm: Tensor, unit: Unit, dim: int, groups: int = 1
+    linear: Tensor, norm: Tensor, unit: Unit, transform: Transform
 ) -> tuple[Tensor, _Response | None, list[Tensor]]:
-    """The response, how it is watched if it is kept, and what else is saved. May overwrite `linear`."""
+    """The response; the same if it is saved; and the tensors to save. May overwrite `linear`."""
     winner: list[Tensor] = []
     if unit.max_out > 1:
-        linear, *winner = _max_out(linear, unit.max_out, dim)
+        linear, *winner = _max_out(linear, unit.max_out, transform.axis)
     keeps_response = _keeps_response(linear, unit)
-    y = scale_by_cosine(linear, norm, unit.b, unit.gamma, keeps_response, groups)
+    y = scale_by_cosine(linear, norm, unit.b, unit.gamma, keeps_response, transform.groups)
     if not keeps_response:
         return y, None, [linear, *winner]
     return y, _Response(y.detach(), y._version), winner
 
 
 def _keeps_response(x: Tensor, unit: Unit) -> bool:
-    """Whether |a| follows from y; float16 has no room for squares. Hooks (of checkpoints) see what is saved alone."""
+    """Whether the response is saved, from which |a| follows at B = 2.
+
+    Not in float16, in which squares overflow, nor under hooks, which see saved tensors only.
+    """
     return unit.b == 2 and x.dtype != torch.float16 and not saved_tensors_have_hooks()
 
 
-def _kept(
-    ctx: _Saved, kept: list[Tensor], respond: Callable[[], Tensor], dim: int
-) -> tuple[Tensor, bool, list[Tensor]]:
-    """What the forward pass kept, whether it is the response or the linear one, and MaxOut's winners.
+def _kept(ctx: _Saved, kept: list[Tensor], respond: Callable[[], Tensor]) -> tuple[Tensor, bool, list[Tensor]]:
+    """What the forward pass saved, whether it is the response or the linear response, and MaxOut's winners.
 
-    A response that was changed in place since is no longer known: the linear one is computed again.
+    If the response has been changed in place since, the linear response is computed again.
     """
     if ctx.response is None:
         return kept[0], False, kept[1:]
     if ctx.response.is_unchanged():
         return ctx.response.alias, True, kept
     linear = respond()
-    return (_max_out(linear, ctx.unit.max_out, dim)[0] if kept else linear), False, kept
+    return (_max_out(linear, ctx.unit.max_out, ctx.transform.axis)[0] if kept else linear), False, kept
 
 
 def _by_response(
-    grad: Tensor, norm: Tensor, saved: Tensor, is_response: bool, winner: list[Tensor], unit: Unit,
-    total: Callable[[Tensor], Tensor], dim: int, groups: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients by the linear responses (all those of MaxOut) and by the norm.
-
-    `total` sums up what belongs to the units that have a norm in common.
-    """
+    grad: Tensor, norm: Tensor, saved: Tensor, is_response: bool, winner: list[Tensor], unit: Unit, transform: Transform
+) -> tuple[Tensor, Tensor]:
+    """The gradients by the linear responses (all those of MaxOut) and by the norm."""
     by_linear, by_norm = torch.empty_like(saved), torch.empty_like(norm)
     gradients = _of_square if is_response else _of_power
     for piece, n, g, out, out_norm in pieces(saved, norm, grad, by_linear, by_norm):
-        products = gradients(piece, per_unit(n, piece, groups), g, unit, out)
-        out_norm.copy_(total(products)).div_(n).neg_()
-    return (_to_winners(by_linear, winner[0], unit.max_out, dim) if winner else by_linear), by_norm
+        products = gradients(piece, per_unit(n, piece, transform.groups), g, unit, out)
+        out_norm.copy_(transform.sum_of_units(products)).div_(n).neg_()
+    return (_to_winners(by_linear, winner[0], unit.max_out, transform.axis) if winner else by_linear), by_norm
 
 
 def _of_square(y: Tensor, norm: Tensor, grad: Tensor, unit: Unit, out: Tensor) -> Tensor:
-    """Write the gradient by a of y = γ · |a| · a / n, and return the products that -n · (that by n) is the sum of.
+    """Write the gradient by a of y = γ · |a| · a / n to `out`; return y · grad, of which -∂/∂n · n is the sum.
 
     ∂y/∂a = 2γ · |a| / n = 2 · sqrt(γ · |y| / n), and ∂y/∂n = -y / n.
     """
@@ -247,7 +263,7 @@ def _of_square(y: Tensor, norm: Tensor, grad: Tensor, unit: Unit, out: Tensor) -
 
 
 def _of_power(linear: Tensor, norm: Tensor, grad: Tensor, unit: Unit, out: Tensor) -> Tensor:
-    """The same for y = f · a with f = γ · (|a| / n + ε)^(B-1), from a; ε is 0 at B = 2."""
+    """`_of_square` for y = f · a with f = γ · (|a| / n + ε)^(B-1), from a instead of y; ε is 0 at B = 2."""
     factor = cosine_factor(linear, norm, unit.b, unit.gamma)
     slope = factor  # a · ∂f/∂a
     if unit.b != 2:
@@ -258,7 +274,7 @@ def _of_power(linear: Tensor, norm: Tensor, grad: Tensor, unit: Unit, out: Tenso
 
 
 def _max_out(x: Tensor, units: int, dim: int) -> tuple[Tensor, Tensor]:
-    """The largest of each M neighbors, and which it is."""
+    """The largest of each M neighbors, and its index among them; of equal ones the first."""
     best, *others = _neighbors(x, units, dim)
     winner = torch.zeros_like(best, dtype=torch.uint8)
     for i, other in enumerate(others, start=1):
@@ -268,7 +284,7 @@ def _max_out(x: Tensor, units: int, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _to_winners(grad: Tensor, winner: Tensor, units: int, dim: int) -> Tensor:
-    """The gradient by all neighbors, in the memory layout of their responses."""
+    """Spread the gradient by the largest of M neighbors to all of them: 0 for the others. Keeps the memory layout."""
     axis = dim % grad.ndim
     size = [*grad.shape[:axis], units * grad.shape[axis], *grad.shape[axis + 1 :]]
     is_last = grad.ndim == 4 and grad.is_contiguous(memory_format=torch.channels_last)
@@ -287,7 +303,7 @@ def _neighbors(x: Tensor, units: int, dim: int) -> tuple[Tensor, ...]:
 def _gradients_of(
     formula: Callable[..., Any], inputs: tuple[Tensor, ...], grad: Tensor, ctx: _Saved
 ) -> list[Tensor | None]:
-    """By those inputs that want one, through the formula, computed once more."""
+    """The gradients by the inputs that need one, by autograd through the formula, which is computed again."""
     create_graph = torch.is_grad_enabled()
     is_wanted = ctx.needs_input_grad[: len(inputs)]
     wanted = [x for x, wants in zip(inputs, is_wanted, strict=True) if wants]
@@ -297,7 +313,7 @@ def _gradients_of(
 
 
 class _DivideByDeviation(torch.autograd.Function):
-    """From d var / d x = 2 (x - mean) / n and d (1 / sqrt(var + ε)) / d var = -1/2 (var + ε)^(-3/2)."""
+    """Uses d var / d x = 2 (x - mean) / n and d (1 / sqrt(var + ε)) / d var = -1/2 (var + ε)^(-3/2)."""
 
     @staticmethod
     def forward(ctx: _Saved, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -324,7 +340,7 @@ class _DivideByDeviation(torch.autograd.Function):
 
 
 def _mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`primitives.mean_and_variance`: of each image, and then of the images' means."""
+    """`primitives.mean_and_variance`, computed image by image and then combined."""
     means, variances = [], []
     for (part,) in pieces(x):
         wide = part.float() if x.dtype in (torch.float16, torch.bfloat16) else part

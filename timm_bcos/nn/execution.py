@@ -1,4 +1,4 @@
-"""How a call is executed: by eager PyTorch alone, or under something that must see the formulas as they stand."""
+"""How a call is executed: by eager PyTorch alone, or under a compiler, tracer or transform."""
 
 from collections.abc import Iterator
 
@@ -14,17 +14,17 @@ __all__ = ["only_infers", "pieces", "records_gradients", "runs_eagerly", "saved_
 _is_transformed = private.are_functorch_transforms_active
 _is_batched = private.is_legacy_batchedtensor
 _top_hooks = private.top_saved_tensors_hooks
-LARGE = 1 << 21  # elements, above which a CPU takes a batch in pieces
+LARGE = 1 << 21  # elements of a batch that a CPU processes in pieces
 
 
 def pieces(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """A batch as it is; or, of large maps on a CPU, an image per thread at a time.
+    """Split batches of large maps on a CPU into pieces of one image per thread; other batches are returned as they are.
 
-    Memory that comes fresh from the system costs a CPU more than a step per piece, whose temporaries stay in its cache:
-    8 to 10 % of the inference of a fused ResNet-50 or ConvNeXt-tiny, batch 8, 224².
+    Temporaries of pieces stay in the CPU's cache. This saves 8 to 10 % of the time of inference of a fused ResNet-50 or
+    ConvNeXt-tiny at batch 8, 224².
 
     Args:
-        x: (N, ...), whose size decides.
+        x: (N, ...). Its size decides.
         others: (N, ...), split in the same way.
     """
     if x.device.type != "cpu" or x.numel() <= LARGE or any(len(tensor) != len(x) for tensor in others):
@@ -33,11 +33,10 @@ def pieces(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def runs_eagerly(*tensors: Tensor) -> bool:
-    """Whether torch just computes.
+    """Whether eager PyTorch executes functions of these tensors, without anything in between.
 
-    False while calls are written down (torch.compile, torch.export, tracers), transformed (torch.func, forward-mode
-    derivatives, batched gradients: of some of these torch has no public way to tell), or overridden (explanation mode,
-    torch.fx).
+    False while calls are compiled or traced (torch.compile, torch.export, torch.jit.trace), transformed (torch.func,
+    forward-mode derivatives, batched gradients), or overridden (explanation mode, torch.fx).
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or has_torch_function(tensors):
         return False
@@ -47,7 +46,7 @@ def runs_eagerly(*tensors: Tensor) -> bool:
 
 
 def saved_tensors_have_hooks() -> bool:
-    """Whether somebody (a checkpoint, memory that is offloaded) wants to see what graphs save."""
+    """Whether hooks change what autograd saves, as gradient checkpointing and offloading to memory do."""
     return _top_hooks(False) is not None
 
 
@@ -57,7 +56,7 @@ def records_gradients(*tensors: Tensor) -> bool:
 
 
 def only_infers(*tensors: Tensor) -> bool:
-    """Whether eager PyTorch computes a function of these tensors, whose gradients nobody wants."""
+    """Whether eager PyTorch computes a function of these tensors without recording gradients."""
     return runs_eagerly(*tensors) and not _wants_gradients(tensors)
 
 

@@ -1,4 +1,4 @@
-"""What gives the logits: classifiers with temperature and logit bias, and the pooling before or after them."""
+"""Heads: classifiers with temperature and logit bias, and the pooling before or after them."""
 
 from typing import Any
 
@@ -20,11 +20,11 @@ class BcosConvClassifier(BcosConv2d):
     arXiv 2205.10268).
 
     Args:
-        in_features: Channels of the feature map.
-        num_classes: K.
-        temperature: T, the logits' divisor.
-        logit_bias: Fixed constant added to every logit; log(p / (1 - p)) starts all probabilities at p.
-        pool: False returns the map of logits (N, K, H, W).
+        in_features: Number of channels of the feature map.
+        num_classes: Number of classes, K.
+        temperature: T, the divisor of the logits.
+        logit_bias: Fixed constant added to every logit. log(p / (1 - p)) makes all initial probabilities p.
+        pool: Whether to average; without it the layer returns a map of logits (N, K, H, W).
 
     Shape: (N, in_features, H, W) to (N, K).
     """
@@ -42,12 +42,12 @@ class BcosConvClassifier(BcosConv2d):
 
     @property
     def in_features(self) -> int:
-        """As of the linear layer that it stands for."""
+        """Number of channels of the feature map, as linear layers call it."""
         return self.in_channels
 
     @property
     def out_features(self) -> int:
-        """Likewise, K."""
+        """Number of classes, as linear layers call it."""
         return self.out_channels
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class BcosConvClassifier(BcosConv2d):
 
 
 class BcosLinearClassifier(BcosLinear):
-    """Classifier on feature vectors: logits = response / T + logit bias; arguments as in `BcosConvClassifier`.
+    """Classifier on feature vectors: logits = response / T + logit bias. See `BcosConvClassifier` for the arguments.
 
     Shape: (..., in_features) to (..., K).
     """
@@ -81,10 +81,10 @@ class BcosLinearClassifier(BcosLinear):
 
 
 class BcosPool2d(timm_layers.SelectAdaptivePool2d):  # type: ignore[misc]
-    """timm's global pooling, which lets feature maps through while the classifier after it pools by itself.
+    """timm's global pooling, which passes feature maps on if the classifier behind it pools by itself.
 
     Attributes:
-        deferred: True while a `BcosConvClassifier` follows; a converted network sees to it whenever it runs.
+        deferred: Whether a `BcosConvClassifier` follows, which pools. A converted model updates it in each pass.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -107,7 +107,7 @@ class BcosPool2d(timm_layers.SelectAdaptivePool2d):  # type: ignore[misc]
 
 
 class BcosFlatten(nn.Flatten):
-    """`torch.nn.Flatten` of a head, which lets feature maps through as `BcosPool2d` does."""
+    """`torch.nn.Flatten` of a head, which passes feature maps on if the classifier pools; see `BcosPool2d`."""
 
     def __init__(self, start_dim: int = 1, end_dim: int = -1) -> None:
         super().__init__(start_dim, end_dim)

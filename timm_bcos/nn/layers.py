@@ -1,14 +1,15 @@
-"""B-cos layers: torch's convolution and linear layer with one step of `forward` changed.
+"""B-cos layers: torch's convolution and linear layer with the B-cos transform, and what models need beside them.
 
 Papers: https://arxiv.org/abs/2205.10268 (B-cos, MaxOut, γ), https://arxiv.org/abs/2306.10898 (unit norm, logit bias).
-Differs from the official code (package `bcos`) in that the weight stays at `.weight`, as everywhere in timm. There it
-is `.linear.weight`, of a `NormedConv2d` or `NormedLinear`.
+Differs from the official code (package `bcos`) in that the weight is at `.weight`, as in torch and timm. There it is at
+`.linear.weight`, in a `NormedConv2d` or `NormedLinear`.
 """
 
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -16,13 +17,25 @@ from .._compat import timm_layers
 from ..errors import ModelStateError
 from . import autograd
 from .execution import records_gradients
-from .functional import bcos_conv2d, bcos_linear, low_pass, same_padding
-from .fused import fuse_layer, fused_conv2d, fused_linear
+from .functional import (
+    bcos_conv2d,
+    bcos_linear,
+    conv2d_response,
+    linear_response,
+    low_pass,
+    same_padding,
+    shifted_activation,
+    sigmoid_activation,
+)
+from .fused import fuse_layer
 
 __all__ = [
     "BcosConv2d",
+    "BcosLayer",
     "BcosLinear",
     "LowPass2d",
+    "ShiftedActivation",
+    "SigmoidActivation",
     "refuse_fused",
 ]
 
@@ -33,8 +46,8 @@ class LowPass2d(timm_layers.BlurPool2d):  # type: ignore[misc]
     It removes the highest frequency, of period 2, and halves the one of period 4.
 
     Args:
-        channels: Of the map; None takes them from the input.
-        stride: Of the output: 1, or 2.
+        channels: Number of channels; None to accept any.
+        stride: Stride of the output, 1 or 2.
 
     Shape: (N, C, H, W) to (N, C, ⌈H / stride⌉, ⌈W / stride⌉).
     """
@@ -54,24 +67,6 @@ class LowPass2d(timm_layers.BlurPool2d):  # type: ignore[misc]
         return low_pass(x, self.filt, self.stride)
 
 
-def _check(b: float, max_out: int, normalize_weight: bool) -> None:
-    if b < 1 or max_out < 1:
-        raise ValueError(f"B-cos layers need b >= 1 and max_out >= 1, got b={b}, max_out={max_out}")
-    if max_out > 1 and not normalize_weight:
-        raise ValueError(f"max_out={max_out} compares units by their cosine: it needs normalize_weight=True")
-
-
-def _repr(layer: "BcosConv2d | BcosLinear") -> str:
-    free = "" if layer.normalize_weight else ", normalize_weight=False"
-    fused = ", is_fused=True" if layer.is_fused else ""
-    return f", b={layer.b:g}, max_out={layer.max_out}, gamma={layer.gamma:g}{free}{fused}"
-
-
-def unit_of(layer: "BcosConv2d | BcosLinear") -> autograd.Unit:
-    """What its units compute."""
-    return autograd.Unit(layer.b, layer.gamma, layer.max_out, layer.normalize_weight)
-
-
 def refuse_fused(module: nn.Module) -> None:
     """Refuse to train a layer that has been fused for inference.
 
@@ -79,17 +74,111 @@ def refuse_fused(module: nn.Module) -> None:
         ModelStateError: If it has been.
     """
     if getattr(module, "is_fused", False):
-        raise ModelStateError("this network has been fused for inference: train the one that it was made from")
+        raise ModelStateError("this model has been fused for inference: train the model that it was made from")
 
 
-class BcosConv2d(nn.Conv2d):
+def _check_units(b: float, max_out: int, normalize_weight: bool) -> None:
+    if b < 1 or max_out < 1:
+        raise ValueError(f"B-cos layers need b >= 1 and max_out >= 1, got b={b}, max_out={max_out}")
+    if max_out > 1 and not normalize_weight:
+        raise ValueError(f"max_out={max_out} compares units by their cosine: it needs normalize_weight=True")
+
+
+class BcosLayer(nn.Module):
+    """What B-cos convolutions and linear layers have in common; torch's layer is the next base class.
+
+    Attributes:
+        b: Exponent B.
+        max_out: Number of units per output.
+        gamma: Fixed output scale γ.
+        normalize_weight: Whether rows of the weight are divided by their norm.
+        is_fused: Whether `weight` is the effective weight, γ and neighboring norms included (`timm_bcos.fuse`).
+        amplitude: An additional factor of a fused layer's outputs; or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    amplitude: Tensor | None
+    b: float
+    max_out: int
+    gamma: float
+    normalize_weight: bool
+    is_fused: bool
+
+    def _set_units(
+        self, outputs: int, bias: bool, b: float, max_out: int, gamma: float, normalize_weight: bool
+    ) -> None:
+        """Complete torch's layer, which has max_out · outputs rows and no bias."""
+        if bias:
+            self.bias = nn.Parameter(self.weight.new_zeros(outputs))
+        self.b = float(b)
+        self.max_out = max_out
+        self.gamma = float(gamma)
+        self.normalize_weight = normalize_weight
+        self.is_fused = False
+        self.register_buffer("amplitude", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.respond(x)
+
+    def respond(self, x: Tensor) -> Tensor:
+        """The B-cos response; a method of its own because TorchScript has no `super()`."""
+        x = self.prepare(x)
+        if torch.jit.is_scripting() or not self._is_recorded(x):  # noqa: SIM108 (TorchScript needs the statement)
+            y = self.formula(x)
+        else:
+            y = self._respond_by_hand(x)
+        return y if self.bias is None else y + self.per_output(self.bias)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """The input as the linear transform reads it."""
+        return x
+
+    def formula(self, x: Tensor) -> Tensor:
+        """The response to prepared input, by torch's own functions."""
+        raise NotImplementedError
+
+    def transform(self) -> autograd.Transform:
+        """The linear transform, for the backward pass by hand."""
+        raise NotImplementedError
+
+    def per_output(self, values: Tensor) -> Tensor:
+        """Values (O,) in the shape that broadcasts to the outputs."""
+        raise NotImplementedError
+
+    @torch.jit.unused
+    def _is_recorded(self, x: Tensor) -> bool:
+        return not self.is_fused and self.b != 1.0 and records_gradients(x, self.weight)
+
+    @torch.jit.unused
+    def _respond_by_hand(self, x: Tensor) -> Tensor:
+        """`formula` with a backward pass by hand, which is faster and needs less memory."""
+        unit = autograd.Unit(self.b, self.gamma, self.max_out, self.normalize_weight)
+        return autograd.bcos_response(x, self.weight, self.transform(), unit)
+
+    def fuse(self) -> Self:
+        """For timm's `reparameterize_model`: the layer for inference, its weight computed once."""
+        return self if self.is_fused else fuse_layer(self)
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            refuse_fused(self)
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        free = "" if self.normalize_weight else ", normalize_weight=False"
+        fused = ", is_fused=True" if self.is_fused else ""
+        return f"{super().extra_repr()}, b={self.b:g}, max_out={self.max_out}, gamma={self.gamma:g}{free}{fused}"
+
+
+class BcosConv2d(BcosLayer, nn.Conv2d):  # type: ignore[misc]
     """B-cos convolution: γ · |cos(patch, w)|^(B-1) · ŵᵀpatch (eqs. 3 and 12 of arXiv 2205.10268).
 
     In the official code (package `bcos`): `BcosConv2d`, and `BcosConv2dWithScale` with scale = 1 / γ.
 
     Args:
-        in_channels: Input channels; likewise the other arguments of `torch.nn.Conv2d`.
-        b: Exponent B; 1 is a plain (unit-norm) convolution.
+        in_channels: Number of input channels. This and the next arguments are those of `torch.nn.Conv2d`.
+        b: Exponent B. With 1 the layer is a convolution with unit-norm rows.
         max_out: Units M per output channel: the weight has out_channels · M rows, unit m of channel o being row
             o · M + m, and the largest response is taken before the cosine factor.
         gamma: Fixed output scale γ.
@@ -97,16 +186,15 @@ class BcosConv2d(nn.Conv2d):
             needed to start from pretrained weights.
         pad_same: TensorFlow's 'SAME' padding, computed from the input's size (timm's `Conv2dSame`).
         eps: Stabilizes the norm of a patch, sqrt(‖patch‖² + eps).
-        antialias: With a stride, filter the input by [1, 2, 1] / 4 first, whose cosine is then taken. Strides sample
-            unevenly, and W(x) shows it as checkerboards. Zhang (arXiv 1904.11486) convolves at stride 1 and filters
-            with the stride; for a linear layer, filtering first is the same (but for the borders) at a fraction of the
-            cost.
+        antialias: Filter the input by [1, 2, 1] / 4 first if the layer has a stride, which would otherwise show as
+            checkerboards in W(x). Zhang (arXiv 1904.11486) convolves at stride 1 and filters with the stride. For a
+            linear layer, filtering first is the same (except at the borders) at a fraction of the cost.
 
     Attributes:
         low_pass: The filter, or None.
-        is_fused: Whether `weight` is what x is multiplied by, γ and neighboring norms included (`timm_bcos.fuse`).
-        amplitude: (O, 1, 1) of a fused layer, what its response is multiplied by besides; or None.
-        channel_squares: (C,) of a fused layer, the squared scale of a norm before it; or None.
+        is_fused: See `BcosLayer`.
+        amplitude: See `BcosLayer`; (O, 1, 1).
+        channel_squares: The squared scale of a norm that was fused with the layer behind it, (C,); or None.
 
     Shape: (N, in_channels, H, W) to (N, out_channels, H', W').
     """
@@ -136,38 +224,31 @@ class BcosConv2d(nn.Conv2d):
         eps: float = 1e-6,
         antialias: bool = False,
     ) -> None:
-        _check(b, max_out, normalize_weight)
+        _check_units(b, max_out, normalize_weight)
         super().__init__(
             in_channels, out_channels * max_out, kernel_size, stride, padding, dilation, groups, False, padding_mode,
             device=device, dtype=dtype,
         )  # fmt: skip
         self.out_channels = out_channels
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype))
-        self.b = float(b)
-        self.max_out = max_out
-        self.gamma = float(gamma)
-        self.normalize_weight = normalize_weight
+        self._set_units(out_channels, bias, b, max_out, gamma, normalize_weight)
         self.pad_same = pad_same
         self.eps = eps
-        self.is_fused = False
-        self.register_buffer("amplitude", None)
         self.register_buffer("channel_squares", None)
         self._zero_padding, self._explicit_padding = self._split_padding()
         samples = max(self.stride) > 1
         self.low_pass = LowPass2d(in_channels, device=device, dtype=dtype) if antialias and samples else None
 
     def _split_padding(self) -> tuple[list[int], list[int]]:
-        """Symmetric zero padding, left to the convolution, or else explicit padding as `F.pad` takes it."""
+        """Symmetric zero padding for the convolution itself, and explicit padding for `F.pad`; one of them is 0."""
         if self.padding_mode == "zeros" and not isinstance(self.padding, str):
             return list(self.padding), [0, 0, 0, 0]
         return [0, 0], list(self._reversed_padding_repeated_twice)
 
-    def filter(self, x: Tensor) -> Tensor:
-        """Remove the highest frequency, which the stride would alias."""
+    def prepare(self, x: Tensor) -> Tensor:
+        """Filter and pad the input, as far as the convolution does not pad it itself."""
         if self.low_pass is not None:
-            return self.low_pass(x)
-        return x
+            x = self.low_pass(x)
+        return self.pad(x)
 
     def pad(self, x: Tensor) -> Tensor:
         """Apply the padding that the convolution cannot do itself."""
@@ -177,59 +258,37 @@ class BcosConv2d(nn.Conv2d):
             return F.pad(x, self._explicit_padding, "constant" if self.padding_mode == "zeros" else self.padding_mode)
         return x
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.respond(x)
-
-    def respond(self, x: Tensor) -> Tensor:
-        """The B-cos response; a method of its own because TorchScript has no `super()`."""
-        x = self.pad(self.filter(x))
+    def formula(self, x: Tensor) -> Tensor:
         if self.is_fused:
-            y = fused_conv2d(
+            return conv2d_response(
                 x, self.weight, list(self.stride), self._zero_padding, list(self.dilation), self.groups, self.eps,
-                self.b, self.max_out, self.amplitude, self.channel_squares,
+                self.b, self.gamma, self.max_out, self.amplitude, self.channel_squares,
             )  # fmt: skip
-        elif not torch.jit.is_scripting() and self._records(x):
-            y = self._record(x)
-        else:
-            y = bcos_conv2d(
-                x, self.weight, list(self.stride), self._zero_padding, list(self.dilation), self.groups, self.eps,
-                self.b, self.gamma, self.max_out, self.normalize_weight,
-            )  # fmt: skip
-        bias = self.bias
-        return y if bias is None else y + bias.reshape(-1, 1, 1)
+        return bcos_conv2d(
+            x, self.weight, list(self.stride), self._zero_padding, list(self.dilation), self.groups, self.eps,
+            self.b, self.gamma, self.max_out, self.normalize_weight,
+        )  # fmt: skip
 
-    @torch.jit.unused
-    def _records(self, x: Tensor) -> bool:
-        return self.b != 1.0 and records_gradients(x, self.weight)
+    def transform(self) -> autograd.Convolution:
+        return autograd.Convolution(list(self.stride), self._zero_padding, list(self.dilation), self.groups, self.eps)
 
-    @torch.jit.unused
-    def _record(self, x: Tensor) -> Tensor:
-        """The same, with a backward pass by hand."""
-        window = autograd.Window(list(self.stride), self._zero_padding, list(self.dilation), self.groups, self.eps)
-        return autograd.bcos_conv2d(x, self.weight, window, unit_of(self))
-
-    def fuse(self) -> Self:
-        """For timm's `reparameterize_model`: the layer for inference, its weight computed once."""
-        return self if self.is_fused else fuse_layer(self)
-
-    def train(self, mode: bool = True) -> Self:
-        if mode:
-            refuse_fused(self)
-        return super().train(mode)
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + _repr(self)
+    def per_output(self, values: Tensor) -> Tensor:
+        return values.reshape(-1, 1, 1)
 
 
-class BcosLinear(nn.Linear):
+class BcosLinear(BcosLayer, nn.Linear):  # type: ignore[misc]
     """B-cos linear layer: γ · |cos(x, w)|^(B-1) · ŵᵀx over the last dimension.
 
     Args:
-        in_features: Input features; likewise the other arguments of `torch.nn.Linear`.
-        b: Exponent B; `max_out`, `gamma` and `normalize_weight` are as in `BcosConv2d`.
+        in_features: Number of input features. This and the next arguments are those of `torch.nn.Linear`.
+        b: See `BcosConv2d`.
+        max_out: See `BcosConv2d`.
+        gamma: See `BcosConv2d`.
+        normalize_weight: See `BcosConv2d`.
 
     Attributes:
-        is_fused: As in `BcosConv2d`; likewise `amplitude`, here (O,).
+        is_fused: See `BcosLayer`.
+        amplitude: See `BcosLayer`; (O,).
 
     Shape: (..., in_features) to (..., out_features).
     """
@@ -249,49 +308,56 @@ class BcosLinear(nn.Linear):
         gamma: float = 1.0,
         normalize_weight: bool = True,
     ) -> None:
-        _check(b, max_out, normalize_weight)
+        _check_units(b, max_out, normalize_weight)
         super().__init__(in_features, out_features * max_out, False, device=device, dtype=dtype)
         self.out_features = out_features
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
-        self.b = float(b)
-        self.max_out = max_out
-        self.gamma = float(gamma)
-        self.normalize_weight = normalize_weight
-        self.is_fused = False
-        self.register_buffer("amplitude", None)
+        self._set_units(out_features, bias, b, max_out, gamma, normalize_weight)
+
+    def formula(self, x: Tensor) -> Tensor:
+        if self.is_fused:
+            return linear_response(x, self.weight, self.b, self.gamma, self.max_out, self.amplitude)
+        return bcos_linear(x, self.weight, self.b, self.gamma, self.max_out, self.normalize_weight)
+
+    def transform(self) -> autograd.LinearMap:
+        return autograd.LinearMap()
+
+    def per_output(self, values: Tensor) -> Tensor:
+        return values
+
+
+class SigmoidActivation(nn.Sigmoid):
+    """A sigmoid as an activation, 1/2 + x · slope, where 1/2 is a constant.
+
+    `torch.nn.Sigmoid` counts as a gate: explanations treat its value as a constant factor. They are not exact if that
+    value is added to something or is the input of a layer. Then convert the model with
+    `RULES | {nn.Sigmoid: sigmoid_as_activation}`.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return sigmoid_activation(input)
+
+
+@register_notrace_module  # one node in timm's graphs: TorchScript cannot compile a function that takes a module
+class ShiftedActivation(nn.Module):
+    """An activation with a bias that only acts in its gate: a(x + shift) - a(shift).
+
+    The output is x times a gate, between 0 and 1 for ReLU and ReLU6. Unlike an additive bias, the shift adds nothing
+    that the image does not explain.
+
+    Args:
+        act: Elementwise activation a.
+        shift: Initial value of the shift, one per channel (C,). It is trained like a bias.
+
+    Shape: (N, C, H, W) to the same.
+    """
+
+    def __init__(self, act: nn.Module, shift: Tensor) -> None:
+        super().__init__()
+        self.act = act
+        self.shift = nn.Parameter(shift.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.respond(x)
-
-    def respond(self, x: Tensor) -> Tensor:
-        """The B-cos response; a method of its own because TorchScript has no `super()`."""
-        if self.is_fused:
-            y = fused_linear(x, self.weight, self.b, self.max_out, self.amplitude)
-        elif not torch.jit.is_scripting() and self._records(x):
-            y = self._record(x)
-        else:
-            y = bcos_linear(x, self.weight, self.b, self.gamma, self.max_out, self.normalize_weight)
-        bias = self.bias
-        return y if bias is None else y + bias
-
-    @torch.jit.unused
-    def _records(self, x: Tensor) -> bool:
-        return self.b != 1.0 and records_gradients(x, self.weight)
-
-    @torch.jit.unused
-    def _record(self, x: Tensor) -> Tensor:
-        """The same, with a backward pass by hand."""
-        return autograd.bcos_linear(x, self.weight, unit_of(self))
-
-    def fuse(self) -> Self:
-        """For timm's `reparameterize_model`: the layer for inference, its weight computed once."""
-        return self if self.is_fused else fuse_layer(self)
-
-    def train(self, mode: bool = True) -> Self:
-        if mode:
-            refuse_fused(self)
-        return super().train(mode)
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + _repr(self)
+        shift = self.shift.reshape(1, -1, 1, 1).to(x.dtype)
+        if torch.jit.is_scripting():  # functions take no modules there
+            return self.act(x + shift) - self.act.forward(shift.clone())
+        return shifted_activation(x, shift, self.act)

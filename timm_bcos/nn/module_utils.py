@@ -1,4 +1,4 @@
-"""Modules as objects: copied without copying tensors, watched for the time of a block, and what they return."""
+"""Utilities for modules: copies that share tensors, temporary hooks, outputs, and the axis of channels."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
@@ -23,25 +23,26 @@ __all__ = [
     "converted_part",
     "first_output",
     "frozen_copy",
+    "get_classifiers",
     "hooked",
     "image_size",
     "isolate",
     "pick_output",
-    "told_classifiers",
 ]
 
 
 class Factory(TypedDict, total=False):
-    """Keywords that every layer hands to those inside it."""
+    """Keyword arguments that layers pass on to the layers inside them."""
 
     device: torch.device | str | None
     dtype: torch.dtype | None
 
 
 def buffer_device(weight: Tensor) -> torch.device:
-    """Where the buffers of a layer belong: where its weight is.
+    """The device for the buffers of a layer: that of its weight.
 
-    But for accelerate's `init_empty_weights`, which lets parameters alone be empty: no file would fill such buffers.
+    Under accelerate's `init_empty_weights` only parameters are on the meta device. Buffers must not be, because no
+    checkpoint would fill them.
     """
     usual = torch.empty(0).device
     if weight.is_meta and usual.type != "meta" and nn.Linear(1, 1).weight.is_meta:
@@ -54,30 +55,30 @@ Hook = Callable[[nn.Module, tuple[Any, ...], Any], None]
 
 
 def clone(module: ModuleT, **members: object) -> ModuleT:
-    """A module that shares parameters, buffers, children and hooks with another one, but for those named.
+    """A copy of a module that shares its parameters, buffers, children and hooks, except those given.
 
     Args:
-        module: Not changed, whatever is done to the clone's members.
-        members: Parameters (None for none), buffers or children that the clone has instead.
+        module: The module, which is not changed, not even by later assignments to the copy.
+        members: Parameters (None for none), buffers or children that the copy has instead.
     """
     new = copy.copy(module)
     for name, value in module.__dict__.items():
         if name in ("_parameters", "_buffers", "_modules") or name.endswith(("_hooks", "_hooks_with_kwargs")):
             new.__dict__[name] = copy.copy(value)
-    new.__dict__.pop("_compiled_call_impl", None)  # a program of the other one
+    new.__dict__.pop("_compiled_call_impl", None)  # it would run the original module
     for name, value in members.items():
         setattr(new, name, value)
     return new
 
 
 def isolate(model: ModuleT, names: Iterable[str]) -> ModuleT:
-    """A network with clones of the named modules and of all on the way to them; everything else is shared.
+    """A copy of a model with clones of the named modules and of their parents; everything else is shared.
 
-    What is done to the clones (hooks, children) no other user of the network can see.
+    Changes to the clones (hooks, children) do not affect the model.
 
     Args:
-        model: Not changed.
-        names: Paths, as in `model.named_modules()`.
+        model: The model, which is not changed.
+        names: Paths of modules, as in `model.named_modules()`.
     """
     clones: dict[str, nn.Module] = {"": clone(model)}
     for name in names:
@@ -91,12 +92,11 @@ def isolate(model: ModuleT, names: Iterable[str]) -> ModuleT:
 
 
 def frozen_copy(model: ModuleT) -> ModuleT:
-    """A private copy of a network: modules of its own, the same numbers in memory, no parameter that learns.
+    """A copy of a model with its own modules, whose tensors share memory with the model's and need no gradients.
 
-    What is done to the copy (hooks, modes, replaced modules) no other user of the network can see. Tensors that modules
-    keep besides (weight norm's product, activations that a hook has stored) are shared too, without their graphs. Hooks
-    are shared with what they hold, unless they belong to the network. The copy recomputes nothing in the backward pass,
-    if the network did (gradient checkpointing).
+    Changes to the copy (hooks, modes, replaced modules) do not affect the model. Other tensors that modules keep (the
+    product of weight norm, activations that a hook has stored) are shared without their graphs. Hooks that do not
+    belong to the model are shared. Gradient checkpointing is off in the copy.
     """
     memo: dict[int, object] = {id(hook): hook for hook in _foreign_hooks(model)}
     for module in model.modules():
@@ -112,7 +112,7 @@ def frozen_copy(model: ModuleT) -> ModuleT:
 
 
 def _foreign_hooks(model: nn.Module) -> Iterator[object]:
-    """Hooks that neither modules of the network nor what they hold have registered."""
+    """Hooks that are no methods of the model's modules or of their attributes."""
     own = {id(value) for module in model.modules() for value in (module, *vars(module).values())}
     for module in model.modules():
         for name, hooks in vars(module).items():
@@ -121,7 +121,7 @@ def _foreign_hooks(model: nn.Module) -> Iterator[object]:
 
 
 def _owner(hook: object) -> object:
-    """What a bound method, or a partial one, belongs to."""
+    """The object of a bound method, which may be wrapped by `partial`; for other callables the callable."""
     while isinstance(hook, partial):
         hook = hook.func
     return getattr(hook, "__self__", hook)
@@ -136,28 +136,28 @@ def _tensors_in(value: object) -> Iterator[Tensor]:
 
 
 def converted_part(model: nn.Module) -> nn.Module:
-    """The converted model within wrappers (`DataParallel`, a Lightning module), which know what it is made of.
+    """The converted model inside wrappers such as `DataParallel` or a Lightning module.
 
     Args:
-        model: Returned as it is if nothing in it is a converted model.
+        model: A model or wrapper, which is returned if nothing in it is a converted model.
     """
     return next((module for module in model.modules() if hasattr(module, "bcos_config")), model)
 
 
-def told_classifiers(model: Any) -> list[nn.Module]:
-    """What timm's `get_classifier` names: several for distilled models, none where there is no such method.
+def get_classifiers(model: Any) -> list[nn.Module]:
+    """The classifiers that timm's `get_classifier` returns: several for distilled models, none without the method.
 
-    Nor is there one where the method fails: some of timm's look inside a head that `num_classes=0` has removed.
+    Some of timm's methods fail after `num_classes=0` has removed the head; then there is none, either.
     """
     try:
-        told = model.get_classifier()
+        found = model.get_classifier()
     except AttributeError:
         return []
-    return [head for head in (told if isinstance(told, tuple | list) else [told]) if isinstance(head, nn.Module)]
+    return [head for head in (found if isinstance(found, tuple | list) else [found]) if isinstance(head, nn.Module)]
 
 
 def first_output(output: object) -> Any:
-    """What a network returns, without what only training needs: the first of a tuple, list or dict."""
+    """The first of several outputs (of a tuple, list or dict); the others are for training only."""
     parts = _parts(output)
     return next(iter(parts.values())) if parts else output
 
@@ -167,11 +167,11 @@ def pick_output(output: object, name: str | int | None, what: str) -> Any:
 
     Args:
         output: A tensor, or a tuple, list or dict of tensors.
-        name: Key or index; None for the first.
-        what: Returned it, in words.
+        name: Key or index; None for the first output.
+        what: Description of the module, for errors.
 
     Raises:
-        TargetError: If there is none of that name.
+        TargetError: If there is no output of that name.
     """
     parts = _parts(output)
     if name is None or (not parts and name == 0):
@@ -193,7 +193,7 @@ def _parts(output: object) -> dict[str | int, object]:
 def hooked(modules: Iterable[nn.Module], hook: Hook) -> Iterator[None]:
     """Call `hook(module, args, output)` after each forward pass of the modules, until the block ends.
 
-    Hooks are seen by every user of the modules: give those of a `frozen_copy`.
+    Other users of the modules run the hooks, too: pass modules of a `frozen_copy`.
     """
     handles = []
     try:
@@ -205,7 +205,7 @@ def hooked(modules: Iterable[nn.Module], hook: Hook) -> Iterator[None]:
             handle.remove()
 
 
-# Where types of modules have their channels; the first row that a module is an instance of counts.
+# Axis of the channels by type of module; the first row that a module is an instance of counts.
 CHANNEL_AXES: tuple[tuple[int, tuple[type[nn.Module], ...]], ...] = (
     (1, (
         layers.LayerNorm2d, layers.LayerNorm2dFp32, layers.LayerNormAct2d, layers.LayerNormAct2dFp32,
@@ -224,23 +224,23 @@ CHANNEL_AXES: tuple[tuple[int, tuple[type[nn.Module], ...]], ...] = (
 )  # fmt: skip
 
 
-def channel_axis(module: nn.Module, output: Tensor, network: nn.Module | None = None) -> int:
-    """Which axis of a module's output counts its units: formats change inside networks, so the network cannot say.
+def channel_axis(module: nn.Module, output: Tensor, model: nn.Module | None = None) -> int:
+    """The axis of the channels in a module's output. Formats may change inside a model.
 
-    1. Of (N, C) it is 1.
-    2. The module's type says: 1 for convolutions, batch norms, pooling, ...; the last one for linear layers, layer
-       norms over features, ...
-    3. Of other modules (blocks, activations) the last such module within them says, or else the last one registered
-       before them in the network. The `output_fmt` of the module, or else of the network (for tokens (N, L, C): the
-       last axis) says something else where the data are permuted in between: then the axis that is as long as that
-       module has channels counts.
-    4. If both or neither is as long, the type says if all types within the module agree, otherwise the network's
-       format.
+    1. For outputs (N, C) it is 1.
+    2. For modules with a known type it follows from the type: 1 for convolutions, batch norms, pooling, ...; the last
+       axis for linear layers, layer norms over features, ...
+    3. For other modules (blocks, activations) there are two candidates: the axis of the last module of a known type
+       inside them, or else registered before them in the model; and the axis of their `output_fmt`, or else the
+       model's. If data are permuted in between, the two differ. Then the axis counts whose length is that module's
+       number of channels.
+    4. If both or neither have that length, the axis of the known types counts if all types inside the module agree,
+       otherwise that of the format.
 
     Args:
-        module: What returned the output.
+        module: The module that returned the output.
         output: (N, ...), with at least two axes.
-        network: Which the module is a part of; without it formats are (N, C, H, W) and (N, L, C).
+        model: The model that contains the module; without it formats are (N, C, H, W) and (N, L, C).
 
     Returns:
         From 1 to output.ndim - 1.
@@ -248,9 +248,9 @@ def channel_axis(module: nn.Module, output: Tensor, network: nn.Module | None = 
     typed = _axis_of_type(module)
     if output.ndim == 2 or typed is not None:
         return (typed or 1) % output.ndim
-    named = getattr(module, "output_fmt", None) or getattr(network, "output_fmt", "NCHW")
+    named = getattr(module, "output_fmt", None) or getattr(model, "output_fmt", "NCHW")
     by_format = 1 if output.ndim > 3 and named == "NCHW" else output.ndim - 1
-    inside = [m for m in module.modules() if _axis_of_type(m)] or _last_before(module, network)
+    inside = [m for m in module.modules() if _axis_of_type(m)] or _last_before(module, model)
     axes = [(_axis_of_type(m) or 1) % output.ndim for m in reversed(inside)]
     if not axes:
         return by_format
@@ -267,9 +267,9 @@ def _axis_of_type(module: nn.Module) -> int | None:
     return next((axis for axis, kinds in CHANNEL_AXES if isinstance(module, kinds)), None)
 
 
-def _last_before(module: nn.Module, network: nn.Module | None) -> list[nn.Module]:
+def _last_before(module: nn.Module, model: nn.Module | None) -> list[nn.Module]:
     before: list[nn.Module] = []
-    for other in network.modules() if network is not None else ():
+    for other in model.modules() if model is not None else ():
         if other is module:
             return before[-1:]
         before += [other] if _axis_of_type(other) else []
@@ -277,7 +277,7 @@ def _last_before(module: nn.Module, network: nn.Module | None) -> list[nn.Module
 
 
 def _width(modules: list[nn.Module]) -> int | None:
-    """Channels that the first module has which knows their number."""
+    """Number of channels of the first module that has one."""
     for module in modules:
         for name in ("out_features", "out_channels", "num_features", "num_channels", "normalized_shape"):
             value = getattr(module, name, None)
@@ -287,11 +287,11 @@ def _width(modules: list[nn.Module]) -> int | None:
 
 
 def image_size(model: nn.Module) -> tuple[int, int]:
-    """Height and width of the images that a model is made for, in pixels.
+    """Height and width of a model's input, in pixels.
 
     For timm's models of a fixed size it is the `img_size` of the outermost module that has one, mostly the patch
-    embedding: `create_model(..., img_size=...)` and `set_input_size` change it, while `pretrained_cfg` keeps the size
-    of the pretrained weights. For all others it is the cfg's, or (224, 224) without one.
+    embedding, because `create_model(..., img_size=...)` and `set_input_size` do not change `pretrained_cfg`. For other
+    models it is that of the pretrained cfg, or (224, 224) without a cfg.
     """
     for module in model.modules():
         size = getattr(module, "img_size", None)

@@ -1,12 +1,12 @@
-"""Norms that keep a network dynamic linear: they divide, but neither subtract a running mean nor add a bias.
+"""Norms that keep a model dynamic linear: they divide, but neither subtract a running mean nor add a bias.
 
 Paper: B-cos Alignment for Inherently Interpretable CNNs and Vision Transformers (TPAMI 2024),
 https://arxiv.org/abs/2306.10898, section 3.3. torch's other norms need no class of their own: explanation mode treats
 their statistics as constants (`timm_bcos.dynamic_linear`), and subtracting a mean over the features of x itself is
 linear.
 
-The classes are subclasses of torch's and timm's batch norms, so that whatever looks for those finds them: freezing,
-`torch.optim.swa_utils.update_bn`, Lightning, transformers. What such tools read, a mean and a bias, is there, and 0.
+The classes are subclasses of torch's and timm's batch norms, so that tools find them: freezing, Lightning,
+transformers, `torch.optim.swa_utils.update_bn`. The mean and the bias that such tools read are 0.
 """
 
 from typing import Any
@@ -33,20 +33,20 @@ __all__ = [
 
 
 def is_shared(group: ProcessGroup | None) -> bool:
-    """Whether there are other processes in the group (None for all of them) to share statistics with."""
+    """Whether the process group (None for all processes) has several processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
 def divide_by_shared_deviation(
     x: Tensor, weight: Tensor, eps: float, group: ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
-    """`timm_bcos.nn.primitives.divide_by_deviation` of all processes' batches together.
+    """`timm_bcos.nn.primitives.divide_by_deviation` over the batches of all processes.
 
     Args:
-        x: (N, C, H, W), of this process; N may differ between them.
+        x: Batch of this process, (N, C, H, W). N may differ between processes.
         weight: (C,).
-        eps: Added to the variance.
-        group: The processes; None for all.
+        eps: Constant added to the variance.
+        group: Process group; None for all processes.
 
     Returns:
         weight · x / sqrt(var + eps), and the biased variance (C,), which carries no gradient.
@@ -79,11 +79,11 @@ class _AllReduce(torch.autograd.Function):
         return total, None
 
 
-CENTERED = ("running_mean", "bias")  # what uncentered norms lack, in the state dicts of others
+CENTERED = ("running_mean", "bias")  # in state dicts of batch norms, but not of uncentered ones
 
 
 class _UncenteredBatchNorm(private.BatchNorm):  # type: ignore[misc]
-    """What the norms below have in common; see `UncenteredBatchNorm2d`."""
+    """Base class of the norms below; see `UncenteredBatchNorm2d`."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -114,8 +114,8 @@ class _UncenteredBatchNorm(private.BatchNorm):  # type: ignore[misc]
 
     @classmethod
     def from_batch_norm(cls, norm: Any) -> Self:
-        """Adopt the weight and the running statistics of a batch norm; its bias and its mean are left behind."""
-        new = cls(norm.num_features, norm.eps, norm.momentum, device="meta")  # no storage: everything is adopted
+        """Adopt the weight and the running variance of a batch norm, without its bias and mean."""
+        new = cls(norm.num_features, norm.eps, norm.momentum, device="meta")  # all tensors are replaced
         for name in ("weight", "running_var", "num_batches_tracked"):
             setattr(new, name, getattr(norm, name))
         new.running_mean = torch.zeros_like(new.running_var)
@@ -125,7 +125,7 @@ class _UncenteredBatchNorm(private.BatchNorm):  # type: ignore[misc]
 
     @property
     def bias(self) -> nn.Parameter:  # type: ignore[override]
-        """Zeros, which nothing reads but tools that copy a norm. No parameter of this module."""
+        """Zeros for tools that copy a norm; not a parameter of this module."""
         return nn.Parameter(torch.zeros_like(self.weight), requires_grad=False)
 
     @bias.setter
@@ -134,7 +134,7 @@ class _UncenteredBatchNorm(private.BatchNorm):  # type: ignore[misc]
 
     @torch.jit.unused
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """What tools assign that copy a norm onto another one: a bias of 0 is what this norm has."""
+        """Accept a bias of 0, which tools assign when they copy a norm."""
         if name == "bias":
             self._refuse_bias(param)
         else:
@@ -153,7 +153,7 @@ class _UncenteredBatchNorm(private.BatchNorm):  # type: ignore[misc]
 
     def normalize(self, x: Tensor) -> Tensor:
         """The norm itself; a method of its own because TorchScript has no `super()`."""
-        if self.is_synchronized and x.dim() != 4:  # torch's synchronized norms do not tell what they were made of
+        if self.is_synchronized and x.dim() != 4:  # torch's synchronized norms take inputs of any dimension
             return self.normalize_maps(x.reshape(x.shape[0], x.shape[1], -1, 1)).reshape(x.shape)
         return self.normalize_maps(x)
 
@@ -169,7 +169,7 @@ class _UncenteredBatchNorm(private.BatchNorm):  # type: ignore[misc]
 
     @torch.jit.unused
     def normalize_batch(self, x: Tensor) -> Tensor:
-        """Normalize by the batch's own variance, and let the running one follow."""
+        """Normalize by the batch's own variance, and update the running variance."""
         if self.is_synchronized and is_shared(self.process_group):
             y, var = divide_by_shared_deviation(x, self.weight, self.eps, self.process_group)
         else:
@@ -179,7 +179,7 @@ class _UncenteredBatchNorm(private.BatchNorm):  # type: ignore[misc]
         return y
 
     def follow(self, var: Tensor) -> None:
-        """Let the running variance follow that of a batch, which carries no gradient."""
+        """Update the running variance with that of a batch, which carries no gradient."""
         if not self.track_running_stats:
             return
         self.num_batches_tracked.add_(1)
@@ -191,22 +191,22 @@ class _UncenteredBatchNorm(private.BatchNorm):  # type: ignore[misc]
             self.running_var.lerp_(new, momentum)
 
     def reset_running_stats(self) -> None:
-        """Forget all batches."""
+        """Reset the running variance to 1, as torch's batch norms do."""
         self.init_non_persistent_buffers()
         self.running_var.fill_(1)
         self.num_batches_tracked.zero_()
 
     def init_non_persistent_buffers(self) -> None:
-        """Make anew what no state dict holds, after `to_empty`."""
+        """Fill the buffer that state dicts do not contain, after `to_empty`."""
         self.running_mean.zero_()
 
     def reset_parameters(self) -> None:
-        """Begin anew, as torch's batch norms do."""
+        """Reset the statistics and the weight, as torch's batch norms do."""
         self.reset_running_stats()
         nn.init.ones_(self.weight)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """A norm that was frozen when it was saved has a mean and a bias of 0."""
+        """Accept a mean and a bias of 0, which norms have that were frozen when they were saved."""
         for name in CENTERED:
             value = state_dict.get(prefix + name)
             if value is not None and not value.is_meta and not value.any():
@@ -225,29 +225,29 @@ class UncenteredBatchNorm2d(_UncenteredBatchNorm, nn.BatchNorm2d):  # type: igno
 
     `var` is the *centered* variance of the batch (biased) in training and the running one in evaluation.
 
-    Tools that put a norm of their own in its place get a `running_mean` and a `bias` of 0. A frozen norm then computes
-    the same. torch's trainable and synchronized norms would begin to subtract means: a converted network makes them
-    uncentered again when it is trained (`timm_bcos.conversion.converted`).
+    Tools that replace it by a norm of their own find a `running_mean` and a `bias` of 0, so that a frozen norm computes
+    the same. torch's trainable and synchronized norms would subtract means in training: a converted model replaces them
+    by uncentered ones when it is trained (`timm_bcos.conversion.converted`).
 
     Args:
-        num_features: Channels C.
-        eps: Added to the variance.
+        num_features: Number of channels, C.
+        eps: Constant added to the variance.
         momentum: Weight of the new batch in the running variance; None averages all batches, as in torch.
 
     Attributes:
-        track_running_stats: False lets the running variance stay as it is, as Lightning freezes norms.
-        is_synchronized: Whether the variance is that of all processes' batches (`torch.nn.SyncBatchNorm`).
-        process_group: Of these processes; None for all.
+        track_running_stats: Whether the running variance is updated. Lightning sets it to False to freeze norms.
+        is_synchronized: Whether the variance is computed over all processes, as by `torch.nn.SyncBatchNorm`.
+        process_group: Group of these processes; None for all.
 
     Shape: (N, C, ...) to the same.
     """
 
 
-UncentredBatchNorm2d = UncenteredBatchNorm2d  # as earlier versions spelled it
+UncentredBatchNorm2d = UncenteredBatchNorm2d  # alias in British spelling
 
 
 class UncenteredBatchNorm1d(_UncenteredBatchNorm, nn.BatchNorm1d):  # type: ignore[misc,override]
-    """The same for feature vectors (N, C) and sequences (N, C, L)."""
+    """`UncenteredBatchNorm2d` for feature vectors (N, C) and sequences (N, C, L)."""
 
     def normalize(self, x: Tensor) -> Tensor:
         return self.normalize_maps(x.reshape(x.shape[0], x.shape[1], -1, 1)).reshape(x.shape)

@@ -1,4 +1,4 @@
-"""The norms of what B-cos units see: patches of feature maps, and feature vectors."""
+"""The steps of the B-cos transform: effective weights, norms of patches and features, MaxOut, the cosine factor."""
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ __all__ = [
     "divide_by_deviation",
     "effective_weight",
     "feature_norm",
+    "has_amplitude",
     "inverse_norm",
     "max_out",
     "mean_and_variance",
@@ -30,18 +31,24 @@ __all__ = [
 
 
 def norm_power(b: float, normalize_weight: bool) -> float:
-    """By which power of its norm a layer divides each row of its weight.
+    """The power p in the effective weight w / ‖w‖^p of a layer.
 
-    1 gives unit rows. Free rows keep ‖w‖ at B = 1 and √‖w‖ at B = 2, because the response squares it; for any other B
-    their norm multiplies the response instead.
+    With `normalize_weight` it is 1, which gives unit rows. Free rows keep their norm: p is 0 at B = 1, and 1/2 at
+    B = 2, where the response is quadratic in the weight. For any other B, p is 1 and ‖w‖ multiplies the response
+    (`has_amplitude`).
     """
     if normalize_weight or b not in (1.0, 2.0):
         return 1.0
     return 0.0 if b == 1.0 else 0.5
 
 
+def has_amplitude(b: float, normalize_weight: bool) -> bool:
+    """Whether the norm of each row multiplies the response, because the effective weight does not contain it."""
+    return not normalize_weight and b != 1.0 and b != 2.0
+
+
 def effective_weight(weight: Tensor, b: float, normalize_weight: bool) -> Tensor:
-    """What a layer multiplies x by: `unit_weight` to the power that `norm_power` gives."""
+    """The weight that a layer multiplies x by: w / ‖w‖^p, with p from `norm_power`."""
     power = norm_power(b, normalize_weight)
     return weight if power == 0.0 else unit_weight(weight, power)
 
@@ -51,7 +58,7 @@ def unit_weight(weight: Tensor, power: float = 1.0) -> Tensor:
 
     Args:
         weight: (O, ...), one row per output unit.
-        power: 1 for unit norm; 1/2 leaves rows of norm √‖w‖, whose B = 2 unit has the amplitude of w itself.
+        power: 1 for rows of unit norm; 1/2 for rows of norm √‖w‖.
 
     Returns:
         The shape and dtype of `weight`. Rows of zeros stay zero.
@@ -72,16 +79,18 @@ def row_norm(weight: Tensor) -> Tensor:
 
 
 def inverse_norm(weight: Tensor, power: float) -> Tensor:
-    """(O, 1, ...) 1 / norm of each row to a power; 1 for a row of zeros, which stays one."""
+    """1 / ‖w‖^power of each row, (O, 1, ...); 1 for a row of zeros, which stays zero."""
     norm = row_norm(weight)
     norm = norm + (norm == 0).to(norm.dtype)
-    # by roots: compiled, a power is computed again for every element of the row
+    # Roots, because a compiled program computes `pow` anew for every element of the row.
     inverse = norm.rsqrt() if power == 0.5 else norm.reciprocal() if power == 1.0 else norm.pow(-power)
     return inverse.reshape([-1] + [1] * (weight.ndim - 1))
 
 
 def max_out(x: Tensor, units: int, dim: int) -> Tensor:
     """MaxOut: the largest response of each M neighboring units (section 4 of arXiv 2205.10268).
+
+    Of equal responses the first one gets the whole gradient, so that units with equal weights become different.
 
     Args:
         x: Responses, unit m of output o at index o · M + m.
@@ -95,9 +104,20 @@ def max_out(x: Tensor, units: int, dim: int) -> Tensor:
         return handle_torch_function(max_out, (x,), x, units, dim)
     neighbors = x.unflatten(dim, [-1, units]).unbind(dim + 1 if dim >= 0 else dim)
     best = neighbors[0]
-    for other in neighbors[1:]:  # faster than a maximum along an axis
-        best = torch.maximum(best, other)
+    for other in neighbors[1:]:  # faster than `amax`
+        best = _larger(best, other)
     return best
+
+
+def _larger(first: Tensor, second: Tensor) -> Tensor:
+    """`torch.maximum`, which would split the gradient of equal elements; here `first` gets all of it."""
+    if torch.jit.is_scripting():
+        is_inference = not (first.requires_grad or second.requires_grad)
+    else:
+        is_inference = only_infers(first, second) or torch.onnx.is_in_onnx_export()
+    if is_inference:
+        return torch.maximum(first, second)  # several times as fast
+    return torch.where((first >= second) | first.isnan(), first, second)  # NaN is passed on
 
 
 def patch_norm(
@@ -115,12 +135,12 @@ def patch_norm(
     Args:
         x: (N, C, H, W), or (C, H, W).
         kernel: Window (height, width).
-        stride: Of the window, per dimension.
-        padding: Zeros on each side, per dimension.
-        dilation: Spacing of the window, per dimension.
-        groups: G.
-        eps: Added inside the root.
-        channel_squares: (C,), s² for the norm of s · x instead.
+        stride: Stride of the window, (height, width).
+        padding: Zeros added on each side, (height, width).
+        dilation: Spacing of the window's elements, (height, width).
+        groups: Number of groups of channels, G.
+        eps: Constant added inside the root.
+        channel_squares: (C,), s² to compute the norm of s · x; None for the norm of x.
 
     Returns:
         (N, G, H', W'), in float32 for half precision.
@@ -129,7 +149,7 @@ def patch_norm(
         return handle_torch_function(
             patch_norm, (x,), x, kernel, stride, padding, dilation, groups, eps, channel_squares
         )
-    kernel = [int(size) for size in kernel]  # not tensors, as which tracers see sizes
+    kernel = [int(size) for size in kernel]  # tracers pass sizes as tensors
     if torch.jit.is_scripting():
         sums = _sum_of_squares(x, groups, channel_squares)
     else:
@@ -157,7 +177,7 @@ def feature_norm(x: Tensor, eps: float = 1e-12) -> Tensor:
 
     Args:
         x: (..., C).
-        eps: Keeps the norm of 0 off 0.
+        eps: Constant added to the norm, so that it is never 0.
 
     Returns:
         (..., 1), in float32 for half precision.
@@ -168,12 +188,12 @@ def feature_norm(x: Tensor, eps: float = 1e-12) -> Tensor:
     if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript leaves out what is inside)
         if only_infers(x):
             return torch.linalg.vector_norm(wide, dim=-1, keepdim=True) + eps
-    # which has second derivatives at a vector of zeros, too
+    # Unlike `vector_norm`, this has second derivatives at a vector of zeros.
     return (wide * wide).sum(-1, keepdim=True).clamp_min(eps * eps).sqrt() + eps
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In float32 for half precision, whose squares overflow float16 at 65504."""
+    """x in float32 if it has half precision, because squares overflow float16 at 65504."""
     return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
 
 
@@ -189,7 +209,7 @@ def window_sum(x: Tensor, kernel: list[int], stride: list[int], padding: list[in
     if kernel == [1, 1] and padding == [0, 0]:
         return x[..., :: stride[0], :: stride[1]]
     if _pools(x, kernel, padding, dilation):
-        # not `divisor_override=1`: ONNX has none, and its export drops it silently
+        # Not `divisor_override=1`, which the export to ONNX drops silently.
         return F.avg_pool2d(x, kernel, stride, padding) * (kernel[0] * kernel[1])
     channels = int(x.shape[-3])
     ones = torch.ones([channels, 1, kernel[0], kernel[1]], dtype=x.dtype, device=x.device)
@@ -199,12 +219,21 @@ def window_sum(x: Tensor, kernel: list[int], stride: list[int], padding: list[in
 def by_window_sum(
     grad: Tensor, size: list[int], kernel: list[int], stride: list[int], padding: list[int], dilation: list[int]
 ) -> Tensor:
-    """The gradient by x (of that size) of `window_sum`, from the gradient by its result."""
+    """The gradient of `window_sum` by its input x.
+
+    Args:
+        grad: The gradient by the sums.
+        size: Shape of x.
+        kernel: See `window_sum`.
+        stride: See `window_sum`.
+        padding: See `window_sum`.
+        dilation: See `window_sum`.
+    """
     if kernel == [1, 1] and padding == [0, 0] and stride == [1, 1]:
         return grad
     if _pools(grad, kernel, padding, dilation):
         whole = grad * (kernel[0] * kernel[1])
-        like = grad.new_empty([]).expand(size)  # read for its size alone
+        like = grad.new_empty([]).expand(size)  # only its size is used
         found: Tensor = torch.ops.aten.avg_pool2d_backward(whole, like, kernel, stride, padding, False, True, None)
         return found
     ones = grad.new_ones([size[1], 1, *kernel])
@@ -212,7 +241,7 @@ def by_window_sum(
 
 
 def _pools(x: Tensor, kernel: list[int], padding: list[int], dilation: list[int]) -> bool:
-    """Whether average pooling has such windows, and is not slower."""
+    """Whether average pooling supports these windows and is not slower than a convolution."""
     pools = dilation == [1, 1] and padding[0] <= kernel[0] // 2 and padding[1] <= kernel[1] // 2
     if not torch.jit.is_scripting():
         pools = pools and not _convolves_faster(x)
@@ -220,12 +249,15 @@ def _pools(x: Tensor, kernel: list[int], padding: list[int], dilation: list[int]
 
 
 def _convolves_faster(x: Tensor) -> bool:
-    """A CPU pools many channels over ten times as slowly as it convolves them; autocast would round the sums."""
+    """Whether this is a map of several channels on a CPU, which pools them over ten times as slowly as it convolves.
+
+    Under autocast a convolution would round the sums.
+    """
     is_exact = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     return x.device.type == "cpu" and int(x.shape[-3]) > 1 and is_exact
 
 
-EPS = 1e-6  # added to cosines unless B is 2, whose power has a derivative at 0 by itself
+EPS = 1e-6  # added to |cos|, whose power has no derivative at 0 unless B is 2
 
 
 def scale_by_cosine(
@@ -238,8 +270,8 @@ def scale_by_cosine(
         norm: ‖x‖, broadcastable to `linear`; of maps (N, O, H, W) also one for each group of channels, (N, G, H, W).
         b: The exponent B, not 1.
         gamma: The fixed output scale γ.
-        inplace: Whether `linear` may be overwritten, where no gradient needs it.
-        groups: G.
+        inplace: Whether `linear` may be overwritten if no gradients are recorded.
+        groups: Number of groups of channels, G.
 
     Returns:
         The shape and dtype of `linear`.
@@ -253,14 +285,14 @@ def scale_by_cosine(
 
 
 def _square_in_place(linear: Tensor, inverse: Tensor) -> Tensor:
-    """|a| · a · γ / n, from a and γ / n, written over a."""
+    """Overwrite a with |a| · a · γ / n, given a and γ / n."""
     for part, scale in pieces(linear, inverse):
         part.mul_(part.abs().to(scale.dtype).mul_(scale))
     return linear
 
 
 def cosine_factor(linear: Tensor, norm: Tensor, b: float, gamma: float, groups: int = 1, eps: float = EPS) -> Tensor:
-    """γ · |cos|^(B-1), what `scale_by_cosine` multiplies by; |cos| = |ŵᵀx| / ‖x‖, plus eps unless B is 2."""
+    """The factor γ · |cos|^(B-1) of `scale_by_cosine`, with |cos| = |ŵᵀx| / ‖x‖, plus eps unless B is 2."""
     norm = per_unit(norm, linear, groups)
     if b == 2:
         return linear.abs() * (gamma / norm)
@@ -268,10 +300,10 @@ def cosine_factor(linear: Tensor, norm: Tensor, b: float, gamma: float, groups: 
 
 
 def per_unit(norm: Tensor, like: Tensor, groups: int) -> Tensor:
-    """Norms of G groups of channels, (N, G, H, W), as they broadcast to maps (N, C, H, W); others as they are."""
+    """Repeat norms of G groups of channels, (N, G, H, W), so that they broadcast to maps (N, C, H, W)."""
     if groups == 1:
         return norm
-    channels = int(like.shape[-3])  # no tensor, as which tracers see sizes
+    channels = int(like.shape[-3])  # tracers pass sizes as tensors
     return norm if groups == channels else norm.repeat_interleave(channels // groups, -3)
 
 
@@ -307,5 +339,5 @@ def mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     mean = wide.mean((0, 2, 3), keepdim=True)
     if torch.compiler.is_compiling():
-        mean = mean.detach()  # the gradient through it is 0; programs have no second derivatives, where it is not
+        mean = mean.detach()  # its gradient is 0, and compiled programs have no second derivatives, where it is not
     return mean.flatten(), (wide - mean).square().mean((0, 2, 3))

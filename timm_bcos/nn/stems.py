@@ -1,4 +1,4 @@
-"""The layers that read the image: they encode its colors and apply a pretrained model's normalization.
+"""The layers that read the image: they encode its colors and apply the normalization of pretrained models.
 
 The official code (package `bcos`) encodes images in the data transforms (`AddInverse`).
 
@@ -23,9 +23,9 @@ class BcosStem(BcosConv2d):
     """The convolution that reads the image: encodes it, optionally normalizes, then convolves.
 
     Args:
-        image_channels: Channels of the image; the weight has twice as many input channels.
-        mean: Channel means that a pretrained network expects, or None to feed the encoding as it is.
-        std: Channel standard deviations, with `mean`.
+        image_channels: Number of channels of the image; the weight has twice as many input channels.
+        mean: Channel means of a pretrained model's normalization; None for no normalization.
+        std: Channel standard deviations, given together with `mean`.
 
     The encoding e is normalized as (e - [m, 1-m]) / [s, s] *before* any zero padding; with weights [w, -w] / 2 the
     layer then equals the original convolution of the normalized image, at the borders too.
@@ -52,7 +52,7 @@ class BcosStem(BcosConv2d):
     @torch.jit.unused
     @torch.no_grad()
     def init_non_persistent_buffers(self) -> None:
-        """Make anew what no state dict holds, after `to_empty`; timm's convention."""
+        """Compute the buffers that state dicts do not contain, after `to_empty`; called by timm."""
         mean = _per_channel(self.statistics["mean"] or (0.0,), self.image_channels)
         std = _per_channel(self.statistics["std"] or (1.0,), self.image_channels)
         scale = (1 / std).repeat(2)
@@ -67,15 +67,15 @@ class BcosStem(BcosConv2d):
 
 
 class ImageReader(nn.Module):
-    """Reads the image for networks whose first layers cannot take its encoding: ones that fold it or split its colors.
+    """Reads the image for models that have no single first convolution, for example because they split its colors.
 
-    It encodes and normalizes as `BcosStem` does, and then hands over half the difference of the image and its
-    complement, which is the normalized image itself: a linear map of the encoding.
+    It encodes the image as `BcosStem` does and returns the normalized image, (image - complement) / 2 with scale and
+    offset, which is a linear map of the encoding.
 
     Args:
-        image_channels: Channels C of the image.
-        mean: Channel means that the network expects, or None for 0.5.
-        std: Channel standard deviations, or None for 1.
+        image_channels: Number of channels of the image, C.
+        mean: Channel means of the model's normalization; None for 0.5.
+        std: Channel standard deviations; None for 1.
 
     Shape: (N, C, H, W) in [0, 1], or encoded (N, 2C, H, W), to (N, C, H, W).
     """
@@ -98,7 +98,7 @@ class ImageReader(nn.Module):
     @torch.jit.unused
     @torch.no_grad()
     def init_non_persistent_buffers(self) -> None:
-        """Make anew what no state dict holds, after `to_empty`; timm's convention."""
+        """Compute the buffers that state dicts do not contain, after `to_empty`; called by timm."""
         mean = _per_channel(self.statistics["mean"] or (0.5,), self.image_channels)
         std = _per_channel(self.statistics["std"] or (1.0,), self.image_channels)
         self.scale.copy_((1 / std).reshape(-1, 1, 1))
@@ -106,7 +106,7 @@ class ImageReader(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """What says its device and dtype, as with any layer."""
+        """A tensor of the reader's device and dtype, as other layers have one."""
         return self.scale
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ Statistics = dict[str, tuple[float, ...] | None]
 
 
 def _statistics(mean: Sequence[float] | None, std: Sequence[float] | None) -> Statistics:
-    """As numbers, which outlast the meta device."""
+    """Numbers instead of tensors, which would lose their values on the meta device."""
     given = dict(mean=mean, std=std)
     return {name: None if values is None else tuple(map(float, values)) for name, values in given.items()}
 
@@ -128,16 +128,16 @@ def _per_channel(values: Sequence[float], channels: int) -> Tensor:
 
 
 def image_channels(model: nn.Module) -> int | None:
-    """Channels of the images that a network takes: what its stem reads, or else what it says itself.
+    """Number of channels of a model's images: that of its B-cos stem, or else its `in_chans`.
 
     Args:
-        model: B-cos or plain.
+        model: B-cos or plain model.
 
     Returns:
-        The number, without the complements of an encoded image; None for a plain network that does not say.
+        The number without the complements of an encoded image; None for a plain model without `in_chans`.
     """
     for module in model.modules():
         if isinstance(module, BcosStem | ImageReader):
             return module.image_channels
-    told = getattr(model, "in_chans", None)
-    return told if isinstance(told, int) else None
+    channels = getattr(model, "in_chans", None)
+    return channels if isinstance(channels, int) else None

@@ -27,9 +27,9 @@ class DynamicWeights:
     """Outputs and the rows of W(x) of one class each, both on the graph.
 
     Attributes:
-        logits: (N, K) what the network returns, with the gradients of ordinary training.
-        weights: (N, 2C, H, W) for each image the row of W(x) of its target, in the input's encoding.
-        inputs: (N, 2C, H, W) the encoded images; constants.
+        logits: Outputs of the model (N, K), with the gradients of ordinary training.
+        weights: Row of W(x) of the target of each image, (N, 2C, H, W), for encoded images.
+        inputs: Encoded images (N, 2C, H, W), without gradients.
     """
 
     logits: Tensor
@@ -38,88 +38,88 @@ class DynamicWeights:
 
     @property
     def contribution_map(self) -> Tensor:
-        """(N, H, W) what each pixel adds to the target's logit."""
+        """Contribution of each pixel to the target's logit, (N, H, W)."""
         return (self.weights * self.inputs).sum(1)
 
 
 def dynamic_weights(model: nn.Module, x: Tensor, target: Targets = None) -> DynamicWeights:
-    """Outputs and rows of W(x), to be trained: `explain` gives the same values without gradients.
+    """Compute outputs and rows of W(x) with gradients. `explain` computes the same values without gradients.
 
-    One forward pass, in which each function is computed twice (`timm_bcos.dynamic_linear.dual_graph`), and one backward
-    pass that is itself differentiable. Norms in training mode normalize by the batch and update their statistics once,
-    as in an ordinary step.
+    It takes one forward pass, in which each function is computed twice (`timm_bcos.dynamic_linear.dual_graph`), and one
+    differentiable backward pass. Norms in training mode use the statistics of the batch and update their running
+    statistics once, as in an ordinary step.
 
     Args:
-        model: A B-cos network, in training or evaluation mode.
+        model: B-cos model in training or evaluation mode.
         x: Images (N, C, H, W) without mean/std normalization, or encoded (N, 2C, H, W).
-        target: As in `explain`; None for the prediction.
+        target: See `explain`; None for the predicted class.
 
     Raises:
-        InputError: For tensors that are no images of this network.
-        ModelStateError: For what is no B-cos network, for gradient checkpointing, and for networks that are distributed
-            over processes.
-        TargetError: For classes that do not exist, and for networks that return no (N, K) logits.
+        InputError: If x is not a batch of images for this model.
+        ModelStateError: If the model is not a B-cos model, is distributed over processes, or uses gradient
+            checkpointing.
+        TargetError: If a class does not exist, or if the model does not return logits (N, K).
 
     Example:
         >>> found = timm_bcos.dynamic_weights(model, images, labels)
         >>> loss = criterion(found.logits, labels) + timm_bcos.energy_loss(found.contribution_map, masks)
         >>> loss.backward()
     """
-    network: nn.Module = getattr(model, "_orig_mod", model)  # of `torch.compile`
-    reader = image_reader(network)
-    _check_trainable(network, x)
+    model = getattr(model, "_orig_mod", model)  # of `torch.compile`
+    reader = image_reader(model)
+    _check_trainable(model, x)
     inputs = encode_image(x.detach(), reader.image_channels).to(reader.weight.dtype)
     leaf = inputs.clone().requires_grad_()
-    streams = DualGraph(leaf)
+    dual = DualGraph(leaf)
     with torch.enable_grad():
-        with streams.active(), active(DynamicLinearMode(leaf)):
-            outputs = first_output(network(leaf.clone()))
-        logits = streams.counterpart(outputs)
+        with dual.active(), active(DynamicLinearMode(leaf)):
+            outputs = first_output(model(leaf.clone()))
+        logits = dual.counterpart(outputs)
         _check_logits(outputs, logits, len(x))
         value = (outputs * _direction(target, logits)).sum()
         (weights,) = torch.autograd.grad(value, leaf, create_graph=True)
     return DynamicWeights(logits, weights, inputs)
 
 
-def _check_trainable(network: nn.Module, x: Tensor) -> None:
+def _check_trainable(model: nn.Module, x: Tensor) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim != 4 or 0 in x.shape:
         found = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
         raise InputError(f"expected images (N, C, H, W) of floating point, got {found}")
     if torch.is_inference_mode_enabled() or x.is_inference():
         raise InputError("W(x) needs autograd, which torch.inference_mode() rules out")
-    if isinstance(network, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        raise ModelStateError("W(x) is trained in one process: give the network itself, model.module")
-    if any(getattr(module, "grad_checkpointing", False) is True for module in network.modules()):
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise ModelStateError("W(x) is trained in one process: give the model itself, model.module")
+    if any(getattr(module, "grad_checkpointing", False) is True for module in model.modules()):
         raise ModelStateError("gradient checkpointing is on: call model.set_grad_checkpointing(False) first")
 
 
 def _check_logits(outputs: Tensor, logits: Tensor, images: int) -> None:
     if outputs is logits:
-        raise TargetError("the network's outputs do not depend on the images")
+        raise TargetError("the model's outputs do not depend on the images")
     if outputs.ndim != 2 or len(outputs) != images:
-        raise TargetError(f"the network returns {tuple(outputs.shape)}: logits ({images}, K) are needed")
+        raise TargetError(f"the model returns {tuple(outputs.shape)}: logits ({images}, K) are needed")
 
 
 def _direction(target: Targets, logits: Tensor) -> Tensor:
-    """(N, K) coefficients of the outputs."""
-    asked = check_target(target, len(logits))
-    if asked is None:
-        asked = logits.detach().argmax(1)
-    return as_direction(asked, len(logits), logits.shape[1], "classes").to(logits)
+    """Coefficients of the outputs, (N, K)."""
+    classes = check_target(target, len(logits))
+    if classes is None:
+        classes = logits.detach().argmax(1)
+    return as_direction(classes, len(logits), logits.shape[1], "classes").to(logits)
 
 
 def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 − cosine of the student's and the teacher's explanation, the mean over images (e2KD, section 3.1).
+    """1 − cosine of the student's and the teacher's explanations, averaged over images (e2KD, section 3.1).
 
     Args:
-        student: (N, ...) for instance rows of W(x), (N, 2C, H, W).
-        teacher: The same shape; a constant.
+        student: Explanations (N, ...), for instance rows of W(x), (N, 2C, H, W).
+        teacher: Explanations of the same shape, which get no gradient.
 
     Returns:
-        A scalar in [0, 2]; 0 where the explanations are the same up to a positive scale.
+        A scalar in [0, 2]. It is 0 if the explanations are equal up to a positive scale.
 
     Raises:
-        InputError: For explanations of different shapes.
+        InputError: If the shapes differ.
     """
     if student.shape != teacher.shape:
         raise InputError(f"explanations of shapes {tuple(student.shape)} and {tuple(teacher.shape)}: compare the same")
@@ -128,17 +128,17 @@ def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def energy_loss(maps: Tensor, masks: Tensor) -> Tensor:
-    """1 − the share of positive contributions that lies inside, the mean over images (ICCV 2023, section 3.2).
+    """1 − the share of positive contributions inside the masks, averaged over images (ICCV 2023, section 3.2).
 
     Args:
-        maps: (N, H, W) what each pixel contributes.
-        masks: (N, H, W) 1 inside the object or its box, 0 outside.
+        maps: Contributions of pixels, (N, H, W).
+        masks: Masks (N, H, W) that are 1 inside the object or its box and 0 outside.
 
     Returns:
         A scalar in [0, 1]. Images without positive contributions count as 1 and have no gradient.
 
     Raises:
-        InputError: For masks of another shape, outside [0, 1], or empty for an image.
+        InputError: If masks have another shape, have values outside [0, 1], or are empty.
     """
     if maps.ndim != 3 or maps.shape != masks.shape:
         raise InputError(f"maps {tuple(maps.shape)} and masks {tuple(masks.shape)}: give both as (N, H, W)")

@@ -1,4 +1,4 @@
-"""Training tasks of timm's (`timm.task`) that look at explanations too."""
+"""Training tasks for timm (`timm.task`) with losses on explanations."""
 
 from typing import Any
 
@@ -17,16 +17,16 @@ from .losses import cosine_loss, dynamic_weights, energy_loss
 
 __all__ = ["DeletionClassificationTask", "ExplanationDistillationTask", "GuidedClassificationTask"]
 
-CELLS = 4  # per side, of deletions
+CELLS = 4  # per side of the grid of deleted cells
 
 
 class _ExplainedTask:
-    """What both have in common: W(x) is trained in one process and eagerly, evaluation may be compiled."""
+    """A task that trains W(x), in one process and without compilation. Evaluation can be compiled."""
 
     trainable_module: nn.Module
 
     def compile(self, backend: str = "inductor", mode: str | None = None, **options: Any) -> nn.Module:
-        """Compile the network for evaluation; no program holds both streams of a training step."""
+        """Compile the model for evaluation only; the losses on W(x) cannot be compiled."""
         self.eval_model = torch.compile(self.trainable_module, backend=backend, mode=mode, **options)
         return self.trainable_module
 
@@ -40,19 +40,19 @@ class _ExplainedTask:
 
 
 class ExplanationDistillationTask(_ExplainedTask, LogitDistillationTask):  # type: ignore[misc]
-    """Distillation in which the student learns the teacher's explanations too (e2KD, arXiv 2402.03119, eq. 2).
+    """Distillation in which the student also learns the teacher's explanations (e2KD, arXiv 2402.03119, eq. 2).
 
     loss = task_loss_weight · criterion + distill_loss_weight · KL + explanation_weight · (1 − cosine of the rows of
     W(x) of the class that the teacher predicts).
 
     Args:
-        student_model: A B-cos network.
-        teacher_model: Another one, or its name in timm; both read the same images.
+        student_model: B-cos model to train.
+        teacher_model: B-cos model, or its name in timm.
         explanation_weight: λ of the paper.
-        options: Of `timm.task.LogitDistillationTask`.
+        options: Arguments of `timm.task.LogitDistillationTask`.
 
     Raises:
-        ModelStateError: For a teacher that is no B-cos network.
+        ModelStateError: If the teacher is not a B-cos model.
     """
 
     def __init__(
@@ -68,8 +68,8 @@ class ExplanationDistillationTask(_ExplainedTask, LogitDistillationTask):  # typ
         """Losses of a batch.
 
         Args:
-            input: (N, C, H, W).
-            target: As the criterion wants it.
+            input: Images (N, C, H, W).
+            target: Targets of the criterion.
 
         Returns:
             'loss', 'output' (N, K), 'task_loss', 'kd_loss' and 'explanation_loss'.
@@ -93,14 +93,14 @@ class ExplanationDistillationTask(_ExplainedTask, LogitDistillationTask):  # typ
 
 
 class GuidedClassificationTask(_ExplainedTask, ClassificationTask):  # type: ignore[misc]
-    """Classification in which the explanation of a label is to lie on its object (arXiv 2303.11932).
+    """Classification in which explanations of the labels are guided to the objects (arXiv 2303.11932).
 
     loss = criterion + guidance_weight · (1 − share of the positive contributions inside the region).
 
     Args:
-        model: A B-cos network.
+        model: B-cos model to train.
         guidance_weight: λ of the paper.
-        options: Of `timm.task.ClassificationTask`.
+        options: Arguments of `timm.task.ClassificationTask`.
     """
 
     def __init__(self, model: nn.Module, *args: Any, guidance_weight: float = 1.0, **options: Any) -> None:
@@ -112,16 +112,16 @@ class GuidedClassificationTask(_ExplainedTask, ClassificationTask):  # type: ign
         """Losses of a batch.
 
         Args:
-            input: (N, C, H, W).
-            target: (N,) labels, or (N, K) soft ones, of which the largest is guided.
-            region: Where the objects are, as `explain` takes regions of the image: masks (N, H, W), or N boxes (left,
-                top, right, bottom) in pixels. None guides nothing, as images without annotation do.
+            input: Images (N, C, H, W).
+            target: Labels (N,), or soft labels (N, K), of which the largest is guided.
+            region: Locations of the objects: masks (N, H, W), or N boxes (left, top, right, bottom) in pixels. None for
+                a batch without annotations, which is not guided.
 
         Returns:
             'loss', 'output' (N, K), 'task_loss' and, with a region, 'guidance_loss'.
 
         Raises:
-            TargetError: For a region that is empty, or not of the image's size.
+            TargetError: If a region is empty or does not have the size of the images.
         """
         if region is None:
             return super().forward(input, target)  # type: ignore[no-any-return]
@@ -140,14 +140,14 @@ class GuidedClassificationTask(_ExplainedTask, ClassificationTask):  # type: ign
 
 
 class DeletionClassificationTask(ClassificationTask):
-    """Classification of images, half of which show their mean color in one of 4 × 4 cells.
+    """Classification of images, half of which have one of 4 × 4 cells replaced by their mean color.
 
-    A network that has been fine-tuned by it knows such images, as the single deletion score wants it
-    (IDSDS, arXiv 2407.11910). Arguments are those of `timm.task.ClassificationTask`.
+    It prepares a model for the single deletion score, which deletes cells in the same way (IDSDS, arXiv 2407.11910).
+    Arguments are those of `timm.task.ClassificationTask`.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Losses of a batch, as the class above it."""
+        """Losses of a batch; see `timm.task.ClassificationTask`."""
         cells = torch.randint(CELLS**2, (len(input),), device=input.device)
         is_whole = torch.rand(len(input), device=input.device) < 0.5
         return super().forward(without_cell(input, cells.masked_fill(is_whole, -1), CELLS), target)  # type: ignore[no-any-return]

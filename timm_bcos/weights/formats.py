@@ -1,8 +1,8 @@
-"""State dicts of other formats, turned into those of this package's networks: names, shapes, image channels.
+"""Conversion of state dicts of other formats to those of this package's models: names, shapes, image channels.
 
-Formats: the first paper's (`Sequential(network, pool, final)`, so names start with `0.`), the second paper's, both with
-each convolution's weight one level deeper (`conv1.linear.weight`), and timm's plain networks. A state dict that is in
-our format passes unchanged.
+Formats are those of the first paper's release (`Sequential(network, pool, final)`, so names start with `0.`), of the
+second paper's, both with the weight of convolutions one level deeper (`conv1.linear.weight`), and of timm's plain
+models. A state dict in our format is returned unchanged.
 """
 
 import re
@@ -14,9 +14,8 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from ..conversion.settings import decode_settings, is_settings
-from ..nn.activations import ShiftedActivation
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
-from ..nn.layers import BcosConv2d, BcosLinear
+from ..nn.layers import BcosLayer, ShiftedActivation
 from ..nn.stems import BcosStem
 
 __all__ = ["StateDict", "adapt_image_channels", "classifier_names", "convert_official_weights", "convert_plain_weights"]
@@ -26,13 +25,13 @@ StateDict = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Family:
-    """How the official releases name a family's weights.
+    """Names of the weights of a family of architectures in the official releases.
 
     Attributes:
-        ours: A name that only this family has, in our format.
-        patterns: Regular expressions for official names, and what replaces them; the first match counts.
-        ordered: Prefixes, theirs and ours, under which layers match in their order: timm's sequences also count
-            layers without weights.
+        ours: A name in our format that only this family has.
+        patterns: Regular expressions for official names, and their replacements; the first match counts.
+        ordered: An official prefix and ours, below which layers are matched by their order, because timm's indices also
+            count layers without weights.
     """
 
     ours: str
@@ -41,7 +40,7 @@ class Family:
 
 
 def _stage(path: str) -> Callable[[re.Match[str]], str]:
-    """The release counts ConvNeXt's stem, stages and downsamplings as one: stage 0 is its 2, stage 1 its 3 and 4."""
+    """The official index of a stage of ConvNeXt as ours: theirs also count the stem and downsampling layers."""
     return lambda match: f"stages.{(int(match[1]) - 1) // 2}." + match.expand(path)
 
 
@@ -88,16 +87,16 @@ NINE_LAYERS = Family("", ((r"8\.weight", "fc.weight"), (r"(\d)\.weight", r"featu
 
 
 def convert_official_weights(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """Rename and reshape the weights of an official release for one of our networks.
+    """Rename and reshape the weights of an official release for one of our models.
 
     Args:
-        state_dict: In the format of either paper's release, or in ours.
-        model: The network that it is for.
+        state_dict: State dict in the format of either paper's release, or in ours.
+        model: The model that will load it.
 
     Returns:
-        A state dict in our format; names that nothing is known about stay as they are.
+        A state dict in our format. Unknown names are not changed.
     """
-    settings = {name: value for name, value in state_dict.items() if is_settings(name) or _says_settings(value)}
+    settings = {name: value for name, value in state_dict.items() if is_settings(name) or _holds_settings(value)}
     state_dict = {name: value for name, value in state_dict.items() if name not in settings}
     if any(INNER.search(name) for name in state_dict):
         settings = {}  # releases have none
@@ -113,8 +112,8 @@ def convert_official_weights(state_dict: StateDict, model: nn.Module) -> StateDi
     return {name: value for name, value in own.items() if name.endswith(COUNTER)} | weights | settings
 
 
-def _says_settings(value: Tensor) -> bool:
-    """Under whatever name: weights are no bytes."""
+def _holds_settings(value: Tensor) -> bool:
+    """Whether a tensor contains settings, whatever its name; weights are not of bytes."""
     return value.dtype == torch.uint8 and bool(decode_settings(value))
 
 
@@ -124,7 +123,7 @@ MEAN = "running_mean"
 
 
 def _strip(state_dict: StateDict, own: StateDict, is_nine_layers: bool) -> StateDict:
-    """Names without the network's place in a Sequential and the inner `linear`; without what our network lacks."""
+    """Remove the index in a Sequential and the inner `linear` from names, and the weights that our model lacks."""
     prefix = "0." if all(name.startswith("0.") for name in state_dict) and not is_nine_layers else ""
     lacks_means = not any(name.endswith(MEAN) for name in own)  # uncentered batch norm has none
     lacks_auxiliary_head = not any(name.startswith("AuxLogits.") for name in own)
@@ -158,7 +157,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _reshape(value: Tensor, own: Tensor) -> Tensor:
-    """Classifiers and scales with or without trailing 1s; patches that were flattened as (rows, columns, channels)."""
+    """Reshape classifiers and scales with or without axes of length 1, and patches of (rows, columns, channels)."""
     if value.shape == own.shape:
         return value
     if value.ndim == 2 and own.ndim == 4 and own.shape[2] > 1 and value.shape[1] % own[0, 0].numel() == 0:
@@ -173,45 +172,44 @@ def _squeezed(tensor: Tensor) -> list[int]:
 
 
 def convert_plain_weights(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """Turn the weights of a plain network into those of its conversion; converted ones pass unchanged.
+    """Convert the weights of a plain model to those of its conversion; converted weights are returned unchanged.
 
     Args:
-        state_dict: From timm's architecture, or from the converted network.
-        model: The converted network.
+        state_dict: State dict of timm's architecture, or of the converted model.
+        model: The converted model.
 
     Returns:
-        A state dict that `model` loads. Gates' shifts, of which plain weights know nothing, stay the model's.
+        A state dict that `model` loads. Shifts of activations, which plain weights do not have, are the model's own.
     """
-    stems = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, BcosStem)}
-    own = model.state_dict()
+    own, modules = model.state_dict(), dict(model.named_modules())
+    stems = {f"{name}.weight" for name, m in modules.items() if isinstance(m, BcosStem)}
     if any(map(is_settings, state_dict)):
         return state_dict
     if all(key not in state_dict or state_dict[key].shape == own[key].shape for key in stems):
         return state_dict
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, BcosConv2d | BcosLinear)}
-    units = {f"{name}.weight": m.max_out for name, m in layers.items() if m.max_out > 1}
-    converted = {}
-    for key, value in state_dict.items():
-        if key not in own:
-            continue  # biases and running means that the conversion dropped
-        if key in stems:
-            value = torch.cat([value, -value], 1) / 2
-        if key in units:
-            value = value.repeat_interleave(units[key], 0)
-        if value.ndim == 2 and own[key].ndim == 4:  # a linear classifier that now votes per position
-            value = value[:, :, None, None]
-        converted[key] = value
-    shifts = {f"{name}.shift" for name, m in model.named_modules() if isinstance(m, ShiftedActivation)}
+    layers = {f"{name}.weight": m for name, m in modules.items() if isinstance(m, BcosLayer)}
+    kept = {key: value for key, value in state_dict.items() if key in own}  # the conversion drops biases and means
+    converted = {key: _convert_plain_weight(value, own[key], layers.get(key)) for key, value in kept.items()}
+    shifts = {f"{name}.shift" for name, m in modules.items() if isinstance(m, ShiftedActivation)}
     return {key: own[key] for key in shifts} | converted
 
 
+def _convert_plain_weight(value: Tensor, own: Tensor, layer: BcosLayer | None) -> Tensor:
+    """Encode the input channels of a stem, repeat rows for MaxOut, and let a classifier vote per position."""
+    if isinstance(layer, BcosStem):
+        value = torch.cat([value, -value], 1) / 2
+    if layer is not None and layer.max_out > 1:
+        value = value.repeat_interleave(layer.max_out, 0)
+    return value[:, :, None, None] if value.ndim == 2 and own.ndim == 4 else value
+
+
 def adapt_image_channels(state_dict: StateDict, model: nn.Module, channels: int) -> StateDict:
-    """Fit stems to another number of image channels, as timm does: one channel sums, more repeat.
+    """Adapt the weights of stems to another number of image channels, as timm does.
 
     Args:
-        state_dict: In our format, for images with `channels` channels.
-        model: The network that it is for.
-        channels: Image channels of the weights.
+        state_dict: State dict in our format, for images with `channels` channels.
+        model: The model that will load it.
+        channels: Number of image channels of the weights.
     """
     adapted = dict(state_dict)
     for name, stem in model.named_modules():
@@ -225,5 +223,5 @@ def adapt_image_channels(state_dict: StateDict, model: nn.Module, channels: int)
 
 
 def classifier_names(model: nn.Module) -> list[str]:
-    """Paths of the layers whose size is the number of classes, an auxiliary head's included."""
+    """Paths of the classifiers, including that of an auxiliary head."""
     return [name for name, m in model.named_modules() if isinstance(m, BcosConvClassifier | BcosLinearClassifier)]

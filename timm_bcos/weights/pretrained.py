@@ -1,4 +1,4 @@
-"""Pretrained weights: from wherever a timm cfg says, verified, read safely, and refused with a reason."""
+"""Pretrained weights: from the source in a timm cfg, verified, read safely and checked against the model."""
 
 import logging
 import re
@@ -34,18 +34,18 @@ BY_HAND = "pass a file with pretrained_cfg_overlay=dict(file=PATH)"
 
 
 def download(url: str | tuple[str, str], cache_dir: str | Path | None = None) -> Path:
-    """Fetch a weight file into the cache, with a progress bar, unless it is there; verify it in either case.
+    """Download a weight file into the cache unless it is there, and verify its hash.
 
     Args:
-        url: An address whose last part names the file, or an address and a name. Ten hex digits (8 to 64) after a dash
-            at the end of the name are the start of its SHA-256.
-        cache_dir: None for torch's cache.
+        url: Address whose last part is the name of the file, or an address and a name. 8 to 64 hex digits after a dash
+            at the end of the name are the start of the file's SHA-256.
+        cache_dir: Directory of downloads; None for torch's cache.
 
     Returns:
-        Where the file is.
+        Path of the file.
 
     Raises:
-        CheckpointError: Without network, or for a file with other contents, which is removed.
+        CheckpointError: If the download fails, or if the hash is wrong; then the file is removed.
     """
     address, name = (url, url.rpartition("/")[2]) if isinstance(url, str) else url
     path = Path(cache_dir or private.get_cache_dir()) / name
@@ -61,7 +61,7 @@ def download(url: str | tuple[str, str], cache_dir: str | Path | None = None) ->
 
 
 def _verify(path: Path, address: str) -> None:
-    """Compare with the digits in the file's name; where there are none, tell what came."""
+    """Compare the hash with the digits in the file's name; log the hash if there are none."""
     found = sha256(path)
     expected = HASH_IN_NAME.search(path.name)
     if expected is None:
@@ -84,18 +84,19 @@ def load_pretrained(
     cache_dir: str | Path | None = None,
     changed: Collection[str] = (),
 ) -> None:
-    """Load what a pretrained cfg points at; a classifier for other classes than the cfg's stays fresh.
+    """Load the weights of a pretrained cfg. A classifier for another number of classes keeps its random weights.
 
     Args:
-        model: The network; changed only if everything fits.
+        model: The model, which is changed only if everything fits.
         cfg: timm's pretrained cfg, as a dict.
-        convert: Turns other formats into the model's.
-        cache_dir: Where downloads go; None for torch's and the Hugging Face Hub's caches.
-        changed: Settings that the user has chosen for this network: other ones of the weights are no mistake then, but
-            the beginning of a training.
+        convert: Function that converts weights of other formats to the model's.
+        cache_dir: Directory of downloads; None for the caches of torch and the Hugging Face Hub.
+        changed: Names of settings that the user chose. If the weights were trained with other values of these, there
+            is a warning instead of an error.
 
     Raises:
-        CheckpointError: If nothing can be had, verified or read, or it is of another network or another function.
+        CheckpointError: If weights cannot be downloaded, verified or read, or if they are of another model, or of one
+            with other settings.
     """
     source, weights = _read(cfg, cache_dir)
     image_channels = (cfg.get("input_size") or (3,))[0]
@@ -104,11 +105,11 @@ def load_pretrained(
         weights = _without_head(weights, model, cfg.get("classifier"))
     fresh = set() if model.num_classes == cfg.get("num_classes") else _heads_of_other_size(weights, model)
     weights = {key: value for key, value in weights.items() if key not in fresh}
-    load_exactly(model, _allow(weights, model, changed, source), source, fresh)
+    load_exactly(model, _without_chosen_settings(weights, model, changed, source), source, fresh)
 
 
-def _allow(weights: StateDict, model: Any, changed: Collection[str], source: str) -> StateDict:
-    """The weights without their settings, if those differ only where the user has chosen so; that is told."""
+def _without_chosen_settings(weights: StateDict, model: Any, changed: Collection[str], source: str) -> StateDict:
+    """Remove the settings of the weights, with a warning, if they differ only in settings that the user chose."""
     found = contradictions(model, model.bcos_config, weights)
     chosen = {*changed, *(("gamma", "gamma_scale") if {"gamma", "gamma_scale"} & {*changed} else ())}
     if not found or any(one.name not in chosen for one in found):
@@ -135,27 +136,29 @@ def _heads_of_other_size(weights: StateDict, model: nn.Module) -> set[str]:
     return {key for key in keys & own.keys() & weights.keys() if weights[key].shape != own[key].shape}
 
 
-def fill_backbone(backbone: nn.Module, network: nn.Module) -> None:
-    """Give one of timm's feature backbones the weights of the whole network, whose layers are called otherwise there.
+def fill_backbone(backbone: nn.Module, model: nn.Module) -> None:
+    """Load the weights of a whole model into its feature backbone of timm's, whose layers have other names.
+
+    Args:
+        backbone: The backbone, which is changed.
+        model: The whole model.
 
     Raises:
-        CheckpointError: If the network lacks some.
+        CheckpointError: If the model lacks weights of the backbone.
     """
     own = backbone.state_dict()
-    found = {
-        name_in_backbone(name, own): value for name, value in network.state_dict().items() if not is_settings(name)
-    }
+    found = {name_in_backbone(name, own): value for name, value in model.state_dict().items() if not is_settings(name)}
     missing = [name for name in own if name not in found and not is_settings(name)]
     if missing:
-        raise CheckpointError(f"the whole {type(network).__name__} has no {missing[0]!r}, which its backbone needs")
+        raise CheckpointError(f"the whole {type(model).__name__} has no {missing[0]!r}, which its backbone needs")
     backbone.load_state_dict({name: value for name, value in found.items() if name in own})
 
 
 def _read(cfg: dict[str, Any], cache_dir: str | Path | None) -> tuple[str, StateDict]:
-    """The weights, and their source in words; which source counts is timm's order."""
+    """A description of the weights' source, and the weights. The order of sources is timm's."""
     origin, file, hub_id = cfg.get("source"), cfg.get("file"), cfg.get("hf_hub_id")
     if origin == "local-dir":
-        return str(file), _told(str(file), lambda: private.load_state_dict_from_path(str(file)))
+        return str(file), _read_or_raise(str(file), lambda: private.load_state_dict_from_path(str(file)))
     if origin != "hf-hub" and cfg.get("state_dict"):
         return "the given state dict", cfg["state_dict"]
     if origin != "hf-hub" and file:
@@ -176,11 +179,11 @@ def _read(cfg: dict[str, Any], cache_dir: str | Path | None) -> tuple[str, State
 def _read_from_hub(hub_id: str, cfg: dict[str, Any], cache_dir: str | Path | None) -> tuple[str, StateDict]:
     name = {"filename": cfg["hf_hub_filename"]} if cfg.get("hf_hub_filename") else {}
     source = f"hf-hub:{hub_id}"
-    return source, _told(source, lambda: load_state_dict_from_hf(hub_id, **name, cache_dir=cache_dir))
+    return source, _read_or_raise(source, lambda: load_state_dict_from_hf(hub_id, **name, cache_dir=cache_dir))
 
 
-def _told(source: str, read: Callable[[], StateDict]) -> StateDict:
-    """The Hub's client and timm raise errors of many families; ours names the source."""
+def _read_or_raise(source: str, read: Callable[[], StateDict]) -> StateDict:
+    """Call `read`; timm and the Hub's client raise errors of many types, which become `CheckpointError`."""
     try:
         return read()
     except Exception as error:
@@ -188,7 +191,7 @@ def _told(source: str, read: Callable[[], StateDict]) -> StateDict:
 
 
 def _read_or_remove(path: Path) -> StateDict:
-    """A download that cannot be read must not stay in the cache."""
+    """Read a download; remove it from the cache if that fails."""
     try:
         return read_state_dict(path)
     except CheckpointError:

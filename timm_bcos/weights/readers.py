@@ -25,10 +25,13 @@ NESTED = (*AVERAGED, "state_dict", "model")  # where timm's train.py and others 
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read the weights of a `.safetensors` file or of a PyTorch file, timm's training checkpoints included.
+    """Read the weights of a `.safetensors` file or of a PyTorch file, including timm's training checkpoints.
+
+    Args:
+        path: The file.
 
     Raises:
-        CheckpointError: For a missing, truncated or foreign file, naming it.
+        CheckpointError: If the file is missing, damaged, or not a file of weights.
     """
     content = _weights_in(_read(Path(path)), path)
     if not isinstance(content, dict) or not content or not all(map(_is_named_tensor, content.items())):
@@ -41,7 +44,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _without_wrappers(name: str) -> str:
-    """Without what DataParallel and torch.compile, of the network or of parts of it, put into names."""
+    """A name without the prefixes of DataParallel and torch.compile."""
     return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
@@ -50,7 +53,7 @@ def _is_named_tensor(item: tuple[object, object]) -> bool:
 
 
 def _weights_in(content: object, path: str | os.PathLike[str]) -> object:
-    """The weights of a checkpoint; the averaged ones, as in timm, where it has others too."""
+    """The weights of a checkpoint; of several, the averaged ones, as in timm."""
     if not isinstance(content, dict):
         return content
     found = [key for key in NESTED if isinstance(content.get(key), dict)]
@@ -62,10 +65,13 @@ def _weights_in(content: object, path: str | os.PathLike[str]) -> object:
 
 
 def read_training_arguments(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The arguments of timm's train.py that made a checkpoint; None for other weight files.
+    """Read the arguments of timm's train.py from a checkpoint; None for other weight files.
+
+    Args:
+        path: The file.
 
     Raises:
-        CheckpointError: For a missing, truncated or foreign file.
+        CheckpointError: If the file is missing, damaged, or not a file of weights.
     """
     content = _read(Path(path))
     arguments = content.get("args") if isinstance(content, dict) else None
@@ -77,7 +83,7 @@ def _read(path: Path) -> object:
         raise CheckpointError(f"no checkpoint at {path}")
     try:
         return _parse(path)
-    except Exception as error:  # broken bytes may mean anything to the readers
+    except Exception as error:  # damaged files cause errors of many types
         raise CheckpointError(
             f"{path} is no safetensors file nor PyTorch file of plain tensors: {first_line(error)}"
         ) from error
@@ -97,71 +103,78 @@ def _parse(path: Path) -> object:
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a checkpoint of this network, of the plain one that it was converted from, or of an official release.
+    """Load a checkpoint of a model, of the plain model that it was converted from, or of an official release.
+
+    Args:
+        model: The model, which is changed only if everything fits.
+        path: The file.
 
     Raises:
-        CheckpointError: If a name or shape differs, naming the first; the model keeps its weights.
+        CheckpointError: If the file cannot be read, or if a name or shape differs.
     """
     load_state(model, read_state_dict(path), str(path))
 
 
 def load_state(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """As `load_weights`, of weights that have been read.
+    """Load weights that have been read; see `load_weights`.
 
     Args:
-        model: The network; changed only if everything fits.
-        weights: In its own format, the plain network's or a release's.
-        source: Where they came from, for errors.
+        model: The model, which is changed only if everything fits.
+        weights: State dict of the model, of the plain model or of an official release.
+        source: Source of the weights, for errors.
 
     Raises:
-        CheckpointError: If a name or shape differs, naming the first.
+        CheckpointError: If a name or shape differs.
     """
-    names = {_without_wrappers(name): name for name in model.state_dict()}  # of the model, which may be compiled itself
+    names = {_without_wrappers(name): name for name in model.state_dict()}  # the model may be compiled, too
     weights = {names.get(name, name): value for name, value in weights.items()}
     try:
         converted = convert_plain_weights(convert_official_weights(weights, model), model)
-    except (IndexError, RuntimeError, ValueError) as error:  # names that fit, and shapes that do not
+    except (IndexError, RuntimeError, ValueError) as error:  # fitting names with other shapes
         raise CheckpointError(
-            f"{source} is of another network than {type(model).__name__}: {first_line(error)}"
+            f"{source} is of another model than {type(model).__name__}: {first_line(error)}"
         ) from error
     load_exactly(model, converted, source)
 
 
 def load_exactly(model: nn.Module, weights: dict[str, Tensor], source: str, fresh: Collection[str] = ()) -> None:
-    """Load a state dict whose names and shapes are the model's.
+    """Load a state dict whose names and shapes must be the model's.
 
     Args:
-        model: The network; changed only if everything fits.
-        weights: Its state dict.
-        source: Where they came from, for errors.
-        fresh: Names that may be missing, and keep their initial values.
+        model: The model, which is changed only if everything fits.
+        weights: State dict of the model.
+        source: Source of the weights, for errors.
+        fresh: Names that may be missing, whose values stay.
 
     Raises:
-        CheckpointError: Naming the first difference, or the settings if weights are of another function.
+        CheckpointError: If names, shapes or settings differ; it names the first difference.
     """
     if isinstance(model, BcosModel):
         refuse_contradictions(model, model.bcos_config, weights, source=source)
     own, kind = model.state_dict(), type(model).__name__
     for name, value in own.items():
-        if is_settings(name):
-            continue  # which older files lack
-        # files written before torch 0.4.1 lack the counters of batch norms
-        if name in fresh or (name not in weights and name.endswith("num_batches_tracked")):
-            continue
-        if name not in weights:
-            raise CheckpointError(f"{source} has no {name!r}, which this {kind} needs: another architecture?")
-        if weights[name].shape != value.shape:
-            found, wanted = tuple(weights[name].shape), tuple(value.shape)
-            raise CheckpointError(f"{source} has {name!r} of shape {found}, this {kind} needs {wanted}")
-        _refuse_wrong_numbers(weights[name], value, f"{source} has {name!r}")
+        if name not in fresh and not is_settings(name):
+            _check_weight(name, weights, value, source, kind)
     unknown = [name for name in weights if name not in own and not is_settings(name)]
     if unknown:
         raise CheckpointError(f"{source} has {unknown[0]!r}, which this {kind} does not know: another architecture?")
     model.load_state_dict(weights, strict=False)
 
 
+def _check_weight(name: str, weights: dict[str, Tensor], own: Tensor, source: str, kind: str) -> None:
+    """Refuse a weight that is missing or does not fit."""
+    if name not in weights:
+        if name.endswith("num_batches_tracked"):  # missing in files written before torch 0.4.1
+            return
+        raise CheckpointError(f"{source} has no {name!r}, which this {kind} needs: another architecture?")
+    if weights[name].shape != own.shape:
+        found, wanted = tuple(weights[name].shape), tuple(own.shape)
+        raise CheckpointError(f"{source} has {name!r} of shape {found}, this {kind} needs {wanted}")
+    _refuse_wrong_numbers(weights[name], own, f"{source} has {name!r}")
+
+
 def _refuse_wrong_numbers(value: Tensor, own: Tensor, found: str) -> None:
-    """Numbers that could be loaded, but of which no network makes sense."""
+    """Refuse numbers that can be loaded, but make no sense in a model."""
     if not own.is_floating_point():
         return
     if not value.is_floating_point():

@@ -3,7 +3,7 @@
 from torch import nn
 
 from ..._compat import timm_layers
-from ...nn.activations import SigmoidActivation
+from ...nn.layers import SigmoidActivation
 from ...nn.module_utils import clone
 from ..blocks import BARE
 from ..config import BcosConfig

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ...nn.activations import ShiftedActivation
+from ...nn.layers import ShiftedActivation
 from ...nn.module_utils import clone
 from ...nn.norms import UncenteredBatchNorm1d, UncenteredBatchNorm2d, UncenteredBatchNormAct2d
 from ..blocks import WIDE_NORM_ACTS, WIDE_NORMS
