@@ -185,7 +185,7 @@ def test_wrappers_are_refused_by_name() -> None:
         with pytest.raises(UnsupportedModuleError) as caught:
             bcosify(wrapper, PRESERVE)
         assert text in str(caught.value)
-    with pytest.raises(UnsupportedModuleError, match="wraps a network"):
+    with pytest.raises(UnsupportedModuleError, match="wraps a model"):
         bcosify(nn.DataParallel(bcosify(model)))
 
 

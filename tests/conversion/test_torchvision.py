@@ -16,8 +16,8 @@ from torchvision.models.vision_transformer import VisionTransformer
 import timm_bcos
 from tests.helpers import enliven, normalized, real_image
 from timm_bcos import BcosConfig, BcosError, UnsupportedModuleError, bcosify
-from timm_bcos.conversion.attention import BcosAttention
-from timm_bcos.conversion.statistics import image_statistics
+from timm_bcos.conversion.inspection import image_statistics
+from timm_bcos.conversion.replacements.attention import BcosAttention
 from timm_bcos.nn.heads import BcosConvClassifier, BcosLinearClassifier
 from timm_bcos.nn.stems import BcosStem, ImageReader
 

@@ -1,4 +1,4 @@
-"""Rules for convolutions, linear layers and recurrent layers, classifiers and stems included."""
+"""Rules for convolutions, linear layers and recurrent layers, including stems and classifiers."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from .base import LayerRole
 def _adopt(
     layer: BcosConv2d | BcosLinear, old: nn.Conv2d | nn.Linear, weight: Tensor, config: BcosConfig
 ) -> BcosConv2d | BcosLinear:
-    """Give a new layer the old one's weight and, if biases are kept, its bias."""
+    """Give a new layer a weight and, if biases are kept, the old layer's bias."""
     layer.weight = weight if weight is old.weight else nn.Parameter(weight, old.weight.requires_grad)  # type: ignore[assignment]
     layer.bias = old.bias if config.adds_bias else None  # type: ignore[assignment]
     if isinstance(layer, BcosConv2d) and layer.low_pass is not None:
@@ -27,48 +27,55 @@ def _adopt(
     return layer.train(old.training)
 
 
-def _unit(config: BcosConfig, fan_in: int) -> dict[str, Any]:
+def _bcos_options(config: BcosConfig, fan_in: int) -> dict[str, Any]:
     return dict(
         b=config.b, max_out=config.max_out, gamma=config.layer_gamma(fan_in), normalize_weight=config.normalize_weight
     )
 
 
-LINEAR_UNIT: dict[str, Any] = dict(b=1.0, normalize_weight=False)
+LINEAR_OPTIONS: dict[str, Any] = dict(b=1.0, normalize_weight=False)
 
 
 def _logits(config: BcosConfig, num_classes: int) -> dict[str, float]:
     return dict(temperature=config.temperature, logit_bias=config.class_bias(num_classes))
 
 
-def _rows(weight: Tensor, unit: dict[str, Any]) -> Tensor:
-    """MaxOut needs M rows per output; equal ones leave the function as it is."""
-    max_out = unit.get("max_out", 1)
+def _rows(weight: Tensor, options: dict[str, Any]) -> Tensor:
+    """The weight with M equal rows per output for MaxOut, which does not change the function."""
+    max_out = options.get("max_out", 1)
     return weight if max_out == 1 else weight.detach().repeat_interleave(max_out, 0)
 
 
-def replace_conv(conv: nn.Conv2d, place: LayerRole, config: BcosConfig) -> nn.Module:
-    """Convolutions, with padding of their own or as TensorFlow has it."""
-    channels = 2 * conv.in_channels if place.role == "stem" else conv.in_channels  # an image is encoded
+def replace_conv(conv: nn.Conv2d, layer_role: LayerRole, config: BcosConfig) -> nn.Module:
+    """Convolutions, with their own padding or TensorFlow's."""
+    if layer_role.role in ("classifier", "positions", "map") and conv.kernel_size == (1, 1):
+        return _conv_classifier(conv, layer_role, config)
+    is_stem = layer_role.role == "stem"
+    channels = 2 * conv.in_channels if is_stem else conv.in_channels  # images are encoded
     fan_in = channels * conv.kernel_size[0] * conv.kernel_size[1]
-    unit = LINEAR_UNIT if place.role == "linear" else _unit(config, fan_in)
-    if place.role in ("classifier", "positions", "map") and conv.kernel_size == (1, 1):
-        return _conv_classifier(conv, place, config)
-    settings = dict(
+    options = LINEAR_OPTIONS if layer_role.role == "linear" else _bcos_options(config, fan_in)
+    options = dict(
         kernel_size=conv.kernel_size, stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
         groups=conv.groups, padding_mode=conv.padding_mode, pad_same=type(conv) is not nn.Conv2d,
-        antialias=config.antialias and not is_patchifying(conv), device="meta", dtype=conv.weight.dtype, **unit,
+        antialias=config.antialias and not is_patchifying(conv), dtype=conv.weight.dtype, **options,
     )  # fmt: skip
-    if place.role != "stem":
-        layer = BcosConv2d(conv.in_channels, conv.out_channels, **settings)
-        return _adopt(layer, conv, _rows(conv.weight, unit), config)
-    settings["device"] = conv.weight.device
-    stem = BcosStem(conv.in_channels, conv.out_channels, mean=place.mean, std=place.std, **settings)
+    if is_stem:
+        return _stem(conv, layer_role, config, options)
+    layer = BcosConv2d(conv.in_channels, conv.out_channels, device="meta", **options)
+    return _adopt(layer, conv, _rows(conv.weight, options), config)
+
+
+def _stem(conv: nn.Conv2d, layer_role: LayerRole, config: BcosConfig, options: dict[str, Any]) -> nn.Module:
+    """A stem whose response to an encoded image (x, 1 - x) starts as the convolution's response to x."""
+    device = conv.weight.device
+    mean, std = layer_role.mean, layer_role.std
+    stem = BcosStem(conv.in_channels, conv.out_channels, mean=mean, std=std, device=device, **options)
     weight = torch.cat([conv.weight, -conv.weight], 1).detach() / 2
-    return _adopt(stem, conv, _rows(weight, unit), config)
+    return _adopt(stem, conv, _rows(weight, options), config)
 
 
-def replace_standardized_conv(conv: Any, place: LayerRole, config: BcosConfig) -> nn.Module:
-    """Weight standardization is applied once and for all: what it gives is the weight to start from."""
+def replace_standardized_conv(conv: Any, layer_role: LayerRole, config: BcosConfig) -> nn.Module:
+    """Convolutions with weight standardization, which is applied once: the result is the initial weight."""
     plain = nn.Conv2d(
         conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
         bias=False, device="meta", dtype=conv.weight.dtype,
@@ -78,18 +85,18 @@ def replace_standardized_conv(conv: Any, place: LayerRole, config: BcosConfig) -
     rows = F.batch_norm(conv.weight.flatten(1)[None], None, None, gain, None, True, 0.0, conv.eps)
     plain.weight = nn.Parameter(rows.detach().reshape(conv.weight.shape), conv.weight.requires_grad)
     plain.bias = conv.bias
-    return replace_conv(plain.train(conv.training), place, config)
+    return replace_conv(plain.train(conv.training), layer_role, config)
 
 
-def replace_linear_layer(
-    layer: nn.Conv1d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d, place: LayerRole, config: BcosConfig
+def remove_layer_bias(
+    layer: nn.Conv1d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d, layer_role: LayerRole, config: BcosConfig
 ) -> nn.Module:
-    """A layer that has no B-cos form here stays linear; only its bias may go."""
+    """Layers without a B-cos form, which stay linear; only their bias may be removed."""
     return layer if config.adds_bias or layer.bias is None else clone(layer, bias=None)
 
 
-def replace_lstm(lstm: nn.LSTM, place: LayerRole, config: BcosConfig) -> nn.Module:
-    """Explanation mode knows them (`dynamic_linear.recurrent`); without biases a new one adopts the weights."""
+def replace_lstm(lstm: nn.LSTM, layer_role: LayerRole, config: BcosConfig) -> nn.Module:
+    """LSTMs, which explanation mode covers (`dynamic_linear.recurrent`); only their biases may be removed."""
     if config.adds_bias or not lstm.bias:
         return lstm
     new = nn.LSTM(
@@ -101,24 +108,26 @@ def replace_lstm(lstm: nn.LSTM, place: LayerRole, config: BcosConfig) -> nn.Modu
     return new.train(lstm.training)
 
 
-def _conv_classifier(module: nn.Linear | nn.Conv2d, place: LayerRole, config: BcosConfig) -> BcosConv2d | BcosLinear:
+def _conv_classifier(
+    module: nn.Linear | nn.Conv2d, layer_role: LayerRole, config: BcosConfig
+) -> BcosConv2d | BcosLinear:
     features, num_classes = module.weight.shape[1], module.weight.shape[0]
-    unit = _unit(config, features)
+    options = _bcos_options(config, features)
     layer = BcosConvClassifier(
-        features, num_classes, pool=place.role != "map", device="meta", dtype=module.weight.dtype,
-        **_logits(config, num_classes), **unit,
+        features, num_classes, pool=layer_role.role != "map", device="meta", dtype=module.weight.dtype,
+        **_logits(config, num_classes), **options,
     )  # fmt: skip
     weight = module.weight.detach().reshape(num_classes, features, 1, 1)
-    return _adopt(layer, module, _rows(weight, unit), config)
+    return _adopt(layer, module, _rows(weight, options), config)
 
 
-def replace_linear(linear: nn.Linear, place: LayerRole, config: BcosConfig) -> BcosConv2d | BcosLinear:
-    """Linear layers; a classifier that pools becomes a convolution."""
-    if place.role in ("positions", "map"):
-        return _conv_classifier(linear, place, config)
-    unit = LINEAR_UNIT if place.role == "linear" else _unit(config, linear.in_features)
+def replace_linear(linear: nn.Linear, layer_role: LayerRole, config: BcosConfig) -> BcosConv2d | BcosLinear:
+    """Linear layers; a classifier that pools becomes a 1 × 1 convolution."""
+    if layer_role.role in ("positions", "map"):
+        return _conv_classifier(linear, layer_role, config)
+    options = LINEAR_OPTIONS if layer_role.role == "linear" else _bcos_options(config, linear.in_features)
     kind: type[BcosLinear] = BcosLinear
-    if place.role == "classifier":
-        kind, unit = BcosLinearClassifier, unit | _logits(config, linear.out_features)
-    layer = kind(linear.in_features, linear.out_features, device="meta", dtype=linear.weight.dtype, **unit)
-    return _adopt(layer, linear, _rows(linear.weight, unit), config)
+    if layer_role.role == "classifier":
+        kind, options = BcosLinearClassifier, options | _logits(config, linear.out_features)
+    layer = kind(linear.in_features, linear.out_features, device="meta", dtype=linear.weight.dtype, **options)
+    return _adopt(layer, linear, _rows(linear.weight, options), config)
