@@ -16,6 +16,9 @@ from tests.helpers import assert_exact, enliven, normalized, real_image
 from tests.helpers.own_models import COLORS, PRESERVE, Two, small
 from timm_bcos import RULES, BcosConfig, InputError, ModelStateError, UnsupportedModuleError, bcosify, keep
 from timm_bcos.conversion.converted import BcosModel
+from timm_bcos.conversion.inspection import inspect_model
+from timm_bcos.conversion.plan import plan_conversion
+from timm_bcos.conversion.reference import reference_activations
 from timm_bcos.nn.stems import BcosStem
 
 
@@ -31,6 +34,48 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
     assert after["modules"] == before["modules"] and after["cfg"] == before["cfg"]
     for name, (identity, value) in before["tensors"].items():
         assert after["tensors"][name][0] == identity and torch.equal(after["tensors"][name][1], value)
+
+
+def test_an_inspection_finds_the_roles() -> None:
+    model = timm.create_model("test_vit")
+    before = state(model)
+    found = inspect_model(model, BcosConfig())
+    roles = {path: role.role for path, role in found.roles.items() if role.role != "hidden"}
+    linear = {f"blocks.{i}.attn.qkv": "linear" for i in range(len(model.blocks))}
+    assert roles == {"patch_embed.proj": "stem", "head": "classifier"} | linear
+    assert (found.channels, found.mean, found.std) == (3, (0.5,) * 3, (0.5,) * 3)
+    stem = found.roles["patch_embed.proj"]
+    assert (stem.mean, stem.std) == (found.mean, found.std)
+    assert not found.reads_encoded_images
+    assert_unchanged(model, before)
+
+
+def test_a_plan_is_a_table_and_changes_nothing() -> None:
+    model = small()
+    before = state(model)
+    plan = plan_conversion(inspect_model(model, PRESERVE), RULES)
+    assert [line.split() for line in str(plan).splitlines()] == [
+        ["0", "Conv2d", "->", "BcosStem"],
+        ["3", "Flatten", "->", "BcosFlatten"],
+        ["4", "Linear", "->", "BcosLinearClassifier"],
+    ]
+    assert_unchanged(model, before)
+    again = plan_conversion(inspect_model(bcosify(model, PRESERVE), PRESERVE), RULES)
+    assert str(again) == "" and not again.replacements
+
+
+def test_reference_activations_of_a_model_behind_a_reader() -> None:
+    class Branches(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.left(x), self.right(x)], 1)
+
+    norm = timm.layers.BatchNormAct2d(8)
+    model = nn.Sequential(Branches(), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Linear(8, 5)).eval()
+    nn.init.uniform_(norm.bias, 0.5, 1.0)
+    expected = reference_activations(model)["1"]
+    converted: Any = bcosify(model, BcosConfig(bias="reference", **COLORS))
+    assert list(converted._modules)[:2] == ["image_reader", "network"]
+    assert torch.equal(converted.network[1].act.shift, expected) and expected.abs().min() > 0
 
 
 class Raising(nn.Module):

@@ -180,14 +180,14 @@ def test_formats() -> None:
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
     if timm_vits_trace():
         torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
-    with pytest.raises(ModelStateError, match="TorchScript has no form of positions='attention'"):
+    with pytest.raises(ModelStateError, match="TorchScript does not support positions='attention'"):
         torch.jit.script(model)
 
 
 def test_an_attention_layer_by_itself() -> None:
     tokens = torch.rand(1, 17, 192)
     assert vit().blocks[0].attn(tokens).shape == (1, 17, 192)
-    with pytest.raises(ModelStateError, match="it needs the network's grid"):
+    with pytest.raises(ModelStateError, match="it needs the model's grid"):
         vit(dynamic_img_size=True).blocks[0].attn(tokens)
 
 

@@ -215,12 +215,14 @@ def name_in_backbone(name: str, layers: Container[str]) -> str:
 
 def _find_roles(model: nn.Module, config: BcosConfig, stems: Mapping[str, LayerRole]) -> dict[str, LayerRole]:
     classifiers = _classifier_ids(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
     roles = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in modules.items():
         if path in stems:
             roles[path] = stems[path]
         elif id(module) in classifiers:
-            roles[path] = LayerRole(path, _classifier_role(model, path, classifiers, config))
+            siblings = list(modules[path.rpartition(".")[0]].children()) if path else [module]
+            roles[path] = LayerRole(path, _classifier_role(model, siblings, classifiers, config))
         else:
             roles[path] = hidden_role(path, config)
     return roles
@@ -249,9 +251,8 @@ def _last_layers(modules: Iterable[nn.Module]) -> Sequence[nn.Module]:
     return ([m for m in layers if isinstance(m, nn.Linear)] or layers)[-1:]
 
 
-def _classifier_role(model: Any, path: str, classifiers: Container[int], config: BcosConfig) -> str:
+def _classifier_role(model: nn.Module, siblings: Sequence[Any], classifiers: Container[int], config: BcosConfig) -> str:
     """Whether the global average pooling before a classifier can be moved behind it ("positions"), or is absent."""
-    siblings: list[Any] = list(model.get_submodule(path.rpartition(".")[0]).children()) if path else [model]
     own = next(i for i, m in enumerate(siblings) if id(m) in classifiers)
     pools = [i for i, m in enumerate(siblings[:own]) if isinstance(m, timm_layers.SelectAdaptivePool2d)]
     is_unpooled = bool(pools) and siblings[pools[-1]].is_identity()

@@ -29,7 +29,7 @@ from .problems import (
     probability_problem,
     state_hook_problem,
     wrapper_problem,
-)  # fmt: skip
+)
 from .reference import reference_activations
 from .rules import Rule, Rules, RulesByType, keep, keep_leaf, resolve, rule_for
 
@@ -83,20 +83,24 @@ def plan_conversion(inspection: Inspection, rules: Rules) -> Plan:
         UnsupportedModuleError: Lists everything that is in the way.
         InputError: If `bias="reference"` needs to run the model, and it does not run on images of its own size.
     """
-    model, config = inspection.model, inspection.config
     table = _ask_rules(inspection, resolve(rules))
-    converted = table.rows[""].new
     needs_reader = not any(isinstance(m, BcosStem | ImageReader) for m in table.modules())
-    positions, position_problems = _plan_positions(inspection, table)
     problems = [*model_problems(inspection), *table.problems]
-    problems += [*input_problems(inspection, converted)] if needs_reader else []
-    problems += position_problems
+    if needs_reader:
+        problems += input_problems(inspection, table.rows[""].new)
+    positions = _plan_positions(inspection, table, problems)
     if problems:
         raise UnsupportedModuleError(problems)
-    reader = _image_reader(inspection) if needs_reader else None
-    root = converted if reader is None else _root_with(reader, converted)
-    is_read_inside = reader is not None and root is converted
-    optional = dict(image_reader=reader if is_read_inside else None, positions=positions)
+    return _build_plan(inspection, rules, table, _image_reader(inspection) if needs_reader else None, positions)
+
+
+def _build_plan(
+    inspection: Inspection, rules: Rules, table: "_Table", reader: ImageReader | None, positions: Positions | None
+) -> Plan:
+    model, config, converted = inspection.model, inspection.config, table.rows[""].new
+    is_sequential = type(converted).forward is nn.Sequential.forward  # would run the reader as its last layer
+    root = converted if reader is None or not is_sequential else _sequential(reader, converted)
+    optional = dict(image_reader=reader if root is converted else None, positions=positions)
     return Plan(
         converted=converted,
         root=root,
@@ -108,7 +112,7 @@ def plan_conversion(inspection: Inspection, rules: Rules) -> Plan:
             **{name: value for name, value in optional.items() if value is not None},
             **_described(converted, inspection.channels, table),
         ),
-        has_reader=is_read_inside and not isinstance(root, IN_ORDER),
+        has_reader=optional["image_reader"] is not None and not isinstance(root, IN_ORDER),
         foldable=tuple(m for m in table.modules() if _is_foldable(m)),
         reference=reference_activations(model) if config.bias == "reference" else {},
     )
@@ -218,23 +222,24 @@ def convertible(model: nn.Module, rules: Rules) -> Iterator[nn.Module]:
 # Positions
 
 
-def _plan_positions(inspection: Inspection, table: _Table) -> tuple[Positions | None, list[str]]:
+def _plan_positions(inspection: Inspection, table: _Table, problems: list[str]) -> Positions | None:
     """For `positions="attention"`, replace the projections to queries, keys and values once more."""
     model: Any = inspection.model
     if inspection.config.positions == "keep" or isinstance(getattr(model, "positions", None), Positions):
-        return None, []
+        return None
     try:
         paths = attention_paths(model)
     except UnsupportedModuleError as refusal:
-        return None, refusal.problems
-    positions, problems = Positions(model), []
+        problems += refusal.problems
+        return None
+    positions = Positions(model)
     for path in paths:
         old, qkv = table.rows.get(path, (None, None))
         if old is not None and isinstance(qkv, BcosLinear):
             table.rows[path] = Replacement(old, PositionedQkv.from_linear(qkv, positions))
         else:
             problems.append(f"{path}: positions='attention' needs a B-cos layer, not {type(qkv).__name__}")
-    return positions, problems
+    return positions
 
 
 # Reading images
@@ -248,10 +253,7 @@ def _image_reader(inspection: Inspection) -> ImageReader:
     return reader.train(inspection.model.training)
 
 
-def _root_with(reader: ImageReader, converted: nn.Module) -> nn.Module:
-    """A Sequential would run the reader as its last layer, so it is put behind the reader as a whole."""
-    if type(converted).forward is not nn.Sequential.forward:
-        return converted
+def _sequential(reader: ImageReader, converted: nn.Module) -> nn.Sequential:
     root = nn.Sequential(OrderedDict({"image_reader": reader, CONVERTED: converted}))
     root.training = converted.training
     return root
