@@ -16,9 +16,8 @@ from tests.helpers import assert_exact, enliven, normalized, real_image
 from tests.helpers.own_models import COLORS, PRESERVE, Two, small
 from timm_bcos import RULES, BcosConfig, InputError, ModelStateError, UnsupportedModuleError, bcosify, keep
 from timm_bcos.conversion.converted import BcosModel
-from timm_bcos.conversion.inspection import inspect_model
+from timm_bcos.conversion.inspection import inspect_model, reference_activations
 from timm_bcos.conversion.plan import plan_conversion
-from timm_bcos.conversion.reference import reference_activations
 from timm_bcos.nn.stems import BcosStem
 
 

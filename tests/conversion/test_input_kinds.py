@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import timm_bcos
 from tests.helpers import real_image
 from timm_bcos import BcosConfig, InputError, UnsupportedModuleError
-from timm_bcos.conversion.reference import reference_activations
+from timm_bcos.conversion.inspection import reference_activations
 from timm_bcos.nn.activations import ShiftedActivation
 
 PIXELS = BcosConfig(mean=(0.0,), std=(1.0,))

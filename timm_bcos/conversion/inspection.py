@@ -1,29 +1,35 @@
 """First step of a conversion: find out about a model, without changing it.
 
 `inspect_model` reads, in this order: how many channels images have, how they are normalized, which layers read them,
-which layers give the logits, and from that the role of every module.
+which layers give the logits, and from that the role of every module. `reference_activations` runs a copy of the model
+on a gray image.
 """
 
 import inspect
 import sys
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 from torchvision.transforms import Normalize
 from torchvision.transforms.v2 import Normalize as NormalizeV2
 
 from .._compat import private, timm_layers, timm_models
 from ..errors import InputError
-from ..nn.module_utils import told_classifiers
+from ..files import first_line
+from ..nn.activations import ShiftedActivation
+from ..nn.module_utils import frozen_copy, image_size, told_classifiers
 from ..nn.stems import BcosStem, ImageReader, image_channels
 from .config import BcosConfig
 from .replacements.base import LayerRole, hidden_role
 
-__all__ = ["IN_ORDER", "Inspection", "image_statistics", "inspect_model", "name_in_backbone"]
+__all__ = ["IN_ORDER", "Inspection", "image_statistics", "inspect_model", "name_in_backbone", "reference_activations"]
 
 Statistics = tuple[float, ...] | None  # one number per channel, or one for all
 
@@ -282,3 +288,68 @@ def _role_behind(pool: Any) -> str:
     if isinstance(pool.pool, nn.AdaptiveAvgPool2d) and pool.pool.output_size in (1, (1, 1)):
         return "positions"
     return "map" if pool.is_identity() else "classifier"
+
+
+# Reference activations
+
+NORMS_WITH_ACTIVATION = (timm_layers.BatchNormAct2d, timm_layers.SyncBatchNormAct)
+
+
+def reference_activations(model: nn.Module) -> dict[str, Tensor]:
+    """Inputs of the activations in batch norms for a gray image, at its center.
+
+    With additive biases, features are those of a gray image (the mean that images are normalized by) plus the change
+    that the image causes. `BcosConfig(bias="reference")` keeps that change: a(x + r) - a(r) for an activation a whose
+    input is r for a gray image. At B = 1 this is the original model minus its response to gray, except near the
+    borders, where convolutions pad with zeros.
+
+    The gray image is twice as large as the model's own input size, so that its center hardly sees the borders, or of
+    that size if the model takes no other.
+
+    Args:
+        model: A plain model. Not changed.
+
+    Returns:
+        Tensors (C,) by the path of the norm. Norms that did not run are missing, and so are all on the meta device.
+
+    Raises:
+        InputError: If the model does not run on images of its own input size.
+    """
+    parameter = next(model.parameters(), None)
+    if parameter is None or parameter.is_meta or not any(map(_has_activation, model.modules())):
+        return {}
+    found: dict[str, Tensor] = {}
+    copy = frozen_copy(model).eval()
+    for path, module in copy.named_modules():
+        if _has_activation(module):
+            module.act.register_forward_pre_hook(partial(_keep_center, found, path))  # type: ignore[union-attr]
+    return _run_on_gray(copy, parameter, found)
+
+
+def _has_activation(module: nn.Module) -> bool:
+    return type(module) in NORMS_WITH_ACTIVATION and not isinstance(module.act, nn.Identity | ShiftedActivation)
+
+
+def _keep_center(found: dict[str, Tensor], path: str, act: nn.Module, args: tuple[Tensor, ...]) -> None:
+    """Forward pre-hook."""
+    found[path] = args[0][0, :, args[0].shape[2] // 2, args[0].shape[3] // 2].clone()
+
+
+@torch.no_grad()
+def _run_on_gray(model: Any, like: Tensor, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`found`, which the model's hooks fill."""
+    channels: int = getattr(model, "in_chans", resolve_model_data_config(model)["input_size"][0])
+    height, width = image_size(model)
+    run = getattr(model, "forward_features", model)  # a head without pooling does not take larger maps
+    for scale in (2, 1):
+        try:
+            run(like.new_zeros(1, channels, scale * height, scale * width))
+            return found
+        except Exception as error:  # models of a fixed input size raise errors of every kind
+            found.clear()
+            failure = error
+    raise InputError(
+        f"bias='reference' needs the model's response to a gray image, but {type(model).__name__} does not run on "
+        f"one of {height} × {width} pixels ({first_line(failure)}): set its input size, "
+        f"model.pretrained_cfg = dict(input_size=...)"
+    ) from failure

@@ -18,7 +18,7 @@ from ..nn.layers import BcosConv2d, BcosLinear
 from ..nn.module_utils import buffer_device
 from ..nn.stems import BcosStem, ImageReader
 from .fusing import FOLDING
-from .inspection import IN_ORDER, Inspection
+from .inspection import IN_ORDER, Inspection, reference_activations
 from .positions import PositionedQkv, Positions, attention_paths
 from .problems import (
     computed_weight_problem,
@@ -30,7 +30,6 @@ from .problems import (
     state_hook_problem,
     wrapper_problem,
 )
-from .reference import reference_activations
 from .rules import Rule, Rules, RulesByType, keep, keep_leaf, resolve, rule_for
 
 __all__ = ["Plan", "Replacement", "convertible", "plan_conversion"]
@@ -84,14 +83,17 @@ def plan_conversion(inspection: Inspection, rules: Rules) -> Plan:
         InputError: If `bias="reference"` needs to run the model, and it does not run on images of its own size.
     """
     table = _ask_rules(inspection, resolve(rules))
-    needs_reader = not any(isinstance(m, BcosStem | ImageReader) for m in table.modules())
+    modules = table.modules()
+    needs_reader = not any(isinstance(m, BcosStem | ImageReader) for m in modules)
     problems = [*model_problems(inspection), *table.problems]
+    problems += lost_hook_problems(inspection.model, [row.old for row in table.rows.values()], modules)
     if needs_reader:
         problems += input_problems(inspection, table.rows[""].new)
     positions = _plan_positions(inspection, table, problems)
     if problems:
         raise UnsupportedModuleError(problems)
-    return _build_plan(inspection, rules, table, _image_reader(inspection) if needs_reader else None, positions)
+    reader = _image_reader(inspection) if needs_reader else None
+    return _build_plan(inspection, rules, table, reader, positions)
 
 
 def _build_plan(
@@ -157,8 +159,6 @@ def _ask_rules(inspection: Inspection, rules: RulesByType) -> _Table:
 
     for path, module, new in _visit("", inspection.model, rules, replace):
         table.rows[path] = Replacement(module, new)
-    visited = [row.old for row in table.rows.values()]
-    table.problems += lost_hook_problems(inspection.model, visited, table.modules())
     return table
 
 

@@ -24,7 +24,7 @@ from ..nn.norms import UncenteredBatchNorm1d, UncenteredBatchNorm2d, UncenteredB
 from ..nn.stems import BcosStem, ImageReader
 from .blocks import AVERAGED, BARE, WIDE, WIDE_NORM_ACTS, WIDE_NORMS
 from .positions import PositionedQkv
-from .replacements import activations, attention, linear, norms, pooling
+from .replacements import activations, attention, layers, norms
 from .replacements.activations import sigmoid_as_activation
 from .replacements.attention import WINDOWED, BcosAttention
 from .replacements.base import LayerRole, Rule, keep, keep_leaf, remove_biases
@@ -124,26 +124,26 @@ class RuleTable(dict[Any, Rule]):
 
 
 RULES = RuleTable({
-    **_named(linear.replace_conv, "torch.nn.Conv2d timm.layers.Conv2dSame"),
+    **_named(layers.replace_conv, "torch.nn.Conv2d timm.layers.Conv2dSame"),
     **_named(
-        linear.replace_standardized_conv,
+        layers.replace_standardized_conv,
         """
         timm.layers.StdConv2d timm.layers.StdConv2dSame timm.layers.ScaledStdConv2d timm.layers.ScaledStdConv2dSame
         """,
     ),
     **_named(
-        linear.replace_linear,
+        layers.replace_linear,
         """
         torch.nn.Linear timm.layers.Linear torch.nn.modules.linear.NonDynamicallyQuantizableLinear
         """,
     ),
     **_named(
-        linear.remove_layer_bias,
+        layers.remove_layer_bias,
         """
         torch.nn.Conv1d torch.nn.Conv3d torch.nn.ConvTranspose1d torch.nn.ConvTranspose2d
         """,
     ),
-    **_named(linear.replace_lstm, "torch.nn.LSTM"),
+    **_named(layers.replace_lstm, "torch.nn.LSTM"),
     **_named(attention.replace_multihead_attention, "torch.nn.MultiheadAttention"),
     **dict.fromkeys((*WINDOWED,), attention.replace_window_attention),
     # norms
@@ -204,10 +204,10 @@ RULES = RuleTable({
     **dict.fromkeys((*BARE,), activations.replace_functional_activation),
     **_named(activations.refuse_functional_activation, "torchvision.models.densenet.DenseNet"),
     # pooling
-    **_named(pooling.replace_max_pool, "torch.nn.MaxPool1d torch.nn.MaxPool2d timm.layers.pool2d_same.MaxPool2dSame"),
-    **_named(pooling.replace_global_pool, "timm.layers.SelectAdaptivePool2d"),
-    **_named(pooling.replace_flatten, "torch.nn.Flatten"),
-    **dict.fromkeys((*AVERAGED,), pooling.replace_functional_max_pool),
+    **_named(layers.replace_max_pool, "torch.nn.MaxPool1d torch.nn.MaxPool2d timm.layers.pool2d_same.MaxPool2dSame"),
+    **_named(layers.replace_global_pool, "timm.layers.SelectAdaptivePool2d"),
+    **_named(layers.replace_flatten, "torch.nn.Flatten"),
+    **dict.fromkeys((*AVERAGED,), layers.replace_functional_max_pool),
     **dict.fromkeys((*WIDE,), attention.replace_float32_attention),
     # modules with additive biases of their own
     **_named(

@@ -185,7 +185,7 @@ def _create_converted(
 
 def _convert_weights(original: nn.Module | None, state_dict: "StateDict", model: nn.Module) -> "StateDict":
     """Weights for a conversion of `original`, which takes them itself where reference activations are needed."""
-    from ..conversion.reference import reference_activations
+    from ..conversion.inspection import reference_activations
     from ..weights.formats import convert_plain_weights
 
     converted = convert_plain_weights(state_dict, model)

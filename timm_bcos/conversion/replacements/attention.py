@@ -15,7 +15,7 @@ from ..._compat import Library
 from ..blocks import WIDE
 from ..config import BcosConfig
 from .base import LayerRole, hidden_role, refuse, with_class
-from .linear import replace_linear
+from .layers import replace_linear
 
 swin_transformer: Any = Library("torchvision.models.swin_transformer")
 

@@ -1,4 +1,4 @@
-"""Rules for convolutions, linear layers and recurrent layers, including stems and classifiers."""
+"""Rules for convolutions, linear, recurrent and pooling layers, including stems and classifiers."""
 
 from typing import Any
 
@@ -6,14 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..._compat import timm_layers
-from ...nn.heads import BcosConvClassifier, BcosLinearClassifier
+from ..._compat import Library, timm_layers
+from ...nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, BcosPool2d
 from ...nn.layers import BcosConv2d, BcosLinear
 from ...nn.module_utils import buffer_device, clone
 from ...nn.stems import BcosStem
-from ..blocks import is_patchifying
+from ..blocks import AVERAGED, antialiased_max_pool, is_patchifying
 from ..config import BcosConfig
-from .base import LayerRole
+from .base import LayerRole, refuse, with_class
+
+pool2d_same: Any = Library("timm.layers.pool2d_same")
 
 
 def _adopt(
@@ -131,3 +133,33 @@ def replace_linear(linear: nn.Linear, layer_role: LayerRole, config: BcosConfig)
         kind, options = BcosLinearClassifier, options | _logits(config, linear.out_features)
     layer = kind(linear.in_features, linear.out_features, device="meta", dtype=linear.weight.dtype, **options)
     return _adopt(layer, linear, _rows(linear.weight, options), config)
+
+
+# Pooling
+
+
+def replace_max_pool(pool: nn.MaxPool1d | nn.MaxPool2d, layer_role: LayerRole, config: BcosConfig) -> nn.Module:
+    """Max pooling in one or two dimensions, with its own padding or TensorFlow's."""
+    if config.max_pool == "keep":
+        return antialiased_max_pool(pool) if config.antialias else pool
+    if pool.return_indices or pool.dilation not in (1, (1,), (1, 1)):
+        refuse(layer_role, pool, "returns indices or is dilated, which average pooling cannot: write a rule for it")
+    if isinstance(pool, pool2d_same.MaxPool2dSame):
+        return timm_layers.AvgPool2dSame(pool.kernel_size, pool.stride, ceil_mode=pool.ceil_mode)  # type: ignore[no-any-return]
+    kind: Any = nn.AvgPool1d if isinstance(pool, nn.MaxPool1d) else nn.AvgPool2d
+    return kind(pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)  # type: ignore[no-any-return]
+
+
+def replace_functional_max_pool(block: nn.Module, layer_role: LayerRole, config: BcosConfig) -> nn.Module:
+    """Blocks that call their max pooling as a function."""
+    return block if config.max_pool == "keep" else with_class(block, AVERAGED)
+
+
+def replace_global_pool(pool: Any, layer_role: LayerRole, config: BcosConfig) -> nn.Module:
+    """timm's global average pooling; a classifier behind it may pool instead."""
+    return BcosPool2d.from_pool(pool) if isinstance(pool.pool, nn.AdaptiveAvgPool2d) else pool
+
+
+def replace_flatten(flatten: nn.Flatten, layer_role: LayerRole, config: BcosConfig) -> nn.Module:
+    """Flattening; a classifier behind it may need the map."""
+    return BcosFlatten(flatten.start_dim, flatten.end_dim).train(flatten.training)
