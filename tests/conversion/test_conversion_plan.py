@@ -86,7 +86,7 @@ def raising_rule(*_: Any) -> nn.Module:
     raise RuntimeError("a rule that fails half-way")
 
 
-def test_whatever_is_raised_the_network_is_unchanged() -> None:
+def test_whatever_is_raised_the_model_is_unchanged() -> None:
     model = timm.create_model("test_resnet")
     model.layer3[0].act1 = Raising()
     model.layer4[0].register_forward_hook(lambda *_: None)
@@ -233,7 +233,7 @@ def test_wrappers_are_refused_by_name() -> None:
         bcosify(nn.DataParallel(bcosify(model)))
 
 
-def test_distributed_networks_are_refused(tmp_path: Any) -> None:
+def test_distributed_models_are_refused(tmp_path: Any) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(timm.create_model("test_resnet"))
@@ -243,7 +243,7 @@ def test_distributed_networks_are_refused(tmp_path: Any) -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_a_network_in_a_sequential() -> None:
+def test_a_model_in_a_sequential() -> None:
     x = real_image(32, 2, torch.float64)
     plain = enliven(timm.create_model("test_resnet", num_classes=5).double(), normalized(x, COLORS))
     expected = plain(normalized(x, COLORS)).detach()
@@ -259,7 +259,7 @@ def test_a_network_in_a_sequential() -> None:
         bcosify(beside)
 
 
-def test_another_config_for_a_converted_network_is_refused() -> None:
+def test_another_config_for_a_converted_model_is_refused() -> None:
     model = bcosify(timm.create_model("test_resnet"), BcosConfig.finetune(b=1, bias=True))
     before = state(model)
     with pytest.raises(UnsupportedModuleError, match=r"\(root\): has been converted with b=1.*probability='softmax'"):
