@@ -1,4 +1,4 @@
-"""timm's feature backbones, `features_only=True`, and networks without pooling: converted, they give the same maps."""
+"""timm's feature backbones, `features_only=True`, and models without pooling: converted, they give the same maps."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ ARCHITECTURES = {
     "dict": ("test_resnet", dict(feature_cls="dict")),
     "getter": ("test_vit", {}),
     "getter of some": ("test_vit", dict(out_indices=(-1,))),
-    "getter of a network with maps": ("test_resnet", dict(feature_cls="getter", out_indices=2)),
+    "getter of a model with maps": ("test_resnet", dict(feature_cls="getter", out_indices=2)),
     "channels last": ("swin_tiny_patch4_window7_224", dict(embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 4))),
     "two layers read": ("ghostnet_050", {}),
     "splits the image": ("volo_d1_224", dict(features_only=True)),
@@ -82,7 +82,7 @@ def test_bcosify_gives_the_backbone_of_the_architecture(name: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ["test_resnet", "test_vit", "test_mambaout", "densenet121"])
-def test_backbones_of_trained_networks(arch: str, tmp_path: Path) -> None:
+def test_backbones_of_trained_models(arch: str, tmp_path: Path) -> None:
     kwargs = dict(growth_rate=4, block_config=(1, 1, 1, 1)) if arch == "densenet121" else {}
     whole = timm.create_model("bcosify", arch=arch, num_classes=4, b=1.5, **kwargs).eval()
     save_file(whole.state_dict(), tmp_path / "weights.safetensors")
@@ -119,7 +119,7 @@ class Last(nn.Module):
 
 @pytest.mark.parametrize("arch", ["test_convnext", "test_resnet", "davit_tiny", "swin_tiny_patch4_window7_224"])
 @pytest.mark.parametrize("num_classes", [0, 5])
-def test_networks_without_pooling_keep_their_shape(arch: str, num_classes: int) -> None:
+def test_models_without_pooling_keep_their_shape(arch: str, num_classes: int) -> None:
     small = dict(depths=(1, 1, 1, 1)) if "tiny" in arch else {}
     model = timm.create_model(arch, num_classes=num_classes, global_pool="", **small).eval()
     x = image(model)

@@ -16,6 +16,8 @@ from tests.helpers import assert_exact, enliven, normalized, real_image
 from tests.helpers.own_models import COLORS, PRESERVE, Two, small
 from timm_bcos import RULES, BcosConfig, InputError, ModelStateError, UnsupportedModuleError, bcosify, keep
 from timm_bcos.conversion.converted import BcosModel
+from timm_bcos.conversion.inspection import inspect_model, reference_activations
+from timm_bcos.conversion.plan import plan_conversion
 from timm_bcos.nn.stems import BcosStem
 
 
@@ -33,6 +35,48 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
         assert after["tensors"][name][0] == identity and torch.equal(after["tensors"][name][1], value)
 
 
+def test_an_inspection_finds_the_roles() -> None:
+    model = timm.create_model("test_vit")
+    before = state(model)
+    found = inspect_model(model, BcosConfig())
+    roles = {path: role.role for path, role in found.roles.items() if role.role != "hidden"}
+    linear = {f"blocks.{i}.attn.qkv": "linear" for i in range(len(model.blocks))}
+    assert roles == {"patch_embed.proj": "stem", "head": "classifier"} | linear
+    assert (found.channels, found.mean, found.std) == (3, (0.5,) * 3, (0.5,) * 3)
+    stem = found.roles["patch_embed.proj"]
+    assert (stem.mean, stem.std) == (found.mean, found.std)
+    assert not found.reads_encoded_images
+    assert_unchanged(model, before)
+
+
+def test_a_plan_is_a_table_and_changes_nothing() -> None:
+    model = small()
+    before = state(model)
+    plan = plan_conversion(inspect_model(model, PRESERVE), RULES)
+    assert [line.split() for line in str(plan).splitlines()] == [
+        ["0", "Conv2d", "->", "BcosStem"],
+        ["3", "Flatten", "->", "BcosFlatten"],
+        ["4", "Linear", "->", "BcosLinearClassifier"],
+    ]
+    assert_unchanged(model, before)
+    again = plan_conversion(inspect_model(bcosify(model, PRESERVE), PRESERVE), RULES)
+    assert str(again) == "" and not again.replacements
+
+
+def test_reference_activations_of_a_model_behind_a_reader() -> None:
+    class Branches(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.left(x), self.right(x)], 1)
+
+    norm = timm.layers.BatchNormAct2d(8)
+    model = nn.Sequential(Branches(), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Linear(8, 5)).eval()
+    nn.init.uniform_(norm.bias, 0.5, 1.0)
+    expected = reference_activations(model)["1"]
+    converted: Any = bcosify(model, BcosConfig(bias="reference", **COLORS))
+    assert list(converted._modules)[:2] == ["image_reader", "network"]
+    assert torch.equal(converted.network[1].act.shift, expected) and expected.abs().min() > 0
+
+
 class Raising(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -42,7 +86,7 @@ def raising_rule(*_: Any) -> nn.Module:
     raise RuntimeError("a rule that fails half-way")
 
 
-def test_whatever_is_raised_the_network_is_unchanged() -> None:
+def test_whatever_is_raised_the_model_is_unchanged() -> None:
     model = timm.create_model("test_resnet")
     model.layer3[0].act1 = Raising()
     model.layer4[0].register_forward_hook(lambda *_: None)
@@ -185,11 +229,11 @@ def test_wrappers_are_refused_by_name() -> None:
         with pytest.raises(UnsupportedModuleError) as caught:
             bcosify(wrapper, PRESERVE)
         assert text in str(caught.value)
-    with pytest.raises(UnsupportedModuleError, match="wraps a network"):
+    with pytest.raises(UnsupportedModuleError, match="wraps a model"):
         bcosify(nn.DataParallel(bcosify(model)))
 
 
-def test_distributed_networks_are_refused(tmp_path: Any) -> None:
+def test_distributed_models_are_refused(tmp_path: Any) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(timm.create_model("test_resnet"))
@@ -199,7 +243,7 @@ def test_distributed_networks_are_refused(tmp_path: Any) -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_a_network_in_a_sequential() -> None:
+def test_a_model_in_a_sequential() -> None:
     x = real_image(32, 2, torch.float64)
     plain = enliven(timm.create_model("test_resnet", num_classes=5).double(), normalized(x, COLORS))
     expected = plain(normalized(x, COLORS)).detach()
@@ -215,7 +259,7 @@ def test_a_network_in_a_sequential() -> None:
         bcosify(beside)
 
 
-def test_another_config_for_a_converted_network_is_refused() -> None:
+def test_another_config_for_a_converted_model_is_refused() -> None:
     model = bcosify(timm.create_model("test_resnet"), BcosConfig.finetune(b=1, bias=True))
     before = state(model)
     with pytest.raises(UnsupportedModuleError, match=r"\(root\): has been converted with b=1.*probability='softmax'"):

@@ -160,7 +160,7 @@ def test_unsupported_modules_are_all_listed_and_nothing_changes() -> None:
 
 
 class Own(nn.Module):
-    """A user's network, with a shared convolution, that is no timm model."""
+    """A user's model, with a shared convolution, that is no timm model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class Own(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def test_own_network() -> None:
+def test_own_model() -> None:
     model, x = Own().double().eval(), real_image(16, 2, torch.float64)
     with pytest.raises(BcosError, match=r"BcosConfig\(mean="):
         bcosify(copy.deepcopy(model))
@@ -193,7 +193,7 @@ def test_root_can_be_replaced() -> None:
     assert isinstance(stem, BcosStem) and isinstance(stem, BcosModel)
 
 
-def test_networks_without_a_convolution_read_through_a_reader() -> None:
+def test_models_without_a_convolution_read_through_a_reader() -> None:
     plain = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5)).double().eval()
     x, cfg = real_image(8, 2, torch.float64), dict(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.2))
     expected = plain(normalized(x, cfg)).detach()
@@ -212,7 +212,7 @@ def test_converting_again_only_converts_what_is_new() -> None:
     ("name", "config"),
     [("resnet18", BcosConfig.v2()), ("test_vit", BcosConfig.v2()), ("test_convnext", BcosConfig(logit_bias=None))],
 )
-def test_converted_networks_copy_pickle_and_reset(name: str, config: BcosConfig) -> None:
+def test_converted_models_copy_pickle_and_reset(name: str, config: BcosConfig) -> None:
     model = bcosify(timm.create_model(name, num_classes=7), config).eval()
     x = real_image(160 if "vit" in name else 64)
     expected = model(x)

@@ -42,7 +42,7 @@ KINDS = {
     "test_nfnet": "weight standardization",
     "tnt_s_legacy_patch16_224": "unfolded pixels",
     "tresnet_m": "a folded image",
-    "vit_tiny_r_s16_p8_224": "a convolutional network in front",
+    "vit_tiny_r_s16_p8_224": "a convolutional model in front",
     "volo_d1_224": "folding attention",
     "xcit_nano_12_p8_224": "attention between channels",
 }
@@ -75,7 +75,7 @@ def test_kind_converts_exactly_trains_and_preserves(arch: str, monkeypatch: pyte
 
 
 def test_a_row_tells_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The measurement can fail: a network with a function that explanation mode gets wrong is 'not exact'."""
+    """The measurement can fail: a model with a function that explanation mode gets wrong is 'not exact'."""
     create = coverage.create
 
     def spoiled(arch: str, size: int, **kwargs: object) -> nn.Module:
@@ -144,7 +144,7 @@ def test_image_reader_is_a_linear_map_of_the_encoding() -> None:
     assert not ImageReader(3, (0.5, 0.5, 0.5), std).offset.any()
 
 
-def test_networks_behind_a_reader_keep_timms_ways() -> None:
+def test_models_behind_a_reader_keep_timms_ways() -> None:
     model = timm.create_model("bcosify", arch="tresnet_m", num_classes=5).eval()
     assert isinstance(model.image_reader, ImageReader)
     x = real_image(64)

@@ -1,4 +1,4 @@
-"""torchvision's segmentation and detection networks: what in the image makes a region, or a box, say so."""
+"""torchvision's segmentation and detection models: what in the image makes a region, or a box, say so."""
 
 from collections.abc import Callable
 from functools import partial

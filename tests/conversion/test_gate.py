@@ -20,7 +20,7 @@ ACTS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "gelu": nn.GELU, "silu": nn.SiLU, "h
 
 
 def lively(arch: str = "test_efficientnet") -> nn.Module:
-    """A plain network whose norms add and subtract."""
+    """A plain model whose norms add and subtract."""
     torch.manual_seed(0)
     model = timm.create_model(arch, num_classes=5).double()
     for module in model.modules():
@@ -127,7 +127,7 @@ def test_its_own_weights_pass_unchanged(tmp_path: Path) -> None:
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
 
 
-def test_untrained_networks_and_those_without_storage_begin_at_0() -> None:
+def test_untrained_models_and_those_without_storage_begin_at_0() -> None:
     model = timm.create_model("bcosify", arch="test_efficientnet", bias="reference", device="meta")
     assert model.bn1.act.shift.is_meta
     model = timm.create_model("bcosify", arch="test_efficientnet", bias="reference")
@@ -135,7 +135,7 @@ def test_untrained_networks_and_those_without_storage_begin_at_0() -> None:
 
 
 @pytest.mark.parametrize("kwargs", [dict(in_chans=1), dict(global_pool=""), dict(num_classes=0)], ids=str)
-def test_networks_of_other_shapes_begin_at_their_answers_too(kwargs: dict[str, object]) -> None:
+def test_models_of_other_shapes_begin_at_their_answers_too(kwargs: dict[str, object]) -> None:
     torch.manual_seed(0)
     plain = timm.create_model("test_efficientnet", **kwargs).eval()
     nn.init.normal_(plain.bn1.bias)

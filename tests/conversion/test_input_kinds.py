@@ -1,4 +1,4 @@
-"""Networks that read no images, and gates of networks that take images of one size only."""
+"""Models that read no images, and gates of models that take images of one size only."""
 
 import copy
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import timm_bcos
 from tests.helpers import real_image
 from timm_bcos import BcosConfig, InputError, UnsupportedModuleError
-from timm_bcos.conversion.reference import reference_activations
+from timm_bcos.conversion.inspection import reference_activations
 from timm_bcos.nn.layers import ShiftedActivation
 
 PIXELS = BcosConfig(mean=(0.0,), std=(1.0,))
@@ -43,7 +43,7 @@ class Wrapped(nn.Module):
         (lambda: nn.Sequential(nn.ConvTranspose1d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2)), "0: a ConvTranspose1d"),
     ],
 )
-def test_networks_of_sequences_and_volumes_are_refused_unchanged(make: type[nn.Module], problem: str) -> None:
+def test_models_of_sequences_and_volumes_are_refused_unchanged(make: type[nn.Module], problem: str) -> None:
     network = make()
     before = copy.deepcopy(network)
     with pytest.raises(UnsupportedModuleError, match=problem):
@@ -76,7 +76,7 @@ class AsVolume(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [AlongRows, AsVolume])
-def test_networks_that_make_sequences_or_volumes_of_images_convert(kind: type[nn.Module]) -> None:
+def test_models_that_make_sequences_or_volumes_of_images_convert(kind: type[nn.Module]) -> None:
     network = timm_bcos.bcosify(kind(), PIXELS).eval()
     x = real_image(32, 2)
     timm_bcos.calibrate(network, x)
@@ -98,7 +98,7 @@ class OfOneSize(nn.Module):
         return self.fc(self.norm(self.conv(x)).flatten(1))  # type: ignore[no-any-return]
 
 
-def test_gates_of_a_network_of_a_fixed_size() -> None:
+def test_gates_of_a_model_of_a_fixed_size() -> None:
     network = OfOneSize(True).eval()
     with torch.no_grad():
         network.norm.running_mean.normal_(std=0.3)
@@ -113,7 +113,7 @@ def test_gates_of_a_network_of_a_fixed_size() -> None:
     torch.testing.assert_close(gate.shift.detach(), expected)
 
 
-def test_gates_of_a_network_of_a_size_that_nobody_knows() -> None:
+def test_gates_of_a_model_of_a_size_that_nobody_knows() -> None:
     network = OfOneSize(False).eval()
     with pytest.raises(InputError, match=r"OfOneSize does not run on one of 224 × 224 pixels.*dict\(input_size="):
         timm_bcos.bcosify(network, BcosConfig.finetune(bias="reference", mean=(0.5,), std=(0.5,)))

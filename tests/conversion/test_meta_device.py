@@ -1,4 +1,4 @@
-"""Networks that are made without memory, and filled later: nothing may be left to chance."""
+"""Models that are made without memory, and filled later: nothing may be left to chance."""
 
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def case(request: pytest.FixtureRequest) -> tuple[str, nn.Module, Tensor]:
     return request.param, original, real_image(config.get("input_size", (3, 160, 160))[-1])
 
 
-def test_a_network_of_the_meta_device_is_filled_by_a_state_dict(case: tuple[str, nn.Module, Tensor]) -> None:
+def test_a_model_of_the_meta_device_is_filled_by_a_state_dict(case: tuple[str, nn.Module, Tensor]) -> None:
     name, original, x = case
     with torch.device("meta"):
         model = create(name)
@@ -58,7 +58,7 @@ def test_a_network_of_the_meta_device_is_filled_by_a_state_dict(case: tuple[str,
     model.to_empty(device="cpu")
     forget(model)
     model.load_state_dict(original.state_dict())
-    if name == "fixed positions":  # of timm's own, which plain networks lose too
+    if name == "fixed positions":  # of timm's own, which plain models lose too
         reinit_non_persistent_buffers(model)
     same(model, original, x)
     forget(model)
@@ -67,7 +67,7 @@ def test_a_network_of_the_meta_device_is_filled_by_a_state_dict(case: tuple[str,
     same(model, original, x)
 
 
-def test_a_network_of_the_meta_device_takes_a_state_dict_over(case: tuple[str, nn.Module, Tensor]) -> None:
+def test_a_model_of_the_meta_device_takes_a_state_dict_over(case: tuple[str, nn.Module, Tensor]) -> None:
     name, original, x = case
     if name == "fixed positions":
         pytest.skip("timm's own tables stay on the meta device, of plain networks too")
@@ -91,7 +91,7 @@ def test_every_buffer_is_made_again_in_any_dtype(case: tuple[str, nn.Module, Ten
 
 
 @pytest.mark.parametrize("way", ["dispatch", "assign", "buffers too"])
-def test_networks_that_accelerate_makes_without_weights(
+def test_models_that_accelerate_makes_without_weights(
     way: str, case: tuple[str, nn.Module, Tensor], tmp_path: Path
 ) -> None:
     accelerate = pytest.importorskip("accelerate")

@@ -1,4 +1,4 @@
-"""Networks of a user's own, converted to the same function."""
+"""Models of a user's own, converted to the same function."""
 
 import copy
 import pickle
@@ -90,7 +90,7 @@ class Pair(nn.Module):
         return self.fc(scale * torch.cat([self.left(x), self.right(y)], 1).relu().mean((2, 3)))
 
 
-def test_networks_of_two_images_say_what_reads_them() -> None:
+def test_models_of_two_images_say_what_reads_them() -> None:
     model, x = Pair().double().eval(), real_image(16, 2, torch.float64)
     with pytest.raises(UnsupportedModuleError, match=r"several inputs \(x, y\).*first_conv="):
         bcosify(model, PRESERVE)
@@ -185,7 +185,7 @@ def test_images_of_other_channels(create: Callable[[int], nn.Module], channels: 
     assert assert_exact(converted, x, 1e-10).weights.shape[1] == 2 * channels
 
 
-def test_a_users_network_tells_its_channels_and_classes() -> None:
+def test_a_users_model_tells_its_channels_and_classes() -> None:
     for create in (small, Two, lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5))):
         x = real_image(8, 2)
         model = bcosify(create(), PRESERVE).eval()

@@ -32,7 +32,7 @@ def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [p.grad for p in model.parameters()]
 
 
-def test_any_grid_is_the_network_for_that_grid() -> None:
+def test_any_grid_is_the_model_for_that_grid() -> None:
     """Of images with as many tokens too, of which only the shape differs."""
     dynamic = vit(dynamic_img_size=True)
     found = []
@@ -128,7 +128,7 @@ def test_dropout_of_positions_leaks_no_noise() -> None:
     torch.testing.assert_close(model.eval()._pos_embed(patches), whole)
 
 
-def test_two_networks_inside_each_other() -> None:
+def test_two_models_inside_each_other() -> None:
     """A block of one calls the other, with another grid, in the middle."""
     outer, inner = vit(dynamic_img_size=True), vit(dynamic_img_size=True)
     x, other = torch.rand(1, 3, 32, 64), torch.rand(1, 3, 64, 32)
@@ -180,18 +180,18 @@ def test_formats() -> None:
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
     if timm_vits_trace():
         torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
-    with pytest.raises(ModelStateError, match="TorchScript has no form of positions='attention'"):
+    with pytest.raises(ModelStateError, match="TorchScript does not support positions='attention'"):
         torch.jit.script(model)
 
 
 def test_an_attention_layer_by_itself() -> None:
     tokens = torch.rand(1, 17, 192)
     assert vit().blocks[0].attn(tokens).shape == (1, 17, 192)
-    with pytest.raises(ModelStateError, match="it needs the network's grid"):
+    with pytest.raises(ModelStateError, match="it needs the model's grid"):
         vit(dynamic_img_size=True).blocks[0].attn(tokens)
 
 
 @pytest.mark.parametrize("arch", ["eva02_tiny_patch14_224", "hiera_tiny_224", "resnet18"])
-def test_other_networks_are_refused(arch: str) -> None:
+def test_other_models_are_refused(arch: str) -> None:
     with pytest.raises(UnsupportedModuleError, match="needs a vision transformer of timm's"):
         bcosify(timm.create_model(arch), BcosConfig(positions="attention"))

@@ -339,7 +339,7 @@ def test_sigmoid_gates_are_kept() -> None:
 
 
 @pytest.mark.parametrize("version", [torchvision.transforms.Normalize, torchvision.transforms.v2.Normalize])
-def test_networks_that_normalize_themselves(version: type[nn.Module]) -> None:
+def test_models_that_normalize_themselves(version: type[nn.Module]) -> None:
     inner = network().double().eval()
     x = real_image(8, 2, torch.float64)
     expected = inner(normalized(x, CFG)).detach()

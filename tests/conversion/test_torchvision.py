@@ -1,4 +1,4 @@
-"""torchvision's networks convert as timm's do: one of each model file, made small where its builder allows."""
+"""torchvision's models convert as timm's do: one of each model file, made small where its builder allows."""
 
 import copy
 import pickle
@@ -16,8 +16,8 @@ from torchvision.models.vision_transformer import VisionTransformer
 import timm_bcos
 from tests.helpers import enliven, normalized, real_image
 from timm_bcos import BcosConfig, BcosError, UnsupportedModuleError, bcosify
-from timm_bcos.conversion.attention import BcosAttention
-from timm_bcos.conversion.statistics import image_statistics
+from timm_bcos.conversion.inspection import image_statistics
+from timm_bcos.conversion.replacements.attention import BcosAttention
 from timm_bcos.nn.heads import BcosConvClassifier, BcosLinearClassifier
 from timm_bcos.nn.stems import BcosStem, ImageReader
 
@@ -104,7 +104,7 @@ def test_function_is_preserved_and_exact(name: str) -> None:
 def test_bcos_conversion_is_exact_and_trains(name: str) -> None:
     builder, size = ARCHITECTURES[name]
     x = real_image(size, 2, torch.float64)
-    gamma = 8.0 if name in ("squeezenet", "vgg") else 1.0  # without norms the signal of an untrained network fades
+    gamma = 8.0 if name in ("squeezenet", "vgg") else 1.0  # without norms the signal of an untrained model fades
     model = enliven(bcosify(builder().double(), BcosConfig(gamma=gamma)), x)
     verdict = timm_bcos.check(model, x)
     assert verdict.exact, verdict
@@ -126,7 +126,7 @@ def gates(model: nn.Module) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("name", ["resnet", "inception", "swin", "vit"])
-def test_converted_networks_copy_pickle_and_take_the_encoding(name: str) -> None:
+def test_converted_models_copy_pickle_and_take_the_encoding(name: str) -> None:
     model, x = plain_and_image(name, 1)
     model = bcosify(model)
     expected = model(x)
@@ -138,7 +138,7 @@ def test_converted_networks_copy_pickle_and_take_the_encoding(name: str) -> None
 
 
 def test_what_reads_the_image() -> None:
-    """The first convolution; a reader where the network splits the colors itself, as with Inception's weights."""
+    """The first convolution; a reader where the model splits the colors itself, as with Inception's weights."""
     assert type(bcosify(models.resnet18()).conv1) is BcosStem
     assert type(bcosify(models.googlenet(aux_logits=False, **UNTRAINED)).image_reader) is ImageReader
     plain = models.googlenet(aux_logits=False, init_weights=False)

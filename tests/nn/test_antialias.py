@@ -238,7 +238,7 @@ def test_state_dicts_are_the_same_but_for_what_they_say_of_filters() -> None:
     plain = timm.create_model("bcosify", arch="resnet18", num_classes=5).double().eval()
     weights = model.state_dict()
     assert list(plain.state_dict()) == list(weights)
-    with pytest.raises(timm_bcos.CheckpointError, match="antialias=True, while this network has antialias=False"):
+    with pytest.raises(timm_bcos.CheckpointError, match="antialias=True, while this model has antialias=False"):
         plain.load_state_dict(weights)
     del weights["bcos_settings"]
     plain.load_state_dict(weights)

@@ -71,7 +71,7 @@ def test_weights_of_another_function_are_refused(name: str, tmp_path: Path) -> N
         "this package": lambda: load_weights(other, tmp_path / "weights.safetensors"),
     }
     for load in loading.values():
-        with pytest.raises(CheckpointError, match=rf"weights are of .*{theirs}.* this network has .*{own}"):
+        with pytest.raises(CheckpointError, match=rf"weights are of .*{theirs}.* this model has .*{own}"):
             load()
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
 

@@ -1,1 +1,1 @@
-"""From any network to its B-cos equivalent: the config, the rules, the plan, and the converted network."""
+"""Conversion of any model to its B-cos equivalent: inspect the model, plan the conversion, apply the plan."""

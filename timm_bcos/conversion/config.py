@@ -1,4 +1,4 @@
-"""What a conversion does, as data: `BcosConfig` and its presets."""
+"""`BcosConfig`, the options of a conversion, and its presets for the papers' models."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ CHOICES = {
     "positions": ("keep", "attention"),
 }
 
-# True or False, or what else they may be.
+# Fields that are True or False, with their other values.
 SWITCHES: dict[str, tuple[str, ...]] = {"normalize_weight": (), "bias": ("reference",), "antialias": ()}
 
 
@@ -33,7 +33,7 @@ def _are_numbers(values: object, fits: Callable[[float], bool]) -> bool:
     return isinstance(values, tuple) and len(values) > 0 and all(_is_number(value) and fits(value) for value in values)
 
 
-# What each number must be, in words and as a test; `None` passes where it is a field's default.
+# Valid numbers, in words and as a test.
 NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "b": ("a number with b >= 1", lambda value: value >= 1),
     "max_out": ("a whole number of at least 1", lambda value: isinstance(value, int) and value >= 1),
@@ -42,59 +42,58 @@ NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "temperature": ("a positive number", lambda value: value > 0),
     "logit_bias": ("a number or None", lambda value: True),
 }
-OPTIONAL = ("gamma_scale", "logit_bias")
-# Likewise for each of several numbers, one per image channel or one for all.
+OPTIONAL = ("gamma_scale", "logit_bias")  # may also be None
+# Valid numbers in tuples with one number per image channel or one for all.
 PER_CHANNEL: dict[str, tuple[str, Callable[[float], bool]]] = {
     "mean": ("numbers", lambda value: True),
     "std": ("positive numbers", lambda value: value > 0),
 }
 
-# What attention's projections are called in timm.
+# Names of the projections of attention in timm.
 QKV = ("*qkv", "*in_proj", *(f"*.{name}{end}" for name in ("q", "k", "v", "kv") for end in ("", "_proj")))
 
 
 @dataclass(frozen=True, kw_only=True)
 class BcosConfig:
-    """How `bcosify` turns a network into a B-cos network.
-
-    The defaults are the fine-tuning preset at B = 2.
+    """Options of `bcosify`. The defaults are those of `BcosConfig.finetune` at B = 2.
 
     Args:
-        b: Exponent B of every convolution and linear layer; 1 is linear.
-        max_out: MaxOut units M per output.
-        gamma: Fixed output scale γ of every layer.
-        gamma_scale: s, which replaces `gamma` by γ = s / √d, d = kernel height · width · input channels.
-        normalize_weight: Unit-norm rows ŵ, or free rows as pretrained weights have them.
-        bias: True keeps additive biases (of layers and norms). They are not explained by the image. 'reference' lets
-            those of batch norms with an activation of their own act in its gate only (`ShiftedActivation`) and drops
-            the others, so that the image explains all while much of what the network has learned remains.
-        norm: 'keep' (as a dynamic linear map), 'uncentered' (batch norm only divides), or 'remove'. Without biases
-            a kept batch norm is uncentered too, since its running mean is one.
+        b: Exponent B of each convolution and linear layer; 1 is linear.
+        max_out: Number M of MaxOut units per output.
+        gamma: Fixed output scale γ of each layer.
+        gamma_scale: Number s that replaces `gamma` by γ = s / √d, d = kernel height · width · input channels.
+        normalize_weight: Whether the rows of weights are normalized to unit norm (ŵ) or used as they are, as in
+            pretrained models.
+        bias: True keeps additive biases of layers and norms, which the image does not explain. 'reference' removes
+            them, but the biases of batch norms with a built-in activation still act in its gate (`ShiftedActivation`):
+            the image explains everything, and much of what the model has learned is preserved.
+        norm: 'keep' (as a dynamic linear map), 'uncentered' (batch norms only divide) or 'remove'. Without biases,
+            'keep' also uncenters batch norms, since the running mean is a bias.
         activation: 'keep' (as a dynamic linear map) or 'remove'.
         max_pool: 'keep' or 'average'.
-        stem: 'normalized' feeds the encoding with the pretrained mean and std, so that the first layer starts as the
-            original; 'encoded' feeds it as it is, to a first layer with twice the input channels.
-        mean: Channel means of the 'normalized' stem, one for each channel of the image or one for all; None takes them
+        stem: 'normalized' normalizes the encoded image by mean and std, so that the first layer initially computes what
+            the original one does; 'encoded' passes it unchanged to a first layer with twice the input channels.
+        mean: Channel means for the 'normalized' stem, one for each channel of the image or one for all; None takes them
             from `model.pretrained_cfg`.
-        std: Channel standard deviations, likewise.
-        classify_positions: Apply the classifier at each position, before average pooling: 'never', where only 'linear'
-            layers lie between the two (the function stays the same at b = 1), or 'always', with norms between them
-            acting per position too.
-        temperature: T, what the pooled responses are divided by.
-        logit_bias: Added to every logit; None is log(p / (1 - p)) at p = 1 / num_classes.
-        probability: What turns logits into probabilities: 'sigmoid', as B-cos networks train with binary
-            cross-entropy, or 'softmax' for a network that did before its conversion.
-        linear: Patterns of module names that stay linear (B = 1, free weights): projections to queries, keys and
-            values, as in the B-cos transformers.
-        positions: Where a vision transformer's position embeddings and class tokens act: 'keep' adds them to the
-            tokens, as trained, and their part of each logit is not the image's; 'attention' lets them enter queries
-            and keys only, so that the image explains the whole logit. That is another function: train it.
-        antialias: Filter by [1, 2, 1] / 4 in front of convolutions with a stride (unless they cut their input into
-            patches that do not overlap), and behind max pooling with one. Strides sample unevenly, which explanations
-            show as checkerboards. That is another function too.
+        std: Channel standard deviations for the 'normalized' stem, in the same form as `mean`.
+        classify_positions: When to apply the classifier at each position, before average pooling: 'never', 'linear' (if
+            only linear layers are between pooling and classifier; the function is the same at b = 1) or 'always' (norms
+            between them act per position, too).
+        temperature: Divisor T of the pooled outputs of the classifier.
+        logit_bias: Constant added to each logit; None is log(p / (1 - p)) at p = 1 / num_classes.
+        probability: Function from logits to probabilities: 'sigmoid', since B-cos models are trained with binary
+            cross-entropy, or 'softmax' for a model that was trained with it before its conversion.
+        linear: Patterns of names of modules that stay linear (B = 1, weights not normalized). By default, projections
+            to queries, keys and values, as in the B-cos transformers.
+        positions: How a vision transformer uses position embeddings and class tokens: 'keep' adds them to the tokens,
+            as in training, so that part of each logit is not explained by the image; 'attention' adds them to queries
+            and keys only, so that the image explains the whole logit. This changes the function: train the model.
+        antialias: Whether to filter by [1, 2, 1] / 4 before convolutions with a stride, except those that cut their
+            input into patches without overlap, and after max pooling with a stride. Strides sample unevenly, which
+            explanations show as checkerboard patterns. This changes the function: train the model.
 
     Raises:
-        InputError: A ValueError, for a value outside its choices or its range.
+        InputError: For a value outside its choices or its range.
     """
 
     b: float = 2.0
@@ -125,7 +124,7 @@ class BcosConfig:
             raise InputError(f"BcosConfig({name}={getattr(self, name)!r}): {advice}")
 
     def _problems(self) -> Iterator[tuple[str, str]]:
-        """Fields with values outside their choices or ranges, and what to do."""
+        """Fields with values outside their choices or ranges, each with advice."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, choices in CHOICES.items():
             if values[name] not in choices:
@@ -147,12 +146,12 @@ class BcosConfig:
 
     @classmethod
     def paper(cls, *, gamma_scale: float | None = None, temperature: float = 1.0, **changes: Any) -> "BcosConfig":
-        """The networks of the first paper: MaxOut 2, no norms, activations or biases (section 4 of arXiv 2205.10268).
+        """Config of the first paper: MaxOut 2, no norms, activations or biases (section 4 of arXiv 2205.10268).
 
         Args:
-            gamma_scale: s in γ = s / √d.
-            temperature: T.
-            changes: Any other field.
+            gamma_scale: Number s in γ = s / √d.
+            temperature: Divisor T of the pooled outputs of the classifier.
+            changes: Values of other fields.
         """
         preset: dict[str, Any] = dict(
             max_out=2, gamma_scale=gamma_scale, temperature=temperature, normalize_weight=True, norm="remove",
@@ -162,7 +161,7 @@ class BcosConfig:
 
     @classmethod
     def v2(cls, **changes: Any) -> "BcosConfig":
-        """The networks of the second paper: unit norm, γ = 1, uncentered batch norm (section 3 of arXiv 2306.10898)."""
+        """Config of the second paper: unit norm, γ = 1, uncentered batch norm (section 3 of arXiv 2306.10898)."""
         preset: dict[str, Any] = dict(
             normalize_weight=True, norm="uncentered", activation="remove", max_pool="average", stem="encoded",
             logit_bias=None, classify_positions="always",
@@ -171,11 +170,11 @@ class BcosConfig:
 
     @classmethod
     def finetune(cls, *, b: float = 2.0, bias: bool | Literal["reference"] = False, **changes: Any) -> "BcosConfig":
-        """Start from pretrained weights (B-cosification, https://arxiv.org/abs/2411.00715): weights, norms and
-        activations are kept.
+        """Config to fine-tune a pretrained model, which keeps weights, norms and activations (B-cosification,
+        https://arxiv.org/abs/2411.00715).
 
-        With b = 1 and bias = True, and without `antialias`, the function is preserved: same logits as the original on
-        the same image, whose probabilities then are its softmax.
+        With b = 1 and bias = True, and without `antialias`, the function is preserved: logits are those of the original
+        model for the same image, and probabilities are their softmax.
         """
         preset = dict(probability="softmax" if b == 1 and bias is True else "sigmoid")
         return cls(b=b, bias=bias, **(preset | changes))
@@ -186,7 +185,7 @@ class BcosConfig:
         return self.bias is True
 
     def layer_gamma(self, fan_in: int) -> float:
-        """γ of a layer whose units see `fan_in` numbers (kernel height · width · input channels)."""
+        """γ of a layer with `fan_in` inputs per unit (kernel height · width · input channels)."""
         return self.gamma if self.gamma_scale is None else self.gamma_scale / math.sqrt(fan_in)
 
     def class_bias(self, num_classes: int) -> float:
@@ -197,13 +196,13 @@ class BcosConfig:
 
     @classmethod
     def split(cls, kwargs: dict[str, T]) -> tuple[dict[str, T], dict[str, T]]:
-        """Keyword arguments that are fields of this class, and the rest, which belong to timm."""
+        """Split keyword arguments into fields of this class and others, which are for timm."""
         names = {f.name for f in fields(cls)}
         own = {name: value for name, value in kwargs.items() if name in names}
         return own, {name: value for name, value in kwargs.items() if name not in names}
 
     def change(self, **changes: Any) -> "BcosConfig":
-        """A copy with other values; a `gamma` also replaces γ = s / √d."""
+        """Copy the config with other values; `gamma` also resets `gamma_scale`."""
         if "gamma" in changes:
             changes.setdefault("gamma_scale", None)
         return replace(self, **changes)

@@ -1,9 +1,9 @@
-"""What a converted network can do beyond timm's: explain itself, and stay B-cos when its head changes."""
+"""`bcosify`, and the class of converted models, which explain themselves and stay B-cos when their head changes."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial, wraps
+from functools import cache, wraps
 from inspect import signature
 from typing import Any, SupportsIndex
 
@@ -15,16 +15,17 @@ from .._compat import timm_layers, timm_models
 from ..errors import InputError, ModelStateError
 from ..explanation.api import explain
 from ..explanation.result import Explanation
-from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosPool2d
-from ..nn.layers import BcosConv2d, BcosLinear, LowPass2d, refuse_fused
-from ..nn.module_utils import buffer_device, clone
+from ..nn.heads import BcosPool2d
+from ..nn.layers import BcosConv2d, LowPass2d, refuse_fused
+from ..nn.module_utils import clone
 from ..nn.norms import UncenteredBatchNorm1d, UncenteredBatchNorm2d
 from ..nn.stems import BcosStem, ImageReader
+from .apply import apply_plan, link_heads
 from .config import BcosConfig
-from .plan import FOLDING, Plan, convertible, move_hooks, plan_conversion
+from .inspection import inspect_model
+from .plan import convertible, plan_conversion
 from .positions import POSITIONED, Positions, on_grid_of
-from .reference import reference_activations, set_reference_shifts
-from .replacements.offsets import OFFSETS
+from .replacements.base import BIASES
 from .rules import RULES, Rules
 from .settings import SETTINGS, encode_settings, refuse_contradictions
 
@@ -34,14 +35,13 @@ Method = Callable[..., Any]
 
 
 class BcosModel:
-    """Mixed into the class of every converted network; `isinstance(model, BcosModel)` tells one from a plain network.
+    """Base class of the classes of converted models: `isinstance(model, BcosModel)` is False for plain models.
 
     Attributes:
-        bcos_config: The conversion that made the network.
-        bcos_rules: Its rule table.
-        bcos_settings: What it computes besides its weights, in their state dict (`timm_bcos.conversion.settings`).
-        head_paths: Where pooling layers are, which let maps through while a B-cos classifier beside them pools; and
-            what that is called there.
+        bcos_config: Config of the conversion.
+        bcos_rules: Rules of the conversion.
+        bcos_settings: Settings that the weights do not show, as an entry of state dicts (`conversion.settings`).
+        head_paths: Paths of modules with pooling layers, with the names of the classifiers beside these (`link_heads`).
     """
 
     bcos_config: BcosConfig
@@ -53,11 +53,11 @@ class BcosModel:
     _has_reader: bool
 
     def explain(self, x: Tensor, target: int | Sequence[int] | Tensor | None = None, **kwargs: Any) -> Explanation:
-        """Explain this network's output for images; see `timm_bcos.explain`."""
+        """Explain the model's output for images, see `timm_bcos.explain`."""
         return explain(self, x, target, **kwargs)  # type: ignore[arg-type]
 
     def train(self, mode: bool = True) -> Self:
-        """As in torch; refused, before anything is changed, if layers have been fused."""
+        """Set the mode as in torch. Models with fused layers refuse training mode, and are left unchanged."""
         if mode:
             for module in self.modules():  # type: ignore[attr-defined]
                 refuse_fused(module)
@@ -65,12 +65,12 @@ class BcosModel:
         return super().train(mode)  # type: ignore[misc,no-any-return]
 
     def init_non_persistent_buffers(self) -> None:
-        """Make anew what no state dict holds, as timm calls it: the zeros in place of biases of timm's own modules."""
+        """Set buffers that are not in the state dict: timm's own, and the zeros that replace biases."""
         inherited = getattr(super(), "init_non_persistent_buffers", None)
         if inherited is not None:
             inherited()
         for module in self.modules():  # type: ignore[attr-defined]
-            for name in module._non_persistent_buffers_set.intersection(OFFSETS):
+            for name in module._non_persistent_buffers_set.intersection(BIASES):
                 module._buffers[name].zero_()
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
@@ -83,12 +83,13 @@ class BcosModel:
         return _rebuild, (self._plain_class, self._has_reader), self.__dict__
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """TorchScript has no `super()`: it compiles timm's own class, whose modules are the B-cos ones."""
+        """The same modules in timm's own class, which TorchScript compiles because it does not support `super()`."""
         if self.bcos_config.positions == "attention":
             raise ModelStateError(
-                "TorchScript has no form of positions='attention': use torch.export, torch.compile or positions='keep'"
+                "TorchScript does not support positions='attention': use torch.export, torch.compile or "
+                "positions='keep'"
             )
-        _link_heads(self)
+        link_heads(self)
         plain = self._plain_class.__new__(self._plain_class)
         plain.__dict__.update(self.__dict__)
         modules = plain.__dict__["_modules"] = dict(self.__dict__["_modules"])
@@ -101,32 +102,8 @@ class BcosModel:
         return root
 
 
-# Tuples: torch.compile of torch 2.6 knows no `isinstance(x, A | B)`.
-LAYERS = (BcosConv2d, BcosLinear)
-POOLING = (BcosPool2d, BcosFlatten)
-CONTAINERS = (list, tuple, dict)
+CONTAINERS = (list, tuple, dict)  # a tuple: torch.compile of torch 2.6 does not support `isinstance(x, A | B)`
 OWN_BUFFERS = (BcosStem, ImageReader, LowPass2d, UncenteredBatchNorm1d, UncenteredBatchNorm2d)
-
-
-def _link_heads(model: Any) -> None:
-    """Pooling layers let maps through exactly while a classifier beside them pools by itself, whatever was assigned."""
-    for path, names in model.head_paths.items():
-        head = _find(model, path)
-        children = {} if head is None else head._modules
-        defers = any(isinstance(child, BcosConvClassifier) for child in children.values())
-        defers = defers or any(_holds_classifier(children.get(name)) for name in names)
-        for child in children.values():
-            if isinstance(child, POOLING) and child.deferred != defers:
-                child.deferred = defers
-
-
-def _holds_classifier(module: nn.Module | None) -> bool:
-    """Behind a dropout, in an adapter of PEFT's, compiled: what stands where the classifier stood may contain it."""
-    if module is None or isinstance(module, BcosConvClassifier):
-        return module is not None
-    return any(_holds_classifier(child) for child in module._modules.values())
-
-
 TRAINED_NORMS = (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, timm_layers.BatchNormAct2d, timm_layers.SyncBatchNormAct,
     timm_layers.SplitBatchNorm2d,
@@ -134,26 +111,26 @@ TRAINED_NORMS = (
 
 
 def _keep_uncentered(model: Any) -> None:
-    """Convert batch norms that others have put in place of uncentered ones: trained, they would subtract means.
+    """Convert batch norms that others have assigned since the conversion, because they would subtract means.
 
-    `timm.utils.unfreeze` makes plain ones of frozen ones, `convert_sync_batchnorm` synchronized ones of ours.
+    `timm.utils.unfreeze` replaces frozen batch norms by plain ones, `convert_sync_batchnorm` all by synchronized ones.
     """
     if not any(type(module) in TRAINED_NORMS for module in model.modules()):
         return
-    if any(type(norm) in TRAINED_NORMS for _, norm in convertible(model, model.bcos_rules)):
+    if any(type(norm) in TRAINED_NORMS for norm in convertible(model, model.bcos_rules)):
         bcosify(model, model.bcos_config, rules=model.bcos_rules)
 
 
 def _put_settings_last(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, _: object) -> None:
-    """Behind the weights, whose order others may rely on."""
+    """Keep the order of weights, which other code may rely on, by moving the settings behind them."""
     if prefix + SETTINGS in state_dict:
         state_dict[prefix + SETTINGS] = state_dict.pop(prefix + SETTINGS)
 
 
 def _make_buffers(model: BcosModel, *_: object) -> None:
-    """After a state dict has been loaded, make what it does not hold: the network may come from the meta device.
+    """After a state dict has been loaded, set buffers that are not in it: the model may come from the meta device.
 
-    What a network of timm's own has of that kind is left to timm.
+    timm's own buffers of that kind are left to timm.
     """
     parameters: Any = model.parameters()  # type: ignore[attr-defined]
     device = next((parameter.device for parameter in parameters if not parameter.is_meta), None)
@@ -161,7 +138,7 @@ def _make_buffers(model: BcosModel, *_: object) -> None:
         return
     for module in model.modules():  # type: ignore[attr-defined]
         is_own = isinstance(module, OWN_BUFFERS)
-        for name in module._non_persistent_buffers_set if is_own else module._non_persistent_buffers_set & {*OFFSETS}:
+        for name in module._non_persistent_buffers_set if is_own else module._non_persistent_buffers_set & {*BIASES}:
             if module._buffers[name].is_meta:
                 module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
         if is_own:
@@ -169,32 +146,25 @@ def _make_buffers(model: BcosModel, *_: object) -> None:
     model.init_non_persistent_buffers()
 
 
-def _find(model: nn.Module, path: str) -> nn.Module | None:
-    module: nn.Module | None = model
-    for name in path.split(".") if path else ():
-        module = None if module is None else module._modules.get(name)
-    return module
-
-
 def _overrides(plain: Any) -> dict[str, Method]:
-    """What differs from the network's own class, where it has such a method; signatures stay."""
+    """Methods that differ from those of the model's own class, if it has them. Signatures are the same."""
 
     def forward(self: Any, *args: object, **kwargs: object) -> object:
-        _link_heads(self)
+        link_heads(self)
         if self.training and not torch.compiler.is_compiling():
             _keep_uncentered(self)
         return plain.forward(self, *args, **kwargs)
 
     def reset_classifier(self: Any, num_classes: int, *args: object, **kwargs: object) -> None:
-        plain.reset_classifier(self, num_classes, *args, **kwargs)  # timm builds a plain head
+        plain.reset_classifier(self, num_classes, *args, **kwargs)  # builds a plain head
         bcosify(self, self.bcos_config, rules=self.bcos_rules)
 
     def forward_head(self: Any, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        _link_heads(self)
+        link_heads(self)
         x = plain.forward_head(self, x, *args, **kwargs)
         pre_logits = args[0] if args else kwargs.get("pre_logits", False)
         pools = [m for m in self.modules() if isinstance(m, BcosPool2d) and m.deferred] if pre_logits else []
-        return pools[0].pool_now(x).flatten(1) if pools else x  # the classifier would have pooled
+        return pools[0].pool_now(x).flatten(1) if pools else x  # instead of the classifier
 
     def set_input_size(self: Any, *args: object, **kwargs: object) -> None:
         with _lend_plain_projection(getattr(self, "patch_embed", None), self.bcos_config):
@@ -212,7 +182,7 @@ def _overrides(plain: Any) -> dict[str, Method]:
 
 
 def _position_overrides(plain: Any) -> dict[str, Method]:
-    """With positions='attention' the blocks get tokens without constants, and know the grid if it varies."""
+    """For positions='attention', pass tokens without constants to the blocks, and the grid of tokens if it varies."""
     has_rotary_positions = issubclass(plain, timm_models.Eva)
 
     def _pos_embed(self: Any, x: Tensor, *args: object, **kwargs: object) -> object:
@@ -226,7 +196,7 @@ def _position_overrides(plain: Any) -> dict[str, Method]:
     def in_one_pass(method: Method) -> Method:
         def call(self: Any, *args: object, **kwargs: object) -> object:
             if self.bcos_config.positions == "attention" and self.dynamic_img_size:
-                self = clone(self)  # its blocks will be this pass's own
+                self = clone(self)  # whose blocks are replaced for this forward pass
                 self.__dict__["_is_one_pass"] = True
             return method(self, *args, **kwargs)
 
@@ -238,7 +208,7 @@ def _position_overrides(plain: Any) -> dict[str, Method]:
 
 @contextmanager
 def _lend_plain_projection(patch_embed: Any, config: BcosConfig) -> Iterator[None]:
-    """timm resamples a patch embedding's weights into a new, plain convolution: they go back into a B-cos one."""
+    """Let timm, which creates a plain convolution, resample the patch embedding's weights, and convert the result."""
     layer = getattr(patch_embed, "proj", None)
     if not isinstance(layer, BcosConv2d):
         yield
@@ -311,25 +281,26 @@ def _rebuild(plain: type, has_reader: bool) -> nn.Module:
 
 
 def bcosify(model: nn.Module, config: BcosConfig | None = None, *, rules: Rules | None = None) -> nn.Module:
-    """Convert a network to its B-cos equivalent.
+    """Convert a model to its B-cos equivalent.
 
-    All of it is planned before anything is changed: whatever is raised, the network is left as it was. Parameters are
-    adopted, not copied, except where their shape changes (the stem, the classifier, MaxOut). Hooks on replaced layers
-    move to their replacements. Converting a converted network again only converts what is new in it.
+    The whole conversion is planned before anything is changed: if an error is raised, the model is as before. `bcosify`
+    reuses the parameters of the original model, except where their shape changes (the stem, the classifier, MaxOut).
+    Hooks on replaced layers move to their replacements. For a model that has been converted before, only what is new in
+    it is converted.
 
     Args:
-        model: Any timm model, or a network of your own. Changed in place.
-        config: What to convert to; `BcosConfig()` fine-tunes pretrained weights at B = 2. None is that, or the config
-            of a network that has been converted before.
-        rules: From exact module type, or its qualified name, to rule; `RULES` by default. Extend the table with
+        model: Any timm model, or a model of your own. Changed in place.
+        config: Config of the conversion. By default the config of an earlier conversion, or else `BcosConfig()`, which
+            fine-tunes pretrained weights at B = 2.
+        rules: Table from exact module type, or its qualified name, to rule. `RULES` by default; extend it with
             `RULES | {MyBlock: my_rule}`.
 
     Returns:
-        The converted network: the same object, unless the root itself has been replaced.
+        The converted model: the same object, unless the root itself has been replaced.
 
     Raises:
-        UnsupportedModuleError: Lists every module that cannot be converted, and what else is missing: how the network's
-            images are normalized, if nothing says so.
+        UnsupportedModuleError: Lists every module that cannot be converted, and what else is missing, such as how the
+            model's images are normalized.
         InputError: For a mean or std that does not fit the image's channels.
 
     Examples:
@@ -340,48 +311,15 @@ def bcosify(model: nn.Module, config: BcosConfig | None = None, *, rules: Rules 
         config = BcosConfig() if converted is None else converted.bcos_config
     if rules is None:
         rules = RULES if converted is None else converted.bcos_rules
-    plan = plan_conversion(model, config, rules)
-    responses = reference_activations(model) if config.bias == "reference" else {}
-    network = _apply(plan)
-    set_reference_shifts(network, responses)
-    return network
+    inspection = inspect_model(model, config)
+    plan = plan_conversion(inspection, rules)
+    return apply_plan(plan, _set_class)
 
 
-def _apply(plan: Plan) -> nn.Module:
-    kind: Any = type(plan.root)
+def _set_class(root: nn.Module, has_reader: bool) -> None:
+    """Make a converted model an instance of `BcosModel`."""
+    kind: Any = type(root)
     if not issubclass(kind, BcosModel):
-        plan.root.__class__ = _bcos_class(kind, plan.has_reader)  # comes first, because Python may refuse it
-        plan.root.register_load_state_dict_post_hook(_make_buffers)
-        plan.root.register_state_dict_post_hook(_put_settings_last)
-    move_hooks(plan.model, plan.network)
-    for path, new in plan.replacements.items():
-        parent, _, child = path.rpartition(".")
-        owner = plan.network.get_submodule(parent)
-        move_hooks(getattr(owner, child), new)
-        setattr(owner, child, new)
-    for name, value in plan.attributes.items():
-        setattr(plan.root, name, value)
-    if not plan.has_reader and "image_reader" in plan.root._modules:  # of networks that run their layers in order
-        rest = dict(plan.root._modules)
-        first = {"image_reader": rest.pop("image_reader")}
-        plan.root._modules.clear()
-        plan.root._modules.update(first | rest)
-    for module in plan.foldable:
-        for name in FOLDING:
-            if hasattr(type(module), name):
-                setattr(module, name, partial(fuse_within, module))
-    _link_heads(plan.root)
-    device = next((buffer_device(parameter) for parameter in plan.root.parameters()), None)
-    settings = encode_settings(plan.root, plan.attributes["bcos_config"], device)  # type: ignore[arg-type]
-    plan.root.register_buffer(SETTINGS, settings)
-    return plan.root
-
-
-def fuse_within(module: nn.Module, *_: object, **__: object) -> nn.Module:
-    """What timm's `reparameterize_model` makes of a converted module that would fold norms or branches into weights.
-
-    Responses of B-cos layers are not linear in their weights, so that norms and branches stay; layers are fused.
-    """
-    for name, child in module.named_children():
-        setattr(module, name, child.fuse() if isinstance(child, LAYERS) else fuse_within(child))
-    return module
+        root.__class__ = _bcos_class(kind, has_reader)
+        root.register_load_state_dict_post_hook(_make_buffers)
+        root.register_state_dict_post_hook(_put_settings_last)

@@ -1,4 +1,4 @@
-"""A converted network for inference: layers fused, with the norms beside them."""
+"""A converted model for inference: weights are normalized once, and norms are fused into the layers beside them."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -22,29 +22,30 @@ from ..nn.norms import UncenteredBatchNorm2d
 from ..nn.stems import image_channels
 from .settings import SETTINGS, encode_settings
 
-__all__ = ["fuse"]
+__all__ = ["FOLDING", "fuse", "fuse_within"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 LAYERS = (BcosConv2d, BcosLinear)
+FOLDING = ("fuse", "reparameterize", "switch_to_deploy")  # methods that timm's `reparameterize_model` calls
 
 
 def fuse(model: ModelT, x: Tensor | None = None) -> ModelT:
-    """A copy of a B-cos network for inference, which computes the same logits and the same explanations faster.
+    """Copy a B-cos model for inference. The copy computes the same logits and explanations faster.
 
-    Weights are normalized once. Uncentered batch norms move into the layers before or behind them, wherever nothing
-    else sees what lies between the two.
+    Weights are normalized once. Uncentered batch norms are fused into the layer before or after them if no other layer
+    or function reads the tensor between the two.
 
     Args:
-        model: A converted network in evaluation mode. Not changed.
-        x: Images (N, C, H, W) that it takes, to see how its layers and norms are connected; None makes a random one of
-            the model's input size.
+        model: A converted model in evaluation mode. Not changed.
+        x: Images (N, C, H, W), which are passed through the model to find out how its layers and norms are connected.
+            None generates a random image of the model's input size.
 
     Returns:
-        The copy. It exports as the network does, and refuses training.
+        The copy. It can be exported like the model, and refuses training.
 
     Raises:
-        ModelStateError: For a network in training mode, one that is no B-cos network, one that has been fused, or one
-            that does not run on images of the size that it says.
+        ModelStateError: If the model is in training mode, is no B-cos model, has been fused already, or does not run
+            on images of its own input size.
 
     Examples:
         >>> fast = timm_bcos.fuse(model)
@@ -59,16 +60,16 @@ def fuse(model: ModelT, x: Tensor | None = None) -> ModelT:
         _replace(fused, names[layer], fuse_layer(layer, *scales))
     for norm in {*folds.after.values(), *folds.before.values()}:
         _replace(fused, names[norm], FoldedNorm(norm))
-    for network in fused.modules():
-        if SETTINGS in network._buffers:  # whose weights are others now
-            device = network.get_buffer(SETTINGS).device
-            network.register_buffer(SETTINGS, encode_settings(network, network.bcos_config, device))  # type: ignore[arg-type]
+    for module in fused.modules():
+        if SETTINGS in module._buffers:  # a converted model, whose settings now include that it is fused
+            device = module.get_buffer(SETTINGS).device
+            module.register_buffer(SETTINGS, encode_settings(module, module.bcos_config, device))  # type: ignore[arg-type]
     return fused
 
 
 @dataclass
 class _Folds:
-    """Which norm each layer takes over: the one behind it, and the one before it."""
+    """The norms to fuse into each layer: the one after it, and the one before it."""
 
     after: dict[nn.Module, UncenteredBatchNorm2d] = field(default_factory=dict)
     before: dict[nn.Module, UncenteredBatchNorm2d] = field(default_factory=dict)
@@ -76,7 +77,7 @@ class _Folds:
 
 @torch.no_grad()
 def _flow_through(model: nn.Module, modules: Sequence[nn.Module], x: Tensor | None) -> "_Flow":
-    """Watch images pass through a network's layers and norms."""
+    """Run images through a model, and record which layers, norms and functions read which tensors."""
     flow = _Flow()
     watched = [module for module in modules if isinstance(module, (*LAYERS, UncenteredBatchNorm2d))]
     seen = {module for module in watched if not module._forward_hooks and not module._forward_pre_hooks}
@@ -86,7 +87,7 @@ def _flow_through(model: nn.Module, modules: Sequence[nn.Module], x: Tensor | No
     try:
         with flow:
             flow.read(model(images), "the caller")
-    except Exception as error:  # of any kind: it is the network's
+    except Exception as error:  # models raise errors of every kind
         if x is not None:
             raise
         size = " × ".join(map(str, images.shape[2:]))
@@ -128,15 +129,28 @@ def _replace(model: nn.Module, path: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, new)
 
 
+def fuse_within(module: nn.Module, *_: object, **__: object) -> nn.Module:
+    """Fuse the B-cos layers of a module that would fold norms or branches into their weights, in place.
+
+    timm's `reparameterize_model` calls this instead of the module's own methods (`FOLDING`). Outputs of B-cos layers
+    are not linear in their weights, so norms and branches stay.
+    """
+    for name, child in module.named_children():
+        setattr(module, name, child.fuse() if isinstance(child, LAYERS) else fuse_within(child))
+    return module
+
+
 class _Flow(TorchFunctionMode):
-    """Which layers and functions read what others make, by the identity of tensors, which are kept alive for it.
+    """Records which layers and functions read which tensors.
+
+    Tensors are identified by their id, and kept alive so that ids stay unique.
 
     Attributes:
-        runs: How often each module ran.
-        inputs: The tensor that a module reads.
-        outputs: The one that it returns.
-        makers: The module that made a tensor.
-        readers: All that read a tensor: modules, and the names of functions outside of those.
+        runs: Number of calls of each module.
+        inputs: Id of the tensor that a module reads.
+        outputs: Id of the tensor that a module returns.
+        makers: Module that made a tensor, by the tensor's id.
+        readers: Modules, and functions called outside of these, that read a tensor, by the tensor's id.
     """
 
     def __init__(self) -> None:
@@ -155,7 +169,7 @@ class _Flow(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def read(self, values: object, reader: object) -> None:
-        """Note that `reader` uses all tensors in `values`."""
+        """Record that `reader` reads all tensors in `values`."""
         for tensor in private.tree_leaves(values):
             if isinstance(tensor, Tensor):
                 self._alive.append(tensor)
@@ -173,4 +187,4 @@ class _Flow(TorchFunctionMode):
             self._alive.append(output)
             self.outputs[module] = id(output)
             self.makers[id(output)] = module
-            self.readers.setdefault(id(output), set()).discard(module)  # which may have written in place
+            self.readers.setdefault(id(output), set()).discard(module)  # it may have written in place

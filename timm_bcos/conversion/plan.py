@@ -1,223 +1,231 @@
-"""What a conversion will do: all of it is decided, and built, before anything is changed."""
+"""Second step of a conversion: decide, and build, everything that will change, without changing the model.
+
+`plan_conversion` asks the rule of each module for its replacement, decides how images are read, and refuses the
+conversion if anything is in the way.
+"""
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UnsupportedModuleError
 from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, BcosPool2d
 from ..nn.layers import BcosConv2d, BcosLinear
 from ..nn.module_utils import buffer_device
 from ..nn.stems import BcosStem, ImageReader
-from .config import BcosConfig
+from .fusing import FOLDING
+from .inspection import IN_ORDER, Inspection, reference_activations
 from .positions import PositionedQkv, Positions, attention_paths
-from .problems import computed_weight_problem, config_problems, reads_no_image, several_inputs, wrapper_problem
-from .roles import IN_ORDER, LayerRoles
-from .rules import ADVICE, Rule, Rules, is_container, keep, keep_leaf, resolve
+from .problems import (
+    computed_weight_problem,
+    input_problems,
+    lost_hook_problems,
+    model_problems,
+    no_rule_problem,
+    probability_problem,
+    state_hook_problem,
+    wrapper_problem,
+)
+from .rules import Rule, Rules, RulesByType, keep, keep_leaf, resolve, rule_for
 
-__all__ = [
-    "FOLDING",
-    "Plan",
-    "convertible",
-    "has_hooks",
-    "has_state_hooks",
-    "move_hooks",
-    "plan_conversion",
-]
-
-CALL_HOOKS = (
-    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
-)  # fmt: skip
-STATE_HOOKS = (
-    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"
-)  # fmt: skip
+__all__ = ["Plan", "Replacement", "convertible", "plan_conversion"]
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody watches the module's calls."""
-    return any(getattr(module, name) for name in CALL_HOOKS)
+class Replacement(NamedTuple):
+    """A module and what it becomes, which is the module itself if it is kept."""
 
-
-def move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Hang the hooks of calls on a module's replacement; handles that remove them keep working."""
-    if old is new:
-        return
-    for name in CALL_HOOKS:
-        hooks = old.__dict__[name]
-        hooks.update(new.__dict__[name])
-        new.__dict__[name] = hooks
-    if new._is_full_backward_hook is None:
-        new._is_full_backward_hook = old._is_full_backward_hook
-
-
-def has_state_hooks(module: nn.Module) -> bool:
-    """Whether somebody changes what the module's state dict holds."""
-    return any(getattr(module, name) for name in STATE_HOOKS)
-
-
-RulesByType = dict[type[nn.Module], Rule]
-FOLDING = ("fuse", "reparameterize", "switch_to_deploy")  # methods that timm's `reparameterize_model` calls
+    old: nn.Module
+    new: nn.Module
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion, decided and built in full; `timm_bcos.conversion.converted` carries it out.
+    """A conversion, decided and built in full. `str(plan)` is a table of its replacements.
 
     Attributes:
-        model: The network, unchanged so far.
-        network: What it will be: `model`, or what replaces it.
-        root: `network`, or a Sequential of an `ImageReader` and the network.
-        replacements: New modules by their path in `network`, parents first, itself excluded.
-        attributes: What the root will say of itself, its config and its reader included.
-        has_reader: Its forward methods will read the image first; elsewhere the reader is one of its layers.
-        foldable: Modules of which something would be folded into a B-cos layer.
+        converted: What the model becomes: itself, or the replacement of its root.
+        root: `converted`, or a Sequential of an `ImageReader` and `converted`.
+        replacements: Modules that become others, by path, parents first.
+        attributes: Attributes of the root, its config and its `ImageReader` included.
+        has_reader: Whether the root's forward methods call the `ImageReader`; otherwise the reader is a layer of it.
+        foldable: Modules whose methods would fold norms or branches into the weights of B-cos layers.
+        reference: Reference activations of batch norms, by path in `converted`.
     """
 
-    model: nn.Module
-    network: nn.Module
+    converted: nn.Module
     root: nn.Module
-    replacements: dict[str, nn.Module]
-    attributes: dict[str, object]
+    replacements: dict[str, Replacement]
+    attributes: dict[str, Any]
     has_reader: bool
     foldable: tuple[nn.Module, ...]
+    reference: dict[str, Tensor]
+
+    def __str__(self) -> str:
+        table = self.replacements.items()
+        rows = [(path or "(root)", type(old).__name__, type(new).__name__) for path, (old, new) in table]
+        widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
+        return "\n".join(f"{path:{widths[0]}}  {old:{widths[1]}}  -> {new}" for path, old, new in rows)
 
 
-def plan_conversion(model: nn.Module, config: BcosConfig, rules: Rules) -> Plan:
+def plan_conversion(inspection: Inspection, rules: Rules) -> Plan:
     """Decide a conversion.
 
     Args:
-        model: Stays as it is.
-        config: What to convert to.
-        rules: From exact module type, or its name, to rule.
+        inspection: Inspection of the model, which is not changed.
+        rules: Table from exact module type, or its qualified name, to rule.
 
     Raises:
-        UnsupportedModuleError: With all that is in the way.
-        InputError: For a mean or std of another number of channels than the image.
+        UnsupportedModuleError: Lists everything that is in the way.
+        InputError: If `bias="reference"` needs to run the model, and it does not run on images of its own size.
     """
-    places = LayerRoles(model, config)
-    found = _Replacements(model, config, resolve(rules), places)
-    network = found.by_path[""]
-    is_read = any(isinstance(m, BcosStem | ImageReader) for m in found.modules())
-    problems = [*config_problems(model, config), *places.problems, *found.problems]
-    problems += [] if is_read else [*several_inputs(network), *reads_no_image(model, places.channels)]
-    positions = _plan_positions(model, config, found, problems)
+    table = _ask_rules(inspection, resolve(rules))
+    modules = table.modules()
+    needs_reader = not any(isinstance(m, BcosStem | ImageReader) for m in modules)
+    problems = [*model_problems(inspection), *table.problems]
+    problems += lost_hook_problems(inspection.model, [row.old for row in table.rows.values()], modules)
+    if needs_reader:
+        problems += input_problems(inspection, table.rows[""].new)
+    positions = _plan_positions(inspection, table, problems)
     if problems:
         raise UnsupportedModuleError(problems)
-    reader = None if is_read else _image_reader(model, places)
-    is_wrapped = reader is not None and type(network).forward is nn.Sequential.forward  # would run it as a layer
-    runs_first = reader is not None and isinstance(network, IN_ORDER)  # will
+    reader = _image_reader(inspection) if needs_reader else None
+    return _build_plan(inspection, rules, table, reader, positions)
+
+
+def _build_plan(
+    inspection: Inspection, rules: Rules, table: "_Table", reader: ImageReader | None, positions: Positions | None
+) -> Plan:
+    model, config, converted = inspection.model, inspection.config, table.rows[""].new
+    is_sequential = type(converted).forward is nn.Sequential.forward  # would run the reader as its last layer
+    root = converted if reader is None or not is_sequential else _sequential(reader, converted)
+    optional = dict(image_reader=reader if root is converted else None, positions=positions)
     return Plan(
-        model=model,
-        network=network,
-        root=_read_through(reader, network) if reader is not None and is_wrapped else network,
-        replacements={path: new for path, new in found.changed.items() if path},
+        converted=converted,
+        root=root,
+        replacements={path: row for path, row in table.rows.items() if row.new is not row.old},
         attributes=dict(
             bcos_config=config,
             bcos_rules=rules,
-            head_paths={
-                f"network.{path}".strip(".") if is_wrapped else path: names for path, names in found.heads().items()
-            },
-            **({} if reader is None or is_wrapped else dict(image_reader=reader)),
-            **({} if positions is None else dict(positions=positions)),
-            **_traits(network, places, found),
+            head_paths=_head_paths(model, table, prefix="" if root is converted else CONVERTED),
+            **{name: value for name, value in optional.items() if value is not None},
+            **_described(converted, inspection.channels, table),
         ),
-        has_reader=reader is not None and not is_wrapped and not runs_first,
-        foldable=tuple(m for m in found.modules() if _is_foldable(m)),
+        has_reader=optional["image_reader"] is not None and not isinstance(root, IN_ORDER),
+        foldable=tuple(m for m in table.modules() if _is_foldable(m)),
+        reference=reference_activations(model) if config.bias == "reference" else {},
     )
 
 
-def _is_foldable(module: nn.Module) -> bool:
-    return not isinstance(module, BcosConv2d | BcosLinear) and any(hasattr(type(module), name) for name in FOLDING)
+# Replacements
 
 
 @dataclass
-class _Replacements:
-    """A walk over a network that asks each module's rule.
+class _Table:
+    """What each module of a model becomes.
 
     Attributes:
-        by_path: What each module visited will be, parents first.
-        changed: Those that will be something else.
-        by_id: By the original's id; a module with several names is converted once.
-        problems: What is in the way.
+        rows: Modules by path, parents first; modules within a module that is replaced as a whole are absent.
+        problems: Reasons why modules cannot be converted.
     """
 
-    model: nn.Module
-    config: BcosConfig
-    rules: RulesByType
-    places: "LayerRoles"
-    by_path: dict[str, nn.Module] = field(default_factory=dict)
-    changed: dict[str, nn.Module] = field(default_factory=dict)
-    by_id: dict[int, nn.Module] = field(default_factory=dict)
+    rows: dict[str, Replacement] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        for name, module in _walk("", self.model, self.rules, self.by_id):
-            if id(module) not in self.by_id:
-                self.by_id[id(module)] = self._convert(name, module)
-            new = self.by_path[name] = self.by_id[id(module)]
-            if new is not module:
-                self.changed[name] = new
-        self.problems += self._lost_hooks()
-
-    def _convert(self, name: str, module: nn.Module) -> nn.Module:
-        """The module's replacement; itself where something is in the way."""
-        rule = _rule_for(module, self.rules)
-        advice = wrapper_problem(module) or (None if rule in (keep, keep_leaf) else computed_weight_problem(module))
-        if rule is None or advice is not None:
-            self.problems.append(_problem(name, module) if advice is None else f"{name or '(root)'}: {advice}")
-            return module
-        try:
-            new = rule(module, self.places.of(name, module), self.config)
-        except UnsupportedModuleError as refusal:
-            self.problems += refusal.problems
-            return module
-        if new is not module and has_state_hooks(module):
-            self.problems.append(
-                f"{name or '(root)'}: has state dict hooks, made for the layer that it is: remove them, convert, and "
-                f"register them again"
-            )
-        return new
-
     def modules(self) -> list[nn.Module]:
-        """Those that the network will consist of."""
-        return list({id(m): m for m in self._below("", self.by_path[""])}.values())
+        """All modules of the converted model."""
+        return list({id(m): m for m in self._within("", self.rows[""].new)}.values())
 
-    def _below(self, path: str, module: nn.Module) -> Iterator[nn.Module]:
+    def _within(self, path: str, module: nn.Module) -> Iterator[nn.Module]:
         yield module
         for name, child in module._modules.items():
             if child is not None:
-                child_path = f"{path}.{name}" if path else name
-                yield from self._below(child_path, self.by_path.get(child_path, child))
-
-    def heads(self) -> dict[str, tuple[str, ...]]:
-        """Paths of modules with pooling layers, and what classifiers beside those are called there.
-
-        A classifier may have been wrapped since an earlier conversion: the names of then stay.
-        """
-        pooling = [path for path, m in self.by_path.items() if isinstance(m, BcosPool2d | BcosFlatten)]
-        classifiers = [path for path, m in self.by_path.items() if isinstance(m, BcosConvClassifier)]
-        before = getattr(self.model, "head_paths", {})
-        parents = dict.fromkeys(path.rpartition(".")[0] for path in pooling if path)
-        names = {p: tuple(c.rpartition(".")[2] for c in classifiers if c.rpartition(".")[0] == p) for p in parents}
-        return {path: found or before.get(path, ()) for path, found in names.items()}
-
-    def _lost_hooks(self) -> list[str]:
-        hooked = [(name, m) for name, m in self.model.named_modules() if has_hooks(m) and id(m) not in self.by_id]
-        if not hooked:
-            return []
-        staying = {id(m) for m in self.modules()}
-        advice = "has hooks and goes away with the module around it: remove them"
-        return [f"{name}: {advice}" for name, m in hooked if id(m) not in staying]
+                child_path = _join(path, name)
+                row = self.rows.get(child_path)
+                yield from self._within(child_path, child if row is None else row.new)
 
 
-def _plan_positions(model: Any, config: BcosConfig, found: _Replacements, problems: list[str]) -> Positions | None:
-    """Let a vision transformer's constants act in its attention only: its qkv projections are others then."""
-    if config.positions == "keep" or isinstance(getattr(model, "positions", None), Positions):
+def _ask_rules(inspection: Inspection, rules: RulesByType) -> _Table:
+    table = _Table()
+    answers: dict[int, nn.Module] = {}  # a module with several paths is converted once
+
+    def replace(path: str, module: nn.Module) -> nn.Module:
+        if id(module) not in answers:
+            answers[id(module)] = _ask_rule(inspection, rules, path, module, table.problems)
+        return answers[id(module)]
+
+    for path, module, new in _visit("", inspection.model, rules, replace):
+        table.rows[path] = Replacement(module, new)
+    return table
+
+
+def _ask_rule(
+    inspection: Inspection, rules: RulesByType, path: str, module: nn.Module, problems: list[str]
+) -> nn.Module:
+    """The module's replacement, or the module itself and a further problem."""
+    rule = rule_for(module, rules)
+    problem = _module_problem(inspection, path, module, rule)
+    new = module
+    if rule is not None and problem is None:
+        try:
+            new = rule(module, inspection.roles[path], inspection.config)
+        except UnsupportedModuleError as refusal:
+            problems += refusal.problems
+        problem = None if new is module else state_hook_problem(module)
+    if problem is not None:
+        problems.append(f"{path or '(root)'}: {problem}")
+    return new
+
+
+def _module_problem(inspection: Inspection, path: str, module: nn.Module, rule: Rule | None) -> str | None:
+    return (
+        wrapper_problem(module)
+        or (None if rule in (keep, keep_leaf) else computed_weight_problem(module))
+        or (no_rule_problem(module) if rule is None else None)
+        or probability_problem(inspection, path)
+    )
+
+
+def _visit(
+    path: str, module: nn.Module, rules: RulesByType, replace: Callable[[str, nn.Module], nn.Module]
+) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Modules with their paths and replacements, parents first.
+
+    Children are visited if the replacement has left them in place. `named_children` would skip the second name of a
+    module.
+    """
+    new = replace(path, module)
+    yield path, module, new
+    if rule_for(module, rules) is keep_leaf or wrapper_problem(module) is not None:
+        return
+    for name, child in module._modules.items():
+        is_kept = getattr(new, name, None) is child
+        if child is not None and is_kept:
+            yield from _visit(_join(path, name), child, rules, replace)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
+
+
+def convertible(model: nn.Module, rules: Rules) -> Iterator[nn.Module]:
+    """Modules of a model that a conversion would replace, if the config says so."""
+    by_type = resolve(rules)
+    for _, module, _ in _visit("", model, by_type, lambda _path, kept: kept):
+        if rule_for(module, by_type) not in (keep, keep_leaf):
+            yield module
+
+
+# Positions
+
+
+def _plan_positions(inspection: Inspection, table: _Table, problems: list[str]) -> Positions | None:
+    """For `positions="attention"`, replace the projections to queries, keys and values once more."""
+    model: Any = inspection.model
+    if inspection.config.positions == "keep" or isinstance(getattr(model, "positions", None), Positions):
         return None
     try:
         paths = attention_paths(model)
@@ -226,77 +234,65 @@ def _plan_positions(model: Any, config: BcosConfig, found: _Replacements, proble
         return None
     positions = Positions(model)
     for path in paths:
-        qkv = found.by_path.get(path)
-        if isinstance(qkv, BcosLinear):
-            found.by_path[path] = found.changed[path] = PositionedQkv.from_linear(qkv, positions)
+        old, qkv = table.rows.get(path, (None, None))
+        if old is not None and isinstance(qkv, BcosLinear):
+            table.rows[path] = Replacement(old, PositionedQkv.from_linear(qkv, positions))
         else:
             problems.append(f"{path}: positions='attention' needs a B-cos layer, not {type(qkv).__name__}")
     return positions
 
 
-def _image_reader(model: nn.Module, places: "LayerRoles") -> ImageReader:
-    like = next(model.parameters(), torch.empty(0))
-    reader = ImageReader(places.channels, places.mean, places.std, buffer_device(like), like.dtype)
-    return reader.train(model.training)
+# Reading images
+
+CONVERTED = "network"  # name of the converted model in a Sequential, as in published state dicts
 
 
-def _read_through(reader: ImageReader, network: nn.Module) -> nn.Sequential:
-    root = nn.Sequential(OrderedDict(image_reader=reader, network=network))
-    root.training = network.training
+def _image_reader(inspection: Inspection) -> ImageReader:
+    like = next(inspection.model.parameters(), torch.empty(0))
+    reader = ImageReader(inspection.channels, inspection.mean, inspection.std, buffer_device(like), like.dtype)
+    return reader.train(inspection.model.training)
+
+
+def _sequential(reader: ImageReader, converted: nn.Module) -> nn.Sequential:
+    root = nn.Sequential(OrderedDict({"image_reader": reader, CONVERTED: converted}))
+    root.training = converted.training
     return root
 
 
-def _traits(network: nn.Module, places: "LayerRoles", found: _Replacements) -> dict[str, object]:
-    """What the network says of itself: images are in [0, 1], with so many channels, and so many classes."""
-    traits: dict[str, object] = {}
-    if cfg := getattr(network, "pretrained_cfg", None):
-        channels = len(cfg.get("mean") or (0, 0, 0))
-        traits["pretrained_cfg"] = dict(cfg, mean=(0.0,) * channels, std=(1.0,) * channels)
-        traits["default_cfg"] = traits["pretrained_cfg"]
-    if not hasattr(network, "in_chans"):
-        traits["in_chans"] = places.channels
-    classifiers = [m for m in found.modules() if isinstance(m, BcosConvClassifier | BcosLinearClassifier)]
-    if not hasattr(network, "num_classes") and classifiers:
+# What the converted model knows about itself
+
+
+def _head_paths(model: nn.Module, table: _Table, prefix: str) -> dict[str, tuple[str, ...]]:
+    """Paths of modules with pooling layers, with the names of the classifiers beside these.
+
+    A classifier may have been wrapped since an earlier conversion, so names from that conversion stay.
+    """
+    new = {path: row.new for path, row in table.rows.items()}
+    pools = [path for path, m in new.items() if isinstance(m, BcosPool2d | BcosFlatten) and path]
+    classifiers = [path.rpartition(".") for path, m in new.items() if isinstance(m, BcosConvClassifier)]
+    earlier = getattr(model, "head_paths", {})
+    found = {}
+    for head in dict.fromkeys(path.rpartition(".")[0] for path in pools):
+        names = tuple(name for parent, _, name in classifiers if parent == head)
+        found[_join(prefix, head)] = names or earlier.get(head, ())
+    return found
+
+
+def _described(converted: nn.Module, channels: int, table: _Table) -> dict[str, object]:
+    """Attributes that other libraries read: images are in [0, 1], numbers of image channels and of classes."""
+    found: dict[str, object] = {}
+    if cfg := getattr(converted, "pretrained_cfg", None):
+        count = len(cfg.get("mean") or (0, 0, 0))
+        found["pretrained_cfg"] = dict(cfg, mean=(0.0,) * count, std=(1.0,) * count)
+        found["default_cfg"] = found["pretrained_cfg"]
+    if not hasattr(converted, "in_chans"):
+        found["in_chans"] = channels
+    classifiers = [m for m in table.modules() if isinstance(m, BcosConvClassifier | BcosLinearClassifier)]
+    if not hasattr(converted, "num_classes") and classifiers:
         last = classifiers[-1]
-        traits["num_classes"] = last.out_channels if isinstance(last, BcosConvClassifier) else last.out_features
-    return traits
+        found["num_classes"] = last.out_channels if isinstance(last, BcosConvClassifier) else last.out_features
+    return found
 
 
-def _walk(
-    name: str, module: nn.Module, rules: RulesByType, done: dict[int, nn.Module]
-) -> Iterator[tuple[str, nn.Module]]:
-    """Modules with their paths, parents first, into whatever its rule has left in place."""
-    yield name, module
-    kept = done[id(module)]
-    if _rule_for(module, rules) is keep_leaf or wrapper_problem(module) is not None:
-        return
-    for child_name, child in module._modules.items():  # `named_children` names a shared module only once
-        is_kept = getattr(kept, child_name, None) is child
-        if child is not None and is_kept:
-            yield from _walk(f"{name}.{child_name}" if name else child_name, child, rules, done)
-
-
-def convertible(model: nn.Module, rules: Rules) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a network, with their paths, that a conversion would replace if their config says so."""
-    by_type = resolve(rules)
-    for name, module in _walk("", model, by_type, {id(m): m for m in model.modules()}):
-        if _rule_for(module, by_type) not in (keep, keep_leaf):
-            yield name, module
-
-
-def _rule_for(module: nn.Module, rules: RulesByType) -> Rule | None:
-    kind = type(module)
-    if kind in rules:
-        return rules[kind]
-    return keep if hasattr(module, "bcos_config") or is_container(module, rules) else None
-
-
-def _problem(name: str, module: nn.Module) -> str:
-    kind = type(module)
-    place = f"{name or '(root)'}: "
-    if kind in ADVICE:
-        return f"{place}{kind.__module__}.{kind.__name__} {ADVICE[kind]}"
-    return (
-        f"{place}no rule for {kind.__module__}.{kind.__name__}; "
-        f"pass rules=RULES | {{{kind.__name__}: rule}}, with rule=keep if explanation mode covers its forward"
-    )
+def _is_foldable(module: nn.Module) -> bool:
+    return not isinstance(module, BcosConv2d | BcosLinear) and any(hasattr(type(module), name) for name in FOLDING)

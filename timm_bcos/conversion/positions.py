@@ -1,15 +1,14 @@
-"""Transformers whose position embeddings and class tokens steer the attention only.
+"""Vision transformers whose position embeddings and class tokens act in the attention only.
 
-In a transformer as it is, such constants are added to the tokens, so that part of every logit is theirs and not the
-image's (`Explanation.bias`). With `BcosConfig(positions="attention")` they enter queries and keys, which only weigh the
-values: the image then explains the whole logit. A token that is nothing but a constant, like a class token, starts at 0
-and collects what it attends to.
+In an ordinary vision transformer these constants are added to the tokens, so part of each logit comes from them instead
+of the image (`Explanation.bias`). With `BcosConfig(positions="attention")` they are added to queries and keys only,
+which determine the weights of values, so the image explains the whole logit. Class tokens start at 0.
 
-No forward pass leaves anything behind for the attention layers to find. Each computes the constants anew, from the
-network's parameters and the grid of tokens, so that forward passes of several threads, and those that gradient
-checkpointing repeats, do not see each other.
+Each attention layer computes the constants itself from the model's parameters and the grid of tokens. A forward pass
+stores nothing in the model, so passes in several threads, and passes that gradient checkpointing repeats, do not
+interfere.
 
-Rotary positions (EVA-02, DINOv3) turn queries and keys and are added to nothing, so they stay as they are.
+Rotary positions (EVA-02, DINOv3) rotate queries and keys and are not added to tokens, so they are not changed.
 """
 
 from collections.abc import Iterator
@@ -27,43 +26,40 @@ from ..nn.module_utils import clone, first_output
 
 __all__ = ["POSITIONED", "PositionedQkv", "Positions", "attention_paths", "on_grid_of"]
 
-POSITIONED = (
-    timm_models.VisionTransformer,
-    timm_models.Eva,
-)  # networks that add constants to their tokens in `_pos_embed`
+POSITIONED = (timm_models.VisionTransformer, timm_models.Eva)  # models that add constants to tokens in `_pos_embed`
 
 Grid = tuple[int, int]
-_GRID: ContextVar[Grid] = ContextVar("grid of the tokens that the running block has")
+_GRID: ContextVar[Grid] = ContextVar("grid of tokens in the block that is running")
 
 
 class Positions:
-    """A vision transformer's additive constants, from its parameters; shared by its attention layers.
+    """A vision transformer's additive constants, which its attention layers share.
 
     Attributes:
-        embedding: The network with the same parameters, always, but with no layers besides the patch embedding, whose
-            grid it asks for, and rotary positions. Dropout acts on the tokens' contents, outside.
+        embedding: The model with the same parameters, but without layers other than the patch embedding and rotary
+            positions. Dropout is applied to tokens outside of it.
     """
 
     def __init__(self, model: Any) -> None:
         self.embedding = clone(model)
         self.embedding.__dict__["_parameters"] = model._parameters
-        asked = ("patch_embed", "rope")  # for the grid, and for rotary positions
-        self.embedding.__dict__["_modules"] = {name: m for name, m in model._modules.items() if name in asked}
-        self.embedding.__dict__["pos_drop"] = _whole
+        needed = ("patch_embed", "rope")  # for the grid, and for rotary positions
+        self.embedding.__dict__["_modules"] = {name: m for name, m in model._modules.items() if name in needed}
+        self.embedding.__dict__["pos_drop"] = _no_dropout
 
     def tokens(self, like: Tensor) -> Tensor:
-        """The constants (1, L, D) of the network's grid, or of the running block's where grids vary."""
+        """The constants (1, L, D) for the model's grid, or for that of the running block if the image size can vary."""
         model = self.embedding
         if not model.dynamic_img_size:
             rows, columns = model.patch_embed.grid_size
             return self._embed(like.new_zeros(1, rows * columns, model.embed_dim))
         grid = _GRID.get(None)
         if grid is None:
-            raise ModelStateError("an attention layer ran by itself: with dynamic_img_size it needs the network's grid")
+            raise ModelStateError("an attention layer ran by itself: with dynamic_img_size it needs the model's grid")
         return self._embed(like.new_zeros(1, *grid, model.embed_dim))
 
     def contents(self, patches: Tensor) -> Tensor:
-        """What the network's embedding, an affine map, makes of patches without its constants, (N, L, D)."""
+        """Embedded patches (N, L, D) without the constants of the embedding, which is an affine map."""
         return self._embed(patches) - self._embed(patches.new_zeros((1,) + patches.shape[1:]))
 
     def _embed(self, patches: Tensor) -> Tensor:
@@ -71,25 +67,25 @@ class Positions:
         return tokens
 
 
-def _whole(tokens: Tensor) -> Tensor:
-    """What stands for the dropout; no module, which `torch.fx` would look for in the network."""
+def _no_dropout(tokens: Tensor) -> Tensor:
+    """Replaces the dropout. It is not a module, because `torch.fx` would look for that in the model."""
     return tokens
 
 
 class PositionedQkv(BcosLinear):
-    """A projection to queries, keys and values whose queries and keys also see the positions.
+    """Projection to queries, keys and values that adds the model's constants to queries and keys.
 
     Attributes:
-        positions: Of the network.
+        positions: Constants of the model.
 
-    Shape: (N, L, D) to (N, L, 3 · D'), queries and keys first.
+    Shape: (N, L, D) to (N, L, 3 · D'), in the order queries, keys, values.
     """
 
     positions: Positions
 
     @classmethod
     def from_linear(cls, qkv: BcosLinear, positions: Positions) -> "PositionedQkv":
-        """The same layer, parameters included, with positions."""
+        """A clone of a layer, with the same parameters, that adds positions."""
         new = clone(qkv)
         new.__class__ = cls
         new.positions = positions  # type: ignore[assignment]
@@ -102,7 +98,7 @@ class PositionedQkv(BcosLinear):
 
 
 class _OnGrid(nn.Module):
-    """A block for one forward pass: whoever runs it, and when, its attention finds the grid of that pass."""
+    """A block for one forward pass, whose attention layers can read the grid of that pass (`_GRID`)."""
 
     def __init__(self, block: nn.Module, grid: Grid) -> None:
         super().__init__()
@@ -118,15 +114,15 @@ class _OnGrid(nn.Module):
 
 
 def on_grid_of(blocks: nn.Sequential, patches: Tensor) -> nn.Sequential:
-    """The blocks, for tokens that come from patches (N, H, W, D)."""
+    """Blocks for the tokens of patches (N, H, W, D)."""
     return nn.Sequential(*(_OnGrid(block, (patches.shape[1], patches.shape[2])) for block in blocks))
 
 
 def attention_paths(model: nn.Module) -> list[str]:
-    """The attention layers' projections to queries, keys and values in a vision transformer of timm's.
+    """Paths of the projections to queries, keys and values in one of timm's vision transformers.
 
     Raises:
-        UnsupportedModuleError: For any other network.
+        UnsupportedModuleError: For any other model.
     """
     if isinstance(model, POSITIONED) and isinstance(model.patch_drop, nn.Identity | NoneType):
         paths = list(_projections(model))

@@ -1,12 +1,12 @@
-"""The conversion rules: a table from module type to what replaces it (`timm_bcos.conversion.replacements`).
+"""The conversion rules: a table from module types to functions that replace modules (`conversion.replacements`).
 
-Types of other libraries stand in it by their names, 'timm.models.csatv2.Dct1d', and are looked up when a network is
-converted (`resolve`): a name that the installed version does not have is the name of no module in the network either.
+Types of other libraries are given by name, such as 'timm.models.csatv2.Dct1d', and looked up when a model is converted
+(`resolve`). Names that the installed version of the library does not have are ignored.
 
-Keys are *exact* types, because subclasses hide things: timm's `BatchNormAct2d` is a batch norm with an activation
-inside. A type without a row is kept only where nothing is lost by it (`is_container`): it holds other modules, which
-have rows of their own, is no variety of a type that has a rule, and owns no parameters but those that `OWNED` names:
-scales, tokens, positions and tables of attention, which explanation mode covers. All else is refused, whoever wrote it.
+Keys are *exact* types, because subclasses can change behavior: timm's `BatchNormAct2d` is a batch norm with a built-in
+activation. A type without a rule is kept only if that is safe (`is_container`): it contains other modules, which have
+rules of their own, is no subclass of a type with a rule, and owns no parameters except those that `OWNED` names. All
+other types are refused.
 """
 
 import sys
@@ -21,29 +21,37 @@ from ..nn.heads import BcosConvClassifier, BcosFlatten, BcosLinearClassifier, Bc
 from ..nn.layers import BcosConv2d, BcosLinear, LowPass2d, ShiftedActivation, SigmoidActivation
 from ..nn.norms import UncenteredBatchNorm1d, UncenteredBatchNorm2d, UncenteredBatchNormAct2d
 from ..nn.stems import BcosStem, ImageReader
-from .attention import WINDOWED, BcosAttention
 from .blocks import AVERAGED, BARE, WIDE, WIDE_NORM_ACTS, WIDE_NORMS
 from .positions import PositionedQkv
-from .replacements import activations, attention, linear, norms, offsets, pooling
+from .replacements import activations, attention, layers, norms
 from .replacements.activations import sigmoid_as_activation
-from .replacements.base import LayerRole, Rule, keep, keep_leaf
-from .statistics import NORMALIZERS
+from .replacements.attention import WINDOWED, BcosAttention
+from .replacements.base import LayerRole, Rule, keep, keep_leaf, remove_biases
 
 __all__ = [
     "ADVICE",
-    "PROBABILITIES",
     "RULES",
     "LayerRole",
     "Rule",
     "Rules",
-    "is_container",
+    "RulesByType",
     "keep",
     "keep_leaf",
     "resolve",
+    "rule_for",
     "sigmoid_as_activation",
-]  # fmt: skip
+]
 
-Rules: TypeAlias = Mapping[type[nn.Module] | str, Rule]  # by exact type, or the type's qualified name
+Rules: TypeAlias = Mapping[type[nn.Module] | str, Rule]  # by exact type, or its qualified name
+RulesByType: TypeAlias = Mapping[type[nn.Module], Rule]
+
+
+def rule_for(module: nn.Module, rules: RulesByType) -> Rule | None:
+    """The rule for a module, by its exact type; None if there is none."""
+    kind = type(module)
+    if kind in rules:
+        return rules[kind]
+    return keep if hasattr(module, "bcos_config") or is_container(module, rules) else None
 
 
 # Parameters that a container may own directly: explanation mode covers how they are used.
@@ -60,11 +68,11 @@ OWNED = {
 }  # fmt: skip
 
 
-NORM_BUFFERS = ("weight", "bias", "running_mean", "running_var")  # of a norm that has been frozen
+NORM_BUFFERS = ("weight", "bias", "running_mean", "running_var")  # buffers of frozen batch norms
 
 
-def is_container(module: nn.Module, rules: Mapping[type[nn.Module], Rule]) -> bool:
-    """Whether a module without a row may be kept, because all that matters in it has a row: see above."""
+def is_container(module: nn.Module, rules: RulesByType) -> bool:
+    """Whether a module without a rule may be kept, because its children have rules: see the top of this file."""
     kind = type(module)
     if kind.__module__.partition(".")[0] == "torch" or not any(True for _ in module.children()):
         return False
@@ -75,8 +83,7 @@ def is_container(module: nn.Module, rules: Mapping[type[nn.Module], Rule]) -> bo
     return all(any(fnmatch(name, pattern) for patterns in OWNED.values() for pattern in patterns) for name in owned)
 
 
-# What to do about modules that no rule can be right for.
-PROBABILITIES = (nn.Sigmoid, nn.Softmax, nn.LogSoftmax)
+# How to proceed with modules that no rule can convert.
 ADVICE: dict[type[nn.Module], str] = {
     nn.LogSoftmax: "gives log-probabilities, while explanations are of logits: replace it by nn.Identity() and take a "
     "loss on logits",
@@ -85,10 +92,10 @@ ADVICE: dict[type[nn.Module], str] = {
 }
 
 
-def resolve(rules: Rules) -> dict[type[nn.Module], Rule]:
-    """A table of rules by type alone; what stands under a type comes before what stands under its name.
+def resolve(rules: Rules) -> RulesByType:
+    """A table of rules by type only. A rule for a type takes precedence over one for the type's name.
 
-    Only modules that have been imported are asked: a network has no layers of others.
+    Types are looked up in Python modules that have been imported; a model cannot have layers of other types.
     """
     named = {_type_called(key): rule for key, rule in rules.items() if isinstance(key, str)}
     typed = {key: rule for key, rule in rules.items() if not isinstance(key, str)}
@@ -101,12 +108,12 @@ def _type_called(name: str) -> type[nn.Module] | None:
     return kind if isinstance(kind, type) else None
 
 
-def _named(rule: Rule, names: str) -> dict[str, Rule]:
+def _named(rule: Rule, names: str) -> dict[Any, Rule]:
     return dict.fromkeys(names.split(), rule)
 
 
 class RuleTable(dict[Any, Rule]):
-    """A table of rules that finds those under names by type too: `RULES[torch.nn.Conv2d]`."""
+    """A table that also finds rules given by a type's name when it is asked for the type: `RULES[torch.nn.Conv2d]`."""
 
     def __missing__(self, kind: type[nn.Module]) -> Rule:
         return resolve({key: rule for key, rule in self.items() if isinstance(key, str)})[kind]
@@ -116,26 +123,26 @@ class RuleTable(dict[Any, Rule]):
 
 
 RULES = RuleTable({
-    **_named(linear.replace_conv, "torch.nn.Conv2d timm.layers.Conv2dSame"),
+    **_named(layers.replace_conv, "torch.nn.Conv2d timm.layers.Conv2dSame"),
     **_named(
-        linear.replace_standardized_conv,
+        layers.replace_standardized_conv,
         """
         timm.layers.StdConv2d timm.layers.StdConv2dSame timm.layers.ScaledStdConv2d timm.layers.ScaledStdConv2dSame
         """,
     ),
     **_named(
-        linear.replace_linear,
+        layers.replace_linear,
         """
         torch.nn.Linear timm.layers.Linear torch.nn.modules.linear.NonDynamicallyQuantizableLinear
         """,
     ),
     **_named(
-        linear.replace_linear_layer,
+        layers.remove_layer_bias,
         """
         torch.nn.Conv1d torch.nn.Conv3d torch.nn.ConvTranspose1d torch.nn.ConvTranspose2d
         """,
     ),
-    **_named(linear.replace_lstm, "torch.nn.LSTM"),
+    **_named(layers.replace_lstm, "torch.nn.LSTM"),
     **_named(attention.replace_multihead_attention, "torch.nn.MultiheadAttention"),
     **dict.fromkeys((*WINDOWED,), attention.replace_window_attention),
     # norms
@@ -186,24 +193,24 @@ RULES = RuleTable({
         """,
     ),
     **_named(
-        activations.replace_memory_efficient,
+        activations.replace_memory_efficient_activation,
         """
         timm.layers.activations_me.SwishMe timm.layers.activations_me.MishMe timm.layers.activations_me.HardSwishMe
         timm.layers.activations_me.HardMishMe timm.layers.activations_me.HardSigmoidMe
         """,
     ),
-    **_named(activations.replace_activation_with_offset, "timm.models.metaformer.StarReLU"),
-    **dict.fromkeys((*BARE,), activations.replace_bare),
-    **_named(activations.keep_unless_bare, "torchvision.models.densenet.DenseNet"),
+    **_named(activations.replace_biased_activation, "timm.models.metaformer.StarReLU"),
+    **dict.fromkeys((*BARE,), activations.replace_functional_activation),
+    **_named(activations.refuse_functional_activation, "torchvision.models.densenet.DenseNet"),
     # pooling
-    **_named(pooling.replace_max_pool, "torch.nn.MaxPool1d torch.nn.MaxPool2d timm.layers.pool2d_same.MaxPool2dSame"),
-    **_named(pooling.replace_global_pool, "timm.layers.SelectAdaptivePool2d"),
-    **_named(pooling.replace_flatten, "torch.nn.Flatten"),
-    **dict.fromkeys((*AVERAGED,), pooling.replace_averaged),
-    **dict.fromkeys((*WIDE,), attention.replace_wide),
-    # owners of an additive bias
+    **_named(layers.replace_max_pool, "torch.nn.MaxPool1d torch.nn.MaxPool2d timm.layers.pool2d_same.MaxPool2dSame"),
+    **_named(layers.replace_global_pool, "timm.layers.SelectAdaptivePool2d"),
+    **_named(layers.replace_flatten, "torch.nn.Flatten"),
+    **dict.fromkeys((*AVERAGED,), layers.replace_functional_max_pool),
+    **dict.fromkeys((*WIDE,), attention.replace_float32_attention),
+    # modules with additive biases of their own
     **_named(
-        offsets.replace_offset,
+        remove_biases,
         """
         timm.layers.grn.GlobalResponseNorm timm.models.hgnet.LearnableAffineBlock timm.models.mlp_mixer.Affine
         timm.models.beit.Attention timm.models.eva.EvaAttention timm.models.swin_transformer_v2.WindowAttention
@@ -221,9 +228,9 @@ RULES = RuleTable({
         torchvision.ops.SqueezeExcitation
         """,
     ),
-    **_named(activations.pass_gates, "timm.models.iformer.SHMA"),
+    **_named(activations.replace_iformer_attention, "timm.models.iformer.SHMA"),
     **_named(activations.replace_sequential, "torch.nn.Sequential"),
-    # linear or piecewise linear as they are, or without effect in evaluation
+    # linear or piecewise linear, or without effect in evaluation mode
     **_named(
         keep,
         """
@@ -243,10 +250,10 @@ RULES = RuleTable({
         timm.models.hiera.Unroll timm.models.levit.Downsample timm.models.selecsls.SelectSeq torchvision.ops.Permute
         torchvision.ops.StochasticDepth torchvision.ops.DropBlock2d torchvision.models.maxvit.SwapAxes
         torchvision.models.maxvit.WindowPartition torchvision.models.maxvit.WindowDepartition
+        torchvision.transforms.Normalize torchvision.transforms.v2.Normalize
         """,
     ),
-    **dict.fromkeys((*NORMALIZERS,), keep),
-    # owners of scales
+    # modules with scales of their own
     **_named(
         keep,
         """
@@ -256,7 +263,7 @@ RULES = RuleTable({
         timm.models.swiftformer.EfficientAdditiveAttention
         """,
     ),
-    # of transformers: scales, stochastic depth, positions
+    # scales, stochastic depth and positions in the library transformers
     **_named(
         keep,
         """
@@ -269,7 +276,7 @@ RULES = RuleTable({
         transformers.models.beit.modeling_beit.BeitDropPath
         """,
     ),
-    # what gives attention its positions
+    # positions for attention
     **_named(
         keep,
         """
@@ -279,9 +286,9 @@ RULES = RuleTable({
         timm.models.gemma4_vit.Gemma4RotaryEmbedding2D
         """,
     ),
-    # linear maps that explanation mode covers, without a B-cos form yet
+    # linear maps without a B-cos form, which explanation mode covers
     **_named(keep_leaf, "timm.layers.CondConv2d"),
-    # this package's own
+    # modules of this package
     **dict.fromkeys(
         (
             BcosConv2d, BcosStem, ImageReader, BcosConvClassifier, BcosLinear, BcosLinearClassifier, BcosPool2d,

@@ -1,9 +1,9 @@
-"""What a B-cos network computes besides its weights, as a tensor that travels with them.
+"""Settings of a B-cos model that its weights do not show, stored as a tensor in the state dict.
 
-Weights of one B load into a network of another: names and shapes are the same. So a converted network's state dict has
-one entry more, `bcos_settings`: B, γ, T, how images are read, and what else no weight shows, as the bytes of a JSON
-text. A tensor survives whatever is done to checkpoints (safetensors, averaging, prefixes); metadata would not. Weights
-without that entry (official releases, plain networks) load as ever.
+Weights for one B fit a model with another B: names and shapes are the same. Therefore the state dict of a converted
+model has one more entry, `bcos_settings`: B, γ, T, how images are read and so on, as the bytes of a JSON text. Unlike
+metadata, a tensor survives whatever is done to checkpoints (safetensors, averaging, prefixes). Weights without that
+entry (official releases, plain models) can be loaded as usual.
 """
 
 import json
@@ -28,9 +28,9 @@ __all__ = [
     "refuse_contradictions",
 ]
 
-SETTINGS = "bcos_settings"  # the entry of state dicts
-LENGTH = 4096  # bytes, spaces included: for transformers an entry of another length is one of another network
-# Fields of the conversion that no name or shape of a weight shows; the second ones matter where a classifier is loaded.
+SETTINGS = "bcos_settings"  # name of the entry
+LENGTH = 4096  # bytes, padded with spaces: transformers does not accept entries of another shape
+# Fields of the config that do not affect names or shapes of weights. The second ones matter if a classifier is loaded.
 FIELDS = (
     "b", "gamma", "gamma_scale", "normalize_weight", "max_out", "activation", "max_pool", "positions", "antialias",
     "linear",
@@ -42,13 +42,13 @@ Settings = dict[str, Any]
 
 
 def is_settings(name: str) -> bool:
-    """Whether a state dict's entry of that name is no weight."""
+    """Whether the entry of a state dict with this name holds settings instead of a weight."""
     return SETTINGS in name.split(".")
 
 
-def _describe(network: nn.Module, config: BcosConfig) -> Settings:
-    """In JSON's types."""
-    named = list(network.named_modules())
+def _settings_of(model: nn.Module, config: BcosConfig) -> Settings:
+    """Settings of a model in JSON's types."""
+    named = list(model.named_modules())
     settings = dict(
         {name: getattr(config, name) for name in (*FIELDS, *HEAD_FIELDS)},
         fused=any(getattr(module, "is_fused", False) for _, module in named),
@@ -65,15 +65,15 @@ def _statistics(module: Any) -> Settings:
     }
 
 
-def encode_settings(network: nn.Module, config: BcosConfig, device: torch.device | str | None = None) -> Tensor:
-    """The settings of a network whose conversion was `config`, as bytes (L,) of type uint8."""
-    text = json.dumps(_describe(network, config), separators=(",", ":")).encode()
+def encode_settings(model: nn.Module, config: BcosConfig, device: torch.device | str | None = None) -> Tensor:
+    """The settings of a model that was converted with `config`, as bytes (L,) of type uint8."""
+    text = json.dumps(_settings_of(model, config), separators=(",", ":")).encode()
     padded = text.ljust(-(-len(text) // LENGTH) * LENGTH)
     return torch.tensor(list(padded), dtype=torch.uint8, device=device)
 
 
 def decode_settings(entry: Tensor) -> Settings:
-    """What an entry says; nothing if it says nothing that can be read, as after `to_empty`."""
+    """The settings in an entry; empty if it cannot be read, for instance after `to_empty`."""
     try:
         found = json.loads(bytes(entry.detach().cpu().round().long().tolist()))  # averages are floats
     except (ValueError, TypeError, RuntimeError, NotImplementedError):
@@ -82,7 +82,7 @@ def decode_settings(entry: Tensor) -> Settings:
 
 
 class Contradiction(NamedTuple):
-    """A setting that weights were made with, and a network's own."""
+    """A setting that differs between weights and a model."""
 
     name: str
     theirs: object
@@ -90,56 +90,56 @@ class Contradiction(NamedTuple):
 
 
 def contradictions(
-    network: nn.Module, config: BcosConfig, weights: Mapping[str, Tensor], prefix: str = ""
+    model: nn.Module, config: BcosConfig, weights: Mapping[str, Tensor], prefix: str = ""
 ) -> list[Contradiction]:
-    """Where weights say that they are of another function.
+    """Settings in which weights differ from a model.
 
     Args:
-        network: A converted network.
-        config: Its conversion.
-        weights: A state dict, with or without the entry.
-        prefix: Of the network's names in it.
+        model: A converted model.
+        config: Config of its conversion.
+        weights: State dict, with or without settings.
+        prefix: Prefix of the model's names in the state dict.
     """
     entry = weights.get(prefix + SETTINGS)
-    return (
-        []
-        if entry is None
-        else list(_differences(network, decode_settings(entry), _describe(network, config), weights, prefix))
-    )
+    if entry is None:
+        return []
+    return list(_differences(model, decode_settings(entry), _settings_of(model, config), weights, prefix))
 
 
 def _differences(
-    network: nn.Module, theirs: Settings, own: Settings, weights: Mapping[str, Tensor], prefix: str
+    model: nn.Module, theirs: Settings, own: Settings, weights: Mapping[str, Tensor], prefix: str
 ) -> Iterator[Contradiction]:
-    heads = [name for name, module in network.named_modules() if isinstance(module, HEADS)]
-    has_head = any(f"{prefix}{name}.weight" in weights for name in heads)  # else the network keeps its own
+    heads = [name for name, module in model.named_modules() if isinstance(module, HEADS)]
+    has_head = any(f"{prefix}{name}.weight" in weights for name in heads)  # otherwise the model keeps its classifier
     for name in ("fused", *FIELDS, *(HEAD_FIELDS if has_head else ())):
         if name in theirs and theirs[name] != own[name]:
             yield Contradiction(name, theirs[name], own[name])
     for path, statistics in own["images"].items():
         for name, values in theirs.get("images", {}).get(path, {}).items():
-            fits = not values or not statistics[name] or len(values) == len(statistics[name])  # color, or gray
+            fits = (
+                not values or not statistics[name] or len(values) == len(statistics[name])
+            )  # False for color and gray images
             if fits and values != statistics[name]:
                 yield Contradiction(name, values, statistics[name])
 
 
 def refuse_contradictions(
-    network: nn.Module, config: BcosConfig, weights: Mapping[str, Tensor], prefix: str = "", source: str = "state dict"
+    model: nn.Module, config: BcosConfig, weights: Mapping[str, Tensor], prefix: str = "", source: str = "state dict"
 ) -> None:
-    """Refuse the weights of another function.
+    """Refuse weights whose settings differ from the model's, see `contradictions`.
 
     Raises:
-        CheckpointError: Naming both values of each setting.
+        CheckpointError: Names both values of each setting.
     """
-    found = contradictions(network, config, weights, prefix)
+    found = contradictions(model, config, weights, prefix)
     if found:
         raise CheckpointError(
-            f"{source}: these weights are of {in_words(found, 'theirs')}, while this network has "
+            f"{source}: these weights are of {in_words(found, 'theirs')}, while this model has "
             f"{in_words(found, 'own')}: create it with the same, or remove {prefix + SETTINGS!r} from the state dict "
             f"to start another function from these weights"
         )
 
 
 def in_words(found: Collection[Contradiction], whose: str) -> str:
-    """One side of contradictions, as keywords."""
+    """The values of one side (`theirs` or `own`) as keyword arguments."""
     return ", ".join(dict.fromkeys(f"{one.name}={getattr(one, whose)!r}" for one in found))

@@ -248,7 +248,7 @@ class _Conversion:
 
 def _convert_weights(original: nn.Module | None, state_dict: "StateDict", model: nn.Module) -> "StateDict":
     """Convert weights. If `original`, the plain model, is given, it loads them to compute reference activations."""
-    from ..conversion.reference import reference_activations
+    from ..conversion.inspection import reference_activations
     from ..weights.formats import convert_plain_weights
 
     converted = convert_plain_weights(state_dict, model)

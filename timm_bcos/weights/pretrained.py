@@ -13,7 +13,7 @@ from timm.models import load_state_dict_from_hf
 from torch import Tensor, nn
 
 from .._compat import private
-from ..conversion.roles import name_in_backbone
+from ..conversion.inspection import name_in_backbone
 from ..conversion.settings import contradictions, in_words, is_settings
 from ..errors import CheckpointError, NotFineTunedWarning
 from ..files import first_line, sha256

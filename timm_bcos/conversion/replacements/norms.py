@@ -1,4 +1,4 @@
-"""Rules for norms, with or without an activation behind them."""
+"""Rules for norms, with or without a built-in activation."""
 
 from typing import Any, TypeVar
 
@@ -10,40 +10,39 @@ from ...nn.module_utils import clone
 from ...nn.norms import UncenteredBatchNorm1d, UncenteredBatchNorm2d, UncenteredBatchNormAct2d
 from ..blocks import WIDE_NORM_ACTS, WIDE_NORMS
 from ..config import BcosConfig
-from .base import LayerRole, refuse, with_class
-from .offsets import replace_offset
+from .base import LayerRole, refuse, remove_biases, with_class
 
 
-def replace_batch_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, place: LayerRole, config: BcosConfig) -> nn.Module:
-    """One- and two-dimensional batch norms, and the synchronized one."""
-    if hasattr(norm, "act"):  # torch's `convert_sync_batchnorm` leaves the layers inside of timm's norms unused
-        return replace_batch_norm_act(norm, place, config)
+def replace_batch_norm(norm: nn.BatchNorm1d | nn.BatchNorm2d, layer_role: LayerRole, config: BcosConfig) -> nn.Module:
+    """Batch norms of one or two dimensions, synchronized or not."""
+    if hasattr(norm, "act"):  # torch's `convert_sync_batchnorm` keeps the activation in timm's norms without calling it
+        return replace_batch_norm_act(norm, layer_role, config)
     if config.norm == "remove":
         return nn.Identity()
-    if _stays(norm, place, config):
+    if _stays(norm, layer_role, config):
         return norm
     kind = UncenteredBatchNorm1d if isinstance(norm, nn.BatchNorm1d) else UncenteredBatchNorm2d
     return kind.from_batch_norm(_with_weight(norm))
 
 
-def replace_batch_norm_act(norm: Any, place: LayerRole, config: BcosConfig) -> nn.Module:
-    """timm's batch norms with a drop and an activation layer behind them."""
+def replace_batch_norm_act(norm: Any, layer_role: LayerRole, config: BcosConfig) -> nn.Module:
+    """timm's batch norms with a built-in dropout and activation."""
     if config.norm == "remove":
         return _removed_norm_act(norm, config)
-    if _stays(norm, place, config):
+    if _stays(norm, layer_role, config):
         return norm
     new = UncenteredBatchNormAct2d.from_batch_norm(_with_weight(norm))
     new.drop, new.act = norm.drop, norm.act
     if config.bias == "reference" and not isinstance(norm.act, nn.Identity | ShiftedActivation):
-        shift = torch.zeros_like(new.weight, requires_grad=new.weight.requires_grad)  # trained as the bias was
+        shift = torch.zeros_like(new.weight, requires_grad=new.weight.requires_grad)  # trainable if the norm is
         new.act = ShiftedActivation(norm.act, shift)
     return new
 
 
-def _stays(norm: nn.BatchNorm1d | nn.BatchNorm2d, place: LayerRole, config: BcosConfig) -> bool:
+def _stays(norm: nn.BatchNorm1d | nn.BatchNorm2d, layer_role: LayerRole, config: BcosConfig) -> bool:
     if norm.running_var is None:
-        why = "has no running statistics: it normalizes by the batch, so that images would explain each other"
-        refuse(place, norm, f"{why}; train it with track_running_stats=True, or pass norm='remove'")
+        reason = "has no running statistics: it normalizes by the batch, so that images would explain each other"
+        refuse(layer_role, norm, f"{reason}; train it with track_running_stats=True, or pass norm='remove'")
     return config.norm == "keep" and config.adds_bias
 
 
@@ -51,15 +50,15 @@ BatchNormT = TypeVar("BatchNormT", nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm1
 
 
 def _with_weight(norm: BatchNormT) -> BatchNormT:
-    """A batch norm without one multiplies by 1."""
+    """The norm, with weights of 1 if it has none."""
     if norm.weight is not None:
         return norm
     assert norm.running_var is not None
     return clone(norm, weight=nn.Parameter(torch.ones_like(norm.running_var), requires_grad=False))
 
 
-def replace_frozen_batch_norm(norm: nn.Module, place: LayerRole, config: BcosConfig) -> nn.Module:
-    """Batch norms whose numbers are all buffers, with or without an activation behind them."""
+def replace_frozen_batch_norm(norm: nn.Module, layer_role: LayerRole, config: BcosConfig) -> nn.Module:
+    """Batch norms whose weights are buffers, with or without a built-in activation."""
     if config.norm == "remove":
         return _removed_norm_act(norm, config) if hasattr(norm, "act") else nn.Identity()
     if config.norm == "keep" and config.adds_bias:
@@ -71,25 +70,25 @@ def _removed_norm_act(norm: Any, config: BcosConfig) -> nn.Module:
     return nn.Identity() if config.activation == "remove" else nn.Sequential(norm.drop, norm.act)
 
 
-def replace_norm(norm: nn.Module, place: LayerRole, config: BcosConfig) -> nn.Module:
-    """A norm over x's own features is dynamic linear as it is, except for its bias."""
+def replace_norm(norm: nn.Module, layer_role: LayerRole, config: BcosConfig) -> nn.Module:
+    """Norms over the features of one input, which explanation mode makes dynamic linear, without their bias."""
     if config.norm == "remove":
         return nn.Identity()
     norm = with_class(norm, WIDE_NORMS | WIDE_NORM_ACTS)
     return norm if config.adds_bias or getattr(norm, "bias", None) is None else clone(norm, bias=None)
 
 
-def replace_norm_act(norm_act: nn.Module, place: LayerRole, config: BcosConfig) -> nn.Module:
-    """Likewise with an activation behind it."""
-    return _removed_norm_act(norm_act, config) if config.norm == "remove" else replace_norm(norm_act, place, config)
+def replace_norm_act(norm: nn.Module, layer_role: LayerRole, config: BcosConfig) -> nn.Module:
+    """Norms over the features of one input with a built-in activation."""
+    return _removed_norm_act(norm, config) if config.norm == "remove" else replace_norm(norm, layer_role, config)
 
 
-def replace_fused_norm_act(norm: nn.Module, place: LayerRole, config: BcosConfig) -> nn.Module:
-    """Norm and activation in one formula, whose activation has a parameter, `v` or `tau`."""
+def replace_fused_norm_act(norm: nn.Module, layer_role: LayerRole, config: BcosConfig) -> nn.Module:
+    """Norms and activations in one formula; the activation is disabled by removing its parameter, `v` or `tau`."""
     if config.norm == "remove":
         if config.activation == "keep":
-            refuse(place, norm, "is norm and activation in one: pass norm='keep', or activation='remove' too")
+            refuse(layer_role, norm, "is norm and activation in one: pass norm='keep', or activation='remove' too")
         return nn.Identity()
-    norm = replace_offset(norm, place, config)
+    norm = remove_biases(norm, layer_role, config)
     owned = "v" if hasattr(norm, "v") else "tau"
     return clone(norm, **{owned: None}) if config.activation == "remove" else norm
