@@ -1,3 +1,5 @@
+import ctypes
+import gc
 import os
 import subprocess
 import sys
@@ -13,6 +15,15 @@ from tests.helpers import PHOTOS, ROOT, hub_server
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _free_memory() -> Iterator[None]:
+    """Give back what a module's models took; glibc keeps most of it for the next ones."""
+    yield
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import gc
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -31,11 +32,11 @@ def official_name(name: str) -> str:
     return {"vgg11_bn": "vgg11_bnu"}.get(name, name)
 
 
-def official_network(entry: str, x: Tensor) -> nn.Module:
+def official_network(entry: str, x: Tensor, **kwargs: Any) -> nn.Module:
     """The package's network with random weights and running statistics of x, in evaluation mode and float64."""
     import bcos.models.pretrained
 
-    model = getattr(bcos.models.pretrained, entry)().double()
+    model = getattr(bcos.models.pretrained, entry)(**kwargs).double()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim <= 1 or parameter.numel() == max(parameter.shape):  # norms and layer scales
@@ -52,20 +53,22 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
-def compare(name: str, x: Tensor) -> tuple[float, float]:
+def compare(name: str, x: Tensor, official: dict[str, Any] | None = None, **kwargs: Any) -> tuple[float, float]:
     """Largest relative errors of one of our v2 networks: of logits − logit bias, and of the contributions.
 
     Args:
         name: One of our names.
         x: (N, 3, H, W) in float64, H and W multiples of 32.
+        official: Keyword arguments of the official network.
+        **kwargs: Keyword arguments of our network.
     """
     encoded = timm_bcos.encode_image(x, 3).requires_grad_()
-    theirs = official_network(official_name(name), encoded.detach())
+    theirs = official_network(official_name(name), encoded.detach(), **(official or {}))
     size = dict(img_size=tuple(x.shape[-2:])) if "vit" in name else {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.pth"
         torch.save({key: value.float() for key, value in theirs.state_dict().items()}, path)
-        ours = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **size)
+        ours = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **size, **kwargs)
     return _compare(ours.eval().double(), theirs, encoded)
 
 

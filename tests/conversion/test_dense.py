@@ -6,9 +6,16 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models import detection, segmentation
+from torchvision.models import detection, resnet18, segmentation, vgg
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.detection import retinanet, ssd
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.segmentation.deeplabv3 import DeepLabHead
+from torchvision.models.segmentation.fcn import FCNHead
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from tests.helpers import real_image
+from tests.helpers.slow import slow_but_for
 from timm_bcos import BcosConfig, bcosify, calibrate, check, contrast, explain
 from timm_bcos.nn.heads import BcosConvClassifier
 
@@ -29,16 +36,54 @@ class BoxScores(nn.Module):
         return found
 
 
+class Cut(nn.Module):
+    """A narrow detector's parts, as torchvision names them."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+
+def cut_resnet() -> nn.Module:
+    """Two stages of a ResNet-18, of 64 and 128 channels, whose maps are as large as those of fcn_resnet50."""
+    return IntermediateLayerGetter(resnet18(), {"layer1": "aux", "layer2": "out"})
+
+
+def cut_retinanet(num_classes: int, **_: object) -> nn.Module:
+    layers = {"layer1": "0", "layer2": "1", "layer3": "2"}
+    backbone = BackboneWithFPN(resnet18(), layers, [64, 128, 256], 32, LastLevelP6P7(32, 32))
+    return Cut(backbone, retinanet.RetinaNetHead(32, 9, num_classes))
+
+
+def cut_ssd(num_classes: int, **_: object) -> nn.Module:
+    """With as many channels as ssd300_vgg16 where its extra layers need them."""
+    stages = vgg.make_layers([8, "M", 8, "M", 8, "M", 512, "M", 16, 512, "M"])
+    channels, anchors = [512, 1024, 512, 256, 256, 256], [4, 6, 6, 6, 4, 4]
+    return Cut(ssd.SSDFeatureExtractorVGG(stages, highres=False), ssd.SSDHead(channels, anchors, num_classes))
+
+
 SEGMENTERS: dict[str, Callable[..., nn.Module]] = {
+    "fcn, cut": lambda num_classes, **_: segmentation.FCN(
+        cut_resnet(), FCNHead(128, num_classes), FCNHead(64, num_classes)
+    ),
+    "deeplabv3, cut": lambda num_classes, **_: segmentation.DeepLabV3(
+        cut_resnet(), DeepLabHead(128, num_classes), FCNHead(64, num_classes)
+    ),
     "fcn_resnet50": partial(segmentation.fcn_resnet50, aux_loss=True),
     "deeplabv3_resnet50": partial(segmentation.deeplabv3_resnet50, aux_loss=True),
     "lraspp_mobilenet_v3_large": segmentation.lraspp_mobilenet_v3_large,
 }
 DETECTORS: dict[str, Callable[..., nn.Module]] = {
+    "retinanet, cut": cut_retinanet,
+    "ssd, cut": cut_ssd,
     "retinanet_resnet50_fpn": detection.retinanet_resnet50_fpn,
     "ssd300_vgg16": detection.ssd300_vgg16,
     "ssdlite320_mobilenet_v3_large": detection.ssdlite320_mobilenet_v3_large,
 }
+
+
+SMALL_SEGMENTERS = ("fcn, cut", "deeplabv3, cut", "lraspp_mobilenet_v3_large")
+SMALL_DETECTORS = ("retinanet, cut", "ssd, cut", "ssdlite320_mobilenet_v3_large")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +99,7 @@ def converted(plain: nn.Module, x: Tensor) -> nn.Module:
     return calibrate(bcosify(plain.double(), BcosConfig.finetune(b=1.5, bias=True, **IMAGENET)), x)
 
 
-@pytest.mark.parametrize("name", SEGMENTERS)
+@pytest.mark.parametrize("name", slow_but_for(SMALL_SEGMENTERS, SEGMENTERS))
 def test_segmentation(name: str, x: Tensor) -> None:
     model = converted(SEGMENTERS[name](**SMALL), x)
     outputs = model(x)
@@ -75,9 +120,13 @@ def test_segmentation(name: str, x: Tensor) -> None:
     assert contrast(model, x, 2, 4, region=box).completeness_error.max() <= 1e-10
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize(
+    "name", slow_but_for(["retinanet, cut", "ssd, cut", "ssdlite320_mobilenet_v3_large"], DETECTORS)
+)
 def test_a_class_score_of_a_box(name: str, x: Tensor) -> None:
-    x = real_image(300, 1).double() if name == "ssd300_vgg16" else x  # its last maps need that many pixels
+    x = (
+        real_image(300, 1).double() if name in ("ssd, cut", "ssd300_vgg16") else x
+    )  # its last maps need that many pixels
     model = converted(BoxScores(DETECTORS[name](**SMALL)), x)
     verdict = check(model, x, output="cls_logits")
     assert verdict.exact, verdict

@@ -1,12 +1,14 @@
 """The documentation: it builds, its examples run, its tables are current, its notebook works."""
 
 import argparse
+import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import CheckpointSaver
 
 import timm_bcos
-from tests.helpers import PHOTOS, ROOT, hub_server, load_script
+from tests.helpers import PHOTOS, ROOT, docs_runner, hub_server, load_script
 from tests.helpers.docs_blocks import PROSE, Block, is_same_output, read_blocks
 from tests.helpers.docs_runner import LANGUAGES
 from timm_bcos import errors
@@ -82,22 +84,26 @@ def write_film(path: Path) -> None:
         film.mux(stream.encode(None))
 
 
-@pytest.fixture
-def hub() -> Iterator[hub_server.Hub]:
-    with hub_server.serve() as running:
-        yield running
+@pytest.fixture(scope="module")
+def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Executor]:
+    """One process for the examples of all pages; its Hub is ours, its caches are empty."""
+    folder = tmp_path_factory.mktemp("interpreter")
+    caches = dict(HF_HOME=str(folder / "hf"), TORCH_HOME=str(folder / "torch"), MPLBACKEND="agg")
+    client = dict(HF_HUB_DISABLE_XET="1", HF_TOKEN=hub_server.TOKEN)
+    others = dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), PYTHONWARNINGS="ignore")
+    with hub_server.serve() as hub, pytest.MonkeyPatch.context() as patch:
+        for name, value in {**caches, **client, **others, "HF_ENDPOINT": hub.url}.items():
+            patch.setenv(name, value)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, context, docs_runner.serve_pretrained_weights, (folder,)) as process:
+            yield process
 
 
 @pytest.mark.parametrize("document", [page for page in PAGES if BLOCKS[page]], ids=lambda page: page.stem)
-def test_every_example_runs(document: Path, stand_ins: Path, hub: hub_server.Hub, tmp_path: Path) -> None:
+def test_every_example_runs(document: Path, stand_ins: Path, interpreter: Executor, tmp_path: Path) -> None:
     folder = tmp_path / "work"
     shutil.copytree(stand_ins, folder, symlinks=True)
-    caches = dict(HF_HOME=str(tmp_path / "hf"), TORCH_HOME=str(tmp_path / "torch"), MPLBACKEND="agg")
-    client = dict(HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET="1", HF_TOKEN=hub_server.TOKEN)
-    environment = {**os.environ, **caches, **client, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.helpers.docs_runner", str(document)]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-4000:]
+    interpreter.submit(docs_runner.run_page, document, folder).result()
 
 
 UNTESTED = 0  # blocks that no test can run at all

@@ -1,8 +1,8 @@
-"""Runs the code blocks of one Markdown page, in order and in one namespace: `python -m tests.helpers.docs_runner PAGE`.
+"""Runs the code blocks of Markdown pages, those of a page in order and in one namespace.
 
-The current folder holds what the page speaks of (see test_docs.py). Programs are called as the page calls them, as far
-as that takes no network and no hours: `timm-bcos` in this process, scripts of this repository and of timm up to the end
-of their command lines' parsing.
+All pages run in one interpreter, each in a folder that holds the files it mentions (see test_docs.py). `timm-bcos` is
+called in this interpreter. Scripts of this repository and of timm are run until their command line is parsed, because
+the rest would take a network or hours.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import re
 import runpy
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -40,7 +41,7 @@ LOCAL = ("hf-hub:", "local-dir:", *(name.partition(".")[0] for name in EMBEDDED)
 
 
 def serve_pretrained_weights(folder: Path) -> None:
-    """Let `pretrained=True` load files of random weights in place of downloads."""
+    """Let `pretrained=True` load random weights, kept in `folder`, instead of downloads."""
     create = timm.create_model
 
     def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> Any:
@@ -48,7 +49,8 @@ def serve_pretrained_weights(folder: Path) -> None:
         if pretrained and "file" not in overlay and not model_name.startswith(LOCAL):
             name = kwargs.get("arch", model_name)
             file = folder / f"{name}.pth"
-            torch.save(create(name).state_dict(), file)
+            if not file.exists():
+                torch.save(create(name).state_dict(), file)
             kwargs["pretrained_cfg_overlay"] = dict(overlay, file=str(file))
         return create(model_name, pretrained=pretrained, **kwargs)
 
@@ -237,20 +239,27 @@ LANGUAGES: dict[str, Callable[[Block, dict[str, Any]], None]] = {
 }
 
 
-def main() -> None:
-    page = Path(sys.argv[1])
-    serve_pretrained_weights(Path.cwd())
+def run_page(page: Path, folder: Path) -> None:
+    """Run all blocks of a page in `folder`.
+
+    Raises:
+        AssertionError: A block fails, or prints something else than the page shows.
+    """
     names: dict[str, Any] = {"__name__": "__docs__"}
-    for block in read_blocks(page):
-        if block.language in LANGUAGES and block.mark != "not tested":
-            torch.manual_seed(0)
-            try:
-                LANGUAGES[block.language](block, names)
-            except BaseException:
-                print(f"failed: {block}\n{block.text}", file=sys.stderr)
-                raise
+    path, before = list(sys.path), Path.cwd()
+    os.chdir(folder)
+    try:
+        for block in read_blocks(page):
+            if block.language in LANGUAGES and block.mark != "not tested":
+                torch.manual_seed(0)
+                run_block(block, names)
+    finally:
+        sys.path[:] = path
+        os.chdir(before)
 
 
-if __name__ == "__main__":
-    os.environ.setdefault("MPLBACKEND", "agg")
-    main()
+def run_block(block: Block, names: dict[str, Any]) -> None:
+    try:
+        LANGUAGES[block.language](block, names)
+    except BaseException as error:  # SystemExit would end the interpreter
+        raise AssertionError(f"failed: {block}\n{block.text}\n{traceback.format_exc()}") from error

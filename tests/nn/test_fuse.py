@@ -18,12 +18,12 @@ from timm_bcos.nn.fused import fuse_layer, norm_scale
 
 # name, keywords, image size, norms that stay
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any], int, int]] = {
-    "resnet": ("bcosv2_resnet18", {}, 64, 0),
-    "densenet": ("bcosv2_densenet121", {}, 64, 1),  # the stem's, which pooling reads
-    "convnext": ("bcosv2_convnext_tiny_bnu", {}, 64, 1),
-    "layer norm": ("bcosv2_convnext_tiny", {}, 64, 0),
-    "transformer": ("bcosv2_vitc_tiny_patch1_14", {}, 224, 0),
-    "MaxOut": ("bcos_resnet18", {}, 64, 0),
+    "resnet": ("bcosv2_resnet18", dict(layers=(1, 1, 1, 1)), 64, 0),
+    "densenet": ("bcosv2_densenet121", dict(block_config=(2, 2, 2, 2)), 64, 1),  # the stem's, which pooling reads
+    "convnext": ("bcosv2_convnext_tiny_bnu", dict(depths=(1, 1, 1, 1)), 64, 1),
+    "layer norm": ("bcosv2_convnext_tiny", dict(depths=(1, 1, 1, 1)), 64, 0),
+    "transformer": ("bcosv2_vitc_tiny_patch1_14", dict(depth=2), 224, 0),
+    "MaxOut": ("bcos_resnet18", dict(layers=(1, 1, 1, 1)), 64, 0),
     "MaxOut and norms": ("bcosify", dict(arch="test_resnet", max_out=2, normalize_weight=True), 64, 0),
     "B = 1.5": ("bcosify", dict(arch="test_resnet", b=1.5), 64, 0),
     "B = 1, biases": ("bcosify", dict(arch="test_resnet", b=1, bias=True), 64, None),

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import timm_bcos
 from tests.helpers import PHOTOS, ROOT, assert_exact, real_image
+from tests.helpers.slow import slow_but_for
 from timm_bcos.cli.app import app
 from timm_bcos.data.datasets import load_dataset
 from timm_bcos.evaluation.pointing_game import confidences
@@ -34,7 +35,7 @@ def test_they_load_without_a_download_and_are_exact(name: str) -> None:
     assert len(class_names(model)) == model.num_classes == (1000 if name.endswith("in1k") else 10)
 
 
-@pytest.mark.parametrize("name", EMBEDDED)
+@pytest.mark.parametrize("name", slow_but_for(["bcos_cifar_resnet20.cifar10"], EMBEDDED))
 def test_they_are_as_accurate_as_they_say(name: str) -> None:
     split = SHARED / TEST_SPLITS[name.partition(".")[2]]
     if not split.exists():
