@@ -131,7 +131,7 @@ def free_port() -> int:
 def demo(*arguments: str, **environment: str) -> Iterator[tuple["subprocess.Popen[str]", int]]:
     """`timm-bcos demo` in a process of its own, and its port."""
     port = free_port()
-    code = "from timm_bcos.cli.main import main; main()"
+    code = "from timm_bcos.__main__ import main; main()"
     command = [sys.executable, "-W", "ignore", "-c", code, "demo", "--port", str(port), *arguments]
     process = subprocess.Popen(
         command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -43,7 +43,7 @@ from timm_bcos.demo.visits import (
 )
 from timm_bcos.explanation.visualization import map_to_rgba
 
-COMMAND = "from timm_bcos.cli.main import main; main()"
+COMMAND = "from timm_bcos.__main__ import main; main()"
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 import timm_bcos
 from tests.helpers import PHOTOS, hub_server
 from timm_bcos import InputError
-from timm_bcos.cli.commands.publish_model import publish
+from timm_bcos.cli.commands.publish import publish
 from timm_bcos.hub.space import save_space
 
 app = typer.Typer()
@@ -117,7 +117,10 @@ def test_the_terms_of_published_weights_go_with_them(tmp_path: Path) -> None:
 
 
 def test_the_command_takes_figures_with_what_was_measured(tmp_path: Path) -> None:
-    for given, message in (("--accuracy 80", "give --dataset too"), ("--dataset x", "give --accuracy too")):
+    for given, message in (
+        ("--accuracy 80", "--accuracy without --dataset: name the data set"),
+        ("--dataset x", "without --accuracy: give both"),
+    ):
         result = CliRunner().invoke(app, ["org/name", *given.split(), "--folder", str(tmp_path / "out")])
         assert isinstance(result.exception, InputError)
         assert message in str(result.exception)
@@ -128,7 +131,7 @@ def test_the_command_publishes_a_network_and_its_space(
 ) -> None:
     command = """
 import typer
-from timm_bcos.cli.commands.publish_model import publish
+from timm_bcos.cli.commands.publish import publish
 app = typer.Typer()
 app.command()(publish)
 app(['org/net', '--model', 'bcos_cifar_resnet20', '--photo', %r, '--private', '--space'])
