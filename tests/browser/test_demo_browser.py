@@ -177,7 +177,12 @@ def choose(menu: "Locator", name: str) -> None:
 def test_other_methods_and_inner_neurons(demo: Demo) -> None:
     demo.press("#compare")
     demo.page.locator("#maps figure").nth(3).wait_for()
-    assert demo.page.locator("#maps figcaption").all_inner_texts() == ["bcos", "ixg", "guided_backprop", "gradcam"]
+    assert demo.page.locator("#maps figcaption").all_inner_texts() == [
+        "bcos",
+        "input_x_gradient",
+        "guided_backprop",
+        "gradcam",
+    ]
     demo.page.get_by_role("tab", name="Inner neurons").click()
     demo.press("#show")
     demo.page.locator("#neurons figure").nth(5).wait_for()

@@ -98,8 +98,8 @@ def test_not_all_classes_of_a_thousand_at_once(hat: Visit) -> None:
 
 
 def test_other_methods_are_those_of_the_package(hat: Visit) -> None:
-    found = map_of_method(hat, hat.classes[1], "ixg")
-    expected = map_to_rgba(attribute(hat.network.model, hat.image, [hat.classes[1]], "ixg"))[0, ..., :3]
+    found = map_of_method(hat, hat.classes[1], "input_x_gradient")
+    expected = map_to_rgba(attribute(hat.network.model, hat.image, [hat.classes[1]], "input_x_gradient"))[0, ..., :3]
     assert found.pixels is not None
     torch.testing.assert_close(found.pixels, expected)
     with pytest.raises(MethodError, match="for vision transformers"):
@@ -258,7 +258,7 @@ def test_what_fails_is_logged_and_told_without_a_traceback(
 
 def test_methods_come_one_after_the_other(networks: list[DemoModel], hat: Visit) -> None:
     answers = Answers(networks)
-    shown = list(answers.compare(hat, 0, ["ixg", "lrp"]))
+    shown = list(answers.compare(hat, 0, ["input_x_gradient", "lrp"]))
     assert [one.count("<figure>") for one in shown] == [1, 2, 3]
     assert shown[-1].count("<img") == 2
     assert "lrp has rules for linear layers between activations" in shown[-1]

@@ -265,7 +265,10 @@ def test_the_command_refuses_before_it_plays(
     right += [Confidence(i, 8, 0, 0.5) for i in (16, 17)]
     monkeypatch.setattr(CONFIDENCES, lambda *_, start: iter(right[start:]))
     arguments = [*PLAY, "--data-dir", photos, "--split", "test", "--out", tmp_path / "out", "--grids", 1]
-    for method, text in (("ixg", "8 have some: images of 1 more are missing"), ("grdcam", "no attribution method")):
+    for method, text in (
+        ("input_x_gradient", "8 have some: images of 1 more are missing"),
+        ("grdcam", "no attribution method"),
+    ):
         assert command(*arguments, "--method", method) == 2
         assert text in capsys.readouterr().err
     assert not (tmp_path / "out" / "values.csv").exists()
@@ -294,7 +297,7 @@ def test_the_command_resumes(
         assert values == complete
     assert len((out / "confidences.csv").read_text().splitlines()) == 1 + 18
     assert sorted(values) == [
-        (2, window, method, k) for window in (1, 15) for method in ("bcos", "ixg") for k in (0, 1)
+        (2, window, method, k) for window in (1, 15) for method in ("bcos", "input_x_gradient") for k in (0, 1)
     ]
     assert "left out: attention_rollout is for vision transformers" in capsys.readouterr().out
     assert "| method | 2×2, raw | 2×2, smoothed 15×15 |" in (out / "summary.md").read_text()
@@ -302,17 +305,19 @@ def test_the_command_resumes(
     with (out / "summary.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     raw = np.concatenate([values[2, 1, "bcos", k] for k in (0, 1)])
+    (out / "values.csv").write_text(whole.replace("input_x_gradient", "ixg"))  # as earlier versions wrote it
+    assert read_values(out) == complete
     (row,) = (row for row in rows if (row["method"], row["cells"], row["smooth"]) == ("bcos", "2", "1"))
     assert (row["values"], float(row["median"])) == ("8", pytest.approx(np.median(raw), abs=1e-4))
     with (out / "gains.csv").open(newline="") as file:
         gains = list(csv.DictReader(file))
     assert [(gain["method"], gain["window"], gain["grids"]) for gain in gains] == [
-        ("ixg", "1", "2"),
-        ("ixg", "15", "2"),
+        ("input_x_gradient", "1", "2"),
+        ("input_x_gradient", "15", "2"),
     ]
-    ahead = np.mean([np.subtract(values[2, 1, "bcos", k], values[2, 1, "ixg", k]) for k in (0, 1)])
+    ahead = np.mean([np.subtract(values[2, 1, "bcos", k], values[2, 1, "input_x_gradient", k]) for k in (0, 1)])
     assert float(gains[0]["mean"]) == pytest.approx(float(ahead))
-    assert "| ixg | 2×2 | 15×15 | 2 |" in (out / "summary.md").read_text()
+    assert "| input_x_gradient | 2×2 | 15×15 | 2 |" in (out / "summary.md").read_text()
     assert summarize(out, ["gradcam"]) == {}  # which has not been played
     assert command(*PLAY, "--data-dir", photos, *options, "--method", "bcos", "--seed", 1) == 2
     assert "holds results for seed=0, not 1" in capsys.readouterr().err

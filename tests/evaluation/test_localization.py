@@ -62,7 +62,7 @@ def test_fully_disconnected_cells_are_networks_of_their_own(
     torch.testing.assert_close(apart(grid)[0].unflatten(0, (4, 5)), model(images), rtol=1e-4, atol=1e-6)
     targets = apart.targets(torch.tensor([3, 1, 4, 0]))
     assert targets.tolist() == [3, 6, 14, 15]
-    maps = attribute(apart, grid, int(targets[2]), "bcos" if name == "bcos" else "ixg")
+    maps = attribute(apart, grid, int(targets[2]), "bcos" if name == "bcos" else "input_x_gradient")
     assert maps[0, 64:, :64].abs().max() > 0
     outside = 1 - cell_masks(128, 128, 2)[2]
     assert (maps[0] * outside).abs().max() == 0
@@ -95,7 +95,7 @@ def test_maps_of_the_whole_grid_are_seen_by_gradcam(grid: Tensor) -> None:
     mixed = join_cells((maps * row[:, None, None]).sum(1, keepdim=True), 2) / 4
     expected = nn.functional.interpolate(mixed, (128, 128), mode="bilinear")[0, 0]
     torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-7)
-    shares = grid_shares(apart, grid, Grid(2, (0, 1, 2, 3), (3, 1, 4, 0)), "ixg")
+    shares = grid_shares(apart, grid, Grid(2, (0, 1, 2, 3), (3, 1, 4, 0)), "input_x_gradient")
     torch.testing.assert_close(shares[0], torch.ones(4))
 
 
@@ -148,7 +148,7 @@ class Cells(nn.Module):
 def test_single_deletion_by_hand(target: int) -> None:
     """Spearman's correlation is 1 - 6 Σ d² / n (n² - 1) of the differences of ranks."""
     model, x = Cells().eval(), 0.2 + 0.6 * torch.rand(2, 3, 8, 8)
-    found = evaluate(model, x, target, "single_deletion", "ixg")
+    found = evaluate(model, x, target, "single_deletion", "input_x_gradient")
     sign = 1 - 2 * target
     sums = torch.stack([(x.mean(1) * model.weight * m).sum((1, 2)) for m in cell_masks(8, 8, 4)], 1) * sign
     average = x.mean((1, 2, 3))[:, None]

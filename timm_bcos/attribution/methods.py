@@ -84,13 +84,13 @@ def gradient(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
     return _captum().Saliency(_OfPixels(subject)).attribute(_pixels(x), targets, abs=False).sum(1)
 
 
-@register("ixg")
+@register("input_x_gradient", aliases=("ixg",))
 def input_x_gradient(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
     """Input times gradient."""
     return _captum().InputXGradient(subject).attribute(subject.leaf(x), targets).sum(1)
 
 
-@register("ig")
+@register("integrated_gradients", aliases=("ig",))
 def integrated_gradients(subject: AttributionModel, x: Tensor, targets: Tensor, *, n_steps: int = 50) -> Tensor:
     """Integrated Gradients from a baseline of zeros."""
     check_counts(n_steps=n_steps)

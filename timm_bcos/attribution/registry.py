@@ -1,7 +1,7 @@
 """Attribution methods behind one call, to compare with B-cos explanations: a signed map (N, H, W) for each image.
 
-    >>> attribute(model, x, targets, method="ig")   # captum's Integrated Gradients
-    >>> attribute(model, x, targets)                # the network's own explanation
+    >>> attribute(model, x, targets, method="integrated_gradients")  # captum's Integrated Gradients
+    >>> attribute(model, x, targets)  # the model's own explanation
 
 The methods are in `timm_bcos.attribution.methods` and `.transformers`; `@register("name")` adds one.
 """
@@ -29,9 +29,10 @@ __all__ = [
     "Targets",
     "attribute",
     "check_counts",
-    "check_methods",
     "checked_images",
     "images_at_once",
+    "method_name",
+    "method_names",
     "register",
 ]
 
@@ -183,43 +184,72 @@ Attribute = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method.
+    """A registered attribution method.
 
     Attributes:
-        name: Its name for `attribute`.
-        function: (subject, images, targets, **options) to maps (N, H, W).
-        slow: Looks at many changed copies of an image: takes one image at a time, with all its classes.
+        name: Name of the method.
+        function: Function of (subject, images, targets, **options) that returns maps (N, H, W).
+        slow: Whether the method runs the model on many modified copies of an image. Slow methods get one image at a
+            time, with all its classes.
+        aliases: Other names that `attribute` accepts.
     """
 
     name: str
     function: Attribute
     slow: bool = False
+    aliases: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name} ({', '.join(self.aliases)})" if self.aliases else self.name
 
 
-METHODS: dict[str, Method] = {}
+METHODS: dict[str, Method] = {}  # by name, without aliases
 
 
-def register(name: str, *, slow: bool = False, replace: bool = False) -> Callable[[Attribute], Attribute]:
+def method_name(name: str) -> str:
+    """The name of the method that `name` is an alias of; `name` itself if it is none."""
+    return next((method.name for method in METHODS.values() if name in method.aliases), name)
+
+
+def method_names(names: Iterable[str]) -> list[str]:
+    """The names of methods that may be given by aliases, without repetitions.
+
+    Raises:
+        MethodError: If there is no method of a name.
+    """
+    found = list(dict.fromkeys(map(method_name, names)))
+    for name in found:
+        if name not in METHODS:
+            raise MethodError(f"no attribution method {name!r}: choose one of {', '.join(map(str, METHODS.values()))}")
+    return found
+
+
+def register(
+    name: str, *, aliases: Sequence[str] = (), slow: bool = False, replace: bool = False
+) -> Callable[[Attribute], Attribute]:
     """Add a method: a function of (subject, images (N, C, H, W) in [0, 1], targets (N,), **options) to (N, H, W).
 
-    It may hook, replace and switch the modules of `subject`, but not write into their numbers, whose memory is shared.
-    It draws random numbers from `subject.generator`, which every batch finds in the same state: global generators are
-    everybody's.
+    The function may hook, replace and switch the modules of `subject`, but not write into parameters and buffers, whose
+    memory is shared with the original model. It draws random numbers from `subject.generator`, which is seeded for
+    every batch, and never from the global generators.
 
     Args:
-        name: What `attribute` calls it.
-        slow: It looks at many changed copies of an image: it is handed one image at a time, repeated for each of its
-            targets, and need change only the first.
-        replace: Register it instead of the method that has this name.
+        name: Name of the method.
+        aliases: Other names that `attribute` accepts.
+        slow: Whether the method runs the model on many modified copies of an image. It then gets one image at a time,
+            repeated for each of its targets, and needs to modify only the first.
+        replace: Replace the method that has this name.
 
     Raises:
         MethodError: If there is a method of this name, unless `replace` is set.
     """
+    known = method_name(name)
 
     def add(function: Attribute) -> Attribute:
-        if name in METHODS and not replace:
+        if known in METHODS and not replace:
             raise MethodError(f"there is a method {name!r}: choose another name, or pass register(..., replace=True)")
-        METHODS[name] = Method(name, function, slow)
+        others = tuple(aliases) or (METHODS[known].aliases if known in METHODS else ())
+        METHODS[known] = Method(known, function, slow, others)
         return function
 
     return add
@@ -244,12 +274,12 @@ def attribute(
         model: A B-cos network or a plain timm model, in eval mode.
         x: Images (N, C, H, W) in [0, 1], for plain models too: their cfg says how to normalize.
         targets: A class per image, one for all, or None for the predicted ones.
-        method: A key of `METHODS`.
+        method: Name or alias of a method in `METHODS`.
         batch_size: Images per pass. None takes as many as `images_at_once`, which bounds the memory. Slow methods take
             one image at a time, with all of its classes.
         seed: Of the methods that draw random numbers; the same seed gives the same maps, in batches of any size.
         progress: Show a bar.
-        options: Of the method, for instance `n_steps` of 'ig'.
+        options: Of the method, for instance `n_steps` of 'integrated_gradients'.
 
     Returns:
         (N, H, W), signed, detached; higher speaks for the class. Scales differ between methods.
@@ -260,10 +290,9 @@ def attribute(
         TargetError: For classes that the model does not have.
         ModelStateError: For a model in training mode, or a plain one without normalization.
     """
-    check_methods([method])
+    chosen = METHODS[method_names([method])[0]]
     if batch_size is not None:
         check_counts(batch_size=batch_size)
-    chosen = METHODS[method]
     _check_options(chosen, options)
     x = checked_images(model, x)
     batch_size = batch_size or images_at_once(x)
@@ -277,17 +306,6 @@ def attribute(
             subject.generator.manual_seed(seed)
             maps.append(chosen.function(subject, images, wanted, **options).detach())
     return torch.cat(maps)
-
-
-def check_methods(names: Iterable[str]) -> None:
-    """Refuse names that no method has.
-
-    Raises:
-        MethodError: Naming the first.
-    """
-    for name in names:
-        if name not in METHODS:
-            raise MethodError(f"no attribution method {name!r}: choose one of {', '.join(METHODS)}")
 
 
 def check_counts(**counts: int) -> None:

@@ -62,7 +62,11 @@ Layer = Annotated[
 ]
 Methods = Annotated[
     list[str] | None,
-    typer.Option("--method", help="Attribution method; repeatable. (default: all that suit the model)"),
+    typer.Option(
+        "--method",
+        help="Attribution method; repeatable. input_x_gradient and integrated_gradients have the aliases ixg and ig. "
+        "(default: all that suit the model)",
+    ),
 ]
 Reuse = Annotated[bool, typer.Option("--reuse", help="Reuse images when a class has too few.")]
 Seed = Annotated[int, typer.Option(help="Random seed for sampling classes.")]
@@ -183,7 +187,7 @@ def expand_groups(command: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-def _parameters_of(group: type) -> list[inspect.Parameter]:
+def _parameters_of(group: Any) -> list[inspect.Parameter]:
     return list(inspect.signature(group, eval_str=True).parameters.values())
 
 

@@ -33,7 +33,7 @@ LEAD = (
     "Photos are held in memory, never on disk."
 )
 OTHERS = [name for name in METHODS if name != "bcos"]
-AT_FIRST = ["ixg", "guided_backprop", "gradcam"]
+AT_FIRST = ["input_x_gradient", "guided_backprop", "gradcam"]
 # Loggers that write a line, or a traceback, for what a stranger sends.
 TELL_OF_STRANGERS = ["asyncio", "uvicorn.error", *(f"{__package__}.{name}" for name in ("answers", "guard"))]
 SLOW = "Those that take long come last: " + ", ".join(filter(is_slow, OTHERS)) + "."

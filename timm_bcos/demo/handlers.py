@@ -29,8 +29,8 @@ T = TypeVar("T")
 NO_VISIT = "choose a photo first"
 NOBODY = "nobody waits for this any more"
 # Images that a method looks at, with its default options, and how many passes one of them costs.
-LOOKED_AT = {"rise": 500, "lime": 500, "occlusion": 226, "ig": 50, "smoothgrad": 25}
-GRADIENT_COST, GRADIENTS = 4, ("ig", "smoothgrad")
+LOOKED_AT = {"rise": 500, "lime": 500, "occlusion": 226, "integrated_gradients": 50, "smoothgrad": 25}
+GRADIENT_COST, GRADIENTS = 4, ("integrated_gradients", "smoothgrad")
 
 _logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..attribution.registry import attribute, check_methods
+from ..attribution.registry import attribute, method_names
 from ..data.datasets import LabeledImages
 from ..errors import InputError, MethodError
 from ..prefetch import prefetch
@@ -70,12 +70,11 @@ def plot_bins(
     Raises:
         InputError: If no method suits the model, or there are no grids.
     """
-    check_methods(methods)
     if not grids:
         raise InputError("no grids to play")
     rows: dict[str, tuple[Tensor, Tensor]] = {}
     left_out = []
-    for method in methods:
+    for method in method_names(methods):
         try:
             rows[method] = _play(model, dataset, grids, method, smooth)
         except MethodError as error:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ..attribution.registry import attribute, check_counts, check_methods
+from ..attribution.registry import attribute, check_counts, method_names
 from ..errors import InputError, MethodError
 from ..explanation.api import explain
 from ..explanation.visualization import map_to_rgba, on_white
@@ -64,9 +64,8 @@ def plot_methods(
         methods: Of `timm_bcos.attribution.registry.METHODS`.
         class_names: For the titles.
     """
-    check_methods(methods)
     columns: list[tuple[str, Tensor]] = [("image", _colors(x))]
-    for method in methods:
+    for method in method_names(methods):
         try:
             maps = attribute(model, x, list(targets), method)
         except MethodError as error:

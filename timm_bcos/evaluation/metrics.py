@@ -29,7 +29,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from ..attribution.registry import AttributionModel, Targets, attribute, check_counts, checked_images
+from ..attribution.registry import (
+    AttributionModel,
+    Targets,
+    attribute,
+    check_counts,
+    checked_images,
+    method_name,
+    method_names,
+)
 from ..data.datasets import LabeledImages, image_loader
 from ..data.regions import cell_masks, region_loader, region_masks, without_cell
 from ..errors import InputError, MethodError
@@ -291,7 +299,7 @@ def _check_masks(masks: Tensor | None, x: Tensor) -> None:
         raise InputError("each mask must hold a pixel that is inside")
 
 
-FIELDS = dict(metric=str, method=str, image=int, value=float)
+FIELDS: dict[str, Callable[[str], Any]] = dict(metric=str, method=method_name, image=int, value=float)
 Values = dict[tuple[str, str], list[float]]
 
 
@@ -333,6 +341,7 @@ def evaluate_all(
     masks = None if regions is None else region_masks(region_loader(model, dataset, regions), indices).to(x.device)
     drop_torn_line(folder / "metrics.csv")
     done, left_out = read_values(folder, len(indices)), {}
+    methods = method_names(methods)
     for metric, method in tqdm([(m, a) for m in metrics for a in methods], "metrics", disable=None):
         if (metric, method) in done:
             continue

@@ -13,6 +13,7 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
+from ..attribution.registry import method_name, method_names
 from ..data.datasets import LabeledImages
 from ..errors import InputError, MethodError
 from ..explanation.visualization import save_figure
@@ -25,7 +26,16 @@ from .results import append_rows, drop_torn_line, read_rows
 
 __all__ = ["play", "play_all", "read_confidences", "read_values", "summarize", "write_summary"]
 
-FIELDS = {"n": int, "smooth": int, "method": str, "grid": int, "cell": int, "class": int, "image": int, "value": float}
+FIELDS: dict[str, Callable[[str], Any]] = {
+    "n": int,
+    "smooth": int,
+    "method": method_name,
+    "grid": int,
+    "cell": int,
+    "class": int,
+    "image": int,
+    "value": float,
+}
 CONFIDENCES: dict[str, Callable[[str], Any]] = dict(index=int, label=int, predicted=int, confidence=float)
 SUMMARY = ("method", "cells", "smooth", "values", "median", "q25", "q75")
 GAINS = [field.name for field in dataclasses.fields(Gain)]
@@ -82,6 +92,7 @@ def play_all(
     """
     drop_torn_line(folder / "values.csv")
     left_out: dict[str, str] = {}
+    methods = method_names(methods)
     for grids in samples:
         player = model if disconnect == "none" else Disconnected(model, grids[0].n, disconnect)
         for method in methods:
@@ -117,7 +128,7 @@ def play(
     Raises:
         MethodError: If the method does not suit the model.
     """
-    done = read_values(folder)
+    (method,), done = method_names([method]), read_values(folder)
     todo = [
         (number, grid, missing)
         for number, grid in enumerate(grids)

@@ -23,7 +23,8 @@ from ..options import (
 __all__ = ["aggatt", "compare", "metrics", "pointing_game"]
 
 QUICK = (
-    "bcos", "gradient", "ixg", "ig", "deeplift", "smoothgrad", "guided_backprop", "gradcam", "lrp", "chefer", "attnlrp",
+    "bcos", "gradient", "input_x_gradient", "integrated_gradients", "deeplift", "smoothgrad", "guided_backprop",
+    "gradcam", "lrp", "chefer", "attnlrp",
 )  # fmt: skip
 ALL = (*QUICK, "attention_rollout", "occlusion", "lime", "rise")
 
@@ -56,13 +57,12 @@ def pointing_game(
     Writes values.csv, summary.csv, gains.csv (paired differences to the other methods), summary.md and boxes.png.
     Without --method, all methods that suit the model are evaluated.
     """
-    from ...attribution.registry import check_methods
+    from ...attribution.registry import method_names
     from ...evaluation.pointing_game import sample_grids
     from ...evaluation.pointing_results import play_all, read_confidences
     from ...evaluation.results import remember_settings
 
-    methods = list(method or ALL)
-    check_methods(methods)
+    methods = method_names(method or ALL)
     model = model_options.load(device)
     images = data_options.load(model.num_classes)
     settings = dict(reuse=reuse, seed=seed, threshold=threshold, disconnect=disconnect.value)
@@ -100,14 +100,13 @@ def metrics(
 
     Writes metrics.csv and metrics.md. Without --method, all fast methods that suit the model are evaluated.
     """
-    from ...attribution.registry import check_methods
+    from ...attribution.registry import method_names
     from ...errors import MethodError
     from ...evaluation.metrics import METRICS, NEEDING_MASKS, check_metrics, evaluate_all
     from ...evaluation.results import remember_settings
 
     suited = [name for name in METRICS if regions is not None or name not in NEEDING_MASKS]
-    methods, measured = list(method or QUICK), list(metric or suited)
-    check_methods(methods)
+    methods, measured = method_names(method or QUICK), list(metric or suited)
     check_metrics(measured)
     if lacking := [name for name in measured if name not in suited]:
         raise MethodError(f"{lacking[0]} needs --regions: where the objects are")
@@ -142,7 +141,9 @@ def aggatt(
     images = data_options.load(model.num_classes)
     chosen = sample_grids(list(confidences(model, images)), n, grids, seed=seed, reuse=reuse)
     player = model if disconnect is Disconnect.NONE else Disconnected(model, n, disconnect.value)
-    figure, left_out = plot_bins(player, images, chosen, list(method or ("bcos", "ixg", "gradcam")), smooth)
+    figure, left_out = plot_bins(
+        player, images, chosen, list(method or ("bcos", "input_x_gradient", "gradcam")), smooth
+    )
     save_figure(figure, out)
     typer.echo("\n".join([*(f"left out: {reason}" for reason in left_out), f"wrote {out}"]))
 

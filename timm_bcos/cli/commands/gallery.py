@@ -47,12 +47,11 @@ def of_methods(
     out: Out = Path("methods.png"),
 ) -> None:
     """Plot one image per class, explained by every attribution method that suits the model."""
-    from ...attribution.registry import METHODS, check_methods
+    from ...attribution.registry import METHODS, method_names
     from ...evaluation.galleries import plot_methods
     from ...explanation.visualization import save_figure
 
-    methods = list(method or METHODS)
-    check_methods(methods)
+    methods = method_names(method or METHODS)
     model = model_options.load(device)
     names, x, targets = _most_confident(model, data_options, classes, show, 1)
     save_figure(plot_methods(model, x, targets, methods, names), out)
