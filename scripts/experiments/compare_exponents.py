@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from ablation import alignments
-from networks import find_network
+from inputs import data_parser, find_model, load_data
 from scipy.stats import binomtest
 from torch import nn
 
 from timm_bcos import explain
 from timm_bcos.cli.exceptions import exit_status
-from timm_bcos.data.datasets import LabeledImages, image_batches, load_dataset
+from timm_bcos.data.datasets import LabeledImages, image_batches
 from timm_bcos.explanation.visualization import save_figure
 from timm_bcos.files import write_csv
 
@@ -77,10 +77,10 @@ def figure(points: Sequence[Point]) -> "Figure":
 
 
 def run(args: argparse.Namespace) -> None:
-    dataset = load_dataset(args.data, args.num_classes, split=args.split, class_map=args.class_map)
+    dataset = load_data(args)
     points = []
     for choice in args.networks:
-        points.append(measure(choice, find_network(choice), dataset))
+        points.append(measure(choice, find_model(choice), dataset))
         args.out.mkdir(parents=True, exist_ok=True)
         write_csv(args.out / "exponents.csv", [field.name for field in fields(Point)], map(astuple, points))
         save_figure(figure(points), args.out / "exponents.png")
@@ -88,13 +88,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="labeled photos, as --data-dir takes them")
+    parser = data_parser(__doc__)
     parser.add_argument("out", type=Path, help="folder for the table and the figure")
     parser.add_argument("networks", nargs="+", help="checkpoints of train.py, or names of networks with weights")
-    parser.add_argument("--num-classes", type=int, default=10)
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--class-map", default="")
     raise SystemExit(exit_status(partial(run, parser.parse_args())))
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from networks import find_networks
+from inputs import find_models
 from torch import nn
 from tqdm import tqdm
 
@@ -56,7 +56,7 @@ def compare(models: dict[str, nn.Module], dataset: LabeledImages, count: int) ->
 
 
 def run(args: argparse.Namespace) -> None:
-    models: Any = find_networks(args.networks)
+    models: Any = find_models(args.networks)
     compare(models, load_dataset(args.data, next(iter(models.values())).num_classes, split="test"), args.grids)
 
 

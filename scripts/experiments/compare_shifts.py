@@ -9,7 +9,7 @@ import argparse
 from functools import partial
 
 from compare_localization import compare
-from networks import find_network
+from inputs import find_model
 
 from timm_bcos import ShiftAveraged
 from timm_bcos.cli.exceptions import exit_status
@@ -17,7 +17,7 @@ from timm_bcos.data.datasets import load_dataset
 
 
 def run(args: argparse.Namespace) -> None:
-    model = find_network(args.network)
+    model = find_model(args.network)
     models = {"network": model, "mean over shifts": ShiftAveraged(model, args.size).eval()}
     compare(models, load_dataset(args.data, model.num_classes, split="test"), args.grids)
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import timm
 import torch
-from networks import find_networks
+from inputs import data_parser, find_models, load_data
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from timm_bcos import contrast, explain
 from timm_bcos.cli.exceptions import exit_status
-from timm_bcos.data.datasets import LabeledImages, load_dataset
+from timm_bcos.data.datasets import LabeledImages
 from timm_bcos.evaluation.comparison import contributors
 from timm_bcos.evaluation.paired import bootstrap_interval
 from timm_bcos.explanation.visualization import Bars, Row, draw_rows, overlay, save_figure
@@ -210,8 +210,8 @@ def _row_of(models: Mapping[str, nn.Module], photo: Image.Image, sight: Sight) -
 
 
 def run(args: argparse.Namespace) -> None:
-    models = find_networks(args.networks)
-    dataset: Any = load_dataset(args.data, args.num_classes, split=args.split, class_map=args.class_map)
+    models = find_models(args.networks)
+    dataset: Any = load_data(args)
     files = [dataset.filename(i) for i in range(len(dataset))]
     people = contributors(args.contributors, files)
     found = [sight for name, model in models.items() for sight in looks(name, model, dataset, files, people)]
@@ -227,15 +227,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="labeled photos, as --data-dir takes them")
+    parser = data_parser(__doc__)
     parser.add_argument("contributors", type=Path, help="CSV file with the columns file and contributor")
     parser.add_argument("out", type=Path, help="folder for the tables")
     parser.add_argument("networks", nargs="+", help="NAME=CHECKPOINT of train.py, or NAME=MODEL with published weights")
-    parser.add_argument("--num-classes", type=int, default=10)
     parser.add_argument("--show", type=int, default=4, help="photos in the picture, at most")
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--class-map", default="")
     raise SystemExit(exit_status(partial(run, parser.parse_args())))
 
 

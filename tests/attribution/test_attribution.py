@@ -25,7 +25,7 @@ FEW: dict[str, dict[str, Any]] = dict(rise=dict(masks=40), lime=dict(samples=40)
 
 
 REFUSED = {
-    ("bcos", "plain"): "no B-cos network",
+    ("bcos", "plain"): "not a B-cos model",
     ("lrp", "converted"): "lrp has rules",
     ("attention_rollout", "plain"): "vision transformers",
     ("attention_rollout", "converted"): "vision transformers",
@@ -204,7 +204,7 @@ def test_plain_networks_of_other_channels_say_how_their_images_are_normalized() 
     z = (x - 0.5) / 0.5  # the cfg's three means are equal
     torch.testing.assert_close(attribute(model, x, 1, "input_x_gradient"), attribute_of_input(model, z, 1))
     model.pretrained_cfg["mean"] = (0.4, 0.5, 0.6)
-    with pytest.raises(ModelStateError, match=r"how images of 1 channels are normalized \(mean \(0.4, 0.5, 0.6\)"):
+    with pytest.raises(ModelStateError, match=r"no normalization for images of 1 channels \(mean \(0.4, 0.5, 0.6\)"):
         attribute(model, x, 1, "input_x_gradient")
 
 
@@ -226,7 +226,9 @@ def test_networks_of_ones_own() -> None:
             return self.fc(self.act(self.conv(x)).mean((2, 3))), "auxiliary"
 
     model, x = Net().eval(), real_image(16)
-    with pytest.raises(ModelStateError, match=r"Net does not say .*set model.pretrained_cfg = dict\(mean=..., std="):
+    with pytest.raises(
+        ModelStateError, match=r"Net has no normalization .*set model.pretrained_cfg = dict\(mean=..., std="
+    ):
         attribute(model, x, 1, "input_x_gradient")
     model.pretrained_cfg = dict(mean=(0.0,), std=(1.0,))  # type: ignore[assignment]
     for method in ("input_x_gradient", "deeplift", "gradcam", "lrp", "occlusion", "rise"):

@@ -90,7 +90,7 @@ def test_grad_cam_refuses_layers_without_maps(plain: nn.Module) -> None:
     with pytest.raises(MethodError, match=r"layer 'fc' returns \(1, 4\)"):
         attribute(plain, real_image(64), 1, "gradcam", layer="fc")
     plain.register_module("idle", nn.Identity())
-    with pytest.raises(MethodError, match="layer 'idle' returns no tensor for this input"):
+    with pytest.raises(MethodError, match="layer 'idle' returns no tensor: name another"):
         attribute(plain, real_image(64), 1, "gradcam", layer="idle")
     del plain.idle
     model = timm.create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 12, 16, 20)).eval()
@@ -202,7 +202,7 @@ def test_attention_rollout_literally(pool: str) -> None:
 def test_grad_cam_refuses_what_has_no_maps(name: str) -> None:
     kwargs = dict(depths=(1, 1), embed_dim=24, num_heads=(2, 2)) if name.startswith("swin") else {}
     model = timm.create_model(name, **kwargs).eval()
-    with pytest.raises(MethodError, match=r"gradcam needs maps \(N, C, H, W\)"):
+    with pytest.raises(MethodError, match=r"gradcam needs feature maps \(N, C, H, W\)"):
         attribute(model, real_image(model.pretrained_cfg["input_size"][-1]), 0, "gradcam")
 
 

@@ -26,7 +26,7 @@ def test_most_confident_images_that_are_right() -> None:
         Confidence(3, 1, 1, 0.5), Confidence(4, 1, 1, 0.6), Confidence(5, 0, 0, 0.8),
     ]  # fmt: skip
     assert [item.index for item in most_confident(found, 2, [0, 1])] == [1, 5, 4, 3]
-    with pytest.raises(InputError, match="class 1 has 2 images that the model gets right, 1 fewer than the 3"):
+    with pytest.raises(InputError, match="class 1 has 2 correctly classified images, 1 fewer than the 3"):
         most_confident(found, 3, [0, 1])
     with pytest.raises(MethodError, match="per_class=0: give a whole number from 1"):
         most_confident(found, 0, [0, 1])
@@ -51,7 +51,7 @@ def test_two_rows_for_each_class(model: nn.Module) -> None:
 @pytest.mark.parametrize("targets", [[], [0, 1, 0], [0, 0, 1], [0, 1, 1, 0]])
 def test_classes_that_do_not_fill_the_rows(model: nn.Module, targets: list[int]) -> None:
     x = real_image(64).expand(len(targets), -1, -1, -1)
-    with pytest.raises(InputError, match="as many images of each class, class by class"):
+    with pytest.raises(InputError, match="the same number of images per class, class by class"):
         plot_classes(model, x, targets, ["a", "b", "c"])
 
 

@@ -14,10 +14,9 @@ from timm_bcos import BcosConfig, InputError, MethodError, bcosify, explain
 from timm_bcos.attribution.registry import attribute
 from timm_bcos.data.datasets import load_dataset
 from timm_bcos.data.regions import cell_masks, cut_cells, join_cells, region_loader, without_cell
-from timm_bcos.evaluation.aggatt import bin_edges, mean_maps, plot_bins
-from timm_bcos.evaluation.disconnected import Disconnected
+from timm_bcos.evaluation.aggatt import bin_edges, mean_maps, plot_aggatt
 from timm_bcos.evaluation.metrics import energy_shares, evaluate
-from timm_bcos.evaluation.pointing_game import Grid, grid_shares
+from timm_bcos.evaluation.pointing_game import Disconnected, Grid, grid_shares
 
 
 def test_cells_by_hand() -> None:
@@ -223,8 +222,8 @@ def test_boxes_and_masks_are_cut_like_photos(photos: Path, small: nn.Module, tmp
     [
         ("", "no boxes"),
         ("image,left\n0/0.png,3\n", "columns image, left"),
-        ("image,left,top,right,bottom\n0/0.png,9,0,3,nan\n", "line 2: right and bottom"),
-        ("image,left,top,right,bottom\n0/0.png,0,0,inf,9\n", "line 2: right and bottom"),
+        ("image,left,top,right,bottom\n0/0.png,9,0,3,nan\n", "line 2: right must be greater"),
+        ("image,left,top,right,bottom\n0/0.png,0,0,inf,9\n", "line 2: right must be greater"),
     ],
 )
 def test_bad_boxes(text: str, message: str, photos: Path, small: nn.Module, tmp_path: Path) -> None:
@@ -271,4 +270,4 @@ def test_commands(
 
 def test_no_bins_without_grids(network: nn.Module) -> None:
     with pytest.raises(InputError, match="no grids"):
-        plot_bins(network, [], [], ["bcos"])  # type: ignore[arg-type]
+        plot_aggatt(network, [], [], ["bcos"])  # type: ignore[arg-type]

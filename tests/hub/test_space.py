@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 import timm_bcos
 from tests.helpers import PHOTOS, hub_server
 from timm_bcos import InputError
-from timm_bcos.cli.commands.publish import publish
+from timm_bcos.cli.commands.publish_model import publish
 from timm_bcos.hub.space import save_space
 
 app = typer.Typer()
@@ -66,8 +66,8 @@ def test_examples_are_small_and_tell_nothing_of_the_camera(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("repo_id", "model_id", "photo", "message"),
     [
-        ("org/show", 'org/n"et', "coffee.jpg", "is no repository of the Hub, ORGANIZATION/NAME"),
-        ("org/show/more", "org/net", "coffee.jpg", "'org/show/more' is no repository"),
+        ("org/show", 'org/n"et', "coffee.jpg", "is not a repository ORGANIZATION/NAME"),
+        ("org/show/more", "org/net", "coffee.jpg", "'org/show/more' is not a repository"),
         ("org/show", "org/net", "none.jpg", r"example photo .*none\.jpg: no such file"),
     ],
 )
@@ -131,7 +131,7 @@ def test_the_command_publishes_a_network_and_its_space(
 ) -> None:
     command = """
 import typer
-from timm_bcos.cli.commands.publish import publish
+from timm_bcos.cli.commands.publish_model import publish
 app = typer.Typer()
 app.command()(publish)
 app(['org/net', '--model', 'bcos_cifar_resnet20', '--photo', %r, '--private', '--space'])

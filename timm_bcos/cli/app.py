@@ -11,17 +11,17 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
-from .commands.check import check
+from .commands.check_model import check
 from .commands.concepts import concepts
-from .commands.convert import convert
+from .commands.convert_model import convert
 from .commands.demo import demo
 from .commands.evaluate import aggatt, compare, metrics, pointing_game
-from .commands.explain import explain
-from .commands.export import export
+from .commands.explain_photos import explain
+from .commands.export_model import export
 from .commands.gallery import of_classes, of_methods
 from .commands.models import models
 from .commands.neurons import neurons
-from .commands.publish import publish
+from .commands.publish_model import publish
 from .commands.run import run
 
 __all__ = ["app"]

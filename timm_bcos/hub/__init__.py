@@ -1,1 +1,1 @@
-"""From a trained network to the Hugging Face Hub."""
+"""From a trained model to the Hugging Face Hub."""

@@ -71,12 +71,12 @@ def _explain(path: Path, reader: "PhotoExplainer", found: "Concepts", target: in
     from ...concepts.figures import plot_decomposition
     from ...explanation.visualization import save_figure
 
-    account = explain_concepts(reader.network, reader.read(path), found, target, top=top)
-    save_figure(plot_decomposition(account, reader.names), reader.outputs.claim(path.stem, ".png"))
-    parts = zip(account.strongest[0].tolist(), account.pixels, strict=True)
+    decomposition = explain_concepts(reader.model, reader.read(path), found, target, top=top)
+    save_figure(plot_decomposition(decomposition, reader.names), reader.outputs.claim(path.stem, ".png"))
+    parts = zip(decomposition.strongest[0].tolist(), decomposition.pixels, strict=True)
     shares = ", ".join(f"concept {concept} {float(one.logit):+.3f}" for concept, one in parts)
-    whole = account.explanation
+    whole = decomposition.explanation
     return (
         f"{path}: {reader.names[int(whole.target)]}, logit {float(whole.logit):.3f}, of which {shares}   "
-        f"completeness error {float(account.completeness_error):.1e}"
+        f"completeness error {float(decomposition.completeness_error):.1e}"
     )

@@ -34,7 +34,7 @@ def demo(
     except ImportError as error:
         if error.name != "gradio":
             raise
-        raise InputError("the page needs Gradio: pip install 'timm_bcos[demo]'") from error
+        raise InputError("the demo needs Gradio: pip install 'timm_bcos[demo]'") from error
     from ..options import find_device
 
     with quiet_libraries():

@@ -132,16 +132,15 @@ def aggatt(
     out: Annotated[Path, typer.Option(help="Image file to write.")] = Path("aggatt.png"),
 ) -> None:
     """Plot mean attribution maps of pointing-game grids, from the best localized to the worst (AggAtt)."""
-    from ...evaluation.aggatt import plot_bins
-    from ...evaluation.disconnected import Disconnected
-    from ...evaluation.pointing_game import confidences, sample_grids
+    from ...evaluation.aggatt import plot_aggatt
+    from ...evaluation.pointing_game import Disconnected, confidences, sample_grids
     from ...explanation.visualization import save_figure
 
     model = model_options.load(device)
     images = data_options.load(model.num_classes)
     chosen = sample_grids(list(confidences(model, images)), n, grids, seed=seed, reuse=reuse)
     player = model if disconnect is Disconnect.NONE else Disconnected(model, n, disconnect.value)
-    figure, left_out = plot_bins(
+    figure, left_out = plot_aggatt(
         player, images, chosen, list(method or ("bcos", "input_x_gradient", "gradcam")), smooth
     )
     save_figure(figure, out)

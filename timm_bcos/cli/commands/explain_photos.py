@@ -76,18 +76,18 @@ def _refuse_overlap(targets: Sequence[int], against: Sequence[int], names: Seque
 
 
 def _without_own(paths: Sequence[Path]) -> list[Path]:
-    """Explanations are not explained."""
+    """Leave out files that this package wrote."""
     from ..outputs import is_own
 
     own = [path for path in paths if is_own(path)]
     if own:
         names = ", ".join([*map(str, own[:3]), *(["…"] if len(own) > 3 else [])])
-        typer.echo(f"left out {len(own)} that timm-bcos made: {names}", err=True)
+        typer.echo(f"left out {len(own)} files that timm-bcos wrote: {names}", err=True)
     return [path for path in paths if path not in own]
 
 
 def _explain_all(explainer: "PhotoExplainer", paths: Sequence[Path]) -> list[Path]:
-    """One photo after the other; one that fails, in whatever way, is reported and the others go on."""
+    """Explain all photos; failures are reported, and the remaining photos are explained."""
     from tqdm import tqdm
 
     failures = []
