@@ -1,10 +1,10 @@
-"""Accuracy and alignment of networks against their B, as a table and a figure.
+"""Accuracy and alignment of models against their B, as a table and a figure.
 
     python scripts/experiments/compare_exponents.py data/clothing/test.tar exponents \
         runs/clothes/taught-0/last.pth.tar \
         runs/clothes/taught_b150-0/last.pth.tar runs/clothes/taught_b200-0/last.pth.tar
 
-A network is a checkpoint of timm's train.py or a name of timm's, `local-dir:FOLDER` too. Alignment is the cosine of the
+A model is a checkpoint of timm's train.py or a name of timm's, `local-dir:FOLDER` too. Alignment is the cosine of the
 predicted class's row of W(x) and the encoded image. Writes exponents.csv, with intervals of 95 % (Wilson's for
 accuracy, by the standard error for alignment), and exponents.png.
 """
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Point:
-    """A network's accuracy (percent) and alignment (cosine), with the ends of their intervals."""
+    """A model's accuracy (percent) and alignment (cosine), with the ends of their intervals."""
 
     network: str
     b: float
@@ -49,7 +49,7 @@ class Point:
 
 
 def measure(choice: str, model: nn.Module, dataset: LabeledImages) -> Point:
-    """A network on all images."""
+    """A model on all images."""
     right, cosines = 0, []
     for _, images, labels in image_batches(model, dataset, range(len(dataset)), 16, choice):
         explanation = explain(model, images)
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = data_parser(__doc__)
     parser.add_argument("out", type=Path, help="folder for the table and the figure")
-    parser.add_argument("networks", nargs="+", help="checkpoints of train.py, or names of networks with weights")
+    parser.add_argument("networks", nargs="+", help="checkpoints of train.py, or names of models with weights")
     raise SystemExit(exit_status(partial(run, parser.parse_args())))
 
 

@@ -1,8 +1,8 @@
-"""What the mean over small shifts does to accuracy and to localization: a clothes network beside its `ShiftAveraged`.
+"""What the mean over small shifts does to accuracy and to localization: a clothes model beside its `ShiftAveraged`.
 
     python scripts/experiments/compare_shifts.py data/clothing/test.tar runs/clothes/polished-0/last.pth.tar
 
-A network is a checkpoint of timm's train.py or a name of timm's. Those without anti-aliased downsampling gain most.
+A model is a checkpoint of timm's train.py or a name of timm's. Those without anti-aliased downsampling gain most.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""What a network sees in the photos of each contributor, and what misleads it: their floor, or the clothes?
+"""What a model sees in the photos of each contributor, and what misleads it: their floor, or the clothes?
 
     python scripts/experiments/contributor_shift.py data/clothing/test.tar contributors.csv shift \
         before=runs/clothes/gate-0/model_best.pth.tar after=bcos_efficientnet_lite0.clothing
 
 Contributions of pixels sum up to the logits, so that one may count those of a photo's margin, which is floor, wall or
 bed in most photos: how much of what speaks for the right class lies there, and how much of what speaks for a wrong
-class against the right one. Beside it stands what the network says of the floor alone (the corners, mirrored to a whole
-image), and of the same photos framed otherwise. Writes photos.csv, a row per photo and network, contributors.csv, and
-turned.png: photos that the first network misreads and the last does not.
+class against the right one. Beside it stands what the model says of the floor alone (the corners, mirrored to a whole
+image), and of the same photos framed otherwise. Writes photos.csv, a row per photo and model, contributors.csv, and
+turned.png: photos that the first model misreads and the last does not.
 """
 
 import argparse
@@ -46,14 +46,14 @@ Frame = Callable[[Image.Image], Tensor]
 
 @dataclass(frozen=True)
 class Sight:
-    """What a network sees in a photo.
+    """What a model sees in a photo.
 
     Attributes:
-        network: Its name.
+        network: Name of the model.
         photo: The file.
         contributor: Who has sent it.
         label: The class.
-        cropped: What the network says of the photo as it crops photos itself.
+        cropped: What the model says of the photo as it crops photos itself.
         whole: What it says of it with all of its margin.
         small: What it says of it at 0.8 of its size, with the outermost pixels around it.
         floor: What it says of the corners alone.
@@ -120,7 +120,7 @@ def in_margin(maps: Tensor) -> Tensor:
 def looks(
     name: str, model: nn.Module, dataset: LabeledImages, files: Sequence[str], people: Sequence[str]
 ) -> Iterator[Sight]:
-    """A network's sight of each photo."""
+    """A model's sight of each photo."""
     views = frames(model)
     for i in tqdm(range(len(dataset)), name, disable=None):
         photo, label = dataset[i]
@@ -140,7 +140,7 @@ def looks(
 
 
 def summary(sights: Sequence[Sight]) -> Iterator[dict[str, object]]:
-    """A row for each network and contributor, and for all: accuracies in percent, shares with 95 % intervals."""
+    """A row for each model and contributor, and for all: accuracies in percent, shares with 95 % intervals."""
     for network in dict.fromkeys(sight.network for sight in sights):
         own = [sight for sight in sights if sight.network == network]
         people = [person for person, _ in Counter(sight.contributor for sight in own).most_common()]
@@ -169,10 +169,10 @@ def _counts(sights: Sequence[Sight]) -> dict[str, object]:
 
 
 def turned(sights: Sequence[Sight], count: int) -> list[Sight]:
-    """Photos that the first network misreads and the last does not: a contributor's clearest error each, then the next.
+    """Photos that the first model misreads and the last does not: a contributor's clearest error each, then the next.
 
     Args:
-        sights: Of all networks.
+        sights: Of all models.
         count: At most.
     """
     first, last = sights[0].network, sights[-1].network
@@ -184,7 +184,7 @@ def turned(sights: Sequence[Sight], count: int) -> list[Sight]:
 
 
 def draw(models: Mapping[str, nn.Module], photos: Mapping[str, Image.Image], chosen: Sequence[Sight]) -> "Figure":
-    """Photos, and by each network what speaks for the class that the first one says (red) against the label (blue).
+    """Photos, and by each model what speaks for the class that the first one says (red) against the label (blue).
 
     Args:
         models: By name; the last one names the classes.

@@ -260,7 +260,7 @@ def test_commands(
     assert command("evaluate", "metrics", *data, *measured, "--regions", boxes) == 0
     assert "| method | energy | single_deletion |" in capsys.readouterr().out
     assert command("evaluate", "metrics", *data, "--metric", "energy", "--out", tmp_path / "other") == 2
-    assert "energy needs --regions" in capsys.readouterr().err
+    assert "energy needs the regions of the objects: give --regions" in capsys.readouterr().err
     game = ["--n", 1, "--disconnect", "part", "--out", tmp_path / "game"]
     assert command("evaluate", "pointing-game", *data, *game) == 0
     assert "**1.00**" in (tmp_path / "game" / "summary.md").read_text()

@@ -65,7 +65,7 @@ Methods = Annotated[
     typer.Option(
         "--method",
         help="Attribution method; repeatable. input_x_gradient and integrated_gradients have the aliases ixg and ig. "
-        "(default: all that suit the model)",
+        "(default: all that support the model)",
     ),
 ]
 Reuse = Annotated[bool, typer.Option("--reuse", help="Reuse images when a class has too few.")]

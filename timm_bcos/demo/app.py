@@ -171,25 +171,35 @@ class _Layout:
             self.units = gr.HTML(elem_id="units", min_height=60)
 
 
-def _connect(app: App, page: _Layout) -> None:
+def _connect(app: App, layout: _Layout) -> None:
     """Connect the components with the handlers."""
     handlers = app.handlers
-    comparison = page.compare.click(
-        handlers.compare, [page.prediction, page.target, page.methods], page.maps, **COMPARISONS
+    comparison = layout.compare.click(
+        handlers.compare, [layout.prediction, layout.target, layout.methods], layout.maps, **COMPARISONS
     )
-    search = page.show.click(handlers.show_units, [page.prediction, page.layer], page.units, **SEARCHES)
+    search = layout.show.click(handlers.show_units, [layout.prediction, layout.layer], layout.units, **SEARCHES)
     explain = PHOTOS | dict(
         fn=handlers.change_photo,
-        inputs=[page.label, page.photo],
-        outputs=[page.notice, page.explanation, page.prediction, page.more, page.target, page.maps, page.units],
+        inputs=[layout.label, layout.photo],
+        outputs=[
+            layout.notice,
+            layout.explanation,
+            layout.prediction,
+            layout.more,
+            layout.target,
+            layout.maps,
+            layout.units,
+        ],
         cancels=[comparison, search],
     )
-    page.photo.input(**explain, trigger_mode="always_last")
-    choices = [page.photo, page.more, page.target, page.layer]
-    page.label.input(handlers.change_model, [page.label, page.photo], choices, **PHOTOS).then(**explain)
+    layout.photo.input(**explain, trigger_mode="always_last")
+    choices = [layout.photo, layout.more, layout.target, layout.layer]
+    layout.label.input(handlers.change_model, [layout.label, layout.photo], choices, **PHOTOS).then(**explain)
     app.load(**explain)
-    shown = [page.notice, page.explanation]
-    page.more.input(handlers.add_classes, [page.prediction, page.more], shown, trigger_mode="always_last", **PHOTOS)
+    shown = [layout.notice, layout.explanation]
+    layout.more.input(
+        handlers.add_classes, [layout.prediction, layout.more], shown, trigger_mode="always_last", **PHOTOS
+    )
 
 
 @contextlib.contextmanager

@@ -88,7 +88,7 @@ def write_images(path: Path, names: Sequence[str], clusters: Sequence[str], righ
 
 @dataclass(frozen=True)
 class Agreement:
-    """How closely two models agree on the same images.
+    """Agreement of two models on the same images.
 
     Attributes:
         images: Number of images.

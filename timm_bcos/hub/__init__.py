@@ -1,1 +1,1 @@
-"""From a trained model to the Hugging Face Hub."""
+"""Publishing on the Hugging Face Hub: models, model cards and Spaces."""

@@ -38,8 +38,8 @@ def check(
     A timm model is converted with B = 2 (or --b), without biases. Without a checkpoint the model is untrained:
     exactness depends on the architecture only.
 
-    With --against, compare a conversion with its original on the images of --data-dir, or on 16 random images. A timm
-    model is then converted so that it computes the same.
+    With --against, compare a conversion with its original on the images of --data-dir, or on 16 random images.
+    A timm model is then converted so that it computes the same.
     """
     if against is not None:
         _compare(model_options, b, against, data_options if data_options.data_dir else None)

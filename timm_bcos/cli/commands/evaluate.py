@@ -55,7 +55,7 @@ def pointing_game(
     """Play the grid pointing game: measure how much attribution of a class lies in its own cell.
 
     Writes values.csv, summary.csv, gains.csv (paired differences to the other methods), summary.md and boxes.png.
-    Without --method, all methods that suit the model are evaluated.
+    Without --method, all methods that support the model are evaluated.
     """
     from ...attribution.registry import method_names
     from ...evaluation.pointing_game import sample_grids
@@ -87,7 +87,9 @@ def metrics(
     method: Methods = None,
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="Metric to compute; repeatable. (default: all: deletion, insertion, faithfulness, …)"),
+        typer.Option(
+            help="Metric to compute, for instance deletion; repeatable. (default: all; energy only with --regions)"
+        ),
     ] = None,
     regions: Annotated[
         Path | None,
@@ -98,7 +100,7 @@ def metrics(
 ) -> None:
     """Measure deletion, insertion, faithfulness, sensitivity, randomization and more of attribution methods.
 
-    Writes metrics.csv and metrics.md. Without --method, all fast methods that suit the model are evaluated.
+    Writes metrics.csv and metrics.md. Without --method, all fast methods that support the model are evaluated.
     """
     from ...attribution.registry import method_names
     from ...errors import MethodError
@@ -109,7 +111,7 @@ def metrics(
     methods, measured = method_names(method or QUICK), list(metric or suited)
     check_metrics(measured)
     if lacking := [name for name in measured if name not in suited]:
-        raise MethodError(f"{lacking[0]} needs --regions: where the objects are")
+        raise MethodError(f"{lacking[0]} needs the regions of the objects: give --regions")
     model = model_options.load(device)
     labeled = data_options.load(model.num_classes)
     remember_settings(out, vars(model_options) | vars(data_options) | dict(images=images, regions=regions))

@@ -46,7 +46,7 @@ def of_methods(
     method: Methods = None,
     out: Out = Path("methods.png"),
 ) -> None:
-    """Plot one image per class, explained by every attribution method that suits the model."""
+    """Plot one image per class, explained by every attribution method that supports the model."""
     from ...attribution.registry import METHODS, method_names
     from ...evaluation.galleries import plot_methods
     from ...explanation.visualization import save_figure
