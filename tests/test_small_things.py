@@ -88,15 +88,15 @@ def test_regression_has_a_hint() -> None:
 
 
 def test_names_of_methods_are_not_taken_twice() -> None:
-    built_in = METHODS["ig"]
-    with pytest.raises(MethodError, match=r"there is a method 'ig'.*replace=True"):
-        register("ig")(lambda subject, x, targets: x[:, 0])
-    assert METHODS["ig"] is built_in
+    built_in = METHODS["integrated_gradients"]
+    with pytest.raises(MethodError, match=r"there is a method 'integrated_gradients'.*replace=True"):
+        register("integrated_gradients")(lambda subject, x, targets: x[:, 0])
+    assert METHODS["integrated_gradients"] is built_in
     try:
-        register("ig", replace=True)(lambda subject, x, targets: x[:, 0])
-        assert METHODS["ig"] is not built_in
+        register("integrated_gradients", replace=True)(lambda subject, x, targets: x[:, 0])
+        assert METHODS["integrated_gradients"] is not built_in
     finally:
-        METHODS["ig"] = built_in
+        METHODS["integrated_gradients"] = built_in
 
 
 def test_the_help_names_the_default_network(capsys: pytest.CaptureFixture[str]) -> None:

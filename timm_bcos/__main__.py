@@ -1,6 +1,23 @@
-"""`python -m timm_bcos`, which `torchrun -m timm_bcos run train.py ...` needs."""
+"""The entry point of `timm-bcos` and `python -m timm_bcos`; `torchrun -m timm_bcos run train.py ...` needs the second.
 
-from .cli.main import main
+It imports next to nothing until errors and signals are handled.
+"""
+
+from .cli.exceptions import exit_status
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command; errors are one line, without a traceback."""
+    raise SystemExit(exit_status(_command))
+
+
+def _command() -> None:
+    from .cli.app import app
+
+    app()
+
 
 if __name__ == "__main__":
     main()

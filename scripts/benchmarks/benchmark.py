@@ -1,8 +1,8 @@
 """Time training steps, inference and explanations, side by side in one run.
 
-For each architecture: timm's plain network, the PyPI package `bcos`, ours without MaxOut as that package builds it, its
-fused copy, and the paper's network with MaxOut 2. Rounds alternate between the networks, so that a slow moment of the
-machine hits all. A figure is the ratio of medians to the plain network's, beside the quartiles of the ratio per round.
+For each architecture: timm's plain model, the PyPI package `bcos`, ours without MaxOut as that package builds it, its
+fused copy, and the paper's model with MaxOut 2. Rounds alternate between the models, so that a slow moment of the
+machine hits all. A figure is the ratio of medians to the plain model's, beside the quartiles of the ratio per round.
 Peak memory is measured in a process of its own per case.
 """
 
@@ -56,7 +56,7 @@ def lines(job: str, times: Times, memory: dict[str, float]) -> Iterator[str]:
 
 
 def compete(name: str, args: argparse.Namespace, settings: Settings) -> list[dict[str, object]]:
-    """Time one network's contestants at each job."""
+    """Time one model's contestants at each job."""
     print(f"\n{name}, {describe(settings)}")
     kinds = [kind for kind in contestants(name) if not args.contestants or kind in args.contestants]
     found: list[dict[str, object]] = []
@@ -145,7 +145,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--size", type=int, default=224)
     jobs = list(JOBS)
     add("--jobs", nargs="+", choices=jobs, default=jobs[:3], metavar="JOB", help=f"of {', '.join(map(repr, jobs))}")
-    add("--contestants", nargs="+", metavar="NAME", help="these alone, and the plain network")
+    add("--contestants", nargs="+", metavar="NAME", help="these alone, and the plain model")
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of autocast")
     add("--channels-last", action="store_true")
@@ -156,12 +156,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--scaling", action="store_true", help="instead: how cost grows with size, batch, depth and classes")
     add("--csv", type=Path, default=Path("docs/results/scaling.csv"), help="of --scaling, which resumes from it")
     add("--figure", type=Path, default=Path("docs/images/scaling.webp"), help="of --scaling")
-    add("--methods", metavar="MODEL", help="instead: time the attribution methods on this network")
+    add("--methods", metavar="MODEL", help="instead: time the attribution methods on this model")
     add("--batches", nargs="+", type=int, default=[1, 8, 32], help="for --methods")
     args = parser.parse_args(arguments)
     wrong = [name for name in args.networks if name != "cnn9" and not timm.is_model(name)]
     if wrong:
-        parser.error(f"timm has no network {wrong[0]!r}")
+        parser.error(f"timm has no model {wrong[0]!r}")
     if args.contestants and "plain" not in args.contestants:
         args.contestants.insert(0, "plain")
     if min(args.rounds, args.batch, args.size) < 1:

@@ -1,4 +1,4 @@
-"""What is timed: networks, who competes in each, what they do, and how time and memory are taken."""
+"""What is timed: models, who competes in each, what they do, and how time and memory are taken."""
 
 import multiprocessing
 import time
@@ -32,9 +32,9 @@ class Settings:
         size: Of their sides, in pixels.
         device: Where.
         dtype: 'float32', or that of autocast.
-        channels_last: The memory layout of networks and images.
-        compiled: Whether torch.compile makes a program of each network, but for explanations.
-        classes: Of the logits; None for what the network has.
+        channels_last: The memory layout of models and images.
+        compiled: Whether torch.compile makes a program of each model, but for explanations.
+        classes: Of the logits; None for what the model has.
     """
 
     batch: int = 8
@@ -64,7 +64,7 @@ class Case:
 
 
 def official(name: str) -> Callable[..., nn.Module] | None:
-    """The network of the PyPI package `bcos`, where that has it and is installed."""
+    """The model of the PyPI package `bcos`, where that has it and is installed."""
     try:
         from bcos.models import densenet, resnet
     except ImportError:
@@ -98,7 +98,7 @@ class Cnn9Plain(Cnn9):
 
 
 def ours(name: str, **kwargs: int) -> nn.Module:
-    """timm's network as the second paper converts it."""
+    """timm's model as the second paper converts it."""
     return timm_bcos.bcosify(timm.create_model(name, **kwargs), timm_bcos.BcosConfig.v2())
 
 
@@ -106,7 +106,7 @@ Builders = dict[str, Callable[..., nn.Module]]
 
 
 def contestants(name: str) -> Builders:
-    """Who competes in a network, the plain one first."""
+    """Who competes in a model, the plain one first."""
     if name == "cnn9":
         return {
             "plain": Cnn9Plain,
@@ -145,7 +145,7 @@ def infer(case: Case) -> None:
 
 
 def explain(case: Case) -> None:
-    """An explanation of each image's prediction; of the plain network, the gradient of its logit."""
+    """An explanation of each image's prediction; of the plain model, the gradient of its logit."""
     case.network.eval()
     if isinstance(case.network, BcosModel):
         timm_bcos.explain(case.network, case.x)
@@ -174,7 +174,7 @@ def explain_classes(case: Case) -> None:
 
 @contextmanager
 def detached(network: nn.Module) -> Iterator[None]:
-    """The package's explanation mode, module by module; the plain network has none and gives its gradient."""
+    """The package's explanation mode, module by module; the plain model has none and gives its gradient."""
     modules = [m for m in network.modules() if hasattr(m, "set_explanation_mode")]
     for module in modules:
         module.set_explanation_mode(True)
@@ -193,7 +193,7 @@ JOBS: dict[str, tuple[Callable[[Case], None], tuple[str, ...]]] = {
 
 
 def prepare(name: str, kind: str, settings: Settings) -> Case:
-    """The network, images and targets of a contestant; only the package takes encoded images alone."""
+    """The model, images and targets of a contestant; only the package takes encoded images alone."""
     torch.manual_seed(0)
     kwargs = {} if settings.classes is None else {"num_classes": settings.classes}
     network = contestants(name)[kind](**kwargs)
@@ -247,6 +247,6 @@ def _peak_memory(name: str, kind: str, job: str, settings: Settings) -> float:
 
 
 def peak_memory(name: str, kind: str, job: str, settings: Settings) -> float:
-    """MiB that a first run of a job adds to a process of its own, which has built the network."""
+    """MiB that a first run of a job adds to a process of its own, which has built the model."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_memory, (name, kind, job, settings))

@@ -1,4 +1,4 @@
-"""How fast the attribution methods are, beside the network's own explanation."""
+"""How fast the attribution methods are, beside the model's own explanation."""
 
 import statistics
 import time
@@ -14,7 +14,7 @@ __all__ = ["time_methods"]
 
 
 def time_methods(name: str, batches: list[int], rounds: int) -> None:
-    """Images per second of each attribution method, and its time relative to the network's own explanation.
+    """Images per second of each attribution method, and its time relative to the model's own explanation.
 
     Methods that take over ten times as long look at many changed copies of an image, and are timed for one batch size.
     """

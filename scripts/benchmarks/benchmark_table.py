@@ -27,7 +27,7 @@ KEY = 5  # fields that say what was measured: all contestants of it, in one run
 
 
 def rows(found: dict[str, Any]) -> Iterator[tuple[object, ...]]:
-    """A row per network, job, mode and contestant."""
+    """A row per model, job, mode and contestant."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for result in found["results"]:
         groups.setdefault((result["network"], mode(result["settings"]), result["job"]), []).append(result)
@@ -53,7 +53,7 @@ def mode(settings: dict[str, Any]) -> str:
 
 
 def merged(old: list[list[str]], new: list[list[str]]) -> list[list[str]]:
-    """The rows with those replaced that were measured again: all contestants of a network, size, mode and job."""
+    """The rows with those replaced that were measured again: all contestants of a model, size, mode and job."""
     measured = {tuple(row[:KEY]) for row in new}
     return [row for row in old if tuple(row[:KEY]) not in measured] + new
 

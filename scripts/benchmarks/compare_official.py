@@ -1,7 +1,7 @@
-"""Compare our networks with the official implementation (PyPI `bcos`) on the same weights: logits and contributions.
+"""Compare our models with the official implementation (PyPI `bcos`) on the same weights: logits and contributions.
 
-The official networks get random weights, one pass in training mode with momentum 1 (otherwise the signal vanishes in
-an untrained network and the comparison proves nothing), and are saved as a file in the release's format. Ours load that
+The official models get random weights, one pass in training mode with momentum 1 (otherwise the signal vanishes in
+an untrained model and the comparison proves nothing), and are saved as a file in the release's format. Ours load that
 file by name. Errors are relative to the largest value, in float64, of the logits without the logit bias.
 """
 
@@ -33,7 +33,7 @@ def official_name(name: str) -> str:
 
 
 def official_network(entry: str, x: Tensor, **kwargs: Any) -> nn.Module:
-    """The package's network with random weights and running statistics of x, in evaluation mode and float64."""
+    """The package's model with random weights and running statistics of x, in evaluation mode and float64."""
     import bcos.models.pretrained
 
     model = getattr(bcos.models.pretrained, entry)(**kwargs).double()
@@ -54,7 +54,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 
 def compare(name: str, x: Tensor, official: dict[str, Any] | None = None, **kwargs: Any) -> tuple[float, float]:
-    """Largest relative errors of one of our v2 networks: of logits − logit bias, and of the contributions.
+    """Largest relative errors of one of our v2 models: of logits − logit bias, and of the contributions.
 
     Args:
         name: One of our names.
@@ -88,14 +88,14 @@ def _compare(ours: nn.Module, theirs: nn.Module, encoded: Tensor) -> tuple[float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=sorted(SECOND_PAPER), help="our names; all v2 networks if none")
+    parser.add_argument("names", nargs="*", default=sorted(SECOND_PAPER), help="our names; all v2 models if none")
     parser.add_argument("--size", type=int, default=224, help="image size")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     x = torch.rand(1, 3, 8, 8, dtype=torch.float64)
     x = nn.functional.interpolate(x, args.size, mode="bicubic").clamp(0, 1)
-    print("| network | logits | contributions |\n| --- | ---: | ---: |")
+    print("| model | logits | contributions |\n| --- | ---: | ---: |")
     for name in tqdm(args.names):
         logits, contributions = compare(name, x)
         tqdm.write(f"| `{name}` | {logits:.1e} | {contributions:.1e} |")

@@ -52,7 +52,7 @@ def photo(size: int, channels: int = 3) -> Tensor:
     return image[[i % 3 for i in range(channels)]][None]
 
 
-SIZE_ARGUMENT = {"vision_transformer": "image_size"}  # of torchvision's networks that are built for one size
+SIZE_ARGUMENT = {"vision_transformer": "image_size"}  # of torchvision's models that are built for one size
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def build(arch: str, **kwargs: Any) -> nn.Module:
 
 
 def create(arch: str, size: int, **kwargs: Any) -> nn.Module:
-    """An untrained plain network whose norms and scales are not at their uninformative initial values."""
+    """An untrained plain model whose norms and scales are not at their uninformative initial values."""
     argument = facts(arch).size_argument
     torch.manual_seed(0)
     model = build(arch, **({argument: size} if argument else {}), **kwargs)
@@ -108,7 +108,7 @@ def create(arch: str, size: int, **kwargs: Any) -> nn.Module:
 
 
 def create_small(arch: str) -> tuple[nn.Module, int]:
-    """The plain network, and the smallest of a few image sizes that it takes; its own size if none."""
+    """The plain model, and the smallest of a few image sizes that it takes; its own size if none."""
     own = facts(arch).size
     for size in (s for s in SIZES if s < own):
         try:
@@ -165,7 +165,7 @@ def _measure(row: Row) -> None:
 
 
 def convert(plain: nn.Module, x: Tensor) -> tuple[nn.Module, float]:
-    """The conversion and its γ: 1, unless the untrained network's signal fades to nothing, as it does without norms."""
+    """The conversion and its γ: 1, unless the untrained model's signal fades to nothing, as it does without norms."""
     for gamma in GAMMAS:
         model = timm_bcos.bcosify(copy.deepcopy(plain), timm_bcos.BcosConfig(gamma=gamma)).train()
         with torch.no_grad():  # by the statistics of a batch

@@ -151,25 +151,26 @@ def _largest(rows: list[Row], name: str) -> str:
 PAGE = """\
 # Coverage
 
-Which networks convert, and whether their explanations are exact: each architecture below was converted by
-[`bcosify`](converting.md), and the explanation of a real photo measured. Made by
-`{command}` with {versions}. Networks are untrained; the photo is `scripts/photos/{photo}`.
+This page shows which timm and torchvision models convert to B-cos models with exact explanations. Each architecture
+was converted by [`bcosify`](converting.md), and its explanation of a photo was measured by
+`{command}` with {versions}. Models are untrained; the photo is `scripts/photos/{photo}`.
 
 {summary}
-One row for each model file of timm and torchvision; [coverage.csv](coverage.csv) has one for each architecture.
+The table has a row for each model file of timm and torchvision. [coverage.csv](coverage.csv) has a row for each
+architecture.
 
-| column | what it says |
+| column | meaning |
 | --- | --- |
-| architectures | how many of the file were measured: all of up to 60 million parameters, at least the smallest |
-| params | their parameters, in millions |
-| exact | how many are exact: both errors reach their goals, and `timm_bcos.check` finds no violation |
-| error64, error32 | the largest distance of Σ contributions + bias from the logit, relative to logit − logit bias; \
-goals {error64:g} and {error32:g} |
-| shift | the largest change of a logit in explanation mode, relative, float64; goal {error64:g} |
-| bcos_share | the smallest share of the weights that are in B-cos layers; the rest are gates, tables and what stays \
+| architectures | number of measured architectures: all with up to 60 million parameters, at least the smallest |
+| params | their parameters in millions |
+| exact | number of exact architectures: both errors reach their goals, and `timm_bcos.check` finds no violation |
+| error64, error32 | largest difference of Σ contributions + bias and the logit, relative to logit − logit bias, \
+in float64 and float32; goals {error64:g} and {error32:g} |
+| shift | largest relative change of a logit in dynamic linear mode, in float64; goal {error64:g} |
+| bcos_share | smallest share of weights in B-cos layers; the others belong to gates, tables and layers that stay \
 linear |
-| gradients | in how many one training step reaches every parameter with a finite gradient |
-| preserving | the largest relative error of the logits after conversion with B = 1 and biases, float32; goal \
+| gradients | number of architectures in which one training step gives every parameter a finite gradient |
+| preserving | largest relative error of the logits after conversion with B = 1 and biases, in float32; goal \
 {preserving:g} |
 
 {missed}
@@ -177,10 +178,10 @@ linear |
 {table}"""
 
 ROUNDING = """\
-Where a goal is missed though the verdict is exact, untrained networks of many layers amplify rounding. The CSV file has
-the figures that tell: in `rounding`, how far the logits move when the image changes in its last digits, for the
-{shifted} architectures whose shift exceeds its goal (a shift of up to ten times that is rounding); in `preserving64`,
-the last column in float64, for the {count} that miss its goal in float32 ({names})."""
+Some exact architectures miss a goal because untrained models of many layers amplify rounding errors. The CSV file
+shows this: column `rounding` has the change of the logits when the image changes in its last digits, for the
+{shifted} architectures whose shift exceeds its goal (a shift of up to ten times this value is rounding). Column
+`preserving64` has the last column in float64, for the {count} architectures that miss its goal in float32 ({names})."""
 
 
 def page(rows: list[Row], made: dict[str, str]) -> str:

@@ -1,10 +1,9 @@
-"""How long visitors of the demo page wait for a photo's explanation, alone and together, and what memory it takes.
+"""Measure how long clients of the demo wait for a photo's explanation, and the memory of the demo.
 
     python scripts/benchmarks/demo_load.py                  # docs/serving.md quotes its numbers
-    python scripts/benchmarks/demo_load.py --slow           # with two comparisons by slow methods beside the photos
+    python scripts/benchmarks/demo_load.py --slow           # also while two comparisons by slow methods run
 
-It starts `timm-bcos demo` on a free port of this machine, asks it at most 200 times, and ends it. Only 127.0.0.1 is
-asked.
+It starts `timm-bcos demo` on a free port of 127.0.0.1, sends at most 200 requests, and ends it.
 """
 
 import argparse
@@ -28,18 +27,18 @@ from typing import Any
 
 PHOTOS = sorted((Path(__file__).parents[1] / "photos").glob("*.jpg"))
 SLOW = ["rise", "lime", "occlusion"]
-SECONDS = 600  # after which a call is given up
+SECONDS = 600  # timeout of a call
 
 
-class Visitor:
-    """A visitor without a browser, who speaks with the page as its own scripts do.
+class Client:
+    """A client without a browser, with the requests of Gradio's scripts.
 
     Args:
-        port: Of the page, on this machine.
-        session: Its name; a new one by default.
+        port: Port of the demo on 127.0.0.1.
+        session: Name of the session. Default: a random name.
 
     Attributes:
-        functions: Numbers of the page's functions, by name.
+        functions: Indices of the handlers, by name.
     """
 
     def __init__(self, port: int, session: str = "") -> None:
@@ -48,11 +47,11 @@ class Visitor:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What the page says of itself in its HTML."""
+        """Gradio's configuration, as the HTML contains it."""
         if self._config is None:
             _, html = self.request("GET", "/")
             found = re.search(r"window\.gradio_config = (\{.*?\});\s*(?:</script>|window\.)", html.decode(), re.DOTALL)
-            assert found is not None, "the page has no configuration"
+            assert found is not None, "the HTML has no configuration"
             self._config = json.loads(found[1])
         return self._config
 
@@ -61,7 +60,7 @@ class Visitor:
         return {one["api_name"]: one["id"] for one in self.config["dependencies"] if one["backend_fn"]}
 
     def request(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, bytes]:
-        """Status and body of an answer; of a body that is no text, its JSON is sent."""
+        """Status and body of the response. A body other than bytes is sent as JSON."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
         try:
             if body is not None and not isinstance(body, bytes):
@@ -73,7 +72,7 @@ class Visitor:
             connection.close()
 
     def join(self, function: str | int, *arguments: Any, **others: Any) -> tuple[int, dict[str, Any]]:
-        """Put a call into the queue: status and answer."""
+        """Queue a call; returns status and response."""
         number = self.functions[function] if isinstance(function, str) else function
         call = {"data": list(arguments), "fn_index": number, "session_hash": self.session, **others}
         status, answer = self.request("POST", "/gradio_api/queue/join", call)
@@ -81,7 +80,7 @@ class Visitor:
 
     @contextmanager
     def listening(self) -> Iterator[Iterator[dict[str, Any]]]:
-        """The messages of this session, as they come."""
+        """The messages of this session, as they arrive."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
         try:
             connection.request("GET", f"/gradio_api/queue/data?session_hash={self.session}")
@@ -93,7 +92,7 @@ class Visitor:
             connection.close()
 
     def call(self, function: str | int, *arguments: Any) -> dict[str, Any]:
-        """What a function answers in the end.
+        """Call a handler and wait for its last message.
 
         Raises:
             RuntimeError: If it is refused.
@@ -105,19 +104,19 @@ class Visitor:
             last = next(message for message in messages if message["msg"] in ("process_completed", "unexpected_error"))
         return dict(last)
 
-    def take_photo(self, photo: Path, network: str = "") -> dict[str, Any]:
-        """A photo's explanation."""
-        return self.call("take_photo", network or self.network, address_of(photo))
+    def change_photo(self, photo: Path, model: str = "") -> dict[str, Any]:
+        """Explain a photo."""
+        return self.call("change_photo", model or self.model, data_url(photo))
 
     @property
-    def network(self) -> str:
-        """The one that is chosen at first."""
-        menu = next(one for one in self.config["components"] if one["props"].get("elem_id") == "network")
+    def model(self) -> str:
+        """The model that is selected first."""
+        menu = next(one for one in self.config["components"] if one["props"].get("elem_id") == "model")
         return str(menu["props"]["value"])
 
 
-def address_of(photo: Path) -> str:
-    """A photo as a data address."""
+def data_url(photo: Path) -> str:
+    """A photo as a data URL."""
     return f"data:image/jpeg;base64,{base64.b64encode(photo.read_bytes()).decode()}"
 
 
@@ -129,9 +128,9 @@ def free_port() -> int:
 
 @contextmanager
 def demo(*arguments: str, **environment: str) -> Iterator[tuple["subprocess.Popen[str]", int]]:
-    """`timm-bcos demo` in a process of its own, and its port."""
+    """Start `timm-bcos demo`; yields the process and its port."""
     port = free_port()
-    code = "from timm_bcos.cli.main import main; main()"
+    code = "from timm_bcos.__main__ import main; main()"
     command = [sys.executable, "-W", "ignore", "-c", code, "demo", "--port", str(port), *arguments]
     process = subprocess.Popen(
         command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -149,73 +148,73 @@ def demo(*arguments: str, **environment: str) -> Iterator[tuple["subprocess.Pope
 
 
 def memory_of(pid: int) -> dict[str, float]:
-    """GB that a process takes now, and has taken at most."""
+    """Current and peak memory of a process in GB."""
     lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return {name: int(lines[key].split()[0]) / 1e6 for name, key in (("now", "VmRSS"), ("most", "VmHWM"))}
 
 
-def waits(visitors: list[Visitor], rounds: int) -> list[float]:
-    """Seconds that every photo took, all visitors asking at once, one photo after the other."""
+def waits(clients: list[Client], rounds: int) -> list[float]:
+    """Seconds per photo, while all clients send photos one after the other."""
 
     def ask(number: int) -> list[float]:
         seconds = []
         for turn in range(rounds):
             started = time.perf_counter()
-            answer = visitors[number].take_photo(PHOTOS[(number + turn) % len(PHOTOS)])
+            answer = clients[number].change_photo(PHOTOS[(number + turn) % len(PHOTOS)])
             assert answer["msg"] == "process_completed" and answer["success"], answer
             seconds.append(time.perf_counter() - started)
         return seconds
 
-    with ThreadPoolExecutor(len(visitors)) as pool:
-        return [one for many in pool.map(ask, range(len(visitors))) for one in many]
+    with ThreadPoolExecutor(len(clients)) as pool:
+        return [one for many in pool.map(ask, range(len(clients))) for one in many]
 
 
 @contextmanager
-def comparisons(port: int, count: int) -> Iterator[list[Visitor]]:
-    """Visitors whose comparisons by slow methods run meanwhile; they leave when the block ends."""
+def comparisons(port: int, count: int) -> Iterator[list[Client]]:
+    """Run comparisons by slow methods, one per client, while the block runs."""
     with ThreadPoolExecutor(count) as pool:
-        visitors = [Visitor(port) for _ in range(count)]
+        clients = [Client(port) for _ in range(count)]
         have_begun, have_left = threading.Barrier(count + 1), threading.Event()
 
-        def compare(visitor: Visitor) -> None:
-            visitor.take_photo(PHOTOS[0])
-            visitor.join("compare", None, 0, SLOW)
-            with visitor.listening() as messages:
+        def compare(client: Client) -> None:
+            client.change_photo(PHOTOS[0])
+            client.join("compare", None, 0, SLOW)
+            with client.listening() as messages:
                 next(message for message in messages if message["msg"] == "process_generating")
                 have_begun.wait()
                 have_left.wait()
 
-        for visitor in visitors:
-            pool.submit(compare, visitor)
+        for client in clients:
+            pool.submit(compare, client)
         have_begun.wait(SECONDS)
         try:
-            yield visitors
+            yield clients
         finally:
             have_left.set()
 
 
-def told(name: str, seconds: list[float]) -> str:
+def table_row(name: str, seconds: list[float]) -> str:
     return f"| {name} | {len(seconds)} | {statistics.median(seconds):.2f} | {max(seconds):.2f} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--visitors", type=int, default=16, choices=range(1, 33), metavar="1-32")
-    parser.add_argument("--slow", action="store_true", help="measure beside two comparisons by slow methods too")
+    parser.add_argument("--clients", type=int, default=16, choices=range(1, 33), metavar="1-32")
+    parser.add_argument("--slow", action="store_true", help="also measure while two comparisons by slow methods run")
     arguments = parser.parse_args()
     with demo() as (process, port):
-        visitor = Visitor(port)
+        client = Client(port)
         start = memory_of(process.pid)
-        waits([visitor], 2)  # what is loaded on first use
-        print("| visitors | photos | median s | worst s |\n| --- | --- | --- | --- |")
-        print(told("1", waits([visitor], 5)), flush=True)
+        waits([client], 2)  # warm-up
+        print("| clients | photos | median s | worst s |\n| --- | --- | --- | --- |")
+        print(table_row("1", waits([client], 5)), flush=True)
         if arguments.slow:
             with comparisons(port, 2):
-                print(told("1, beside two slow comparisons", waits([visitor], 5)), flush=True)
-        many = [Visitor(port) for _ in range(arguments.visitors)]
-        print(told(str(arguments.visitors), waits(many, 4)), flush=True)
+                print(table_row("1, beside two slow comparisons", waits([client], 5)), flush=True)
+        many = [Client(port) for _ in range(arguments.clients)]
+        print(table_row(str(arguments.clients), waits(many, 4)), flush=True)
         photos = memory_of(process.pid)
-        visitor.call("show_neurons", None, "blocks.4")
+        client.call("show_units", None, "blocks.4")
         neurons = memory_of(process.pid)
     print("\n| memory, GB | now | at most so far |\n| --- | --- | --- |")
     for name, memory in (("at the start", start), ("after the photos", photos), ("after a layer's neurons", neurons)):

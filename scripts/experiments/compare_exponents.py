@@ -1,10 +1,10 @@
-"""Accuracy and alignment of networks against their B, as a table and a figure.
+"""Accuracy and alignment of models against their B, as a table and a figure.
 
     python scripts/experiments/compare_exponents.py data/clothing/test.tar exponents \
         runs/clothes/taught-0/last.pth.tar \
         runs/clothes/taught_b150-0/last.pth.tar runs/clothes/taught_b200-0/last.pth.tar
 
-A network is a checkpoint of timm's train.py or a name of timm's, `local-dir:FOLDER` too. Alignment is the cosine of the
+A model is a checkpoint of timm's train.py or a name of timm's, `local-dir:FOLDER` too. Alignment is the cosine of the
 predicted class's row of W(x) and the encoded image. Writes exponents.csv, with intervals of 95 % (Wilson's for
 accuracy, by the standard error for alignment), and exponents.png.
 """
@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from ablation import alignments
-from networks import find_network
+from inputs import data_parser, find_model, load_data
 from scipy.stats import binomtest
 from torch import nn
 
 from timm_bcos import explain
 from timm_bcos.cli.exceptions import exit_status
-from timm_bcos.data.datasets import LabeledImages, image_batches, load_dataset
+from timm_bcos.data.datasets import LabeledImages, image_batches
 from timm_bcos.explanation.visualization import save_figure
 from timm_bcos.files import write_csv
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Point:
-    """A network's accuracy (percent) and alignment (cosine), with the ends of their intervals."""
+    """A model's accuracy (percent) and alignment (cosine), with the ends of their intervals."""
 
     network: str
     b: float
@@ -49,7 +49,7 @@ class Point:
 
 
 def measure(choice: str, model: nn.Module, dataset: LabeledImages) -> Point:
-    """A network on all images."""
+    """A model on all images."""
     right, cosines = 0, []
     for _, images, labels in image_batches(model, dataset, range(len(dataset)), 16, choice):
         explanation = explain(model, images)
@@ -77,10 +77,10 @@ def figure(points: Sequence[Point]) -> "Figure":
 
 
 def run(args: argparse.Namespace) -> None:
-    dataset = load_dataset(args.data, args.num_classes, split=args.split, class_map=args.class_map)
+    dataset = load_data(args)
     points = []
     for choice in args.networks:
-        points.append(measure(choice, find_network(choice), dataset))
+        points.append(measure(choice, find_model(choice), dataset))
         args.out.mkdir(parents=True, exist_ok=True)
         write_csv(args.out / "exponents.csv", [field.name for field in fields(Point)], map(astuple, points))
         save_figure(figure(points), args.out / "exponents.png")
@@ -88,13 +88,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="labeled photos, as --data-dir takes them")
+    parser = data_parser(__doc__)
     parser.add_argument("out", type=Path, help="folder for the table and the figure")
-    parser.add_argument("networks", nargs="+", help="checkpoints of train.py, or names of networks with weights")
-    parser.add_argument("--num-classes", type=int, default=10)
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--class-map", default="")
+    parser.add_argument("networks", nargs="+", help="checkpoints of train.py, or names of models with weights")
     raise SystemExit(exit_status(partial(run, parser.parse_args())))
 
 

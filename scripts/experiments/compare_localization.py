@@ -1,9 +1,9 @@
-"""Networks side by side: accuracy, and the grid pointing game on the same grids of photos, with paired differences.
+"""Models side by side: accuracy, and the grid pointing game on the same grids of photos, with paired differences.
 
     python scripts/experiments/compare_localization.py data/clothing/test.tar \
         plain=output/train/plain/last.pth.tar antialiased=output/train/antialiased/last.pth.tar
 
-Grids are made of the photos that the first network is most confident of, for all alike.
+Grids are made of the photos that the first model is most confident of, for all alike.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from networks import find_networks
+from inputs import find_models
 from torch import nn
 from tqdm import tqdm
 
@@ -23,10 +23,10 @@ WINDOWS = dict(raw=1, smoothed=15)
 
 
 def compare(models: dict[str, nn.Module], dataset: LabeledImages, count: int) -> list[Grid]:
-    """Print accuracies, median shares of the cells, and the gains per grid over the first network.
+    """Print accuracies, median shares of the cells, and the gains per grid over the first model.
 
     Args:
-        models: B-cos networks by name.
+        models: B-cos models by name.
         dataset: Labeled photos.
         count: Grids of 2 × 2.
 
@@ -56,7 +56,7 @@ def compare(models: dict[str, nn.Module], dataset: LabeledImages, count: int) ->
 
 
 def run(args: argparse.Namespace) -> None:
-    models: Any = find_networks(args.networks)
+    models: Any = find_models(args.networks)
     compare(models, load_dataset(args.data, next(iter(models.values())).num_classes, split="test"), args.grids)
 
 

@@ -1,15 +1,15 @@
-"""What the mean over small shifts does to accuracy and to localization: a clothes network beside its `ShiftAveraged`.
+"""What the mean over small shifts does to accuracy and to localization: a clothes model beside its `ShiftAveraged`.
 
     python scripts/experiments/compare_shifts.py data/clothing/test.tar runs/clothes/polished-0/last.pth.tar
 
-A network is a checkpoint of timm's train.py or a name of timm's. Those without anti-aliased downsampling gain most.
+A model is a checkpoint of timm's train.py or a name of timm's. Those without anti-aliased downsampling gain most.
 """
 
 import argparse
 from functools import partial
 
 from compare_localization import compare
-from networks import find_network
+from inputs import find_model
 
 from timm_bcos import ShiftAveraged
 from timm_bcos.cli.exceptions import exit_status
@@ -17,7 +17,7 @@ from timm_bcos.data.datasets import load_dataset
 
 
 def run(args: argparse.Namespace) -> None:
-    model = find_network(args.network)
+    model = find_model(args.network)
     models = {"network": model, "mean over shifts": ShiftAveraged(model, args.size).eval()}
     compare(models, load_dataset(args.data, model.num_classes, split="test"), args.grids)
 

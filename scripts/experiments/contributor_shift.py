@@ -1,13 +1,13 @@
-"""What a network sees in the photos of each contributor, and what misleads it: their floor, or the clothes?
+"""What a model sees in the photos of each contributor, and what misleads it: their floor, or the clothes?
 
     python scripts/experiments/contributor_shift.py data/clothing/test.tar contributors.csv shift \
         before=runs/clothes/gate-0/model_best.pth.tar after=bcos_efficientnet_lite0.clothing
 
 Contributions of pixels sum up to the logits, so that one may count those of a photo's margin, which is floor, wall or
 bed in most photos: how much of what speaks for the right class lies there, and how much of what speaks for a wrong
-class against the right one. Beside it stands what the network says of the floor alone (the corners, mirrored to a whole
-image), and of the same photos framed otherwise. Writes photos.csv, a row per photo and network, contributors.csv, and
-turned.png: photos that the first network misreads and the last does not.
+class against the right one. Beside it stands what the model says of the floor alone (the corners, mirrored to a whole
+image), and of the same photos framed otherwise. Writes photos.csv, a row per photo and model, contributors.csv, and
+turned.png: photos that the first model misreads and the last does not.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import timm
 import torch
-from networks import find_networks
+from inputs import data_parser, find_models, load_data
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from timm_bcos import contrast, explain
 from timm_bcos.cli.exceptions import exit_status
-from timm_bcos.data.datasets import LabeledImages, load_dataset
+from timm_bcos.data.datasets import LabeledImages
 from timm_bcos.evaluation.comparison import contributors
 from timm_bcos.evaluation.paired import bootstrap_interval
 from timm_bcos.explanation.visualization import Bars, Row, draw_rows, overlay, save_figure
@@ -46,14 +46,14 @@ Frame = Callable[[Image.Image], Tensor]
 
 @dataclass(frozen=True)
 class Sight:
-    """What a network sees in a photo.
+    """What a model sees in a photo.
 
     Attributes:
-        network: Its name.
+        network: Name of the model.
         photo: The file.
         contributor: Who has sent it.
         label: The class.
-        cropped: What the network says of the photo as it crops photos itself.
+        cropped: What the model says of the photo as it crops photos itself.
         whole: What it says of it with all of its margin.
         small: What it says of it at 0.8 of its size, with the outermost pixels around it.
         floor: What it says of the corners alone.
@@ -120,7 +120,7 @@ def in_margin(maps: Tensor) -> Tensor:
 def looks(
     name: str, model: nn.Module, dataset: LabeledImages, files: Sequence[str], people: Sequence[str]
 ) -> Iterator[Sight]:
-    """A network's sight of each photo."""
+    """A model's sight of each photo."""
     views = frames(model)
     for i in tqdm(range(len(dataset)), name, disable=None):
         photo, label = dataset[i]
@@ -140,7 +140,7 @@ def looks(
 
 
 def summary(sights: Sequence[Sight]) -> Iterator[dict[str, object]]:
-    """A row for each network and contributor, and for all: accuracies in percent, shares with 95 % intervals."""
+    """A row for each model and contributor, and for all: accuracies in percent, shares with 95 % intervals."""
     for network in dict.fromkeys(sight.network for sight in sights):
         own = [sight for sight in sights if sight.network == network]
         people = [person for person, _ in Counter(sight.contributor for sight in own).most_common()]
@@ -169,10 +169,10 @@ def _counts(sights: Sequence[Sight]) -> dict[str, object]:
 
 
 def turned(sights: Sequence[Sight], count: int) -> list[Sight]:
-    """Photos that the first network misreads and the last does not: a contributor's clearest error each, then the next.
+    """Photos that the first model misreads and the last does not: a contributor's clearest error each, then the next.
 
     Args:
-        sights: Of all networks.
+        sights: Of all models.
         count: At most.
     """
     first, last = sights[0].network, sights[-1].network
@@ -184,7 +184,7 @@ def turned(sights: Sequence[Sight], count: int) -> list[Sight]:
 
 
 def draw(models: Mapping[str, nn.Module], photos: Mapping[str, Image.Image], chosen: Sequence[Sight]) -> "Figure":
-    """Photos, and by each network what speaks for the class that the first one says (red) against the label (blue).
+    """Photos, and by each model what speaks for the class that the first one says (red) against the label (blue).
 
     Args:
         models: By name; the last one names the classes.
@@ -210,8 +210,8 @@ def _row_of(models: Mapping[str, nn.Module], photo: Image.Image, sight: Sight) -
 
 
 def run(args: argparse.Namespace) -> None:
-    models = find_networks(args.networks)
-    dataset: Any = load_dataset(args.data, args.num_classes, split=args.split, class_map=args.class_map)
+    models = find_models(args.networks)
+    dataset: Any = load_data(args)
     files = [dataset.filename(i) for i in range(len(dataset))]
     people = contributors(args.contributors, files)
     found = [sight for name, model in models.items() for sight in looks(name, model, dataset, files, people)]
@@ -227,15 +227,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="labeled photos, as --data-dir takes them")
+    parser = data_parser(__doc__)
     parser.add_argument("contributors", type=Path, help="CSV file with the columns file and contributor")
     parser.add_argument("out", type=Path, help="folder for the tables")
     parser.add_argument("networks", nargs="+", help="NAME=CHECKPOINT of train.py, or NAME=MODEL with published weights")
-    parser.add_argument("--num-classes", type=int, default=10)
     parser.add_argument("--show", type=int, default=4, help="photos in the picture, at most")
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--class-map", default="")
     raise SystemExit(exit_status(partial(run, parser.parse_args())))
 
 

@@ -1,9 +1,9 @@
-"""Guidance by boxes, measured: the clothes network learns, on grids of training photos, to explain a class by its cell.
+"""Guidance by boxes, measured: the clothes model learns, on grids of training photos, to explain a class by its cell.
 
     python scripts/experiments/guide_by_grids.py data/clothing guided
 
 Each step takes photos of their own, which are classified, and grids of 2 × 2 photos, in which a class's positive
-contributions are to lie in its cell (`energy_loss`). Norms keep their statistics. Then both networks are compared on
+contributions are to lie in its cell (`energy_loss`). Norms keep their statistics. Then both models are compared on
 test photos: accuracy, and the pointing game on the same grids. A run that was interrupted resumes.
 """
 
@@ -100,7 +100,7 @@ def train(model: nn.Module, batches: Batches, folder: Path, steps: int, rate: fl
 
 
 def draw(models: dict[str, nn.Module], dataset: LabeledImages, grid: Grid, path: Path) -> None:
-    """A grid, and each network's explanation of the class of its first cell."""
+    """A grid, and each model's explanation of the class of its first cell."""
     image = compose(next(iter(models.values())), dataset, grid)
     pictures = [on_white(explain(model, image, grid.classes[0]).to_rgba())[0] for model in models.values()]
     row = torch.cat([image[0].movedim(0, -1), *pictures], 1)

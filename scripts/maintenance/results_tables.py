@@ -75,14 +75,14 @@ EMBEDDED = {
 METRIC = dict(file="metrics", rows=dict(method="{method}"), columns="{metric}", cell="{mean} ± {std}")
 PLAIN = "tf_efficientnet_lite0, plain"
 ABLATION = {
-    "network": "{network}",
+    "model": "{network}",
     "parameters (M)": "{parameters}",
     "top-1 (%)": "{top1}",
     "alignment": "{alignment}",
 }
 
 EXPONENTS = {
-    "network": "B = {b}",
+    "model": "B = {b}",
     "parameters (M)": "{parameters}",
     "top-1 (%)": "{top1} ({top1_low} to {top1_high})",
     "alignment": "{alignment} ({alignment_low} to {alignment_high})",
@@ -96,18 +96,18 @@ TEACHING = {
 }
 
 PAIRED = {
-    "network": "{network}",
+    "model": "{model}",
     "seeds": "{seeds}",
     "top-1 (%)": "{top1}",
     "by seed": "{by_seed}",
     "− first row": "{gain}",
     "interval over clusters": "{interval}",
-    "over photos": "{photos_interval}",
+    "over images": "{images_interval}",
     "McNemar's p": "{mcnemar}",
 }
 PHOTO_EXPONENTS = {
     "photos": "{data}",
-    "network": "{network}",
+    "model": "{network}",
     "B": "{b}",
     "top-1 (%)": "{top1} ({top1_low} to {top1_high})",
     "alignment": "{alignment} ({alignment_low} to {alignment_high})",
@@ -159,7 +159,7 @@ TABLES: dict[str, Table] = {
     "levers, rows of W(x)": Table("levers_cosine", PAIRED),
     "fewer photos": Table("learning_curves", {"photos": "{share} %"} | PAIRED),
     "new people, contributors": Table(
-        "new_people_contributors", dict(contributor="{cluster}", photos="{photos}"), "{network}", "{top1}"
+        "new_people_contributors", dict(contributor="{cluster}", images="{images}"), "{model}", "{top1}"
     ),
     "groceries": Table("groceries", PAIRED),
     "exponents on photos": Table("exponents_photos", PHOTO_EXPONENTS),
@@ -167,12 +167,12 @@ TABLES: dict[str, Table] = {
         f"contributors, {network}": Table("contributors", CONTRIBUTORS, only=dict(network=network), page=CASE)
         for network in ("before", "after")
     },
-    "conversion": Table("conversion", {"network": "{network}", "top-1 (%)": "{top1}", "right": "{right} of {images}"}),
+    "conversion": Table("conversion", {"model": "{network}", "top-1 (%)": "{top1}", "right": "{right} of {images}"}),
     "trained": Table(
         "trained",
         {
             "data": "{data}",
-            "network": "{network}",
+            "model": "{network}",
             "how": "{how}",
             "epochs": "{epochs}",
             "validation (%)": "{validation}",
@@ -184,7 +184,7 @@ TABLES: dict[str, Table] = {
     **{
         f"speed, {what}": Table(
             "speed",
-            {"network": "{network}", "": "{mode}"},
+            {"model": "{network}", "": "{mode}"},
             "{implementation}",
             "{relative_time} ({q25} to {q75})",
             only=dict(what=what),
@@ -194,7 +194,7 @@ TABLES: dict[str, Table] = {
     },
     "memory": Table(
         "speed",
-        {"network": "{network}"},
+        {"model": "{network}"},
         "{implementation}",
         "{added_mib} ({relative_memory}×)",
         only=dict(what="training step", mode="eager"),
@@ -216,7 +216,7 @@ def read(table: Table) -> list[Row]:
     return [
         row | dict(
             smoothing=SMOOTH.get(row.get("smooth", ""), ""), links=links(row),
-            interval=interval(row), photos_interval=interval(row, "photos_"),
+            interval=interval(row), images_interval=interval(row, "images_"),
         ) for row in rows
     ]  # fmt: skip
 

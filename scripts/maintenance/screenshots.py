@@ -26,7 +26,7 @@ def show(page: Any, is_phone: bool) -> None:
     explanation = page.frame_locator("#explanation iframe")
     explanation.locator("#bars button").first.wait_for()
     page.set_input_files("#photo input", PHOTO)
-    explanation.locator("#asked option:checked", has_text="espresso").wait_for(state="attached")
+    explanation.locator("#target option:checked", has_text="espresso").wait_for(state="attached")
     if not is_phone:
         explanation.locator("#against").select_option(index=2)
     page.wait_for_timeout(300)

@@ -1,13 +1,13 @@
-"""Train a family of networks with timm's train.py, one after the other, and tabulate them.
+"""Train a family of models with timm's train.py, one after the other, and tabulate them.
 
     python scripts/recipes/ablation.py b --train-script train.py --data-dir data/cifar10 --val-split test -- \
         -b 64 --epochs 100 --opt adam --lr 1e-3 --min-lr 1e-5 --warmup-epochs 0 --bce-loss --smoothing 1e-6
     python scripts/recipes/ablation.py growth --train-script train.py --data-dir imagenet -- --epochs 100 --opt \
         adam --lr 2.5e-4
 
-`b` is the CIFAR network for seven exponents: accuracy, and how well the rows of W(x) align with the image (Fig. B3 of
+`b` is the CIFAR model for seven exponents: accuracy, and how well the rows of W(x) align with the image (Fig. B3 of
 the supplement of arXiv 2205.10268). `growth` is DenseNet-121 with growth rates 20 to 32, with and without MaxOut:
-accuracy against parameters (Tab. B1). What follows `--` goes to train.py. A finished network is not trained again, an
+accuracy against parameters (Tab. B1). What follows `--` goes to train.py. A finished model is not trained again, an
 interrupted one resumes; the last epoch counts. Writes --out/table.md and --out/figure.png.
 """
 
@@ -36,7 +36,7 @@ from timm_bcos.models.loading import load_model
 
 @dataclass(frozen=True)
 class Variant:
-    """A network of the family: its name, timm's name, its keywords, and its place on the horizontal axis."""
+    """A model of the family: its name, timm's name, its keywords, and its place on the horizontal axis."""
 
     name: str
     model: str
@@ -106,7 +106,7 @@ def measure(variant: Variant, folder: Path, args: argparse.Namespace) -> Result:
 
 
 def table(results: list[Result]) -> str:
-    lines = ["| network | parameters (M) | top-1 (%) | alignment |", "| --- | ---: | ---: | ---: |"]
+    lines = ["| model | parameters (M) | top-1 (%) | alignment |", "| --- | ---: | ---: | ---: |"]
     lines += [f"| {r.variant.name} | {r.parameters:.1f} | {r.top1:.2f} | {r.alignment:.3f} |" for r in results]
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""Register a network of one's own in timm, so that its scripts know it, and `bcosify` too: the ResNets for CIFAR-10.
+"""Register a model of one's own in timm, so that its scripts know it, and `bcosify` too: the ResNets for CIFAR-10.
 
 train.py imports this file by `--device-modules cifar_resnet` (PYTHONPATH says where it is), and then takes
 `--model cifar_resnet20` as well as `--model bcosify --model-kwargs arch=cifar_resnet20`.

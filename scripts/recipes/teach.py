@@ -1,4 +1,4 @@
-"""Teach the B-cos network that a plain EfficientNet is converted into by its original, without labels.
+"""Teach the B-cos model that a plain EfficientNet is converted into by its original, without labels.
 
     python scripts/recipes/lite0_weights.py lite0.safetensors
     python scripts/recipes/teach.py lite0.safetensors taught --arch tf_efficientnet_lite0 --b 1.25 \
@@ -8,7 +8,7 @@
     python scripts/recipes/teach.py plain/model_best.pth.tar taught --photos clothes/train --test clothes \
         --split validation
 
-A network without biases is another function, however near its weights are. So the student's activations are gated by
+A model without biases is another function, however near its weights are. So the student's activations are gated by
 what its original's biases make of a gray image (`BcosConfig(bias="reference")`): at B = 1 its features then are the
 original's, less those of a gray image, but at the borders. From there it learns to answer as the original does:
 features behind each block, and logits. What the norms divide by is fixed at the start, since the photos at hand may not
@@ -46,7 +46,7 @@ CALIBRATION = range(1_000_000, 1_000_004)  # numbers of batches, beyond those of
 
 
 def blocks(network: Any) -> list[nn.Module]:
-    """The network up to its pooling, in pieces that follow each other."""
+    """The model up to its pooling, in pieces that follow each other."""
     inner = [block for stage in network.blocks for block in stage]
     return [nn.Sequential(network.conv_stem, network.bn1), *inner, nn.Sequential(network.conv_head, network.bn2)]
 
@@ -172,13 +172,13 @@ class Lesson:
 
     @torch.no_grad()
     def follow(self, other: nn.Module, prepare: Callable[[Tensor], Tensor]) -> None:
-        """Let norms divide by as much as those of another network.
+        """Let norms divide by as much as those of another model.
 
         On other photos than those that the other learned from its features deviate by more or less; so would the
         student's. Hence not by its own deviation, but by the other's times the ratio of both on the same photos.
 
         Args:
-            other: A network with norms of the same names.
+            other: A model with norms of the same names.
             prepare: What makes its images of pixels in [0, 1].
         """
         theirs: dict[str, Tensor] = {}
@@ -269,7 +269,7 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     """Teach as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("teacher", type=Path, help="the plain network: a checkpoint of train.py, or weights of --arch")
+    parser.add_argument("teacher", type=Path, help="the plain model: a checkpoint of train.py, or weights of --arch")
     parser.add_argument("out", type=Path, help="folder for checkpoint, log and student")
     parser.add_argument("--arch", help="timm's name, for weights that do not say it")
     parser.add_argument("--photos", nargs="+", required=True, help="tars or folders, whose labels are not looked at")

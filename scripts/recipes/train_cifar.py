@@ -1,4 +1,4 @@
-"""Train the paper's CIFAR-10 networks for the seven exponents, in pieces, into one folder.
+"""Train the paper's CIFAR-10 models for the seven exponents, in pieces, into one folder.
 
     python scripts/recipes/train_cifar.py runs --data-dir data/cifar10                 # all of it
     python scripts/recipes/train_cifar.py runs --data-dir data/cifar10 --minutes 10  # ten minutes of it; again to go on
@@ -103,10 +103,10 @@ def learning_rate(progress: float) -> float:
 
 
 class Run:
-    """The training of one network, to the step where it was left.
+    """The training of one model, to the step where it was left.
 
     On a GPU the first steps are computed as usual and a step's kernels then recorded as one CUDA graph: launched one by
-    one, kernels for so small a network take longer to start than to run.
+    one, kernels for so small a model take longer to start than to run.
 
     Args:
         variant: Which.
@@ -281,7 +281,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def report(results: list[Result], out: Path) -> None:
-    """Table and figure of all networks."""
+    """Table and figure of all models."""
     with atomic_path(out / "table.md") as path:
         path.write_text(table(results))
     save_figure(figure(results), out / "figure.png")
@@ -297,7 +297,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--minutes", type=float, help="stop, resumably, after this time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--together", action="store_true", help="train all networks at once, which fills a GPU")
+    parser.add_argument("--together", action="store_true", help="train all models at once, which fills a GPU")
     parser.add_argument("--every", type=int, default=1, help="epochs between looks at the test split")
     parser.add_argument("--amp", action="store_true", help="bfloat16 where it is safe")
     parser.add_argument("--compile", action="store_true", help="by torch.compile")

@@ -1,4 +1,4 @@
-"""Train what a TOML file lists with timm's train.py, each network with several seeds, one after the other.
+"""Train what a TOML file lists with timm's train.py, each model with several seeds, one after the other.
 
     python scripts/recipes/train_runs.py scripts/recipes/clothes.toml runs --train-script train.py \
         weights=lite0.safetensors \

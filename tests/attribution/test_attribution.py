@@ -17,7 +17,7 @@ import timm_bcos
 from tests.helpers import enliven, real_image
 from timm_bcos import InputError, MethodError, ModelStateError, TargetError
 from timm_bcos.attribution import methods
-from timm_bcos.attribution.registry import METHODS, AttributionModel, attribute, register
+from timm_bcos.attribution.registry import METHODS, AttributionModel, attribute, method_names, register
 
 pytest.importorskip("captum")
 FEW: dict[str, dict[str, Any]] = dict(rise=dict(masks=40), lime=dict(samples=40), smoothgrad=dict(samples=3),
@@ -25,7 +25,7 @@ FEW: dict[str, dict[str, Any]] = dict(rise=dict(masks=40), lime=dict(samples=40)
 
 
 REFUSED = {
-    ("bcos", "plain"): "no B-cos network",
+    ("bcos", "plain"): "not a B-cos model",
     ("lrp", "converted"): "lrp has rules",
     ("attention_rollout", "plain"): "vision transformers",
     ("attention_rollout", "converted"): "vision transformers",
@@ -107,6 +107,18 @@ def test_new_methods_register_in_one_line(plain: nn.Module) -> None:
         METHODS.pop("uniform")
 
 
+def test_aliases(plain: nn.Module) -> None:
+    x = real_image(64)
+    for alias, name in (("ixg", "input_x_gradient"), ("ig", "integrated_gradients")):
+        assert torch.equal(attribute(plain, x, 1, alias), attribute(plain, x, 1, name))
+    assert method_names(["ig", "bcos", "integrated_gradients"]) == ["integrated_gradients", "bcos"]
+    assert alias not in METHODS
+    with pytest.raises(MethodError, match=r"'gradients': .*input_x_gradient \(ixg\), integrated_gradients \(ig\)"):
+        attribute(plain, x, 1, "gradients")
+    with pytest.raises(MethodError, match="there is a method 'ig'"):
+        register("ig")(lambda subject, x, targets: x[:, 0])
+
+
 def test_probabilities_follow_the_config(plain: nn.Module, converted: nn.Module) -> None:
     x = real_image(64)
     assert AttributionModel(plain).probability(x).sum().item() == pytest.approx(1)
@@ -118,23 +130,23 @@ def test_bad_input(plain: nn.Module) -> None:
     with pytest.raises(MethodError, match="no attribution method 'grad'"):
         attribute(plain, x, 0, "grad")
     with pytest.raises(InputError, match=r"\[0, 1\]"):
-        attribute(plain, x * 255, 0, "ixg")
+        attribute(plain, x * 255, 0, "input_x_gradient")
     with pytest.raises(InputError, match=r"\(N, C, H, W\)"):
-        attribute(plain, x[0], 0, "ixg")
+        attribute(plain, x[0], 0, "input_x_gradient")
     with pytest.raises(TargetError, match="0 to 3"):
-        attribute(plain, x, [4], "ixg")
+        attribute(plain, x, [4], "input_x_gradient")
     with pytest.raises(TargetError, match="give 1 classes"):
-        attribute(plain, x, [1, 2], "ixg")
+        attribute(plain, x, [1, 2], "input_x_gradient")
     with pytest.raises(ModelStateError, match="training mode"):
-        attribute(timm.create_model("test_resnet"), x, 0, "ixg")
+        attribute(timm.create_model("test_resnet"), x, 0, "input_x_gradient")
     with pytest.raises(InputError, match="finite"):
-        attribute(plain, x * torch.nan, 0, "ixg")
+        attribute(plain, x * torch.nan, 0, "input_x_gradient")
     with pytest.raises(InputError, match="got list"):
-        attribute(plain, [x], 0, "ixg")
+        attribute(plain, [x], 0, "input_x_gradient")
     with pytest.raises(InputError, match=r"\(0, 3, 64, 64\)"):
-        attribute(plain, x[:0], 0, "ixg")
+        attribute(plain, x[:0], 0, "input_x_gradient")
     with pytest.raises(InputError, match="meta"):
-        attribute(copy.deepcopy(plain).to("meta"), x, 0, "ixg")
+        attribute(copy.deepcopy(plain).to("meta"), x, 0, "input_x_gradient")
     with pytest.raises(MethodError, match="ReLU"):
         attribute(timm.create_model("test_vit").eval(), real_image(160), 0, "guided_backprop")
 
@@ -144,15 +156,15 @@ def test_bad_input(plain: nn.Module) -> None:
 )
 def test_targets_that_are_no_classes(plain: nn.Module, targets: Any) -> None:
     with pytest.raises(TargetError, match="give 1 classes, whole numbers from 0 to 3"):
-        attribute(plain, real_image(64), targets, "ixg")
+        attribute(plain, real_image(64), targets, "input_x_gradient")
 
 
 OPTIONS = [
-    ("ixg", dict(batch_size=0), "batch_size=0: give a whole number from 1"),
-    ("ixg", dict(batch_size=True), "batch_size=True: give a whole"),
-    ("ixg", dict(n_steps=3), "ixg has no option 'n_steps': it has none"),
-    ("ig", dict(steps=3), "ig has no option 'steps': it has n_steps"),
-    ("ig", dict(n_steps=0), "n_steps=0: give"),
+    ("input_x_gradient", dict(batch_size=0), "batch_size=0: give a whole number from 1"),
+    ("input_x_gradient", dict(batch_size=True), "batch_size=True: give a whole"),
+    ("input_x_gradient", dict(n_steps=3), "input_x_gradient has no option 'n_steps': it has none"),
+    ("integrated_gradients", dict(steps=3), "integrated_gradients has no option 'steps': it has n_steps"),
+    ("integrated_gradients", dict(n_steps=0), "n_steps=0: give"),
     ("smoothgrad", dict(samples=0), "samples=0: give"),
     ("smoothgrad", dict(stdev=float("nan")), "stdev=nan: give"),
     ("occlusion", dict(window=0), "window=0: give"),
@@ -190,10 +202,10 @@ def test_networks_of_other_channels(channels: int, method: str) -> None:
 def test_plain_networks_of_other_channels_say_how_their_images_are_normalized() -> None:
     model, x = timm.create_model("test_resnet", num_classes=4, in_chans=1).eval(), real_image(64)[:, :1]
     z = (x - 0.5) / 0.5  # the cfg's three means are equal
-    torch.testing.assert_close(attribute(model, x, 1, "ixg"), attribute_of_input(model, z, 1))
+    torch.testing.assert_close(attribute(model, x, 1, "input_x_gradient"), attribute_of_input(model, z, 1))
     model.pretrained_cfg["mean"] = (0.4, 0.5, 0.6)
-    with pytest.raises(ModelStateError, match=r"how images of 1 channels are normalized \(mean \(0.4, 0.5, 0.6\)"):
-        attribute(model, x, 1, "ixg")
+    with pytest.raises(ModelStateError, match=r"no normalization for images of 1 channels \(mean \(0.4, 0.5, 0.6\)"):
+        attribute(model, x, 1, "input_x_gradient")
 
 
 def attribute_of_input(model: nn.Module, z: Tensor, target: int) -> Tensor:
@@ -214,13 +226,15 @@ def test_networks_of_ones_own() -> None:
             return self.fc(self.act(self.conv(x)).mean((2, 3))), "auxiliary"
 
     model, x = Net().eval(), real_image(16)
-    with pytest.raises(ModelStateError, match=r"Net does not say .*set model.pretrained_cfg = dict\(mean=..., std="):
-        attribute(model, x, 1, "ixg")
+    with pytest.raises(
+        ModelStateError, match=r"Net has no normalization .*set model.pretrained_cfg = dict\(mean=..., std="
+    ):
+        attribute(model, x, 1, "input_x_gradient")
     model.pretrained_cfg = dict(mean=(0.0,), std=(1.0,))  # type: ignore[assignment]
-    for method in ("ixg", "deeplift", "gradcam", "lrp", "occlusion", "rise"):
+    for method in ("input_x_gradient", "deeplift", "gradcam", "lrp", "occlusion", "rise"):
         assert attribute(model, x.double(), None, method, **FEW.get(method, {})).any()
     with pytest.raises(TargetError, match="from 0 to 4"):
-        attribute(model, x, 5, "ixg")
+        attribute(model, x, 5, "input_x_gradient")
     layers = nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
     converted = timm_bcos.bcosify(nn.Sequential(*layers), timm_bcos.BcosConfig(stem="encoded")).eval()
     assert attribute(converted, x, 4).shape == (1, 16, 16)
@@ -327,7 +341,7 @@ def test_a_missing_library_names_the_extra(plain: nn.Module, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "skimage.segmentation", None)
     monkeypatch.delitem(sys.modules, "timm_bcos.attribution.lime", raising=False)
     methods._library.cache_clear()
-    for method, library in (("ig", "captum"), ("lime", "skimage")):
+    for method, library in (("integrated_gradients", "captum"), ("lime", "skimage")):
         with pytest.raises(MethodError, match=rf"{library}.* is not installed: .*timm_bcos\[attribution\]"):
             attribute(plain, real_image(64), 0, method)
     methods._library.cache_clear()

@@ -29,7 +29,7 @@ def test_gradients_are_those_of_the_normalized_image(plain: nn.Module) -> None:
     (expected,) = torch.autograd.grad(plain(z)[0, 3], z)
     std = torch.tensor(plain.pretrained_cfg["std"])[:, None, None]
     torch.testing.assert_close(attribute(plain, x, 3, "gradient"), (expected / std).sum(1))
-    torch.testing.assert_close(attribute(plain, x, 3, "ixg"), (expected * z).sum(1))
+    torch.testing.assert_close(attribute(plain, x, 3, "input_x_gradient"), (expected * z).sum(1))
 
 
 def test_gradients_of_a_pixel_go_through_both_its_encodings() -> None:
@@ -47,11 +47,11 @@ def test_integrated_gradients_sum_up_to_the_difference(plain: nn.Module) -> None
     z = normalized(x, plain.pretrained_cfg)
     with torch.no_grad():
         difference = (plain(z) - plain(torch.zeros_like(z)))[0, 2]
-    total = attribute(plain, x, 2, "ig", n_steps=300).sum()
+    total = attribute(plain, x, 2, "integrated_gradients", n_steps=300).sum()
     torch.testing.assert_close(total, difference, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize(("method", "options"), [("ig", dict(n_steps=10)), ("lime", dict(samples=10)),
+@pytest.mark.parametrize(("method", "options"), [("integrated_gradients", dict(n_steps=10)), ("lime", dict(samples=10)),
                                                  ("rise", dict(masks=10))])  # fmt: skip
 @pytest.mark.parametrize("size", [64, 480])
 def test_large_images_pass_few_at_a_time(plain: nn.Module, method: str, options: dict[str, int], size: int) -> None:
@@ -60,7 +60,7 @@ def test_large_images_pass_few_at_a_time(plain: nn.Module, method: str, options:
     handle = plain.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     attribute(plain, x, 1, method, **options)
     handle.remove()
-    assert max(seen) == (10 if size == 64 else (9 if method == "ig" else 32) * 224**2 // size**2)
+    assert max(seen) == (10 if size == 64 else (9 if method == "integrated_gradients" else 32) * 224**2 // size**2)
 
 
 def test_deep_lift_sums_up_to_the_difference() -> None:
@@ -70,7 +70,7 @@ def test_deep_lift_sums_up_to_the_difference() -> None:
     with torch.no_grad():
         difference = (model(z) - model(torch.zeros_like(z)))[0, 2]
     torch.testing.assert_close(attribute(model, x, 2, "deeplift").sum(), difference, rtol=1e-3, atol=1e-3)
-    assert (attribute(model, x, 2, "ixg").sum() - difference).abs() > 0.1
+    assert (attribute(model, x, 2, "input_x_gradient").sum() - difference).abs() > 0.1
 
 
 def test_grad_cam_literally(plain: nn.Module) -> None:
@@ -90,7 +90,7 @@ def test_grad_cam_refuses_layers_without_maps(plain: nn.Module) -> None:
     with pytest.raises(MethodError, match=r"layer 'fc' returns \(1, 4\)"):
         attribute(plain, real_image(64), 1, "gradcam", layer="fc")
     plain.register_module("idle", nn.Identity())
-    with pytest.raises(MethodError, match="layer 'idle' returns no tensor for this input"):
+    with pytest.raises(MethodError, match="layer 'idle' returns no tensor: name another"):
         attribute(plain, real_image(64), 1, "gradcam", layer="idle")
     del plain.idle
     model = timm.create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 12, 16, 20)).eval()
@@ -110,7 +110,7 @@ class Brightness(nn.Module):
         return 20 * torch.stack([x[..., :half, :half].mean((1, 2, 3)), x[..., half:, half:].mean((1, 2, 3))], 1)
 
 
-@pytest.mark.parametrize("method", ["gradient", "ixg", "ig", "occlusion", "rise"])
+@pytest.mark.parametrize("method", ["gradient", "input_x_gradient", "integrated_gradients", "occlusion", "rise"])
 def test_methods_find_what_the_network_looks_at(method: str) -> None:
     x = 0.5 + 0.1 * real_image(32)
     options: dict[str, Any] = dict(masks=300, p=0.5) if method == "rise" else {}
@@ -131,7 +131,10 @@ class Difference(Brightness):
         return self.act(20 + quarters - quarters.flip(1))
 
 
-@pytest.mark.parametrize("method", ["gradient", "ixg", "ig", "deeplift", "smoothgrad", "guided_backprop", "occlusion"])
+@pytest.mark.parametrize(
+    "method",
+    ["gradient", "input_x_gradient", "integrated_gradients", "deeplift", "smoothgrad", "guided_backprop", "occlusion"],
+)
 def test_signs_say_what_speaks_for_a_class_and_what_against_it(method: str) -> None:
     maps = attribute(Difference().eval(), 0.5 + 0.1 * real_image(32), [0], method)[0]
     windows = 4 if method == "occlusion" else 0  # which reach over the border of a quarter
@@ -199,7 +202,7 @@ def test_attention_rollout_literally(pool: str) -> None:
 def test_grad_cam_refuses_what_has_no_maps(name: str) -> None:
     kwargs = dict(depths=(1, 1), embed_dim=24, num_heads=(2, 2)) if name.startswith("swin") else {}
     model = timm.create_model(name, **kwargs).eval()
-    with pytest.raises(MethodError, match=r"gradcam needs maps \(N, C, H, W\)"):
+    with pytest.raises(MethodError, match=r"gradcam needs feature maps \(N, C, H, W\)"):
         attribute(model, real_image(model.pretrained_cfg["input_size"][-1]), 0, "gradcam")
 
 

@@ -307,7 +307,7 @@ def test_both_gammas_move_relevance() -> None:
     [
         ("chefer", "test_resnet", "chefer is for vision transformers, not for ResNet"),
         ("attention_rollout", "test_resnet", "attention_rollout is for vision transformers, not for ResNet"),
-        ("attnlrp", "bcosify", "a B-cos layer is neither"),
+        ("attnlrp", "bcosify", "B-cos layers are neither"),
     ],
 )
 def test_networks_that_do_not_suit(method: str, kind: str, text: str) -> None:
@@ -320,12 +320,12 @@ def test_attention_that_is_not_shown() -> None:
     model = Attending(ONE_HEAD)
     model.patch_embed.grid_size = (1, 3)
     for method in ("chefer", "attention_rollout"):
-        with pytest.raises(MethodError, match="Attending does not show in each layer how its 4 tokens attend"):
+        with pytest.raises(MethodError, match="Attending does not provide the attention of its 4 tokens"):
             attribute(model, PIXELS, 0, method)
 
 
 def test_networks_that_end_in_a_gate() -> None:
-    with pytest.raises(MethodError, match="the logits of Sequential come out of a gate"):
+    with pytest.raises(MethodError, match="the logits of Sequential are the output of a gate"):
         attribute(readable(nn.Sequential(nn.Flatten(), nn.Sigmoid())), PIXELS, 0, "attnlrp")
 
 
@@ -335,7 +335,8 @@ def test_functions_without_a_rule() -> None:
             return torch.fake_quantize_per_tensor_affine(x.flatten(1), 0.1, 0, 0, 10)
 
     with pytest.raises(
-        MethodError, match=r"no rule for fake_quantize_per_tensor_affine: tell with timm_bcos\.register_function"
+        MethodError,
+        match=r"no rule for fake_quantize_per_tensor_affine: register one with timm_bcos",
     ):
         attribute(readable(Unknown()), PIXELS, 0, "attnlrp")
 

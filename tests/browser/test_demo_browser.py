@@ -25,17 +25,17 @@ WIDTHS = {"desk": 1280, "phone": 390}
 
 
 class Demo:
-    """The page as somebody uses it.
+    """The demo in a browser.
 
     Attributes:
-        page: In its browser.
-        asked: Addresses that it has asked for.
+        page: Page of the browser.
+        requests: URLs of its requests.
     """
 
     def __init__(self, page: "Page", address: str) -> None:
         self.page, self.address = page, address
-        self.asked: list[str] = []
-        page.on("request", lambda request: self.asked.append(request.url))
+        self.requests: list[str] = []
+        page.on("request", lambda request: self.requests.append(request.url))
         page.goto(address)
         self.wait_for("outwear")  # the first example
 
@@ -44,7 +44,7 @@ class Demo:
         return self.page.frame_locator("#explanation iframe")
 
     def wait_for(self, name: str) -> None:
-        self.explanation.locator("#asked option:checked", has_text=name).wait_for(state="attached")
+        self.explanation.locator("#target option:checked", has_text=name).wait_for(state="attached")
 
     def upload(self, photo: Path) -> None:
         self.page.set_input_files("#photo input", photo)
@@ -58,9 +58,9 @@ class Demo:
         rows = [row.inner_text().split("\n") for row in self.explanation.locator("#bars button").all()]
         return {name: float(share.rstrip("% \u00a0")) for name, share in rows}
 
-    def account(self) -> dict[str, list[float]]:
-        """Rows of the account: their numbers."""
-        rows = self.explanation.locator("#account tr:has(td)").all()
+    def sums(self) -> dict[str, list[float]]:
+        """Rows of the table of sums: their numbers."""
+        rows = self.explanation.locator("#sums tr:has(td)").all()
         return {
             row.locator("th").inner_text(): [number_of(cell) for cell in row.locator("td").all_inner_texts()]
             for row in rows
@@ -92,9 +92,9 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     from timm_bcos.demo.app import build_app, serving
-    from timm_bcos.demo.visits import embedded_networks
+    from timm_bcos.demo.inference import embedded_models
 
-    with serving(build_app(embedded_networks()[1:]), free_port()) as address:
+    with serving(build_app(embedded_models()[1:]), free_port()) as address:
         yield address
 
 
@@ -130,8 +130,8 @@ def test_from_a_photo_to_a_rectangle(demo: Demo, tmp_path: Path) -> None:
     probabilities = demo.probabilities()
     assert next(iter(probabilities)) == "hat" and probabilities["hat"] > 90
     assert demo.explanation.locator("figure canvas").count() == 4
-    account = demo.account()
-    assert sum(account["All pixels"] + account["Constants"]) == pytest.approx(account["Network’s logit"][0], abs=2e-4)
+    sums = demo.sums()
+    assert sum(sums["All pixels"] + sums["Constants"]) == pytest.approx(sums["Model’s logit"][0], abs=2e-4)
 
     second = list(probabilities)[1]
     demo.explanation.locator("#bars button").nth(1).click()
@@ -145,21 +145,19 @@ def test_from_a_photo_to_a_rectangle(demo: Demo, tmp_path: Path) -> None:
     titles = demo.explanation.locator("figcaption .title").all_inner_texts()
     assert titles == ["Photo", f"For {second}", "For hat", "Difference", "Overlay"]
     demo.drag(3, (0.2, 0.3), (0.7, 0.6))
-    rows = demo.account()
+    rows = demo.sums()
     (inside,) = (values for name, values in rows.items() if name.startswith("Inside"))
     for k in range(3):
         parts = inside[k] + rows["Outside"][k] + rows["Constants"][k]
-        assert parts == pytest.approx(rows["Network’s logit"][k], abs=3e-4)
-    assert rows["Network’s logit"][2] == pytest.approx(
-        rows["Network’s logit"][0] - rows["Network’s logit"][1], abs=2e-4
-    )
+        assert parts == pytest.approx(rows["Model’s logit"][k], abs=3e-4)
+    assert rows["Model’s logit"][2] == pytest.approx(rows["Model’s logit"][0] - rows["Model’s logit"][1], abs=2e-4)
     assert demo.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "as wide as the window"
 
 
-def test_examples_networks_and_further_classes(demo: Demo) -> None:
+def test_examples_models_and_further_classes(demo: Demo) -> None:
     demo.page.locator("#photo .examples button[title=shoes]").click()
     demo.wait_for("shoes")
-    choose(demo.page.locator("#network input"), "bcos_cifar_resnet20")
+    choose(demo.page.locator("#model input"), "bcos_cifar_resnet20")
     demo.wait_for("cat")  # its own first example
     choose(demo.page.locator("#more input"), "truck")
     demo.explanation.locator("#bars .name", has_text="truck").wait_for()
@@ -174,28 +172,33 @@ def choose(menu: "Locator", name: str) -> None:
     menu.page.get_by_role("option", name=re.compile(name)).click()
 
 
-def test_other_methods_and_inner_neurons(demo: Demo) -> None:
+def test_other_methods_and_inner_units(demo: Demo) -> None:
     demo.press("#compare")
     demo.page.locator("#maps figure").nth(3).wait_for()
-    assert demo.page.locator("#maps figcaption").all_inner_texts() == ["bcos", "ixg", "guided_backprop", "gradcam"]
-    demo.page.get_by_role("tab", name="Inner neurons").click()
+    assert demo.page.locator("#maps figcaption").all_inner_texts() == [
+        "bcos",
+        "input_x_gradient",
+        "guided_backprop",
+        "gradcam",
+    ]
+    demo.page.get_by_role("tab", name="Inner units").click()
     demo.press("#show")
-    demo.page.locator("#neurons figure").nth(5).wait_for()
-    assert all(title.startswith("unit ") for title in demo.page.locator("#neurons figcaption").all_inner_texts())
+    demo.page.locator("#units figure").nth(5).wait_for()
+    assert all(title.startswith("unit ") for title in demo.page.locator("#units figcaption").all_inner_texts())
 
 
-def test_broken_files_get_a_sentence(demo: Demo, tmp_path: Path) -> None:
+def test_broken_files_get_a_message(demo: Demo, tmp_path: Path) -> None:
     broken, huge = tmp_path / "cut.jpg", tmp_path / "huge.jpg"
     broken.write_bytes((CLOTHES / "hat.jpg").read_bytes()[:9000])
     demo.upload(broken)
-    notice = demo.page.locator("#told .bcos-notice")
+    notice = demo.page.locator("#notice .bcos-notice")
     notice.wait_for()
     assert "broken image" in notice.inner_text()
     huge.write_bytes(bytes(21_000_000))
     demo.upload(huge)
-    told = demo.page.locator("#photo .told")
-    told.wait_for()
-    assert told.inner_text() == "The file has 21 MB, the page takes 20: send a smaller one."
+    error = demo.page.locator("#photo .error")
+    error.wait_for()
+    assert error.inner_text() == "The file has 21 MB, the limit is 20 MB: send a smaller one."
     demo.upload(CLOTHES / "pants.jpg")
     demo.wait_for("pants")
     notice.wait_for(state="detached")
@@ -203,7 +206,7 @@ def test_broken_files_get_a_sentence(demo: Demo, tmp_path: Path) -> None:
 
 
 def test_two_pages_at_once(chromium: "Browser", address: str) -> None:
-    """Each sees its own photo, also where their questions overlap."""
+    """Each shows its own photo, also if their requests overlap."""
     with opened(chromium, address) as first, opened(chromium, address, 390) as second:
         for mine, yours in (("hat", "pants"), ("shoes", "jacket")) * 2:
             first.upload(CLOTHES / f"{mine}.jpg")
@@ -224,16 +227,16 @@ def test_a_new_photo_ends_a_comparison(chromium: "Browser", address: str) -> Non
         demo.page.locator("#maps figure").first.wait_for(state="detached")
 
 
-def test_nobody_else_is_asked_and_nothing_is_kept(
+def test_no_other_host_is_contacted_and_nothing_is_stored(
     chromium: "Browser", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A visit that uses every control."""
+    """A session that uses every control."""
     from timm_bcos.demo.app import build_app, serving
-    from timm_bcos.demo.visits import embedded_networks
+    from timm_bcos.demo.inference import embedded_models
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
-    with serving(build_app(embedded_networks()[1:]), free_port()) as address:
+    with serving(build_app(embedded_models()[1:]), free_port()) as address:
         with opened(chromium, address) as demo:
             demo.upload(CLOTHES / "hat.jpg")
             demo.wait_for("hat")
@@ -243,17 +246,19 @@ def test_nobody_else_is_asked_and_nothing_is_kept(
             choose(demo.page.locator("#target input"), "shoes")
             demo.press("#compare")
             demo.page.locator("#maps figure").nth(3).wait_for()
-            demo.page.get_by_role("tab", name="Inner neurons").click()
+            demo.page.get_by_role("tab", name="Inner units").click()
             choose(demo.page.locator("#layer input"), "blocks.2")
             demo.press("#show")
-            demo.page.locator("#neurons figure").nth(5).wait_for()
+            demo.page.locator("#units figure").nth(5).wait_for()
             demo.page.locator("#photo .examples button[title=shoes]").scroll_into_view_if_needed()
             demo.press("#photo .examples button[title=shoes]")
             demo.wait_for("shoes")
-            choose(demo.page.locator("#network input"), "bcos_cifar_resnet20")
+            choose(demo.page.locator("#model input"), "bcos_cifar_resnet20")
             demo.wait_for("cat")
             kept = [path for path in tmp_path.rglob("*") if path.is_file()]
-            hosts = {urlparse(url).hostname for url in demo.asked if not url.startswith(("data:", "blob:", "about:"))}
+            hosts = {
+                urlparse(url).hostname for url in demo.requests if not url.startswith(("data:", "blob:", "about:"))
+            }
         kept += [path for path in tmp_path.rglob("*") if path.is_file()]
     kept += [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not kept

@@ -78,9 +78,9 @@ class Viewer:
         self.page.mouse.move(*self.point(number, *end, size), steps=5)
         self.page.mouse.up()
 
-    def account(self) -> dict[str, list[float]]:
-        """Rows of the account: their kind and the numbers that one reads there."""
-        rows = self.page.locator("#account tbody tr").all()
+    def sums(self) -> dict[str, list[float]]:
+        """Rows of the table of sums: their kind and the numbers that one reads there."""
+        rows = self.page.locator("#sums tbody tr").all()
         texts = {str(row.get_attribute("class")): row.locator("data").all_inner_texts() for row in rows}
         return {kind: list(map(number, values)) for kind, values in texts.items()}
 
@@ -129,10 +129,10 @@ def test_opens_with_the_best_class_and_its_pictures(viewer: Viewer, hat: Path, e
     ]  # fmt: skip
     assert viewer.page.locator("#bars .name").all_inner_texts() == [NAMES[c] for c in explanation.target]
     assert viewer.text("#bars button:first-child .share") == f"{100 * explanation.probability[0].max():.1f}\u00a0%"
-    account = viewer.account()
-    assert account["logit"] == [pytest.approx(explanation.logit[0].item(), abs=1e-4)]
-    assert account["outside"][0] + account["constants"][0] == pytest.approx(account["total"][0], abs=2e-4)
-    assert account["total"] == account["logit"]
+    sums = viewer.sums()
+    assert sums["logit"] == [pytest.approx(explanation.logit[0].item(), abs=1e-4)]
+    assert sums["outside"][0] + sums["constants"][0] == pytest.approx(sums["total"][0], abs=2e-4)
+    assert sums["total"] == sums["logit"]
     assert viewer.page.locator("#violations").is_hidden()
     at = explanation.contribution_map[0].abs().argmax().item()
     assert viewer.text("#place") == f"Row {at // 160}, column {at % 160} (the strongest)"
@@ -141,8 +141,8 @@ def test_opens_with_the_best_class_and_its_pictures(viewer: Viewer, hat: Path, e
 def test_a_click_explains_another_class(viewer: Viewer, hat: Path, explanation: Explanation) -> None:
     viewer.open(hat)
     viewer.page.click("#bars button:nth-child(2)")
-    assert viewer.page.locator("#asked option:checked").inner_text() == NAMES[explanation.target[1]]
-    assert viewer.account()["logit"] == [pytest.approx(explanation.logit[1].item(), abs=1e-4)]
+    assert viewer.page.locator("#target option:checked").inner_text() == NAMES[explanation.target[1]]
+    assert viewer.sums()["logit"] == [pytest.approx(explanation.logit[1].item(), abs=1e-4)]
     viewer.hover(1, 80, 70, 160)
     assert_close(viewer.text("#contribution"), explanation.contribution_map[1, 80, 70])
 
@@ -166,15 +166,15 @@ def test_pointing_reads_a_pixel(viewer: Viewer, hat: Path, explanation: Explanat
 def test_a_rectangle_splits_the_sum(viewer: Viewer, hat: Path, explanation: Explanation) -> None:
     viewer.open(hat)
     viewer.drag(2, (100, 90), (20, 35), 160)
-    account = viewer.account()
+    sums = viewer.sums()
     inside = explanation.contribution_map[0, 20:101, 35:91].double().sum().item()
-    assert account["inside"] == [pytest.approx(inside, abs=1e-4)]
-    assert viewer.text("#account .inside th") == "Inside, 56\u00a0×\u00a081"
-    parts = account["inside"][0] + account["outside"][0] + account["constants"][0]
-    assert parts == pytest.approx(account["logit"][0], abs=2e-4)
+    assert sums["inside"] == [pytest.approx(inside, abs=1e-4)]
+    assert viewer.text("#sums .inside th") == "Inside, 56\u00a0×\u00a081"
+    parts = sums["inside"][0] + sums["outside"][0] + sums["constants"][0]
+    assert parts == pytest.approx(sums["logit"][0], abs=2e-4)
     viewer.page.mouse.down()
     viewer.page.mouse.up()
-    assert "inside" not in viewer.account()
+    assert "inside" not in viewer.sums()
 
 
 def test_why_one_and_not_another(viewer: Viewer, hat: Path, explanation: Explanation) -> None:
@@ -187,17 +187,17 @@ def test_why_one_and_not_another(viewer: Viewer, hat: Path, explanation: Explana
     ]  # fmt: skip
     viewer.drag(3, (40, 30), (110, 120), 160)
     assert_close(viewer.text("#contribution"), difference.contribution_map[0, 110, 120])
-    account = viewer.account()
+    sums = viewer.sums()
     inside = [
         m[40:111, 30:121].double().sum().item()
         for m in (*explanation.contribution_map[:2], difference.contribution_map[0])
     ]
-    assert account["inside"] == pytest.approx(inside, abs=2e-4)
-    assert account["logit"][2] == pytest.approx(difference.logit.item(), abs=2e-4)
-    assert account["constants"][2] == 0
+    assert sums["inside"] == pytest.approx(inside, abs=2e-4)
+    assert sums["logit"][2] == pytest.approx(difference.logit.item(), abs=2e-4)
+    assert sums["constants"][2] == 0
     for i in range(3):
-        parts = sum(account[kind][i] for kind in ("inside", "outside", "constants"))
-        assert parts == pytest.approx(account["logit"][i], abs=3e-4)
+        parts = sum(sums[kind][i] for kind in ("inside", "outside", "constants"))
+        assert parts == pytest.approx(sums["logit"][i], abs=3e-4)
     viewer.page.select_option("#against", "")
     assert viewer.page.locator("figure").count() == 4
     save_viewer(explanation, hat.with_name("difference.html"), NAMES, versus=b)
@@ -215,14 +215,14 @@ def test_keys_do_what_the_mouse_does(viewer: Viewer, hat: Path, explanation: Exp
     for _ in range(3):
         viewer.page.keyboard.press("Shift+ArrowRight")
     viewer.page.keyboard.press("Shift+ArrowUp")
-    assert viewer.text("#account .inside th") == "Inside, 4\u00a0×\u00a02"
+    assert viewer.text("#sums .inside th") == "Inside, 4\u00a0×\u00a02"
     expected = explanation.contribution_map[0, 50:52, 59:63].double().sum().item()
-    assert viewer.account()["inside"] == [pytest.approx(expected, abs=1e-4)]
+    assert viewer.sums()["inside"] == [pytest.approx(expected, abs=1e-4)]
     viewer.page.keyboard.press("Escape")
-    assert "inside" not in viewer.account()
+    assert "inside" not in viewer.sums()
     viewer.page.focus("#bars button:nth-child(3)")
     viewer.page.keyboard.press("Enter")
-    assert viewer.page.locator("#asked option:checked").inner_text() == NAMES[explanation.target[2]]
+    assert viewer.page.locator("#target option:checked").inner_text() == NAMES[explanation.target[2]]
 
 
 def test_pictures_can_be_kept(viewer: Viewer, hat: Path, explanation: Explanation, tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_fits_its_window(viewer: Viewer, explanation: Explanation, tmp_path: Pat
     assert viewer.is_as_wide_as_the_window()
     viewer.page.select_option("#against", "2")
     viewer.drag(1, (20, 20), (90, 90), 160)
-    assert "inside" in viewer.account()
+    assert "inside" in viewer.sums()
     assert viewer.is_as_wide_as_the_window()
 
 
@@ -284,7 +284,7 @@ def test_a_finger_draws_sideways_and_scrolls_downwards(
         points = [{"x": x + i * step[0], "y": y + i * step[1]}]
         touch.send("Input.dispatchTouchEvent", {"type": "touchMove" if i else "touchStart", "touchPoints": points})
     touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
-    assert ("inside" in viewer.account()) == draws
+    assert ("inside" in viewer.sums()) == draws
     assert (viewer.page.evaluate("scrollY") > before) == (not draws)
 
 
@@ -305,9 +305,9 @@ def test_inexact_explanations_say_so(viewer: Viewer, tmp_path: Path) -> None:
     assert "This explanation is not exact" in viewer.text("#violations")
     assert "head.<b>: gelu adds a value" in viewer.text("#violations")
     assert viewer.page.locator("#promise").is_hidden()
-    account = viewer.account()
-    assert account["rest"] == [pytest.approx(1, abs=1e-4)]
-    assert sum(account[k][0] for k in ("outside", "constants", "rest")) == pytest.approx(account["total"][0], abs=1e-3)
+    sums = viewer.sums()
+    assert sums["rest"] == [pytest.approx(1, abs=1e-4)]
+    assert sum(sums[k][0] for k in ("outside", "constants", "rest")) == pytest.approx(sums["total"][0], abs=1e-3)
 
 
 def test_grey_networks(viewer: Viewer, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(tags) == {f"bcosv2_resnet50.{tag}" for tag in ("mpi_in1k", "mpi_long_in1k")}
     assert all(timm.models.is_model_pretrained(tag) for tag in tags)
     assert command("models", "bcos_densenet161", "--pretrained") == 2  # it has none
-    assert "no network is called 'bcos_densenet161'" in capsys.readouterr().err
+    assert "no model is called 'bcos_densenet161'" in capsys.readouterr().err
 
 
 def test_convert_writes_what_timm_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

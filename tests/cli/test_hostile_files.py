@@ -72,7 +72,7 @@ def test_an_output_is_never_an_input(small: list[str], folder: Path, capsys: pyt
     assert command("explain", ".", "--out", ".", "--target", "3", *small) == 0
     assert before.items() <= snapshot(folder).items()
     output = capsys.readouterr()
-    assert "left out 3 that timm-bcos made" in output.err
+    assert "left out 3 files that timm-bcos wrote" in output.err
     assert "mine_2.png\n" not in output.out
     assert not [name for name in snapshot(folder) if name.startswith("mine_2_")]
 
@@ -108,7 +108,7 @@ def test_outputs_that_cannot_be_a_folder(small: list[str], folder: Path, capsys:
     before = snapshot(folder)
     for out in ("mine.png", "mine.png/inner", "/dev/null"):
         assert command("explain", "mine.png", "--out", out, *small) == 2
-        assert "is no directory" in capsys.readouterr().err
+        assert "is not a directory" in capsys.readouterr().err
     assert snapshot(folder) == before
     with pytest.raises(InputError, match="cannot be written"):
         OutputPaths(Path("/proc/1/none"))
@@ -165,11 +165,11 @@ def test_whatever_is_raised_is_one_line(capsys: pytest.CaptureFixture[str], monk
         (
             RuntimeError("first\nsecond"),
             1,
-            "RuntimeError: first (TIMM_BCOS_TRACEBACK=1 in the environment shows where)",
+            "RuntimeError: first (set TIMM_BCOS_TRACEBACK=1 to see the traceback)",
         ),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
         (PermissionError(13, "Permission denied", "x.png"), 1, "Permission denied: x.png"),
-        (MemoryError(), 1, "MemoryError: MemoryError (TIMM_BCOS_TRACEBACK=1 in the environment shows where)"),
+        (MemoryError(), 1, "MemoryError: MemoryError (set TIMM_BCOS_TRACEBACK=1 to see the traceback)"),
         (InputError("this"), 2, "this"),
         (KeyboardInterrupt(), 130, "stopped by SIGINT"),
     ]
@@ -226,7 +226,7 @@ def test_channels(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[st
         args = argparse.Namespace(model="bcos_cnn9", num_classes=3, in_chans=channels, model_kwargs={})
         torch.save({"state_dict": network.state_dict(), "args": args}, folder / "w.pth.tar")
         assert command("explain", "a.png", "--checkpoint", "w.pth.tar", "--out", "out") == status
-    assert "the network sees 4 channels, photos have 1 or 3" in capsys.readouterr().err
+    assert "the model takes 4 channels, photos have 1 or 3" in capsys.readouterr().err
     assert is_own_picture(folder / "out" / "a.png")
 
 

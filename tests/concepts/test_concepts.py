@@ -192,7 +192,7 @@ def test_stacks_with_other_concepts(x: Tensor) -> None:
 
 def test_wrong_concepts(x: Tensor, tmp_path: Path) -> None:
     model = converted("test_resnet", x)
-    with pytest.raises(InputError, match=re.escape("concepts of 5 channels: layer 'layer2' has")):
+    with pytest.raises(InputError, match=re.escape("the concepts have 5 channels, layer 'layer2' has")):
         explain_concepts(model, x, Concepts.from_matrix("layer2", torch.randn(2, 5)))
     with pytest.raises(TargetError, match="no layer 'layer9'"):
         explain_concepts(model, x, Concepts.from_matrix("layer9", torch.randn(2, 5)))
@@ -200,21 +200,21 @@ def test_wrong_concepts(x: Tensor, tmp_path: Path) -> None:
         explain_concepts(model, x, Concepts.of_channels("layer2", 48), top=-1)
     for directions, text in (
         (torch.randn(3), "directions of shape (3,): give a floating-point matrix (K, C)"),
-        (torch.zeros(2, 3), "a concept's direction is 0"),
+        (torch.zeros(2, 3), "a direction is 0: leave it out"),
     ):
         with pytest.raises(InputError, match=re.escape(text)):
             Concepts.from_matrix("layer", directions)
     eye = torch.eye(3)
     for kwargs, text in (
-        (dict(encoder=eye[:2]), "a decoder of shape (3, 3) and an encoder of shape (2, 3): both are (K, C)"),
-        (dict(encoder=eye / 0), "a concept holds numbers that are not finite"),
-        (dict(gate="open"), "gate='open': one of none, top, nearest"),
-        (dict(gate="top", active=4), "active=4: between 1 and the number of concepts, 3"),
+        (dict(encoder=eye[:2]), "decoder (3, 3), encoder (2, 3): give two matrices of the same shape (K, C)"),
+        (dict(encoder=eye / 0), "decoder or encoder has numbers that are not finite"),
+        (dict(gate="open"), "gate='open': choose one of none, top, nearest"),
+        (dict(gate="top", active=4), "active=4: give a number from 1 to the number of concepts, 3"),
     ):
         with pytest.raises(InputError, match=re.escape(text)):
             Concepts(**(dict(layer="layer", decoder=eye, encoder=eye) | kwargs))
     (tmp_path / "text.safetensors").write_text("no concepts")
-    with pytest.raises(InputError, match=r"text.safetensors: no concepts that timm-bcos has saved"):
+    with pytest.raises(InputError, match=r"text.safetensors is not a file of concepts"):
         Concepts.load(tmp_path / "text.safetensors")
 
 
@@ -224,7 +224,7 @@ def test_without_scikit_learn(photos: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "sklearn.decomposition", None)
     with pytest.raises(InputError, match=re.escape("pip install 'timm_bcos[concepts]'")):
         learn_concepts(model, dataset, "blocks.4", 2, vectors=50, progress=False)
-    with pytest.raises(InputError, match="method='magic': one of nmf, kmeans, sae, channels"):
+    with pytest.raises(InputError, match="method='magic': choose one of nmf, kmeans, sae, channels"):
         learn_concepts(model, dataset, "blocks.4", 2, "magic", progress=False)
     with pytest.raises(InputError, match="60 concepts from 8 feature vectors"):
         learn_concepts(model, dataset, "blocks.4", 60, vectors=8, progress=False)

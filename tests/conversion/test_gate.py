@@ -174,7 +174,7 @@ def test_is_exported_with_its_explanation(gated: tuple[nn.Module, Tensor]) -> No
     torch.testing.assert_close(weights, explanation.weights, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["gradcam", "deeplift", "ixg", "ig"])
+@pytest.mark.parametrize("method", ["gradcam", "deeplift", "input_x_gradient", "integrated_gradients"])
 def test_post_hoc_methods_see_each_image(gated: tuple[nn.Module, Tensor], method: str) -> None:
     model, x = gated
     together = timm_bcos.attribute(model, x, [1, 3], method)

@@ -123,7 +123,7 @@ def test_animated_images_say_that_one_picture_is_taken(
     path = tmp_path / f"x.{suffix}"
     pictures[0].save(path, save_all=True, append_images=pictures[1:])
     assert np.asarray(open_photo(path)).max() <= 1
-    assert "only its first picture is taken" in caplog.text
+    assert "only its first frame is used" in caplog.text
 
 
 def test_own_pictures_are_recognized_and_hidden_files_left_out(tmp_path: Path) -> None:

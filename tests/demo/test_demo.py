@@ -1,4 +1,4 @@
-"""The page that `timm-bcos demo` serves, without a browser."""
+"""The demo: predictions, uploads, event handlers and the command, without a browser."""
 
 import base64
 import io
@@ -26,35 +26,35 @@ from timm_bcos import InputError, MethodError, TargetError, attribute, explain_t
 
 pytest.importorskip("gradio")
 
-from timm_bcos.demo import uploads, visits
+from timm_bcos.demo import components, inference
 from timm_bcos.demo.app import build_app, demo_models, serving
-from timm_bcos.demo.components import notice, pictures_side_by_side
-from timm_bcos.demo.handlers import NO_VISIT, Answers
-from timm_bcos.demo.uploads import decode_photo, encode_file
-from timm_bcos.demo.visits import (
+from timm_bcos.demo.components import figures_html, file_url, notice
+from timm_bcos.demo.handlers import NO_PHOTO, Handlers
+from timm_bcos.demo.inference import (
     DemoModel,
-    Picture,
-    Visit,
-    begin,
-    embedded_networks,
+    Figure,
+    Prediction,
+    attribution_map,
+    embedded_models,
     explain_classes,
-    map_of_method,
-    strongest_neurons,
+    predict,
+    strongest_units,
 )
+from timm_bcos.demo.validation import decode_photo
 from timm_bcos.explanation.visualization import map_to_rgba
 
-COMMAND = "from timm_bcos.cli.main import main; main()"
+COMMAND = "from timm_bcos.__main__ import main; main()"
 
 
 @pytest.fixture(scope="module")
-def networks() -> list[DemoModel]:
-    everyday, clothes, cifar = embedded_networks()
+def models() -> list[DemoModel]:
+    everyday, clothes, cifar = embedded_models()
     return [clothes, cifar, everyday]
 
 
 @pytest.fixture(scope="module")
-def hat(networks: list[DemoModel]) -> Visit:
-    return begin(networks[0], encode_file(PHOTOS / "clothes" / "hat.jpg"))
+def hat(models: list[DemoModel]) -> Prediction:
+    return predict(models[0], file_url(PHOTOS / "clothes" / "hat.jpg"))
 
 
 def address_of(data: bytes, kind: str = "image/png") -> str:
@@ -67,61 +67,61 @@ def image_file(mode: str = "RGB", size: tuple[int, int] = (40, 30), form: str = 
     return file.getvalue()
 
 
-# ---- what is asked of a network -------------------------------------------------------------------------------------
+# ---- what is asked of a model -------------------------------------------------------------------------------------
 
 
-def test_a_visit_is_what_the_network_says(networks: list[DemoModel], hat: Visit) -> None:
-    network = networks[0]
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network.model), is_training=False)
+def test_predictions_are_those_of_the_model(models: list[DemoModel], hat: Prediction) -> None:
+    model = models[0]
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model.module), is_training=False)
     x = transform(Image.open(PHOTOS / "clothes" / "hat.jpg").convert("RGB"))[None]
     torch.testing.assert_close(hat.image, x)
     with torch.no_grad():
-        assert list(hat.classes) == network.model(x)[0].argsort(descending=True)[:5].tolist()
-    assert network.names[hat.classes[0]] == "hat"
+        assert list(hat.classes) == model.module(x)[0].argsort(descending=True)[:5].tolist()
+    assert model.names[hat.classes[0]] == "hat"
 
 
-def test_further_classes_are_explained_too(hat: Visit) -> None:
-    names = hat.network.names
+def test_further_classes_are_explained_too(hat: Prediction) -> None:
+    names = hat.model.names
     further = next(c for c in range(10) if c not in hat.classes)
     short, long = explain_classes(hat), explain_classes(hat, [further, hat.classes[0]])
     assert f'"name": "{names[further]}"' not in short
     assert all(long.count(f'"name": "{names[c]}"') == 1 for c in (*hat.classes, further))
-    logit = explain_targets(hat.network.model, hat.image, [[further]])[0].logit.item()
+    logit = explain_targets(hat.model.module, hat.image, [[further]])[0].logit.item()
     assert f'"logit": {logit}'[:16] in long
 
 
-def test_not_all_classes_of_a_thousand_at_once(hat: Visit) -> None:
-    with pytest.raises(InputError, match="12 classes at once: choose up to 5 further ones"):
+def test_too_many_classes_are_refused(hat: Prediction) -> None:
+    with pytest.raises(InputError, match="12 classes are too many: choose up to 5 further ones"):
         explain_classes(hat, range(12))
     with pytest.raises(TargetError, match="10 classes"):
         explain_classes(hat, [10])
 
 
-def test_other_methods_are_those_of_the_package(hat: Visit) -> None:
-    found = map_of_method(hat, hat.classes[1], "ixg")
-    expected = map_to_rgba(attribute(hat.network.model, hat.image, [hat.classes[1]], "ixg"))[0, ..., :3]
-    assert found.pixels is not None
-    torch.testing.assert_close(found.pixels, expected)
+def test_other_methods_are_those_of_the_package(hat: Prediction) -> None:
+    found = attribution_map(hat, hat.classes[1], "input_x_gradient")
+    expected = map_to_rgba(attribute(hat.model.module, hat.image, [hat.classes[1]], "input_x_gradient"))[0, ..., :3]
+    assert found.image is not None
+    torch.testing.assert_close(found.image, expected)
     with pytest.raises(MethodError, match="for vision transformers"):
-        map_of_method(hat, 0, "attention_rollout")
+        attribution_map(hat, 0, "attention_rollout")
 
 
-def test_the_strongest_neurons_are_the_strongest(networks: list[DemoModel], hat: Visit) -> None:
+def test_the_strongest_units_are_the_strongest(models: list[DemoModel], hat: Prediction) -> None:
     outputs: list[Tensor] = []
-    handle = hat.network.model.get_submodule("blocks.2").register_forward_hook(
+    handle = hat.model.module.get_submodule("blocks.2").register_forward_hook(
         lambda m, a, output: outputs.append(output)
     )
     with torch.no_grad():
-        hat.network.model(hat.image)
+        hat.model.module(hat.image)
     handle.remove()
-    best = outputs[0][0].flatten(1).amax(1).topk(visits.NEURONS)
-    pictures = strongest_neurons(hat, "blocks.2")
+    best = outputs[0][0].flatten(1).amax(1).topk(inference.UNITS)
+    pictures = strongest_units(hat, "blocks.2")
     assert [p.title for p in pictures] == [f"unit {unit}" for unit in best.indices.tolist()]
     assert [p.note for p in pictures] == [f"activation {value:.3g}" for value in best.values.tolist()]
     for picture in pictures:
-        assert picture.pixels is not None and picture.pixels.shape == (160, 160, 3)
-        assert picture.pixels.min() >= 0 and picture.pixels.max() <= 1
-        assert (picture.pixels.std(-1) > 0.1).any(), "no color"
+        assert picture.image is not None and picture.image.shape == (160, 160, 3)
+        assert picture.image.min() >= 0 and picture.image.max() <= 1
+        assert (picture.image.std(-1) > 0.1).any(), "no color"
 
 
 @pytest.mark.parametrize(
@@ -135,24 +135,24 @@ def test_the_strongest_neurons_are_the_strongest(networks: list[DemoModel], hat:
 )
 def test_every_layer_that_is_offered_can_be_explained(name: str, kwargs: dict[str, int]) -> None:
     size = timm.get_pretrained_cfg_value(name, "input_size")[-1]
-    model = enliven(timm.create_model(name, **kwargs), real_image(size))
-    network = DemoModel(name, model, list(map(str, range(model.num_classes))))
-    assert network.layer in network.layers
-    visit = begin(network, encode_file(PHOTOS / "coffee.jpg"))
-    for layer in network.layers:
-        assert strongest_neurons(visit, layer)
+    module = enliven(timm.create_model(name, **kwargs), real_image(size))
+    model = DemoModel(name, module, list(map(str, range(module.num_classes))))
+    assert model.layer in model.layers
+    prediction = predict(model, file_url(PHOTOS / "coffee.jpg"))
+    for layer in model.layers:
+        assert strongest_units(prediction, layer)
 
 
-def test_networks_of_one_channel() -> None:
-    model = enliven(timm.create_model("bcos_cnn9", in_chans=1), real_image(32)[:, :1])
-    visit = begin(DemoModel("gray", model, list("0123456789")), encode_file(PHOTOS / "coffee.jpg"))
-    assert visit.image.shape == (1, 1, 32, 32)
-    assert '"classes"' in explain_classes(visit)
-    assert map_of_method(visit, 0, "bcos").pixels is not None
-    assert strongest_neurons(visit, str(visit.network.layer))[0].pixels is not None
+def test_models_of_one_channel() -> None:
+    module = enliven(timm.create_model("bcos_cnn9", in_chans=1), real_image(32)[:, :1])
+    prediction = predict(DemoModel("gray", module, list("0123456789")), file_url(PHOTOS / "coffee.jpg"))
+    assert prediction.image.shape == (1, 1, 32, 32)
+    assert '"classes"' in explain_classes(prediction)
+    assert attribution_map(prediction, 0, "bcos").image is not None
+    assert strongest_units(prediction, str(prediction.model.layer))[0].image is not None
 
 
-def test_networks_of_other_channels_are_refused() -> None:
+def test_models_of_other_channels_are_refused() -> None:
     with pytest.raises(InputError, match="photos have 1 or 3 channels"):
         DemoModel("four", timm.create_model("bcos_cnn9", in_chans=4).eval(), [])
 
@@ -168,9 +168,9 @@ def test_photos_of_common_formats(form: str) -> None:
 
 HOSTILE = {
     "no photo yet": [None, "", []],
-    "this is no photo": ["photo", {"path": "/etc/passwd"}, 3, "data:image/png,rawbytes", b"bytes", "file:///etc/passwd"],
+    "this is not a photo": ["photo", {"path": "/etc/passwd"}, 3, "data:image/png,rawbytes", b"bytes", "file:///etc/passwd"],
     "arrived damaged": ["data:image/png;base64,????", "data:image/png;base64,abc"],
-    "not an image that the page can read": [
+    "the image cannot be read": [
         address_of(b""), address_of(b"text"), address_of(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image/svg+xml"),
         address_of(image_file(form="EPS")), address_of(image_file(form="ICO", size=(32, 32))),
     ],
@@ -180,15 +180,15 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize(("sentence", "address"), [(s, a) for s, addresses in HOSTILE.items() for a in addresses])
-def test_hostile_uploads_get_a_sentence(networks: list[DemoModel], sentence: str, address: object) -> None:
+def test_hostile_uploads_get_a_sentence(models: list[DemoModel], sentence: str, address: object) -> None:
     with pytest.raises(InputError, match=sentence):
-        begin(networks[1], address)
+        predict(models[1], address)
 
 
 def test_huge_uploads_get_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=r"the file has 21 MB, the page takes 20"):
+    with pytest.raises(InputError, match=r"the file has 21 MB, the limit is 20 MB"):
         decode_photo(address_of(bytes(21_000_000)))
-    with pytest.raises(InputError, match=r"64 million pixels, the page takes 60"):
+    with pytest.raises(InputError, match=r"64 million pixels, the limit is 60 million"):
         decode_photo(address_of(image_file("1", (8000, 8000))))
     with pytest.raises(InputError, match=r"too many pixels \(.*decompression bomb"):
         decode_photo(address_of(image_file("1", (20000, 20000))))
@@ -207,7 +207,7 @@ def progressive(more: int, behind: bytes = b"") -> bytes:
 
 def test_a_jpeg_of_many_passes_is_refused_before_it_takes_time() -> None:
     """Each of some bytes takes as long as all of its pixels: minutes, for a file of ordinary size."""
-    with pytest.raises(InputError, match="1010 passes, the page takes 50"):
+    with pytest.raises(InputError, match="1010 scans, the limit is 50"):
         decode_photo(address_of(progressive(1000)))
     film = b"\xff\xda" * 1000  # what stands behind the picture, as the film of a moving photo, is no pass
     assert decode_photo(address_of(progressive(5, film))).getpixel((0, 0)) == (254, 0, 0)
@@ -235,60 +235,60 @@ def test_an_animation_writes_no_line_into_the_log(caplog: pytest.LogCaptureFixtu
     assert not caplog.records
 
 
-def test_a_broken_photo_empties_the_page(networks: list[DemoModel]) -> None:
-    told, document, visit, *others = Answers(networks).take_photo(networks[0].label, address_of(b"text"))
-    assert 'role="alert"' in told and "send a JPEG" in told
-    assert document == {"document": ""} and visit is None
+def test_a_broken_photo_empties_the_page(models: list[DemoModel]) -> None:
+    message, document, prediction, *others = Handlers(models).change_photo(models[0].label, address_of(b"text"))
+    assert 'role="alert"' in message and "send a JPEG" in message
+    assert document == {"document": ""} and prediction is None
     assert [other for other in others if isinstance(other, str)] == ["", ""]
 
 
-def test_what_fails_is_logged_and_told_without_a_traceback(
-    networks: list[DemoModel], hat: Visit, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_what_fails_is_logged_and_shown_without_a_traceback(
+    models: list[DemoModel], hat: Prediction, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*args: object) -> None:
         raise RuntimeError("out of <memory>\nsecond line")
 
-    monkeypatch.setattr(visits, "explain_targets", fail)
+    monkeypatch.setattr(inference, "explain_targets", fail)
     with caplog.at_level(logging.ERROR):
-        told, _ = Answers(networks).add_classes(hat, [0])
-    assert told == notice("the page failed here: RuntimeError: out of <memory>")
-    assert "&lt;memory&gt;" in told and "Traceback" not in told
+        message, _ = Handlers(models).add_classes(hat, [0])
+    assert message == notice("internal error: RuntimeError: out of <memory>")
+    assert "&lt;memory&gt;" in message and "Traceback" not in message
     assert "Traceback" in caplog.text
 
 
-def test_methods_come_one_after_the_other(networks: list[DemoModel], hat: Visit) -> None:
-    answers = Answers(networks)
-    shown = list(answers.compare(hat, 0, ["ixg", "lrp"]))
+def test_methods_come_one_after_the_other(models: list[DemoModel], hat: Prediction) -> None:
+    handlers = Handlers(models)
+    shown = list(handlers.compare(hat, 0, ["input_x_gradient", "lrp"]))
     assert [one.count("<figure>") for one in shown] == [1, 2, 3]
     assert shown[-1].count("<img") == 2
-    assert "lrp has rules for linear layers between activations" in shown[-1]
-    assert list(answers.compare(None, 0, [])) == [answers.show_neurons(None, "blocks.2")] == [notice(NO_VISIT)]
-    assert "no layer" in answers.show_neurons(hat, "nowhere")
+    assert "lrp has rules for linear layers and activations" in shown[-1]
+    assert list(handlers.compare(None, 0, [])) == [handlers.show_units(None, "blocks.2")] == [notice(NO_PHOTO)]
+    assert "no layer" in handlers.show_units(hat, "nowhere")
 
 
-def test_an_example_gives_way_to_one_that_suits_the_network(networks: list[DemoModel]) -> None:
-    answers, (clothes, cifar, _) = Answers(networks), networks
-    photo, more, target, layer = answers.take_network(cifar.label, encode_file(clothes.examples[1]))
-    assert photo["value"] == encode_file(cifar.examples[0])
+def test_an_example_gives_way_to_one_that_suits_the_model(models: list[DemoModel]) -> None:
+    handlers, (clothes, cifar, _) = Handlers(models), models
+    photo, more, target, layer = handlers.change_model(cifar.label, file_url(clothes.examples[1]))
+    assert photo["value"] == file_url(cifar.examples[0])
     assert more["choices"] == target["choices"] == list(zip(cifar.names, range(10), strict=True))
     assert layer["value"] in cifar.layers
-    photo, *_ = answers.take_network(cifar.label, encode_file(PHOTOS / "coffee.jpg"))
+    photo, *_ = handlers.change_model(cifar.label, file_url(PHOTOS / "coffee.jpg"))
     assert "value" not in photo
 
 
-def test_several_visitors_at_once_get_what_each_gets_alone(networks: list[DemoModel]) -> None:
-    answers = Answers(networks)
-    asked = [(network.label, encode_file(photo)) for network in networks for photo in network.examples]
-    alone = [answers.take_photo(*one)[1] for one in asked]
+def test_several_clients_at_once_get_what_each_gets_alone(models: list[DemoModel]) -> None:
+    handlers = Handlers(models)
+    asked = [(model.label, file_url(photo)) for model in models for photo in model.examples]
+    alone = [handlers.change_photo(*one)[1] for one in asked]
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda one: answers.take_photo(*one)[1], asked))
+        together = list(pool.map(lambda one: handlers.change_photo(*one)[1], asked))
     assert together == alone
     assert len({one["document"] for one in alone}) == len(asked)
 
 
 def test_markup_is_escaped() -> None:
     hostile = '<img src=x onerror="alert(1)">'
-    shown = pictures_side_by_side([Picture(hostile, None, hostile), Picture(hostile, torch.zeros(2, 2, 3), hostile)])
+    shown = figures_html([Figure(hostile, None, hostile), Figure(hostile, torch.zeros(2, 2, 3), hostile)])
     assert "<img src=x" not in shown + notice(hostile) and shown.count("<img") == 1
     assert notice("") == ""
 
@@ -296,28 +296,28 @@ def test_markup_is_escaped() -> None:
 # ---- the page -------------------------------------------------------------------------------------------------------
 
 
-def test_examples_come_with_the_package(networks: list[DemoModel]) -> None:
-    photos = [photo for network in networks for photo in network.examples]
+def test_examples_come_with_the_package(models: list[DemoModel]) -> None:
+    photos = [photo for model in models for photo in model.examples]
     assert len(photos) >= 6 and all(photo.stat().st_size <= 40_000 for photo in photos)
-    assert {photo.parent for photo in photos} == {Path(uploads.__file__).parent / "examples"}
-    for network in networks:  # the first one, which visitors see first, is seen right
-        visit = begin(network, encode_file(network.examples[0]))
-        assert network.names[visit.classes[0]] in ("outwear", "cat", "Egyptian cat")
+    assert {photo.parent for photo in photos} == {Path(components.__file__).parent / "examples"}
+    for model in models:  # the first one, which clients see first, is seen right
+        prediction = predict(model, file_url(model.examples[0]))
+        assert model.names[prediction.classes[0]] in ("outwear", "cat", "Egyptian cat")
 
 
-def test_the_network_that_is_asked_for_comes_first(tmp_path: Path) -> None:
+def test_the_model_that_is_asked_for_comes_first(tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("\n".join(f"name {i}" for i in range(10)))
     asked, *embedded = demo_models("bcos_cifar_resnet20", classes=names)
     assert asked.label == "bcos_cifar_resnet20" and asked.names[3] == "name 3" and len(embedded) == 3
-    assert asked.examples == [photo for network in embedded for photo in network.examples]
+    assert asked.examples == [photo for model in embedded for photo in model.examples]
     with pytest.raises(TargetError, match="bcos_cifar_resnet21"):
         demo_models("bcos_cifar_resnet21")
 
 
 @pytest.fixture
-def address(networks: list[DemoModel]) -> Iterator[str]:
-    with serving(build_app(networks), free_port()) as address:
+def address(models: list[DemoModel]) -> Iterator[str]:
+    with serving(build_app(models), free_port()) as address:
         yield address
 
 
@@ -350,13 +350,13 @@ def test_the_page_takes_no_files_and_no_floods(address: str) -> None:
     assert status_of(address) == 200
 
 
-def test_a_taken_port(networks: list[DemoModel]) -> None:
+def test_a_taken_port(models: list[DemoModel]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        served = serving(build_app(networks), port)
-        with pytest.raises(InputError, match=f"port {port}, which is taken: choose a free one with --port"):
+        served = serving(build_app(models), port)
+        with pytest.raises(InputError, match=f"port {port} is taken: choose a free one with --port"):
             served.__enter__()
 
 
@@ -374,7 +374,7 @@ def test_the_command_says_where_the_page_is_and_ends_with_ctrl_c() -> None:
     command = run_command("--port", str(port))
     try:
         assert command.stdout is not None
-        assert command.stdout.readline() == f"the page is at http://127.0.0.1:{port}/ (Ctrl-C ends it)\n"
+        assert command.stdout.readline() == f"the demo is at http://127.0.0.1:{port}/ (Ctrl-C ends it)\n"
         assert status_of(f"http://127.0.0.1:{port}/") == 200
         command.send_signal(signal.SIGINT)
         out, error = command.communicate(timeout=60)
@@ -388,4 +388,4 @@ def test_without_gradio_the_command_names_the_extra() -> None:
     command = run_command(before="import sys; sys.modules['gradio'] = None\n")
     _, error = command.communicate(timeout=120)
     assert command.returncode == 2
-    assert error == "timm-bcos: the page needs Gradio: pip install 'timm_bcos[demo]'\n"
+    assert error == "timm-bcos: the demo needs Gradio: pip install 'timm_bcos[demo]'\n"

@@ -105,9 +105,7 @@ def test_images_that_the_model_gets_wrong_are_left_out() -> None:
 
 
 def test_too_few_images_are_counted() -> None:
-    with pytest.raises(
-        InputError, match=r"after 3 grids only 0 classes have unused ones, so that 2 grids \(8 images\)"
-    ):
+    with pytest.raises(InputError, match=r"after 3 grids only 0 classes have unused ones; 2 grids \(8 images\)"):
         sample_grids(found(dict.fromkeys(range(4), 3)), 2, 5)
     assert len(sample_grids(found(dict.fromkeys(range(4), 3)), 2, 5, reuse=True)) == 5
 
@@ -171,7 +169,7 @@ def test_localization_asks_for_the_class_of_each_cell(
 def test_it_is_said_why_no_method_suits_a_model(model: nn.Module, photos: Path, tmp_path: Path) -> None:
     dataset = timm.data.create_dataset("", root=str(photos), split="test")
     samples = [[Grid(2, (0, 3, 5, 8), (7, 5, 3, 1))]]
-    with pytest.raises(InputError, match=r"no method suits this model: lrp has rules .*; chefer is for"):
+    with pytest.raises(InputError, match=r"no method supports this model: lrp has rules .*; chefer is for"):
         play_all(model, dataset, samples, ["lrp", "chefer"], tmp_path)
     assert play_all(model, dataset, samples, ["gradient", "chefer"], tmp_path)[0].startswith("chefer is for")
 
@@ -194,7 +192,7 @@ def test_a_plain_network_has_to_be_named(photos: Path, tmp_path: Path, capsys: p
 
 @pytest.mark.parametrize(
     ("place", "text"),
-    [("nowhere", "no data set at .*nowhere, split 'test': there is nothing"), ("flat", "has images of 1 classes")],
+    [("nowhere", "no data set at .*nowhere, split 'test': no images found"), ("flat", "has images of 1 classes")],
 )
 def test_data_without_labels(
     place: str,
@@ -253,7 +251,7 @@ def test_other_kinds_of_data_sets_tell_their_classes_too(kind: str, photos: Path
     if kind != "tar":
         place = dict(root=str(photos / "test"), kind=kind)
     assert len(load_dataset(num_classes=9, **place)) == 18
-    with pytest.raises(InputError, match="images of 9 classes, the model 8"):
+    with pytest.raises(InputError, match="images of 9 classes, the model has 8"):
         load_dataset(num_classes=8, **place)
 
 
@@ -265,7 +263,10 @@ def test_the_command_refuses_before_it_plays(
     right += [Confidence(i, 8, 0, 0.5) for i in (16, 17)]
     monkeypatch.setattr(CONFIDENCES, lambda *_, start: iter(right[start:]))
     arguments = [*PLAY, "--data-dir", photos, "--split", "test", "--out", tmp_path / "out", "--grids", 1]
-    for method, text in (("ixg", "8 have some: images of 1 more are missing"), ("grdcam", "no attribution method")):
+    for method, text in (
+        ("input_x_gradient", "8 classes have some, 1 more are missing"),
+        ("grdcam", "no attribution method"),
+    ):
         assert command(*arguments, "--method", method) == 2
         assert text in capsys.readouterr().err
     assert not (tmp_path / "out" / "values.csv").exists()
@@ -294,7 +295,7 @@ def test_the_command_resumes(
         assert values == complete
     assert len((out / "confidences.csv").read_text().splitlines()) == 1 + 18
     assert sorted(values) == [
-        (2, window, method, k) for window in (1, 15) for method in ("bcos", "ixg") for k in (0, 1)
+        (2, window, method, k) for window in (1, 15) for method in ("bcos", "input_x_gradient") for k in (0, 1)
     ]
     assert "left out: attention_rollout is for vision transformers" in capsys.readouterr().out
     assert "| method | 2×2, raw | 2×2, smoothed 15×15 |" in (out / "summary.md").read_text()
@@ -302,18 +303,20 @@ def test_the_command_resumes(
     with (out / "summary.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     raw = np.concatenate([values[2, 1, "bcos", k] for k in (0, 1)])
+    (out / "values.csv").write_text(whole.replace("input_x_gradient", "ixg"))  # as earlier versions wrote it
+    assert read_values(out) == complete
     (row,) = (row for row in rows if (row["method"], row["cells"], row["smooth"]) == ("bcos", "2", "1"))
     assert (row["values"], float(row["median"])) == ("8", pytest.approx(np.median(raw), abs=1e-4))
     with (out / "gains.csv").open(newline="") as file:
         gains = list(csv.DictReader(file))
     assert [(gain["method"], gain["window"], gain["grids"]) for gain in gains] == [
-        ("ixg", "1", "2"),
-        ("ixg", "15", "2"),
+        ("input_x_gradient", "1", "2"),
+        ("input_x_gradient", "15", "2"),
     ]
-    ahead = np.mean([np.subtract(values[2, 1, "bcos", k], values[2, 1, "ixg", k]) for k in (0, 1)])
+    ahead = np.mean([np.subtract(values[2, 1, "bcos", k], values[2, 1, "input_x_gradient", k]) for k in (0, 1)])
     assert float(gains[0]["mean"]) == pytest.approx(float(ahead))
-    assert "| ixg | 2×2 | 15×15 | 2 |" in (out / "summary.md").read_text()
+    assert "| input_x_gradient | 2×2 | 15×15 | 2 |" in (out / "summary.md").read_text()
     assert summarize(out, ["gradcam"]) == {}  # which has not been played
     assert command(*PLAY, "--data-dir", photos, *options, "--method", "bcos", "--seed", 1) == 2
-    assert "holds results for seed=0, not 1" in capsys.readouterr().err
+    assert "has results for seed=0, not 1" in capsys.readouterr().err
     assert read_values(out) == values

@@ -36,7 +36,7 @@ def test_gains_compare_what_both_have_played() -> None:
         (2, 1, "gradcam", 3): [1.0, 1.0],
         (2, 15, "gradcam", 0): [1.0, 1.0],
     }
-    (gain,) = paired_gains(values, ["bcos", "gradcam", "ixg"])
+    (gain,) = paired_gains(values, ["bcos", "gradcam", "input_x_gradient"])
     assert (gain.method, gain.cells, gain.window, gain.grids) == ("gradcam", 2, 1, 2)
     assert (gain.low, gain.mean, gain.high) == pytest.approx((0.1, 0.2, 0.3))  # the grids' gains: 0.3 and 0.1
     assert gain.verdict == "ahead"

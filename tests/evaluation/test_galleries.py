@@ -26,7 +26,7 @@ def test_most_confident_images_that_are_right() -> None:
         Confidence(3, 1, 1, 0.5), Confidence(4, 1, 1, 0.6), Confidence(5, 0, 0, 0.8),
     ]  # fmt: skip
     assert [item.index for item in most_confident(found, 2, [0, 1])] == [1, 5, 4, 3]
-    with pytest.raises(InputError, match="class 1 has 2 images that the model gets right, 1 fewer than the 3"):
+    with pytest.raises(InputError, match="class 1 has 2 correctly classified images, 1 fewer than the 3"):
         most_confident(found, 3, [0, 1])
     with pytest.raises(MethodError, match="per_class=0: give a whole number from 1"):
         most_confident(found, 0, [0, 1])
@@ -34,9 +34,9 @@ def test_most_confident_images_that_are_right() -> None:
 
 def test_a_column_for_each_method_that_suits(model: nn.Module) -> None:
     with pytest.warns(UserWarning, match="left out: lrp has rules"):
-        figure = plot_methods(model, real_image(64, 2), [0, 1], ["bcos", "lrp", "ixg"], ["a", "b", "c"])
+        figure = plot_methods(model, real_image(64, 2), [0, 1], ["bcos", "lrp", "input_x_gradient"], ["a", "b", "c"])
     titles = [ax.get_title() for ax in figure.axes[:4]]
-    assert titles == ["image", "B-cos in color", "bcos", "ixg"]  # lrp does not suit
+    assert titles == ["image", "B-cos in color", "bcos", "input_x_gradient"]  # lrp does not suit
     assert len(figure.axes) == 8
 
 
@@ -51,7 +51,7 @@ def test_two_rows_for_each_class(model: nn.Module) -> None:
 @pytest.mark.parametrize("targets", [[], [0, 1, 0], [0, 0, 1], [0, 1, 1, 0]])
 def test_classes_that_do_not_fill_the_rows(model: nn.Module, targets: list[int]) -> None:
     x = real_image(64).expand(len(targets), -1, -1, -1)
-    with pytest.raises(InputError, match="as many images of each class, class by class"):
+    with pytest.raises(InputError, match="the same number of images per class, class by class"):
         plot_classes(model, x, targets, ["a", "b", "c"])
 
 
@@ -59,7 +59,7 @@ def test_classes_that_do_not_fill_the_rows(model: nn.Module, targets: list[int])
 def test_images_of_other_channels(channels: int) -> None:
     model = timm.create_model("bcosify", arch="test_resnet", num_classes=3, in_chans=channels).eval()
     x = torch.cat([real_image(64), real_image(64)], 1)[:, :channels]
-    figure = plot_methods(model, x, [1], ["ixg", "gradcam"])
+    figure = plot_methods(model, x, [1], ["input_x_gradient", "gradcam"])
     shown = torch.as_tensor(figure.axes[0].images[0].get_array())
     expected = x[0, :3] if channels > 2 else x[0].mean(0, keepdim=True).expand(3, -1, -1)
     torch.testing.assert_close(shown, expected.movedim(0, -1))
@@ -78,7 +78,7 @@ def test_command(kind: str, model: nn.Module, tmp_path: Path, monkeypatch: pytes
         lambda *_: [Confidence(i, i // 2, i // 2, 0.5) for i in range(6)],
     )
     out = tmp_path / "gallery.png"
-    options = dict(classes=["--images", 2], methods=["--method", "bcos", "--method", "ixg"])[kind]
+    options = dict(classes=["--images", 2], methods=["--method", "bcos", "--method", "input_x_gradient"])[kind]
     shown = ["--show", 0, "--show", "class 1"]
     assert (
         command("gallery", kind, "--data-dir", tmp_path / "data", "--split", "test", "--out", out, *shown, *options)

@@ -14,10 +14,9 @@ from timm_bcos import BcosConfig, InputError, MethodError, bcosify, explain
 from timm_bcos.attribution.registry import attribute
 from timm_bcos.data.datasets import load_dataset
 from timm_bcos.data.regions import cell_masks, cut_cells, join_cells, region_loader, without_cell
-from timm_bcos.evaluation.aggatt import bin_edges, mean_maps, plot_bins
-from timm_bcos.evaluation.disconnected import Disconnected
+from timm_bcos.evaluation.aggatt import bin_edges, mean_maps, plot_aggatt
 from timm_bcos.evaluation.metrics import energy_shares, evaluate
-from timm_bcos.evaluation.pointing_game import Grid, grid_shares
+from timm_bcos.evaluation.pointing_game import Disconnected, Grid, grid_shares
 
 
 def test_cells_by_hand() -> None:
@@ -62,7 +61,7 @@ def test_fully_disconnected_cells_are_networks_of_their_own(
     torch.testing.assert_close(apart(grid)[0].unflatten(0, (4, 5)), model(images), rtol=1e-4, atol=1e-6)
     targets = apart.targets(torch.tensor([3, 1, 4, 0]))
     assert targets.tolist() == [3, 6, 14, 15]
-    maps = attribute(apart, grid, int(targets[2]), "bcos" if name == "bcos" else "ixg")
+    maps = attribute(apart, grid, int(targets[2]), "bcos" if name == "bcos" else "input_x_gradient")
     assert maps[0, 64:, :64].abs().max() > 0
     outside = 1 - cell_masks(128, 128, 2)[2]
     assert (maps[0] * outside).abs().max() == 0
@@ -95,7 +94,7 @@ def test_maps_of_the_whole_grid_are_seen_by_gradcam(grid: Tensor) -> None:
     mixed = join_cells((maps * row[:, None, None]).sum(1, keepdim=True), 2) / 4
     expected = nn.functional.interpolate(mixed, (128, 128), mode="bilinear")[0, 0]
     torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-7)
-    shares = grid_shares(apart, grid, Grid(2, (0, 1, 2, 3), (3, 1, 4, 0)), "ixg")
+    shares = grid_shares(apart, grid, Grid(2, (0, 1, 2, 3), (3, 1, 4, 0)), "input_x_gradient")
     torch.testing.assert_close(shares[0], torch.ones(4))
 
 
@@ -148,7 +147,7 @@ class Cells(nn.Module):
 def test_single_deletion_by_hand(target: int) -> None:
     """Spearman's correlation is 1 - 6 Σ d² / n (n² - 1) of the differences of ranks."""
     model, x = Cells().eval(), 0.2 + 0.6 * torch.rand(2, 3, 8, 8)
-    found = evaluate(model, x, target, "single_deletion", "ixg")
+    found = evaluate(model, x, target, "single_deletion", "input_x_gradient")
     sign = 1 - 2 * target
     sums = torch.stack([(x.mean(1) * model.weight * m).sum((1, 2)) for m in cell_masks(8, 8, 4)], 1) * sign
     average = x.mean((1, 2, 3))[:, None]
@@ -223,8 +222,8 @@ def test_boxes_and_masks_are_cut_like_photos(photos: Path, small: nn.Module, tmp
     [
         ("", "no boxes"),
         ("image,left\n0/0.png,3\n", "columns image, left"),
-        ("image,left,top,right,bottom\n0/0.png,9,0,3,nan\n", "line 2: right and bottom"),
-        ("image,left,top,right,bottom\n0/0.png,0,0,inf,9\n", "line 2: right and bottom"),
+        ("image,left,top,right,bottom\n0/0.png,9,0,3,nan\n", "line 2: right must be greater"),
+        ("image,left,top,right,bottom\n0/0.png,0,0,inf,9\n", "line 2: right must be greater"),
     ],
 )
 def test_bad_boxes(text: str, message: str, photos: Path, small: nn.Module, tmp_path: Path) -> None:
@@ -261,7 +260,7 @@ def test_commands(
     assert command("evaluate", "metrics", *data, *measured, "--regions", boxes) == 0
     assert "| method | energy | single_deletion |" in capsys.readouterr().out
     assert command("evaluate", "metrics", *data, "--metric", "energy", "--out", tmp_path / "other") == 2
-    assert "energy needs --regions" in capsys.readouterr().err
+    assert "energy needs the regions of the objects: give --regions" in capsys.readouterr().err
     game = ["--n", 1, "--disconnect", "part", "--out", tmp_path / "game"]
     assert command("evaluate", "pointing-game", *data, *game) == 0
     assert "**1.00**" in (tmp_path / "game" / "summary.md").read_text()
@@ -271,4 +270,4 @@ def test_commands(
 
 def test_no_bins_without_grids(network: nn.Module) -> None:
     with pytest.raises(InputError, match="no grids"):
-        plot_bins(network, [], [], ["bcos"])  # type: ignore[arg-type]
+        plot_aggatt(network, [], [], ["bcos"])  # type: ignore[arg-type]

@@ -42,7 +42,7 @@ def test_writes_who_is_right_on_which_photo(tmp_path: Path) -> None:
     right = dict(plain=[np.array([True, False]), np.array([True, True])], bcos=[np.array([False, True])])
     comparison.write_images(tmp_path / "right.csv", ["a/1.jpg", "a/2.jpg"], ["x", "y"], right)
     assert (tmp_path / "right.csv").read_text().splitlines() == [
-        "photo,cluster,plain-0,plain-1,bcos-0", "a/1.jpg,x,1,1,0", "a/2.jpg,y,0,1,1",
+        "image,cluster,plain-0,plain-1,bcos-0", "a/1.jpg,x,1,1,0", "a/2.jpg,y,0,1,1",
     ]  # fmt: skip
 
 
@@ -55,10 +55,10 @@ def test_the_table(tmp_path: Path) -> None:
     comparison.write_table(tmp_path / "table.csv", comparison.compare(right, ["x"] * 4 + ["y"] * 2))
     with (tmp_path / "table.csv").open(newline="") as file:
         plain, bcos = csv.DictReader(file)
-    assert (plain["network"], plain["top1"], plain["gain"], plain["mcnemar"]) == ("plain", "66.7", "", "")
+    assert (plain["model"], plain["top1"], plain["gain"], plain["mcnemar"]) == ("plain", "66.7", "", "")
     assert (bcos["seeds"], bcos["top1"], bcos["by_seed"], bcos["gain"]) == ("2", "83.3", "83.3 83.3", "+16.7")
     assert (bcos["low"], bcos["high"], bcos["mcnemar"]) == ("-50.0", "+50.0", "1")
-    assert float(bcos["photos_low"]) < 0 < float(bcos["photos_high"])
+    assert float(bcos["images_low"]) < 0 < float(bcos["images_high"])
 
 
 def test_a_series_is_what_a_name_says_without_its_number() -> None:
@@ -77,7 +77,7 @@ def test_the_table_of_clusters(tmp_path: Path) -> None:
     right = dict(plain=[np.array([True, False, True]), np.array([True, True, True])], bcos=[np.array([False] * 3)])
     comparison.write_clusters(tmp_path / "clusters.csv", right, ["x", "x", "y"])
     assert (tmp_path / "clusters.csv").read_text().splitlines() == [
-        "cluster,photos,network,top1",
+        "cluster,images,model,top1",
         "x,2,plain,75.0", "x,2,bcos,0.0", "y,1,plain,100.0", "y,1,bcos,0.0", "all,3,plain,83.3", "all,3,bcos,0.0",
     ]  # fmt: skip
 
@@ -163,9 +163,9 @@ def test_compare_command(photos: Path, plain: Path, tmp_path: Path, capsys: pyte
     assert "+0.0 points" in capsys.readouterr().out
     with (out / "comparison.csv").open(newline="") as file:
         first, second = csv.DictReader(file)
-    assert (first["network"], first["seeds"], first["photos"]) == ("first", "1", "3")
+    assert (first["model"], first["seeds"], first["images"]) == ("first", "1", "3")
     assert (second["seeds"], second["gain"], second["low"], second["high"]) == ("2", "+0.0", "+0.0", "+0.0")
-    assert (out / "images.csv").read_text().splitlines()[0] == "photo,cluster,first-0,second-0,second-1"
+    assert (out / "images.csv").read_text().splitlines()[0] == "image,cluster,first-0,second-0,second-1"
     assert "y,2,first," in (out / "clusters.csv").read_text()
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.helpers import PHOTOS
 from timm_bcos import InputError
-from timm_bcos.cli.options import DataChoice, NetworkChoice
+from timm_bcos.cli.options import DataOptions, ModelOptions
 from timm_bcos.evaluation.results import append_rows, read_rows, remember_settings
 from timm_bcos.explanation.visualization import Bars, Row, draw_rows, save_figure
 from timm_bcos.files import atomic_path
@@ -26,18 +26,20 @@ def data(tmp_path: Path) -> Path:
 
 
 def settings(data: Path, checkpoint: Path | None = None) -> dict[str, object]:
-    return vars(NetworkChoice(checkpoint=checkpoint)) | vars(DataChoice(str(data)))
+    return vars(ModelOptions(checkpoint=checkpoint)) | vars(DataOptions(str(data)))
 
 
 def test_splits_that_do_not_exist(data: Path) -> None:
     for given, text in ((dict(split="tset"), "'tset'"), ({}, "'validation'")):
-        with pytest.raises(InputError, match=f"has no folder for split {text}, but test, train: see --split"):
-            DataChoice(str(data), **given).load(2)
+        with pytest.raises(
+            InputError, match=f"has no folder for split {text}, only test, train: choose one with --split"
+        ):
+            DataOptions(str(data), **given).load(2)
     for split, count in (("test", 2), ("train", 2), ("training", 2)):
-        assert len(DataChoice(str(data), split=split).load(2)) == count
-    assert len(DataChoice(str(data / "test")).load(2)) == 2  # folders of classes
+        assert len(DataOptions(str(data), split=split).load(2)) == count
+    assert len(DataOptions(str(data / "test")).load(2)) == 2  # folders of classes
     with pytest.raises(InputError, match="no device 'cdua'"):
-        NetworkChoice().load("cdua")
+        ModelOptions().load("cdua")
 
 
 def test_results_of_another_checkpoint_or_other_data(data: Path, tmp_path: Path) -> None:
@@ -52,12 +54,12 @@ def test_results_of_another_checkpoint_or_other_data(data: Path, tmp_path: Path)
     remember_settings(out, given)
     torch.save({"a": torch.ones(3)}, checkpoint)
     assert checkpoint.stat().st_size == stamp.st_size
-    with pytest.raises(InputError, match=r"holds results for contents of checkpoint=.*choose another folder"):
+    with pytest.raises(InputError, match=r"has results for contents of checkpoint=.*choose another folder"):
         remember_settings(out, given)
     checkpoint.write_bytes(content)
     remember_settings(out, given)
     (data / "test" / "a" / "y.png").write_bytes(b"one more")
-    with pytest.raises(InputError, match="holds results for contents of data_dir="):
+    with pytest.raises(InputError, match="has results for contents of data_dir="):
         remember_settings(out, given)
 
 

@@ -29,6 +29,7 @@ from tests.helpers.docs_blocks import Block, expand_commands, is_same_output, re
 from tests.helpers.timm_scripts import NAMES as TIMM_SCRIPTS
 from tests.helpers.timm_scripts import parser_of
 from timm_bcos.cli.app import app
+from timm_bcos.models import loading
 from timm_bcos.weights.catalog import EMBEDDED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +56,7 @@ def serve_pretrained_weights(folder: Path) -> None:
         return create(model_name, pretrained=pretrained, **kwargs)
 
     timm.create_model = create_model
+    loading._check_hub = lambda name: None  # nothing is downloaded
 
 
 # Programs.

@@ -182,27 +182,27 @@ def test_what_timm_cannot_create_again(tmp_path: Path) -> None:
                   BcosConfig(mean=(0.5,) * 3, std=(0.5,) * 3))  # fmt: skip
     with pytest.raises(ModelStateError, match="timm cannot create"):
         timm_bcos.save_repository(own, tmp_path / "own", "org/own")
-    with pytest.raises(ModelStateError, match="no B-cos network"):
+    with pytest.raises(ModelStateError, match="not a B-cos model"):
         timm_bcos.save_repository(timm.create_model("test_resnet"), tmp_path / "plain", "org/plain")
     config = BcosConfig(b=1.5, mean=(0.1, 0.1, 0.1), std=(0.3, 0.3, 0.3))
     renormalized = bcosify(timm.create_model("test_resnet"), config).eval()
     timm_bcos.save_repository(renormalized, tmp_path / "config", "org/config")  # the config says it
     elsewhere = timm.create_model("test_resnet")
     elsewhere.pretrained_cfg = {**elsewhere.pretrained_cfg, "mean": (0.1, 0.1, 0.1)}
-    with pytest.raises(ModelStateError, match="its logits differ"):
+    with pytest.raises(ModelStateError, match="differs after loading"):
         timm_bcos.save_repository(bcosify(elsewhere).eval(), tmp_path / "config", "org/elsewhere")
     kept = timm.create_model(f"local-dir:{tmp_path / 'config'}", pretrained=True)
     assert torch.equal(kept.fc.weight, renormalized.fc.weight)
     files = {"README.md", "bcos_timm.py", "config.json", "model.safetensors"}
     assert {file.name for file in (tmp_path / "config").iterdir()} == files
-    with pytest.raises(InputError, match="2 label names for a network of 1000"):
+    with pytest.raises(InputError, match="2 label names for a model of 1000"):
         timm_bcos.save_repository(renormalized, tmp_path / "labels", "org/labels", label_names=["a", "b"])
     assert not (tmp_path / "labels").exists()
 
 
 def test_missing_photos_of_the_card_are_named(tmp_path: Path) -> None:
     model = timm.create_model("bcosify", arch="test_resnet", num_classes=4).eval()
-    with pytest.raises(InputError, match=r"photo none\.jpg of the card: no such file"):
+    with pytest.raises(InputError, match=r"photo none\.jpg for the model card: no such file"):
         timm_bcos.save_repository(model, tmp_path / "x", "org/name", Card(photos=["none.jpg"]))
     assert list((tmp_path / "x").iterdir()) == []
 

@@ -66,8 +66,8 @@ def test_examples_are_small_and_tell_nothing_of_the_camera(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("repo_id", "model_id", "photo", "message"),
     [
-        ("org/show", 'org/n"et', "coffee.jpg", "is no repository of the Hub, ORGANIZATION/NAME"),
-        ("org/show/more", "org/net", "coffee.jpg", "'org/show/more' is no repository"),
+        ("org/show", 'org/n"et', "coffee.jpg", "is not a repository ORGANIZATION/NAME"),
+        ("org/show/more", "org/net", "coffee.jpg", "'org/show/more' is not a repository"),
         ("org/show", "org/net", "none.jpg", r"example photo .*none\.jpg: no such file"),
     ],
 )
@@ -117,7 +117,10 @@ def test_the_terms_of_published_weights_go_with_them(tmp_path: Path) -> None:
 
 
 def test_the_command_takes_figures_with_what_was_measured(tmp_path: Path) -> None:
-    for given, message in (("--accuracy 80", "give --dataset too"), ("--dataset x", "give --accuracy too")):
+    for given, message in (
+        ("--accuracy 80", "--accuracy without --dataset: name the data set"),
+        ("--dataset x", "without --accuracy: give both"),
+    ):
         result = CliRunner().invoke(app, ["org/name", *given.split(), "--folder", str(tmp_path / "out")])
         assert isinstance(result.exception, InputError)
         assert message in str(result.exception)

@@ -18,7 +18,7 @@ from tests.helpers.literal import bcos_conv2d
 from tests.helpers.slow import slow_but_for
 from timm_bcos import BcosConfig, BcosConv2d, InputError, bcosify
 from timm_bcos.conversion.blocks import antialiased_max_pool
-from timm_bcos.hub.repository import save_network
+from timm_bcos.hub.repository import save_model
 from timm_bcos.nn.layers import LowPass2d
 from timm_bcos.nn.stems import BcosStem
 
@@ -289,7 +289,7 @@ def test_copies_and_what_timm_loads_again(tmp_path: Path) -> None:
     model, x = timm.create_model("bcosify", **settings).eval(), real_image(64, 2)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(twin(x), model(x))
-    save_network(model, tmp_path)
+    save_model(model, tmp_path)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     assert again.bcos_config == model.bcos_config
     torch.testing.assert_close(again(x), model(x))

@@ -67,7 +67,7 @@ def test_trains_tabulates_and_resumes(
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [(["--only", "B=3"], "--only B=3: choose of B=1 B=1.25"), (["--", "--lr", "1"], "holds results for options=")],
+    [(["--only", "B=3"], "--only B=3: choose of B=1 B=1.25"), (["--", "--lr", "1"], "has results for options=")],
 )
 def test_refuses(
     arguments: list[str],

@@ -92,7 +92,7 @@ def test_a_point_of_growth(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["resnet51"], "timm has no network 'resnet51'"),
+        (["resnet51"], "timm has no model 'resnet51'"),
         (["--rounds", "0"], "--rounds, --batch and --size must be at least 1"),
         (["--jobs", "flying"], "invalid choice: 'flying'"),
         (["--device", "abacus"], "invalid choice: 'abacus'"),

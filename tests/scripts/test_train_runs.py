@@ -103,4 +103,4 @@ def test_refuses_a_folder_of_other_options(
     assert script_status(monkeypatch, script, *arguments, "--only", "plain") == 0
     (tmp_path / "plan.toml").write_text(PLAN.replace("1e-4", "3e-4"))
     assert script_status(monkeypatch, script, *arguments, "--only", "plain") == 2
-    assert "holds results for options=" in capsys.readouterr().err
+    assert "has results for options=" in capsys.readouterr().err

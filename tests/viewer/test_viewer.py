@@ -74,7 +74,7 @@ def test_a_difference_to_open_with() -> None:
     assert data_of(viewer_html(one))["against"] is None
     assert data_of(viewer_html(one, versus=third))["against"] == 2
     for wrong in (first, 10):
-        text = f"versus={wrong}: the page explains the classes [{first}, {second}"
+        text = f"versus={wrong}: choose one of the explained classes [{first}, {second}"
         with pytest.raises(InputError, match=re.escape(text)):
             viewer_html(one, versus=wrong)
 
@@ -86,10 +86,10 @@ def test_what_the_page_cannot_show() -> None:
     infinite = replace(one, logits=one.logits / 0)
     layer = next(name for name, module in model.named_modules() if isinstance(module, BcosConv2d))
     wrong = {
-        "the page shows one image": explain(model, x),
-        "neurons of layer": explain(model, x[:1], layer=layer),
-        "subtracts classes by itself": contrast(model, x[:1], 0, 1),
-        "not directions or parts of an output's map": explain(model, x[:1], {0, 1}),
+        "the viewer shows one image": explain(model, x),
+        "units of layer": explain(model, x[:1], layer=layer),
+        "subtracts classes itself": contrast(model, x[:1], 0, 1),
+        "not directions or parts of an output map": explain(model, x[:1], {0, 1}),
         "numbers that are not finite": infinite,
     }
     for text, explanation in wrong.items():

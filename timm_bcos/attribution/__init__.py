@@ -1,3 +1,3 @@
-"""Post-hoc attribution methods, to compare with the explanations of B-cos networks."""
+"""Post-hoc attribution methods, for comparison with the explanations of B-cos models."""
 
 from . import methods, transformers  # noqa: F401  (each method registers itself)

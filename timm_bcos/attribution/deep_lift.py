@@ -1,8 +1,8 @@
 """DeepLIFT (arXiv 1704.02685) with the rescale rule, from a baseline of zeros.
 
-captum's takes the baseline along in the same pass and keeps its graph, too, and copies of what goes into and comes out
-of each activation: four times the memory. Here the baseline passes before, without a graph, and an activation leaves
-only its multiplier.
+captum's implementation processes the baseline in the same pass, with a graph, and copies the inputs and outputs of each
+activation, which takes four times the memory. Here the baseline is processed first, without a graph, and only the
+multiplier of each activation is stored.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from ..nn.module_utils import first_output, hooked
 __all__ = ["multiplied_contributions"]
 
 Kinds = tuple[type[nn.Module], ...]
-EPS = 1e-10  # below which a change of an input is none, and its gradient is taken
+EPS = 1e-10  # inputs that differ by less count as equal; the multiplier is then the gradient
 ACTIVATIONS = (nn.ReLU, nn.ELU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.Softplus)
 POOLS: dict[type[nn.Module], Any] = {
     nn.MaxPool1d: F.max_pool1d, nn.MaxPool2d: F.max_pool2d, nn.MaxPool3d: F.max_pool3d,
@@ -26,21 +26,21 @@ POOLS: dict[type[nn.Module], Any] = {
 
 
 def multiplied_contributions(model: nn.Module, x: Tensor, targets: Tensor, activations: Kinds) -> Tensor:
-    """What inputs contribute to the difference of logits from those of an input of zeros.
+    """Contributions of the inputs to the difference between the logits and those of an input of zeros.
 
-    Multipliers are those of the rescale rule for activations and max pooling, and gradients for everything else.
+    Multipliers follow the rescale rule for activations and max pooling; for all other functions they are gradients.
 
     Args:
-        model: Its activations are hooked for the time, and no longer work in place.
-        x: (N, C, H, W), as the model takes it, a leaf.
-        targets: (N,) classes.
-        activations: Types of modules that are functions of single numbers, besides torch's most common ones.
+        model: The model. Its activations are hooked during the call, and set to `inplace=False`.
+        x: Inputs (N, C, H, W) of the model, a leaf tensor.
+        targets: Classes (N,).
+        activations: Types of further elementwise activation modules.
 
     Returns:
-        (N, C, H, W).
+        Contributions (N, C, H, W).
 
     Raises:
-        MethodError: For a module that runs twice in a pass.
+        MethodError: If an activation module runs twice in a pass.
     """
     kinds = {*ACTIVATIONS, *activations, *POOLS}
     modules = [module for module in model.modules() if type(module) in kinds]
@@ -77,14 +77,14 @@ def multiplied_contributions(model: nn.Module, x: Tensor, targets: Tensor, activ
 
 
 class _Context(FunctionCtx):
-    """What forward leaves to backward."""
+    """The tensors that forward saves."""
 
     saved_tensors: tuple[Tensor, ...]
     pool: Any
 
 
 class _Multiplied(torch.autograd.Function):
-    """y, whose gradient by x is a given multiplier."""
+    """Returns y, with a given multiplier as the gradient with respect to x."""
 
     @staticmethod
     def forward(ctx: _Context, x: Tensor, y: Tensor, multiplier: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class _Multiplied(torch.autograd.Function):
 
 
 class _RescaledPool(torch.autograd.Function):
-    """Max pooling: a change goes to the input that is largest now as far as it raises, else to the one before."""
+    """Max pooling. Increases are attributed to the current maximum, decreases to that of the baseline."""
 
     @staticmethod
     def forward(ctx: _Context, x: Tensor, reference: Tensor, pool: nn.Module) -> Tensor:
@@ -117,7 +117,7 @@ class _RescaledPool(torch.autograd.Function):
 
 
 def _max_and_winners(pool: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of each window, and where it is in the flattened positions."""
+    """The maximum of each window, and its index among the flattened positions."""
     found: tuple[Tensor, Tensor] = POOLS[type(pool)](
         x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, return_indices=True
     )
@@ -125,6 +125,6 @@ def _max_and_winners(pool: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scattered(values: Tensor, winners: Tensor, like: Tensor) -> Tensor:
-    """What windows give to the inputs that won them; one input may win several."""
+    """Add the values of windows to their maximal inputs; an input may be the maximum of several windows."""
     flat = torch.zeros_like(like).flatten(2)
     return flat.scatter_add_(2, winners.flatten(2), values.flatten(2)).reshape(like.shape)

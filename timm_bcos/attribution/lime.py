@@ -1,7 +1,7 @@
-"""LIME (arXiv 1602.04938) for images: segments, and a local linear model of what each adds to a probability.
+"""LIME (arXiv 1602.04938) for images: a local linear model of a probability as a function of the visible segments.
 
-The settings are those of its authors' explainer of images: cosine distance to the whole image, an exponential kernel of
-width 0.25, forward selection of the strongest segments, ridge regression on these.
+The settings are those of the authors' image explainer: cosine distance to the whole image, an exponential kernel of
+width 0.25, forward selection of the strongest segments, and ridge regression on these.
 """
 
 import torch
@@ -15,7 +15,7 @@ RIDGE = 1.0
 
 
 def quickshift_segments(image: Tensor, kernel_size: float) -> Tensor:
-    """(H, W) number of the segment that each pixel of an image (C, H, W) is in; gray ones are segmented as colors."""
+    """(H, W) segment of each pixel of an image (C, H, W). Gray images are segmented as color images."""
     image = image.expand(3, -1, -1) if len(image) == 1 else image
     pixels = image.movedim(0, -1).double().cpu().numpy()
     segments = quickshift(pixels, ratio=0.2, kernel_size=kernel_size, max_dist=200, convert2lab=len(image) == 3)
@@ -23,7 +23,7 @@ def quickshift_segments(image: Tensor, kernel_size: float) -> Tensor:
 
 
 def mean_colors(image: Tensor, segments: Tensor) -> Tensor:
-    """(C, H, W) with each segment in its mean color."""
+    """(C, H, W) image with each segment in its mean color."""
     places = segments.flatten()
     sums = image.new_zeros(len(image), int(places.max()) + 1, dtype=torch.double)
     sums.index_add_(1, places, image.flatten(1).double())
@@ -31,18 +31,18 @@ def mean_colors(image: Tensor, segments: Tensor) -> Tensor:
 
 
 def local_weights(masks: Tensor, answers: Tensor, features: int) -> Tensor:
-    """The linear model around the whole image.
+    """Fit the local linear model of each class.
 
     Args:
-        masks: (S, F), 1 where a sample shows a segment.
-        answers: (S, K) probabilities of the samples.
-        features: How many segments the model of each class takes.
+        masks: Samples (S, F), 1 where a segment is visible.
+        answers: Probabilities (S, K) of the samples.
+        features: Number of segments in the model of each class.
 
     Returns:
-        (K, F), 0 for the segments that are not taken.
+        Weights (K, F), 0 for segments that are not selected.
     """
     masks, answers = masks.double(), answers.double()
-    distance = 1 - masks.mean(1).sqrt()  # of the cosine, to a vector of ones
+    distance = 1 - masks.mean(1).sqrt()  # cosine distance to a vector of ones
     closeness = torch.exp(-((distance / KERNEL_WIDTH) ** 2) / 2)
     columns, values = (_centered(x, closeness) for x in (masks, answers))
     weights = masks.new_zeros(values.shape[1], masks.shape[1])
@@ -55,13 +55,13 @@ def local_weights(masks: Tensor, answers: Tensor, features: int) -> Tensor:
 
 
 def _centered(x: Tensor, closeness: Tensor) -> Tensor:
-    """Least squares of these, without an intercept, are the weighted ones with an intercept."""
+    """Center and scale, so that plain least squares without intercept equals weighted least squares with intercept."""
     mean = (closeness[:, None] * x).sum(0) / closeness.sum()
     return closeness.sqrt()[:, None] * (x - mean)
 
 
 def _forward_selection(columns: Tensor, value: Tensor, count: int) -> list[int]:
-    """The columns whose least-squares fit is best, one after the other: of each, what those before leave over."""
+    """Select the columns with the best least-squares fit greedily, after projecting out those selected before."""
     chosen: list[int] = []
     least = 1e-10 * columns.square().sum(0).max()
     for _ in range(min(count, columns.shape[1])):

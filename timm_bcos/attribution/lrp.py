@@ -1,11 +1,10 @@
-"""Layer-wise Relevance Propagation: what zennit's rules for modules leave out in timm's networks.
+"""Layer-wise Relevance Propagation with zennit, completed for timm's models.
 
-zennit has rules for modules. Sums of branches, means and gates, which timm computes by functions, and timm's batch
-norms with an activation inside are covered here, so that no relevance is made on the way (section 2 of Bach et al.,
-2015).
+zennit has rules for modules only. This module adds rules for functions (sums of branches, means, gates) and for timm's
+batch norms with an activation inside, so that relevance is conserved (Bach et al., 2015, section 2).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,16 +24,18 @@ __all__ = ["MergeBatchNorms", "RelevanceOfFunctions", "relevance"]
 
 
 def relevance(model: nn.Module, x: Tensor, targets: Tensor, activations: tuple[type[nn.Module], ...]) -> Tensor:
-    """Relevance of inputs for their targets' logits: z⁺ in convolutions, ε in linear layers, flat in the first one.
+    """Relevance of the inputs for the logits of their targets.
+
+    The rules are z⁺ for convolutions, ε for linear layers, and flat for the first layer.
 
     Args:
-        model: Whose modules are hooked and merged, and left as they were.
-        x: (N, C, H, W), as the model takes it.
-        targets: (N,) classes.
-        activations: Types of modules that pass relevance on.
+        model: The model; hooks and merged batch norms are undone afterwards.
+        x: Inputs (N, C, H, W) of the model.
+        targets: Classes (N,).
+        activations: Types of modules that pass relevance on unchanged.
 
     Returns:
-        (N, C, H, W).
+        Relevance (N, C, H, W).
     """
 
     def wanted(logits: Tensor) -> Tensor:
@@ -51,14 +52,14 @@ Function = Callable[..., Tensor]
 
 
 class _Context(FunctionCtx):
-    """What forward leaves to backward."""
+    """The function and the tensors that forward saves."""
 
     func: Function
     saved_tensors: tuple[Tensor, ...]
 
 
 class _InProportion(torch.autograd.Function):
-    """A linear function of tensors; each input takes relevance in proportion to what it adds to the output."""
+    """A linear function of tensors. Each input gets relevance in proportion to its contribution to the output."""
 
     @staticmethod
     def forward(ctx: _Context, func: Function, *inputs: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ def _mean(func: Function, x: Tensor, *args: object, **kwargs: object) -> Tensor:
 
 
 def _gate(func: Function, x: Tensor | float, other: Tensor | float) -> Tensor:
-    """The smaller factor is the gate, a constant; the other passes its relevance on."""
+    """The smaller factor is a gate and treated as constant; the other gets all relevance."""
     tensors = [t for t in (x, other) if isinstance(t, Tensor)]
     signal = max(tensors, key=lambda t: t.numel())
     factor = other if signal is x else x
@@ -102,25 +103,19 @@ TABLE: dict[Callable[..., object], Function] = {
 
 
 class RelevanceOfFunctions(TorchFunctionMode):
-    """Inside it, the "gradients" of sums, means and products are relevance."""
+    """Replaces the gradients of sums, means and products by relevance."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: Sequence[type],
-        args: Sequence[object] = (),
-        kwargs: dict[str, object] | None = None,
-    ) -> object:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         is_signal = any(isinstance(x, Tensor) and x.requires_grad for x in args)
         handler = TABLE.get(func) if is_signal and torch.is_grad_enabled() else None
         return handler(func, *args, **(kwargs or {})) if handler else func(*args, **(kwargs or {}))
 
 
 class MergeBatchNorms(MergeBatchNorm):  # type: ignore[misc]
-    """Merges batch norms into the convolutions whose outputs they take, timm's with an activation inside too.
+    """Merges batch norms into the convolutions before them, including timm's batch norms with an activation.
 
     Args:
-        prepared: One image (1, C, H, W) to run the network with: modules say nothing of the order in which they run.
+        prepared: Input (1, C, H, W) that the model is run on to find the order of its modules.
     """
 
     def __init__(self, prepared: Tensor) -> None:
@@ -128,7 +123,7 @@ class MergeBatchNorms(MergeBatchNorm):  # type: ignore[misc]
         self.prepared = prepared
 
     def apply(self, root_module: nn.Module) -> list["MergeBatchNorms"]:
-        """The merges, each of which zennit undoes in the end."""
+        """Merge all pairs; zennit undoes the merges afterwards."""
         merges = []
         for linear, norm in self._pairs(root_module):
             merge = type(self)(self.prepared)

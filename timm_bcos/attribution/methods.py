@@ -1,6 +1,7 @@
-"""The attribution methods: captum's, LIME, RISE, and the network's own. Each makes signed maps (N, H, W).
+"""The attribution methods: the model's own explanation, captum's methods, LRP, LIME and RISE.
 
-Settings are those of the B-cos paper's comparison (section 4 and supplement of arXiv 2205.10268) where it states them.
+Each returns signed maps (N, H, W). Default options are those of the B-cos paper, if it states them (arXiv 2205.10268,
+section 4 and supplement).
 """
 
 import importlib
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._compat import timm_layers
+from .._compat import private, timm_layers
 from ..errors import MethodError, ModelStateError
 from ..explanation.api import explain, explain_targets
 from ..nn.module_utils import channel_axis, first_output, get_classifiers, hooked
@@ -35,7 +36,7 @@ ELEMENTWISE = (
 
 @cache
 def _library(name: str) -> ModuleType:
-    """A library of the extra, or a module of this package that needs one."""
+    """Import a library of the extra `attribution`, or a module of this package that needs one."""
     try:
         return importlib.import_module(name, __package__)
     except ImportError as error:
@@ -48,12 +49,12 @@ def _captum() -> ModuleType:
 
 @register("bcos")
 def bcos(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
-    """The network's own explanation, W(x) · x."""
+    """The contribution map of the model's own explanation, W(x) · x."""
     if not subject.is_bcos:
         raise MethodError(
-            f"{subject.kind} is no B-cos network and has no explanation of its own: convert it with bcosify"
+            f"{subject.kind} is not a B-cos model and has no explanation of its own: convert it with bcosify"
         )
-    if len(x) > 1 and bool((x[1:] == x[:1]).all()):  # classes of one image, from one forward pass
+    if len(x) > 1 and bool((x[1:] == x[:1]).all()):  # several classes of one image share a forward pass
         image = subject.prepare(x[:1])
         parts = [explain_targets(subject.model, image, some[None]) for some in targets.split(images_at_once(x))]
         found = [explanation for part in parts for explanation in part]
@@ -61,14 +62,14 @@ def bcos(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
         found = [explain(subject.model, subject.prepare(x), targets)]
     if found[0].position is not None:
         raise ModelStateError(
-            f"{subject.kind} returns maps: attribution needs logits (N, K); explain one position with "
+            f"{subject.kind} returns maps: attribution needs logits (N, K). Explain one position with "
             f"timm_bcos.explain(model, x, target, position=(row, column))"
         )
     return torch.cat([explanation.contribution_map for explanation in found])
 
 
 class _OfPixels(nn.Module):
-    """Logits of images in [0, 1]: gradients of a pixel go through its encoding r and 1 - r, or its normalization."""
+    """Logits of images in [0, 1], so that gradients are those of pixels, before encoding or normalization."""
 
     def __init__(self, subject: AttributionModel) -> None:
         super().__init__()
@@ -80,17 +81,17 @@ class _OfPixels(nn.Module):
 
 @register("gradient")
 def gradient(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
-    """Gradient by the pixels, summed over colors."""
+    """Gradient of the logit with respect to the pixels, summed over colors."""
     return _captum().Saliency(_OfPixels(subject)).attribute(_pixels(x), targets, abs=False).sum(1)
 
 
-@register("ixg")
+@register("input_x_gradient", aliases=("ixg",))
 def input_x_gradient(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
     """Input times gradient."""
     return _captum().InputXGradient(subject).attribute(subject.leaf(x), targets).sum(1)
 
 
-@register("ig")
+@register("integrated_gradients", aliases=("ig",))
 def integrated_gradients(subject: AttributionModel, x: Tensor, targets: Tensor, *, n_steps: int = 50) -> Tensor:
     """Integrated Gradients from a baseline of zeros."""
     check_counts(n_steps=n_steps)
@@ -101,7 +102,7 @@ def integrated_gradients(subject: AttributionModel, x: Tensor, targets: Tensor, 
 
 @register("deeplift")
 def deep_lift(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
-    """DeepLIFT from a baseline of zeros: the rescale rule for activations, the gradient for B-cos layers and norms."""
+    """DeepLIFT from a baseline of zeros; gradients for B-cos layers and norms."""
     return multiplied_contributions(subject, subject.leaf(x), targets, ELEMENTWISE).sum(1)
 
 
@@ -109,7 +110,7 @@ def deep_lift(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
 def smooth_grad(
     subject: AttributionModel, x: Tensor, targets: Tensor, *, samples: int = 25, stdev: float = 0.1
 ) -> Tensor:
-    """Gradient by the pixels, averaged over noisy images; all images get the same noise."""
+    """SmoothGrad: mean gradient over noisy copies of the image. All images get the same noise."""
     check_counts(samples=samples)
     if not 0 <= stdev < math.inf:
         raise MethodError(f"stdev={stdev!r}: give a number from 0")
@@ -119,20 +120,26 @@ def smooth_grad(
 
 @register("guided_backprop")
 def guided_backprop(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
-    """Guided Backpropagation, for networks with ReLU or ReLU6 modules."""
+    """Guided Backpropagation, for models with ReLU or ReLU6 modules."""
     if not any(isinstance(module, RECTIFIERS) for module in subject.modules()):
-        raise MethodError("guided_backprop changes the gradient of ReLU modules, of which the model has none")
-    method = _library(".guided_backprop").GuidedBackpropOfRectifiers(_OfPixels(subject), RECTIFIERS)
-    return method.attribute(_pixels(x), targets).sum(1)
+        raise MethodError("guided_backprop changes the gradient of ReLU modules; the model has none")
+    method = _captum().GuidedBackprop(_OfPixels(subject))
+
+    def hook_rectifier(module: nn.Module) -> None:
+        if isinstance(module, RECTIFIERS):
+            method.backward_hooks.extend(private.register_backward_hook(module, method._backward_hook, method))
+
+    method._register_hooks = hook_rectifier  # captum's hooks ReLU only
+    return method.attribute(_pixels(x), targets).sum(1)  # type: ignore[no-any-return]
 
 
 @register("gradcam")
 def grad_cam(subject: AttributionModel, x: Tensor, targets: Tensor, *, layer: str | None = None) -> Tensor:
-    """Grad-CAM of the last layer with spatial positions before the classifier, or of a named one, upsampled."""
+    """Grad-CAM of the last feature map before the classifier, or of a named layer, upsampled."""
     model = subject.part
     if hasattr(model, "num_prefix_tokens") or getattr(model, "output_fmt", "NCHW") != "NCHW":
-        raise MethodError(f"gradcam needs maps (N, C, H, W), which {subject.kind} does not compute with")
-    z = subject.prepare(x)  # no leaf: nothing before the layer needs a graph
+        raise MethodError(f"gradcam needs feature maps (N, C, H, W), which {subject.kind} does not have")
+    z = subject.prepare(x)  # not a leaf: the layers before need no graph
     module = _last_spatial_layer(subject, z) if layer is None else _named_layer(subject, z, layer)
     maps = _captum().LayerGradCam(subject, module).attribute(z, targets)
     return F.interpolate(maps, x.shape[-2:], mode="bilinear").sum(1)
@@ -140,13 +147,13 @@ def grad_cam(subject: AttributionModel, x: Tensor, targets: Tensor, *, layer: st
 
 @register("lrp")
 def lrp(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
-    """Layer-wise Relevance Propagation of the logit: z⁺ in convolutions, ε in linear ones, flat in the first layer."""
+    """Layer-wise Relevance Propagation of the logit: z⁺ for convolutions, ε for linear, flat for first layers."""
     if subject.is_bcos:
-        raise MethodError("lrp has rules for linear layers between activations; a B-cos layer is neither")
+        raise MethodError("lrp has rules for linear layers and activations; B-cos layers are neither")
     others = {type(module).__name__ for module in subject.modules() if isinstance(module, WITHOUT_RELEVANCE)}
     if others:
         listed = ", ".join(sorted(others))
-        raise MethodError(f"lrp's rules are for convolutions and batch norms; {subject.kind} has {listed}")
+        raise MethodError(f"lrp has rules for convolutions and batch norms; {subject.kind} has {listed}")
     relevance: Tensor = _library(".lrp").relevance(subject, subject.prepare(x), targets, ELEMENTWISE)
     return relevance.sum(1)
 
@@ -155,7 +162,7 @@ def lrp(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
 def occlusion(
     subject: AttributionModel, x: Tensor, targets: Tensor, *, window: int | None = None, stride: int | None = None
 ) -> Tensor:
-    """How much the logit falls where a square of the input is zero; by default an eighth of the image, half apart."""
+    """Drop of the logit when a square of the input is zero. Default: 1 / 8 of the image, with a stride of 1 / 16."""
     window = max(x.shape[-1] // 8, 1) if window is None else window
     stride = max(window // 2, 1) if stride is None else stride
     check_counts(window=window, stride=stride)
@@ -179,7 +186,7 @@ def lime(
     kernel_size: float = 4,
     features: int = 5,
 ) -> Tensor:
-    """LIME on quickshift segments: the weights of the strongest ones, of the image itself before any encoding."""
+    """LIME on quickshift segments: weights of the strongest segments."""
     check_counts(samples=samples, features=features)
     if not 1 <= kernel_size < math.inf:
         raise MethodError(f"kernel_size={kernel_size!r}: give a number from 1")
@@ -200,10 +207,10 @@ def lime(
 def rise(
     subject: AttributionModel, x: Tensor, targets: Tensor, *, masks: int = 500, cells: int = 8, p: float = 0.1
 ) -> Tensor:
-    """RISE (arXiv 1806.07421): Σ probability · mask over all random masks, divided by masks · p."""
+    """RISE (arXiv 1806.07421): sum of probability · mask over random masks, divided by masks · p."""
     check_counts(masks=masks, cells=cells)
     if not 0 < p <= 1:
-        raise MethodError(f"p={p!r}: give the share of an image that masks show, above 0 and up to 1")
+        raise MethodError(f"p={p!r}: give the visible share of the image, above 0 and up to 1")
     total = torch.zeros_like(x[:, 0])
     for start in range(0, masks, 32):
         some = rise_masks(min(32, masks - start), cells, p, x.shape[-2:], subject.generator).to(x)
@@ -216,7 +223,7 @@ def rise(
 def rise_masks(
     count: int, cells: int, p: float, size: tuple[int, ...], generator: torch.Generator | None = None
 ) -> Tensor:
-    """(count, H, W) smooth masks in [0, 1]: random grids, enlarged by one cell and cropped at random (section 3.2)."""
+    """(count, H, W) smooth masks in [0, 1]: random grids, upsampled and randomly cropped by one cell (section 3.2)."""
     height, width = (-(-s // cells) for s in size)
     grids = (torch.rand(count, 1, cells, cells, generator=generator) < p).float()
     large = F.interpolate(grids, ((cells + 1) * height, (cells + 1) * width), mode="bilinear")[:, 0]
@@ -230,7 +237,7 @@ def _pixels(x: Tensor) -> Tensor:
 
 
 def _named_layer(subject: AttributionModel, z: Tensor, name: str) -> nn.Module:
-    """A layer whose output is a map (N, C, H, W)."""
+    """Find a layer by name; its output must be a feature map (N, C, H, W)."""
     module = dict(subject.model.named_modules()).get(name) if name else None
     if module is None:
         raise MethodError(f"the model has no layer {name!r}: see model.named_modules() for their names")
@@ -238,16 +245,16 @@ def _named_layer(subject: AttributionModel, z: Tensor, name: str) -> nn.Module:
     with torch.no_grad(), hooked([module], lambda module, args, output: outputs.append(first_output(output))):
         subject(z[:1])
     if not outputs or not isinstance(outputs[0], Tensor):
-        raise MethodError(f"layer {name!r} returns no tensor for this input: name one that does")
+        raise MethodError(f"layer {name!r} returns no tensor: name another")
     if outputs[0].ndim != 4 or channel_axis(module, outputs[0], subject.part) != 1:
-        raise MethodError(f"gradcam needs maps (N, C, H, W): layer {name!r} returns {tuple(outputs[0].shape)}")
+        raise MethodError(f"gradcam needs feature maps (N, C, H, W): layer {name!r} returns {tuple(outputs[0].shape)}")
     return module
 
 
 def _last_spatial_layer(subject: AttributionModel, z: Tensor) -> nn.Module:
-    """The last module, in the order of execution, whose output is a map (N, C, H, W) of more than one position.
+    """The last module, in the order of execution, whose output is a feature map (N, C, H, W) with several positions.
 
-    A map has the image's proportions, but for rounding; heads × tokens × features inside attention has not.
+    A feature map has the aspect ratio of the image, up to rounding. This excludes attention's (N, heads, tokens, dim).
     """
     found: list[nn.Module] = []
     heads = {id(m) for m in get_classifiers(subject.part)}
@@ -262,5 +269,5 @@ def _last_spatial_layer(subject: AttributionModel, z: Tensor) -> nn.Module:
     with torch.no_grad(), hooked(leaves, record):
         subject(z[:1])
     if not found:
-        raise MethodError(f"{subject.kind} has no layer with spatial positions (N, C, H, W): name one")
+        raise MethodError(f"{subject.kind} has no layer with a feature map (N, C, H, W): name one")
     return found[-1]

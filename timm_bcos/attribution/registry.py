@@ -1,9 +1,9 @@
-"""Attribution methods behind one call, to compare with B-cos explanations: a signed map (N, H, W) for each image.
+"""The registry of attribution methods, and `attribute`, which returns a signed map (N, H, W) by any of them.
 
-    >>> attribute(model, x, targets, method="ig")   # captum's Integrated Gradients
-    >>> attribute(model, x, targets)                # the network's own explanation
+    >>> attribute(model, x, targets, method="integrated_gradients")  # captum's Integrated Gradients
+    >>> attribute(model, x, targets)  # the model's own explanation
 
-The methods are in `timm_bcos.attribution.methods` and `.transformers`; `@register("name")` adds one.
+`timm_bcos.attribution.methods` and `.transformers` define the methods; `@register("name")` adds one.
 """
 
 import inspect
@@ -29,49 +29,50 @@ __all__ = [
     "Targets",
     "attribute",
     "check_counts",
-    "check_methods",
     "checked_images",
     "images_at_once",
+    "method_name",
+    "method_names",
     "register",
 ]
 
-# Pixels of a pass. With a graph: nine images of 224 × 224, or one 3×3 grid of such images.
+# Pixels per pass. With a graph: nine images of 224 × 224, or one 3×3 grid of such images.
 WITH_GRAPH = 672 * 672
 WITHOUT_GRAPH = 32 * 224 * 224
 
 
 def images_at_once(x: Tensor, has_graph: bool = True) -> int:
-    """How many images of the size of x (N, C, H, W) a pass takes, so that memory does not grow with their size.
+    """Number of images per pass that bounds the memory.
 
     Args:
-        x: Images.
-        has_graph: Whether the pass is differentiated.
+        x: Images (N, C, H, W).
+        has_graph: Whether gradients are computed.
     """
     pixels = WITH_GRAPH if has_graph else WITHOUT_GRAPH
     return max(pixels // (x.shape[-2] * x.shape[-1]), 1)
 
 
 Targets = Sequence[int] | Tensor | int | None
-ROUNDING = 1e-4  # by which pixels may lie outside of [0, 1], as in `explain`: resizing rounds
+ROUNDING = 1e-4  # tolerance of pixels in [0, 1], as in `explain`: resizing may overshoot by rounding
 
 
 class AttributionModel(nn.Module):
-    """A network as the methods see it: images in [0, 1] in, logits out, whatever its own normalization.
+    """The model for attribution methods: a copy that may be hooked and modified, with a common interface for inputs.
 
-    It holds a private copy of the network's modules, which shares the memory of its numbers: what methods do to it
-    (hooks, modes, merged weights) no other user of the network sees.
+    The copy shares parameters and buffers with the original model, but not its modules, so hooks and replaced modules
+    do not affect other users of the model.
 
-    Methods that follow gradients start from `prepare(x)`: the six encoded channels of a B-cos network, the normalized
-    three of a plain one. Methods that change images change x itself.
+    Gradient-based methods differentiate with respect to `prepare(x)`: the six encoded channels of a B-cos model, the
+    normalized channels of a plain model. Perturbation-based methods modify x itself.
 
     Args:
-        model: A B-cos network, or a plain timm model, in eval mode.
+        model: A B-cos model or a plain timm model, in eval mode.
 
     Attributes:
         model: The copy.
-        is_bcos: Whether it reads encoded images.
-        channels: Of its images; None where it does not say.
-        generator: What methods draw random numbers from, on the CPU; `attribute` seeds it.
+        is_bcos: Whether the model encodes images.
+        channels: Number of image channels; None if unknown.
+        generator: CPU generator for random numbers; `attribute` seeds it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -89,11 +90,11 @@ class AttributionModel(nn.Module):
         self.eval()
 
     def prepare(self, x: Tensor) -> Tensor:
-        """The input proper of images (N, C, H, W) in [0, 1].
+        """Encode or normalize images (N, C, H, W) in [0, 1].
 
         Raises:
-            InputError: For images of other channels than the network's.
-            ModelStateError: For a plain network that does not say how its images are normalized.
+            InputError: If the images have another number of channels than the model.
+            ModelStateError: If a plain model has no mean and std in its `pretrained_cfg`.
         """
         if self.channels not in (None, x.shape[1]):
             raise InputError(f"images have {x.shape[1]} channels, {self.kind} takes {self.channels}")
@@ -104,7 +105,7 @@ class AttributionModel(nn.Module):
 
     @torch.no_grad()
     def _takes_encoding(self, x: Tensor) -> bool:
-        """Whether the encoding reaches the first layer as the image does: not if the model changes images before."""
+        """Whether the model accepts encoded images. It does not if it modifies images before the first layer."""
         if self._reads_at_once is None:
             try:
                 found, expected = (first_output(self.model(z)) for z in (encode_image(x[:1], x.shape[1]), x[:1]))
@@ -115,7 +116,7 @@ class AttributionModel(nn.Module):
         return self._reads_at_once
 
     def leaf(self, x: Tensor) -> Tensor:
-        """The same as a leaf, to be differentiated by."""
+        """`prepare(x)` as a leaf that requires gradients."""
         return self.prepare(x).detach().requires_grad_()
 
     def _statistics(self, channels: int) -> list[Any]:
@@ -124,7 +125,7 @@ class AttributionModel(nn.Module):
         found = [values[:1] if values and len(set(values)) == 1 else values for values in found]
         if any(values is None or len(values) not in (1, channels) for values in found):
             raise ModelStateError(
-                f"{self.kind} does not say how images of {channels} channels are normalized (mean {found[0]}, std "
+                f"{self.kind} has no normalization for images of {channels} channels (mean {found[0]}, std "
                 f"{found[1]}): set model.pretrained_cfg = dict(mean=..., std=...), for instance to (0.0,) and (1.0,) "
                 f"if it takes pixels in [0, 1]"
             )
@@ -140,17 +141,17 @@ class AttributionModel(nn.Module):
         return logits
 
     def probability(self, x: Tensor) -> Tensor:
-        """(N, K) of images (N, C, H, W) in [0, 1]: softmax, or sigmoid where the network's config says so."""
+        """(N, K) probabilities of images (N, C, H, W) in [0, 1]: softmax, or sigmoid if the model's config says so."""
         with torch.no_grad():
             logits = self(self.prepare(x))
         config = getattr(self.part, "bcos_config", None)
         return logits.sigmoid() if config and config.probability == "sigmoid" else logits.softmax(1)
 
     def classes(self, x: Tensor, targets: Targets, batch_size: int | None = None) -> Tensor:
-        """(N,) the classes asked for, or the predicted ones.
+        """(N,) the given classes, or the predicted ones.
 
         Raises:
-            TargetError: For what is no class of the model.
+            TargetError: If a target is not a class of the model.
         """
         if targets is None:
             return torch.cat(
@@ -171,7 +172,7 @@ class AttributionModel(nn.Module):
         return classes.long()
 
     def _count_classes(self, x: Tensor) -> int:
-        """A network that does not say is asked with one image."""
+        """The number of classes, by running the model if it has no `num_classes`."""
         stated = getattr(self.part, "num_classes", None)
         if isinstance(stated, int) and stated > 0:
             return stated
@@ -183,43 +184,72 @@ Attribute = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method.
+    """A registered attribution method.
 
     Attributes:
-        name: Its name for `attribute`.
-        function: (subject, images, targets, **options) to maps (N, H, W).
-        slow: Looks at many changed copies of an image: takes one image at a time, with all its classes.
+        name: Name of the method.
+        function: Function of (subject, images, targets, **options) that returns maps (N, H, W).
+        slow: Whether the method runs the model on many modified copies of an image. Slow methods get one image at a
+            time, with all its classes.
+        aliases: Other names that `attribute` accepts.
     """
 
     name: str
     function: Attribute
     slow: bool = False
+    aliases: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name} ({', '.join(self.aliases)})" if self.aliases else self.name
 
 
-METHODS: dict[str, Method] = {}
+METHODS: dict[str, Method] = {}  # by name, without aliases
 
 
-def register(name: str, *, slow: bool = False, replace: bool = False) -> Callable[[Attribute], Attribute]:
+def method_name(name: str) -> str:
+    """The name of the method that `name` is an alias of; `name` itself if it is none."""
+    return next((method.name for method in METHODS.values() if name in method.aliases), name)
+
+
+def method_names(names: Iterable[str]) -> list[str]:
+    """The names of methods that may be given by aliases, without repetitions.
+
+    Raises:
+        MethodError: If there is no method of a name.
+    """
+    found = list(dict.fromkeys(map(method_name, names)))
+    for name in found:
+        if name not in METHODS:
+            raise MethodError(f"no attribution method {name!r}: choose one of {', '.join(map(str, METHODS.values()))}")
+    return found
+
+
+def register(
+    name: str, *, aliases: Sequence[str] = (), slow: bool = False, replace: bool = False
+) -> Callable[[Attribute], Attribute]:
     """Add a method: a function of (subject, images (N, C, H, W) in [0, 1], targets (N,), **options) to (N, H, W).
 
-    It may hook, replace and switch the modules of `subject`, but not write into their numbers, whose memory is shared.
-    It draws random numbers from `subject.generator`, which every batch finds in the same state: global generators are
-    everybody's.
+    The function may hook, replace and switch the modules of `subject`, but not write into parameters and buffers, whose
+    memory is shared with the original model. It draws random numbers from `subject.generator`, which is seeded for
+    every batch, and never from the global generators.
 
     Args:
-        name: What `attribute` calls it.
-        slow: It looks at many changed copies of an image: it is handed one image at a time, repeated for each of its
-            targets, and need change only the first.
-        replace: Register it instead of the method that has this name.
+        name: Name of the method.
+        aliases: Other names that `attribute` accepts.
+        slow: Whether the method runs the model on many modified copies of an image. It then gets one image at a time,
+            repeated for each of its targets, and needs to modify only the first.
+        replace: Replace the method that has this name.
 
     Raises:
         MethodError: If there is a method of this name, unless `replace` is set.
     """
+    known = method_name(name)
 
     def add(function: Attribute) -> Attribute:
-        if name in METHODS and not replace:
+        if known in METHODS and not replace:
             raise MethodError(f"there is a method {name!r}: choose another name, or pass register(..., replace=True)")
-        METHODS[name] = Method(name, function, slow)
+        others = tuple(aliases) or (METHODS[known].aliases if known in METHODS else ())
+        METHODS[known] = Method(known, function, slow, others)
         return function
 
     return add
@@ -236,34 +266,33 @@ def attribute(
     progress: bool = False,
     **options: Any,
 ) -> Tensor:
-    """What each pixel adds to a class, by any of `METHODS`.
+    """Compute attribution maps of classes.
 
-    Nothing of the model, and no global random state, is touched: other threads may use it meanwhile.
+    The model and the global random state are not modified, so other threads may use the model at the same time.
 
     Args:
-        model: A B-cos network or a plain timm model, in eval mode.
-        x: Images (N, C, H, W) in [0, 1], for plain models too: their cfg says how to normalize.
-        targets: A class per image, one for all, or None for the predicted ones.
-        method: A key of `METHODS`.
-        batch_size: Images per pass. None takes as many as `images_at_once`, which bounds the memory. Slow methods take
+        model: A B-cos model or a plain timm model, in eval mode.
+        x: Images (N, C, H, W) in [0, 1]. Plain models are normalized by their `pretrained_cfg`.
+        targets: Class of each image, one class for all, or None for the predicted classes.
+        method: Name or alias of a method in `METHODS`.
+        batch_size: Number of images per pass; None for `images_at_once`, which bounds the memory. Slow methods process
             one image at a time, with all of its classes.
-        seed: Of the methods that draw random numbers; the same seed gives the same maps, in batches of any size.
-        progress: Show a bar.
-        options: Of the method, for instance `n_steps` of 'ig'.
+        seed: Random seed. Maps do not depend on the batch size.
+        progress: Show a progress bar.
+        options: Options of the method, for instance `n_steps` of 'integrated_gradients'.
 
     Returns:
-        (N, H, W), signed, detached; higher speaks for the class. Scales differ between methods.
+        Signed maps (N, H, W), detached. Positive values support the class. Scales differ between methods.
 
     Raises:
-        MethodError: For an unknown method or option, or a method that the model's architecture does not support.
-        InputError: For tensors that are no images of this network.
-        TargetError: For classes that the model does not have.
-        ModelStateError: For a model in training mode, or a plain one without normalization.
+        MethodError: If the method or an option is unknown, or the method does not support the model.
+        InputError: If the tensor is not a batch of images of this model.
+        TargetError: If the model does not have a class.
+        ModelStateError: If the model is in training mode, or is a plain model without normalization.
     """
-    check_methods([method])
+    chosen = METHODS[method_names([method])[0]]
     if batch_size is not None:
         check_counts(batch_size=batch_size)
-    chosen = METHODS[method]
     _check_options(chosen, options)
     x = checked_images(model, x)
     batch_size = batch_size or images_at_once(x)
@@ -279,22 +308,11 @@ def attribute(
     return torch.cat(maps)
 
 
-def check_methods(names: Iterable[str]) -> None:
-    """Refuse names that no method has.
-
-    Raises:
-        MethodError: Naming the first.
-    """
-    for name in names:
-        if name not in METHODS:
-            raise MethodError(f"no attribution method {name!r}: choose one of {', '.join(METHODS)}")
-
-
 def check_counts(**counts: int) -> None:
-    """Refuse numbers of things that are none.
+    """Check that numbers are integers of at least 1.
 
     Raises:
-        MethodError: Naming the first that is not a whole number from 1.
+        MethodError: If one is not; the message names it.
     """
     for name, value in counts.items():
         if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
@@ -302,10 +320,10 @@ def check_counts(**counts: int) -> None:
 
 
 def checked_images(model: nn.Module, x: Tensor) -> Tensor:
-    """The images in the network's own precision.
+    """Check images and convert them to the dtype of the model.
 
     Raises:
-        InputError: For tensors that are no images.
+        InputError: If the tensor is not a batch of images in [0, 1].
     """
     if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point() or 0 in x.shape:
         found = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
@@ -327,6 +345,6 @@ def _check_options(method: Method, options: dict[str, object]) -> None:
 
 
 def _runs(x: Tensor) -> list[int]:
-    """How many images follow each other that are the same one."""
+    """Lengths of the runs of equal images."""
     changes = (x[1:] != x[:-1]).flatten(1).any(1).nonzero()[:, 0] + 1
     return torch.diff(changes.cpu(), prepend=torch.tensor([0]), append=torch.tensor([len(x)])).tolist()

@@ -1,4 +1,4 @@
-"""The attribution methods for vision transformers: what tokens attend to, and relevance that attention passes on."""
+"""Attribution methods for vision transformers: attention rollout, Chefer et al., and AttnLRP."""
 
 import math
 from collections import ChainMap
@@ -22,7 +22,7 @@ __all__: list[str] = []
 
 @register("attention_rollout")
 def attention_rollout(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
-    """Attention roll-out (arXiv 2005.00928) of a vision transformer; the same map for every class."""
+    """Attention rollout (arXiv 2005.00928) of a vision transformer; the same map for every class."""
     _check_transformer(subject, "attention_rollout")
     with torch.no_grad():
         _, layers = _logits_and_attention(subject, subject.prepare(x))
@@ -36,9 +36,8 @@ def attention_rollout(subject: AttributionModel, x: Tensor, targets: Tensor) -> 
 def chefer(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
     """Generic attention explainability (Chefer et al., arXiv 2103.15679, section 3) of a vision transformer.
 
-    R = I, and R ← R + Ā · R in each layer, with Ā = mean over heads of (∇A ⊙ A)⁺: attention where more of it would
-    raise the logit. The map, of R - I, is never negative; the class token's row of I has nothing over the patches, and
-    in the mean of the patches' rows it would be a constant.
+    R = I, and R ← R + Ā · R in each layer, where Ā is the mean over heads of (∇A ⊙ A)⁺. The map shows R - I and is
+    never negative. Subtracting I changes nothing for the class token, and only a constant for the mean over patches.
     """
     _check_transformer(subject, "chefer")
     logits, layers = _logits_and_attention(subject, subject.leaf(x))
@@ -54,40 +53,42 @@ def chefer(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
 def attention_relevance(
     subject: AttributionModel, x: Tensor, targets: Tensor, *, gamma: float = 0.05, conv_gamma: float = 0.25
 ) -> Tensor:
-    """AttnLRP (Achtibat et al., arXiv 2402.05602, section 3) as input × a changed gradient of the logit.
+    """AttnLRP (Achtibat et al., arXiv 2402.05602, section 3), computed as input × modified gradient of the logit.
 
-    Linear layers follow the γ rule, which with γ = 0 is the ε rule; activations pass relevance on; of a norm the
-    statistics are constants; softmax takes R_i = x_i (R_i - s_i Σ_j R_j), and factors of a product halves. Sigmoid
-    gates are constants, as in explanation mode, whose table this is but for attention and γ.
+    Linear layers follow the γ rule (the ε rule if γ = 0). Activations pass relevance on, and statistics of norms are
+    constants. Softmax follows R_i = x_i (R_i - s_i Σ_j R_j), and the factors of a product get half each. Sigmoid
+    gates are constants, as in dynamic linear mode, whose rules are used except for attention and γ.
 
     Args:
-        subject: A plain network.
-        x: Images.
-        targets: Classes.
-        gamma: γ of linear layers. The default is ours.
-        conv_gamma: γ of convolutions, such as the one that makes patches. The default is ours.
+        subject: A plain model.
+        x: Images (N, C, H, W).
+        targets: Classes (N,).
+        gamma: γ of linear layers. The default is not from the paper.
+        conv_gamma: γ of convolutions, such as the patch embedding. The default is not from the paper.
     """
     if subject.is_bcos:
-        raise MethodError("attnlrp has rules for linear layers and activations; a B-cos layer is neither")
+        raise MethodError("attnlrp has rules for linear layers and activations; B-cos layers are neither")
     for name, value in (("gamma", gamma), ("conv_gamma", conv_gamma)):
         if not 0 <= value < math.inf:
             raise MethodError(f"{name}={value!r}: give a number from 0")
     leaf = subject.leaf(x)
     with active(_RelevanceMode(leaf, gamma, conv_gamma)):
-        logits = subject(leaf.clone())  # a clone, in which it may write
+        logits = subject(leaf.clone())  # a clone, because the model may modify it in place
     if not logits.requires_grad:
-        raise MethodError(f"attnlrp: the logits of {subject.kind} come out of a gate, which passes no relevance on")
+        raise MethodError(
+            f"attnlrp: the logits of {subject.kind} are the output of a gate, which passes no relevance on"
+        )
     (gradient,) = torch.autograd.grad(_wanted(logits, targets), leaf)
     return (leaf * gradient).sum(1)
 
 
 class _RelevanceMode(DynamicLinearMode):
-    """Explanation mode in which attention is no constant; inside it, input × gradient is relevance.
+    """Dynamic linear mode with ordinary gradients of attention and the γ rule; input × gradient is the relevance.
 
     Args:
-        leaf: The images that are differentiated by.
-        gamma: Of linear layers.
-        conv_gamma: Of convolutions.
+        leaf: Images with respect to which gradients are computed.
+        gamma: γ of linear layers.
+        conv_gamma: γ of convolutions.
     """
 
     def __init__(self, leaf: Tensor, gamma: float, conv_gamma: float) -> None:
@@ -101,18 +102,18 @@ class _RelevanceMode(DynamicLinearMode):
     def suspected(self, result: object, func: Function) -> object:
         if on_linear_path(result):
             raise MethodError(
-                f"attnlrp has no rule for {function_name(func)}: tell with timm_bcos.register_function what it is"
+                f"attnlrp has no rule for {function_name(func)}: register one with timm_bcos.register_function"
             )
         return result
 
 
 def _ordinary_gradient(mode: Mode, func: Function, /, *args: object, **kwargs: object) -> object:
-    """Whose product with the input is the rule of softmax already."""
+    """The ordinary gradient, which times the input is AttnLRP's rule for softmax."""
     return func(*args, **kwargs)
 
 
 def _gamma_rule(gamma: float) -> FunctionRule:
-    """The γ rule for inputs of both signs: contributions of the output's sign count 1 + γ times, a bias' as well."""
+    """The γ rule for inputs of both signs: contributions with the output's sign count 1 + γ times, as does a bias."""
 
     def linear(
         mode: Mode, func: Function, /, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kw: Any
@@ -131,14 +132,14 @@ def _gamma_rule(gamma: float) -> FunctionRule:
 
 
 def _by_sign(weight: Tensor, bias: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """What raises outputs, then what lowers them: weights of positive inputs, of negative ones, and the bias."""
+    """Weights of positive inputs, of negative inputs, and bias: first those that raise outputs."""
     above, below = weight.clamp(min=0), weight.clamp(max=0)
     biases = (None, None) if bias is None else (bias.clamp(min=0), bias.clamp(max=0))
     return [(above, below, biases[0]), (below, above, biases[1])]
 
 
 def _wanted(logits: Tensor, targets: Tensor) -> Tensor:
-    """Images do not see each other, so the gradient of the sum holds each one's."""
+    """Sum of the targets' logits. Images are independent, so its gradient contains the gradient of each."""
     return logits.gather(1, targets[:, None]).sum()
 
 
@@ -152,19 +153,19 @@ def _logits_and_attention(subject: AttributionModel, prepared: Tensor) -> tuple[
     dropouts = [module for name, module in subject.model.named_modules() if name.endswith("attn_drop")]
     for module in subject.model.modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = False  # type: ignore[assignment]  # whose kernel never shows the weights
+            module.fused_attn = False  # type: ignore[assignment]  # the fused kernel does not return the weights
     layers: list[Tensor] = []
     with hooked(dropouts, lambda module, args, output: layers.append(output)):
         logits = subject(prepared)
     model: Any = subject.part
     tokens = model.num_prefix_tokens + math.prod(model.patch_embed.grid_size)
     if not layers or any(attention.shape[-2:] != (tokens, tokens) for attention in layers):
-        raise MethodError(f"{subject.kind} does not show in each layer how its {tokens} tokens attend to each other")
+        raise MethodError(f"{subject.kind} does not provide the attention of its {tokens} tokens in each layer")
     return logits, layers
 
 
 def _map_of_patches(model: Any, by_token: Tensor, x: Tensor) -> Tensor:
-    """(N, H, W), from the row (N, T, T) of the token that the classifier reads, or the mean over the patches' rows."""
+    """(N, H, W) map from (N, T, T): the row of the token that the classifier reads, or the mean row of the patches."""
     prefix = model.num_prefix_tokens
     reads_token = prefix and getattr(model, "global_pool", "token") == "token"
     to_output = by_token[:, 0] if reads_token else by_token[:, prefix:].mean(1)

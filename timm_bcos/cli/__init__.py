@@ -1,1 +1,1 @@
-"""The command `timm-bcos`, and what the scripts share with it."""
+"""The command line `timm-bcos`."""

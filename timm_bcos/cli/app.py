@@ -74,7 +74,11 @@ GROUPS = {
     ),
     ("gallery", "Plot explanations of many images in one figure."): (
         Command(of_classes, "gallery classes --data-dir photos --split test --show hat --out classes.png", "classes"),
-        Command(of_methods, "gallery methods --data-dir photos --split test --method bcos --method ixg", "methods"),
+        Command(
+            of_methods,
+            "gallery methods --data-dir photos --split test --method bcos --method lrp",
+            "methods",
+        ),
     ),
 }
 

@@ -1,4 +1,4 @@
-"""How a command ends: whatever stops it is one line, and leaves nothing half done behind."""
+"""Errors and signals: every command ends with a one-line message, an exit status, and no partial files."""
 
 import contextlib
 import io
@@ -24,19 +24,19 @@ __all__ = [
     "stop_if_interrupted",
 ]
 
-TRACEBACK = "TIMM_BCOS_TRACEBACK"  # the environment variable that shows where an error came from
+TRACEBACK = "TIMM_BCOS_TRACEBACK"  # environment variable that shows tracebacks
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 IMPORT_SYSTEM = "<frozen importlib._bootstrap>"  # the file of its frames
-IMPORT_PAUSE, IMPORT_CHECKS = 0.05, 400  # a signal waits so many seconds for an import to end, so many times
+IMPORT_PAUSE, IMPORT_CHECKS = 0.05, 400  # interval in seconds and number of checks for an import to end
 NOISE = (
-    (r"Glyph .* missing from", UserWarning),  # matplotlib, of class names; the terminal shows them
+    (r"Glyph .* missing from", UserWarning),  # from matplotlib, for class names in other scripts
 )
 
 _received: list[int] = []
 
 
 class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM. It is no KeyboardInterrupt: typer and training scripts answer those by themselves."""
+    """Ctrl-C or SIGTERM. It is not a KeyboardInterrupt, which typer and training scripts handle themselves."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -44,14 +44,13 @@ class Interrupted(BaseException):
 
 
 def exit_status(command: Callable[[], object]) -> int:
-    """Run a command; errors, interruptions and full disks become one line on stderr.
+    """Run a command; errors and signals become one line on stderr.
 
     Args:
-        command: It may end by SystemExit.
+        command: Function to run; it may raise SystemExit.
 
     Returns:
-        The exit status: the command's own, 2 for errors that we raise on purpose, 1 for others, 128 and the signal's
-        number for signals.
+        Exit status: the command's own, 2 for a `BcosError`, 1 for other errors, 128 + number for signals.
     """
     _accept_any_name(sys.stdout, sys.stderr)
     try:
@@ -64,19 +63,19 @@ def exit_status(command: Callable[[], object]) -> int:
         return _end(str(stop), 128 + stop.number)
     except KeyboardInterrupt:
         return _end("stopped by SIGINT", 128 + signal.SIGINT)
-    except BrokenPipeError:  # nobody reads on, as in `timm-bcos ... | head`
+    except BrokenPipeError:  # the reader has closed the pipe, as in `timm-bcos ... | head`
         return _end(None, 128 + signal.SIGPIPE)
     except Exception as error:
-        if _received:  # what a signal interrupts, above all an import, may raise errors of its own
+        if _received:  # interrupted code, above all imports, may raise errors of its own
             return _end(str(Interrupted(_received[0])), 128 + _received[0])
         if isinstance(error, BcosError):
             return _end(one_line(error), 2)
-        hint = "" if isinstance(error, OSError) else f" ({TRACEBACK}=1 in the environment shows where)"
+        hint = "" if isinstance(error, OSError) else f" (set {TRACEBACK}=1 to see the traceback)"
         return _end(one_line(error) + hint, 1)
 
 
 def one_line(error: Exception) -> str:
-    """What a user is told of an error."""
+    """The message of an error in one line."""
     if os.environ.get(TRACEBACK):
         traceback.print_exception(error)
     if isinstance(error, BcosError):
@@ -87,14 +86,14 @@ def one_line(error: Exception) -> str:
 
 
 def stop_if_interrupted() -> None:
-    """For between two steps: an exception that a signal raises in a destructor or in foreign code may get lost."""
+    """Raise `Interrupted` after a signal whose exception was lost in a destructor or in other code."""
     if _received:
         raise Interrupted(_received[0])
 
 
 @contextlib.contextmanager
 def as_python_does() -> Iterator[None]:
-    """Within a command, a script of the user's: signals act, and its errors look, as without us."""
+    """Run a user's script with Python's own handling of signals and errors."""
     for number in SIGNALS:
         if signal.getsignal(number) is _interrupt:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -109,7 +108,7 @@ def as_python_does() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Without warnings that say nothing to a user of the command."""
+    """Suppress warnings that do not concern users of the command."""
     with warnings.catch_warnings():
         for message, category in NOISE:
             warnings.filterwarnings("ignore", message, category)
@@ -127,21 +126,21 @@ def _status_of(command: Callable[[], object]) -> int:
 
 
 def _end(message: str | None, status: int) -> int:
-    """Say it, and let nothing that could not be written fail once more when Python exits."""
-    with contextlib.suppress(OSError, ValueError):  # stderr may be full or closed too
+    """Print the message, and close streams that cannot be written, which would fail again when Python exits."""
+    with contextlib.suppress(OSError, ValueError):  # stderr may be full or closed
         if message is not None:
             print(f"timm-bcos: {message}", file=sys.stderr, flush=True)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except (OSError, ValueError):
-            with contextlib.suppress(OSError, ValueError):  # tests' streams have no number
+            with contextlib.suppress(OSError, ValueError):  # streams of tests have no file descriptor
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return status
 
 
 def _accept_any_name(*streams: TextIO) -> None:
-    """File names may have characters that a terminal's encoding lacks, or bytes that are no text."""
+    """Escape characters that a terminal cannot encode, for instance in file names."""
     for stream in streams:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -149,7 +148,7 @@ def _accept_any_name(*streams: TextIO) -> None:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM unwinds the stack as Ctrl-C does, so that temporary files go; a signal that is ignored stays so."""
+    """Let SIGTERM unwind the stack like Ctrl-C, so that temporary files are removed; ignored signals stay ignored."""
     previous = {number: signal.getsignal(number) for number in SIGNALS}
     answered = [number for number in SIGNALS if previous[number] is not signal.SIG_IGN]
     _received.clear()
@@ -163,7 +162,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Stop here, or soon: an exception in an import may reach C++ code of torch's, which then aborts the process."""
+    """Raise `Interrupted`, but not within an import: torch's C++ code would abort the process."""
     _received.append(number)
     if not _imports(frame) or len(_received) > IMPORT_CHECKS:
         raise Interrupted(number)
@@ -173,7 +172,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _imports(frame: FrameType | None) -> bool:
-    """Whether a module is being imported there."""
+    """Whether a frame is part of an import."""
     while frame is not None and frame.f_code.co_filename != IMPORT_SYSTEM:
         frame = frame.f_back
     return frame is not None

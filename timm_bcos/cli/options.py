@@ -1,6 +1,13 @@
-"""The options that several commands share: which model, which data, which device."""
+"""The options that several commands share, each declared once.
 
-from dataclasses import dataclass
+A command takes a group of options as one argument, a dataclass such as `ModelOptions`; `expand_groups` makes each field
+an option of the command line.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,74 +23,31 @@ if TYPE_CHECKING:
     from ..data.datasets import LabeledImages
 
 __all__ = [
+    "AnyModelOptions",
     "Checkpoint",
-    "ClassMap",
     "Classes",
-    "DataChoice",
-    "DataDir",
-    "Dataset",
+    "DataOptions",
     "Device",
     "Disconnect",
+    "Disconnection",
+    "Layer",
     "Methods",
-    "Model",
-    "ModelToCheck",
-    "NetworkChoice",
-    "OptionalDataDir",
-    "Plain",
-    "Split",
+    "ModelOptions",
+    "OptionalDataOptions",
+    "Reuse",
+    "Seed",
+    "expand_groups",
     "find_device",
 ]
 
-
-def find_device(name: str) -> "torch.device":
-    """A device by torch's name.
-
-    Raises:
-        InputError: If there is none here.
-    """
-    import torch
-
-    try:
-        device = torch.device(name)
-        float(torch.zeros((), device=device))  # which 'meta' cannot give
-    except Exception as error:  # each backend raises its own
-        raise InputError(f"no device {name!r} here ({first_line(error)}): choose {', '.join(_devices())}") from error
-    return device
-
-
-def _devices() -> list[str]:
-    import torch
-
-    return ["cpu", *(name for name in ("cuda", "mps", "xpu") if getattr(torch, name).is_available())]
-
-
 MODEL, DATA = "Model", "Data"  # panels of the help
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        help="Name of a B-cos model, or of a timm model, which is converted to a B-cos model that computes the same. "
-        "(default: the model of the checkpoint, or the embedded bcos_efficientnet_lite0.in1k)",
-        rich_help_panel=MODEL,
-    ),
-]
-ModelToCheck = Annotated[
-    str | None,
-    typer.Option(
-        help="Name of a B-cos model, or of a timm model, which is converted. (default: the model of the checkpoint, or "
-        "the embedded bcos_efficientnet_lite0.in1k)",
-        rich_help_panel=MODEL,
-    ),
-]
 Checkpoint = Annotated[
     Path | None,
     typer.Option(
         help="File with weights of the B-cos or the plain model. Checkpoints of train.py name their model themselves.",
         rich_help_panel=MODEL,
     ),
-]
-Plain = Annotated[
-    bool, typer.Option("--plain", help="Load a plain timm model without converting it.", rich_help_panel=MODEL)
 ]
 Classes = Annotated[
     Path | None,
@@ -93,72 +57,162 @@ Classes = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, mps or xpu.", rich_help_panel=MODEL)]
-
-_DATA_DIR = typer.Option(
-    help="Directory with a folder per class, a tar file, or the root of --dataset.", rich_help_panel=DATA
-)
-DataDir = Annotated[str, _DATA_DIR]
-OptionalDataDir = Annotated[str, _DATA_DIR]
-Dataset = Annotated[str, typer.Option(help="Type of data set, as in timm's scripts.", rich_help_panel=DATA)]
-Split = Annotated[str, typer.Option(help="Split of the data set.", rich_help_panel=DATA)]
-ClassMap = Annotated[
-    str, typer.Option(help="File with the class names in index order, as in timm's scripts.", rich_help_panel=DATA)
+Layer = Annotated[
+    str, typer.Option(help="Path of a layer whose output is a feature map or tokens, for instance blocks.4.")
 ]
-
 Methods = Annotated[
     list[str] | None,
-    typer.Option("--method", help="Attribution method; repeatable. (default: all that suit the model)"),
+    typer.Option(
+        "--method",
+        help="Attribution method; repeatable. input_x_gradient and integrated_gradients have the aliases ixg and ig. "
+        "(default: all that support the model)",
+    ),
+]
+Reuse = Annotated[bool, typer.Option("--reuse", help="Reuse images when a class has too few.")]
+Seed = Annotated[int, typer.Option(help="Random seed for sampling classes.")]
+DataDir = Annotated[
+    str,
+    typer.Option(help="Directory with a folder per class, a tar file, or the root of --dataset.", rich_help_panel=DATA),
 ]
 
 
 class Disconnect(str, Enum):
-    """How cells of a grid are kept apart."""
+    """How the cells of a grid are kept separate."""
 
     NONE, FULL, PART = "none", "full", "part"
 
 
+Disconnection = Annotated[
+    Disconnect,
+    typer.Option(
+        help="Compute each cell's logits separately: by the whole model (full, DiFull) or the head (part, DiPart)."
+    ),
+]
+
+
 @dataclass(frozen=True)
-class NetworkChoice:
-    """Which network.
+class ModelOptions:
+    """The model to load; None for the embedded one."""
 
-    Attributes:
-        model: timm's name; None for the one of the checkpoint, or the one that comes with the package.
-        checkpoint: Weights.
-        plain: Take a plain timm model as it is.
-    """
-
-    model: str | None = None
-    checkpoint: Path | None = None
-    plain: bool = False
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of a B-cos model, or of a timm model, which is converted. "
+            "(default: the model of the checkpoint, or the embedded bcos_efficientnet_lite0.in1k)",
+            rich_help_panel=MODEL,
+        ),
+    ] = None
+    checkpoint: Checkpoint = None
 
     def load(self, device: str = "cpu") -> Any:
-        """The network in eval mode on its device.
+        """Load the model in eval mode on a device.
 
         Raises:
-            BcosError: For a network, checkpoint, weights or device that cannot be had.
+            BcosError: If the model, its weights or the device are not available.
         """
-        from ..models.loading import load_model, load_plain_model
+        from ..models.loading import load_model
 
-        place = find_device(device)
-        load = load_plain_model if self.plain else load_model
-        return load(self.model, self.checkpoint).eval().to(place)
+        return _load(load_model, self, device)
 
 
 @dataclass(frozen=True)
-class DataChoice:
-    """Which labeled images, as timm's scripts say it."""
+class AnyModelOptions(ModelOptions):
+    """The model to load, with or without conversion."""
 
-    data_dir: str
-    dataset: str = ""
-    split: str = "validation"
-    class_map: str = ""
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Load a plain timm model without converting it.", rich_help_panel=MODEL)
+    ] = False
+
+    def load(self, device: str = "cpu") -> Any:
+        """Load the model as `ModelOptions.load` does, or a plain timm model."""
+        from ..models.loading import load_plain_model
+
+        return _load(load_plain_model, self, device) if self.plain else super().load(device)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Labeled images, named as in timm's scripts."""
+
+    data_dir: DataDir
+    dataset: Annotated[str, typer.Option(help="Type of data set, as in timm's scripts.", rich_help_panel=DATA)] = ""
+    split: Annotated[str, typer.Option(help="Split of the data set.", rich_help_panel=DATA)] = "validation"
+    class_map: Annotated[
+        str,
+        typer.Option(help="File with the class names in index order, as in timm's scripts.", rich_help_panel=DATA),
+    ] = ""
 
     def load(self, num_classes: int) -> "LabeledImages":
-        """The data set.
+        """Load the data set.
 
         Raises:
-            InputError: For a data set that cannot be had, or with images of another number of classes.
+            InputError: If the data set cannot be read, or has images of another number of classes.
         """
         from ..data.datasets import load_dataset
 
         return load_dataset(self.data_dir, num_classes, kind=self.dataset, split=self.split, class_map=self.class_map)
+
+
+@dataclass(frozen=True)
+class OptionalDataOptions(DataOptions):
+    """Labeled images, or none."""
+
+    data_dir: DataDir = ""
+
+
+def expand_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace each argument whose type is a dataclass by the dataclass's fields.
+
+    Args:
+        command: Function whose arguments are options, arguments or groups of options.
+
+    Returns:
+        A function for typer, which builds the dataclasses and calls the command with them.
+    """
+    declared = inspect.signature(command, eval_str=True).parameters
+    groups = {name: _parameters_of(p.annotation) for name, p in declared.items() if is_dataclass(p.annotation)}
+
+    @functools.wraps(command)
+    def call(**given: Any) -> None:
+        built = {
+            name: declared[name].annotation(**{option.name: given.pop(option.name) for option in options})
+            for name, options in groups.items()
+        }
+        command(**given, **built)
+
+    flat = [option for name, parameter in declared.items() for option in groups.get(name, [parameter])]
+    keywords = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in flat]
+    call.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+    call.__annotations__ = {option.name: option.annotation for option in keywords}
+    return call
+
+
+def _parameters_of(group: Any) -> list[inspect.Parameter]:
+    return list(inspect.signature(group, eval_str=True).parameters.values())
+
+
+def _load(load: Callable[..., Any], options: ModelOptions, device: str) -> Any:
+    found = find_device(device)  # first, so that a wrong name fails before a download
+    return load(options.model, options.checkpoint).eval().to(found)
+
+
+def find_device(name: str) -> "torch.device":
+    """Find a device by torch's name.
+
+    Raises:
+        InputError: If the device is not available.
+    """
+    import torch
+
+    try:
+        device = torch.device(name)
+        float(torch.zeros((), device=device))  # fails on 'meta', which holds no numbers
+    except Exception as error:  # each backend raises its own
+        raise InputError(f"no device {name!r} here ({first_line(error)}): choose {', '.join(_devices())}") from error
+    return device
+
+
+def _devices() -> list[str]:
+    import torch
+
+    return ["cpu", *(name for name in ("cuda", "mps", "xpu") if getattr(torch, name).is_available())]

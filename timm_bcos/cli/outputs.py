@@ -1,4 +1,4 @@
-"""Names for what a run writes: nothing of the user's, nor of the same run, is ever overwritten."""
+"""Names of output files. No input file, no other file of the user, and no file of the same run is overwritten."""
 
 import os
 from collections.abc import Iterable
@@ -10,31 +10,31 @@ from ..errors import InputError
 from ..explanation.video import VIDEO_SUFFIXES, is_own_film
 from ..viewer.document import is_own_page
 
-__all__ = ["OutputPaths", "is_film", "is_own", "slug"]
+__all__ = ["OutputPaths", "is_own", "is_video", "slug"]
 
-LONGEST_NAME = 255  # bytes, on almost every file system
+LONGEST_NAME = 255  # bytes, the limit of most file systems
 
 
-def is_film(path: Path) -> bool:
-    """Whether a file's name says that it is a film."""
+def is_video(path: Path) -> bool:
+    """Whether a file is a video, by its suffix."""
     return path.suffix.lower() in VIDEO_SUFFIXES
 
 
 def is_own(path: Path) -> bool:
-    """Whether this package wrote a picture, page or film."""
-    known = is_own_film if is_film(path) else is_own_page if path.suffix == ".html" else is_own_picture
+    """Whether this package wrote an image, HTML file or video."""
+    known = is_own_film if is_video(path) else is_own_page if path.suffix == ".html" else is_own_picture
     return os.path.isfile(path) and known(path)
 
 
 class OutputPaths:
-    """Paths of new files in one folder.
+    """Paths of new files in a directory.
 
     Args:
-        folder: Made when something is written.
-        inputs: Files that must never be overwritten, wherever they are and whatever they are also called.
+        folder: Directory; created when a file is written.
+        inputs: Files that must not be overwritten, also under other names (links).
 
     Raises:
-        InputError: If there can be no such folder.
+        InputError: If the directory cannot be created or written.
     """
 
     def __init__(self, folder: Path, inputs: Iterable[Path] = ()) -> None:
@@ -44,16 +44,16 @@ class OutputPaths:
         self.taken: set[str] = set()
 
     def claim(self, stem: str, suffix: str, label: str = "") -> Path:
-        """A path that is free, or holds what an earlier run wrote.
+        """Choose a path that does not exist, or that an earlier run wrote.
 
         Args:
-            stem: Its end is cut if it is too long.
-            suffix: With its dot.
-            label: Between the two, never cut; a number follows if need be.
+            stem: First part of the name; truncated if it is too long.
+            suffix: Suffix, with its dot.
+            label: Part between stem and suffix, never truncated; followed by a number if necessary.
         """
         names = (_fitted(stem, label + ("" if k == 1 else f"_{k}") + suffix) for k in count(1))
         name = next(n for n in names if n.casefold() not in self.taken and self._is_free(self.folder / n))
-        self.taken.add(name.casefold())  # some file systems do not tell a.png from A.png
+        self.taken.add(name.casefold())  # some file systems do not distinguish a.png from A.png
         return self.folder / name
 
     def _is_free(self, path: Path) -> bool:
@@ -61,12 +61,12 @@ class OutputPaths:
 
 
 def slug(name: str) -> str:
-    """A class name as a part of file names; may be empty."""
+    """A class name as part of a file name; may be empty."""
     return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """What a file is under all its names; None if there is none."""
+    """Device and inode of a file; None if it does not exist."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
@@ -75,14 +75,14 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _fitted(stem: str, end: str) -> str:
-    room = LONGEST_NAME - len(os.fsencode(end))
+    available = LONGEST_NAME - len(os.fsencode(end))
     encoded = os.fsencode(stem)
-    return (stem if len(encoded) <= room else encoded[:room].decode(errors="ignore")) + end
+    return (stem if len(encoded) <= available else encoded[:available].decode(errors="ignore")) + end
 
 
 def _refuse_unusable(folder: Path) -> None:
     existing = next((p for p in (folder, *folder.parents) if os.path.lexists(p)), Path("."))
     if not os.path.isdir(existing):
-        raise InputError(f"--out {folder}: {existing} is no directory")
+        raise InputError(f"--out {folder}: {existing} is not a directory")
     if not os.access(existing, os.W_OK):
         raise InputError(f"--out {folder}: {existing} cannot be written")

@@ -1,4 +1,4 @@
-"""Runs a script of timm's, unchanged, where the B-cos networks are registered."""
+"""Runs a script of timm, unchanged, with the B-cos models registered."""
 
 import os
 import re
@@ -22,7 +22,7 @@ from ..training.tasks import DeletionClassificationTask, ExplanationDistillation
 
 __all__ = ["run_script"]
 
-# importing timm_bcos registers its models as soon as timm is imported; then comes the sitecustomize that this one hides
+# A sitecustomize module that registers the models by importing timm_bcos, after the sitecustomize module that it hides
 START_UP = """
 import sys
 from importlib.machinery import PathFinder
@@ -40,20 +40,20 @@ CLASSIFIERS = (BcosConvClassifier, BcosLinearClassifier)
 def run_script(
     script: Path, arguments: list[str], explanation_weight: float | None = None, delete_cells: bool = False
 ) -> None:
-    """Run a Python script as `python script arguments...` would, in this process.
+    """Run a Python script like `python script arguments...`, in this process.
 
     Args:
-        script: For instance timm's `train.py`.
-        arguments: Its arguments.
-        explanation_weight: Of `ExplanationDistillationTask`, which takes the place of timm's distillation of logits;
-            None leaves that as it is.
-        delete_cells: Let `DeletionClassificationTask` take the place of timm's classification.
+        script: Path of the script, for instance timm's `train.py`.
+        arguments: Arguments of the script.
+        explanation_weight: Weight of `ExplanationDistillationTask`, which replaces timm's `LogitDistillationTask`; None
+            for no replacement.
+        delete_cells: Replace timm's `ClassificationTask` by `DeletionClassificationTask`.
 
     Raises:
-        InputError: If there is no such script, or it would not use the task that was asked for.
+        InputError: If the script does not exist, or would not use the replaced task.
     """
     if not script.is_file():
-        raise InputError(f"no script {script}: give the path of one of timm's scripts, which its repository has")
+        raise InputError(f"no script {script}: give the path of a script in timm's repository")
     _check_task(arguments, explanation_weight, delete_cells)
     _check_script(script, explanation_weight, delete_cells)
     _clip_all_but_heads()
@@ -66,13 +66,13 @@ def run_script(
         timm.task.LogitDistillationTask = task  # type: ignore[misc,assignment]
     if delete_cells:
         timm.task.ClassificationTask = DeletionClassificationTask  # type: ignore[misc]
-    with _children_knowing_our_networks():
+    with _models_in_subprocesses():
         runpy.run_path(str(script), run_name="__main__")
 
 
 @contextmanager
-def _children_knowing_our_networks() -> Iterator[None]:
-    """Let Python processes that a script starts, as bulk_runner.py does, import this package after timm, too."""
+def _models_in_subprocesses() -> Iterator[None]:
+    """Register the B-cos models also in Python processes that the script starts, as bulk_runner.py does."""
     before = os.environ.get("PYTHONPATH")
     with TemporaryDirectory(prefix="timm-bcos-") as folder:
         Path(folder, "sitecustomize.py").write_text(START_UP, encoding="utf-8")
@@ -87,7 +87,7 @@ def _children_knowing_our_networks() -> Iterator[None]:
 
 
 def _check_script(script: Path, explanation_weight: float | None, delete_cells: bool) -> None:
-    """Refuse an option that replaces a task for a script that does not use the task."""
+    """Check that the script uses the tasks that options replace."""
     wanted = {
         "--explanation-weight": "LogitDistillationTask" if explanation_weight is not None else None,
         "--delete-cells": "ClassificationTask" if delete_cells else None,
@@ -95,23 +95,23 @@ def _check_script(script: Path, explanation_weight: float | None, delete_cells: 
     source = script.read_text(encoding="utf-8", errors="replace")
     for option, task in wanted.items():
         if task is not None and not re.search(rf"\b{task}\b", source):
-            raise InputError(f"{option} is for timm's train.py: {script} has no {task}; leave the option out")
+            raise InputError(f"{option} is for timm's train.py: {script} does not use {task}; leave the option out")
 
 
 def _check_task(arguments: list[str], explanation_weight: float | None, delete_cells: bool) -> None:
-    """Refuse what train.py would pass over in silence; a file of options (`--config`) may say more."""
+    """Check that train.py will use the tasks that options replace. A configuration file (`--config`) is not checked."""
     options = {argument.partition("=")[0] for argument in arguments}
     if options & {"-c", "--config"}:
         return
     has_teacher = "--kd-model-name" in options
     if explanation_weight is not None and not has_teacher:
-        raise InputError("--explanation-weight is for a distillation: give train.py a teacher with --kd-model-name")
+        raise InputError("--explanation-weight needs distillation: give train.py a teacher with --kd-model-name")
     if delete_cells and has_teacher:
-        raise InputError("--delete-cells is for a classification without a teacher: leave --kd-model-name out")
+        raise InputError("--delete-cells is for training without a teacher: leave --kd-model-name out")
 
 
 def _clip_all_but_heads() -> None:
-    """timm's adaptive gradient clipping takes the last two parameters for the classifier's: B-cos ones have one."""
+    """Let timm's adaptive gradient clipping exclude the whole classifier, not the last two parameters of the model."""
     tasks: list[Any] = [kind for kind in vars(timm.task).values() if isinstance(kind, type)]
     for kind in {base for task in tasks for base in task.__mro__ if "get_clip_parameters" in vars(base)}:
         setattr(kind, "get_clip_parameters", _without_heads(vars(kind)["get_clip_parameters"]))  # noqa: B010
@@ -130,7 +130,7 @@ def _without_heads(original: Callable[..., Iterable[nn.Parameter]]) -> Callable[
 
 
 class _DistributedDataParallel(DistributedDataParallel):
-    """timm's train.py names the CPU as a process's device, which torch refuses: there, no device says the same."""
+    """timm's train.py passes the CPU as `device_ids`, which torch refuses; None means the same."""
 
     def __init__(self, module: torch.nn.Module, device_ids: list[Any] | None = None, **kwargs: Any) -> None:
         on_cpu = device_ids is not None and all(torch.device(d).type == "cpu" for d in device_ids)

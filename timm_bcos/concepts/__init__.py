@@ -1,1 +1,1 @@
-"""Concepts: directions among a layer's channels, through which every logit is a sum of concepts, and each of pixels."""
+"""Concepts: directions of a layer's features. Logits are sums of concepts, and concepts are sums of pixels."""

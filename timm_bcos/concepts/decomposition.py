@@ -1,9 +1,9 @@
-"""Decomposition of a logit: a sum of concepts, each of which is a sum of pixels. Both steps are exact.
+"""Decomposition of a logit into concepts, and of each concept into pixels. Both steps are exact.
 
-With A the features of a layer, a B-cos model is linear in A and A in x, for each image: logit = ⟨G(x), A(x)⟩ + other,
-A(x) = W(x) · x + constants. Written in concepts, A = Σ_k d_k · u_k + rest, so that concept k adds
-⟨G, d_k · u_k⟩ = ⟨R_k, A⟩ with R_k = gate_k · (dᵀ_k G) · e_k, whose row of pixels is R_k · W(x). FaCT (NeurIPS 2025)
-does so for a sparse autoencoder in B-cos networks; here it is for any concepts.
+For each image x, the logit of a B-cos model is linear in the features A of a layer, and these are linear in x:
+logit = ⟨G(x), A(x)⟩ + other, and A(x) = W(x) · x + constants. With A = Σ_k d_k · u_k + rest, concept k contributes
+⟨G, d_k · u_k⟩ = ⟨R_k, A⟩, where R_k = gate_k · (dᵀ_k G) · e_k, and its row of pixels is R_k · W(x). FaCT (NeurIPS 2025)
+does this for a sparse autoencoder in B-cos models; this module does it for any concepts.
 """
 
 from collections.abc import Sequence
@@ -29,17 +29,17 @@ __all__ = ["ConceptDecomposition", "explain_concepts"]
 
 @dataclass(frozen=True, eq=False)
 class ConceptDecomposition:
-    """What a logit of each image is made of: logit = Σ shares + rest + other.
+    """Decomposition of a logit of each image: logit = Σ shares + rest + other.
 
     Attributes:
-        explanation: Of the logit, by pixels.
-        concepts: The dictionary.
-        shares: (N, K) what each concept adds to the logit.
-        rest: (N,) what the features add that no concept holds.
-        other: (N,) what reaches the logit around the layer, and the constants behind it.
-        strengths: (N, K, P) how strongly each concept is there at the layer's P positions.
-        strongest: (N, T) concepts whose pixels are explained, by the size of their share, largest first.
-        pixels: T explanations: of the share of each image's strongest concept, of the second, and so on.
+        explanation: Explanation of the logit by pixels.
+        concepts: Dictionary of the concepts.
+        shares: Contribution of each concept to the logit (N, K).
+        rest: Contribution of the features that no concept covers (N,).
+        other: Contribution of paths around the layer, and constants after it (N,).
+        strengths: Coefficient of each concept at the layer's P positions (N, K, P).
+        strongest: Concepts with the largest absolute shares (N, T), largest first.
+        pixels: T explanations by pixels, of the share of each image's strongest concept, of the second, and so on.
     """
 
     explanation: Explanation
@@ -53,7 +53,7 @@ class ConceptDecomposition:
 
     @property
     def completeness_error(self) -> Tensor:
-        """(N,) |Σ shares + rest + other - logit| / |logit - logit bias|: rounding only."""
+        """|Σ shares + rest + other - logit| / |logit - logit bias| (N,): rounding error only."""
         total = self.shares.double().sum(1) + self.rest.double() + self.other.double()
         logit = self.explanation.logit.double()
         error = (total - logit).abs()
@@ -61,7 +61,7 @@ class ConceptDecomposition:
 
     @classmethod
     def stack(cls, decompositions: Sequence["ConceptDecomposition"]) -> "ConceptDecomposition":
-        """One decomposition of the images of several, of the same concepts."""
+        """Join decompositions of the same concepts into one for all images."""
         joined = {
             name: torch.cat([getattr(decomposition, name) for decomposition in decompositions])
             for name in ("shares", "rest", "other", "strengths", "strongest")
@@ -75,18 +75,19 @@ class ConceptDecomposition:
 def explain_concepts(
     model: nn.Module, x: Tensor, concepts: Concepts, target: Targets = None, *, top: int = 3
 ) -> ConceptDecomposition:
-    """Explain one logit per image by a layer's concepts, and the strongest of these by pixels.
+    """Explain a logit of each image by a layer's concepts, and the strongest concepts by pixels.
 
     Args:
-        model: A B-cos network in evaluation mode.
+        model: A B-cos model in eval mode.
         x: Images, as in `explain`.
-        concepts: Of one of its layers.
-        target: The class, as in `explain`.
-        top: T, how many concepts to explain by pixels; 0 for none.
+        concepts: Concepts of one of the model's layers.
+        target: Class, as in `explain`.
+        top: Number T of concepts to explain by pixels; 0 for none.
 
     Raises:
-        InputError: For concepts of another number of channels, a negative `top`, and as in `explain`.
-        TargetError: As in `explain`; also for a layer that no logit depends on.
+        InputError: If the concepts have another number of channels than the layer, or `top` is negative; and as in
+            `explain`.
+        TargetError: If no logit depends on the layer; and as in `explain`.
         ModelStateError: As in `explain`.
 
     Warns:
@@ -119,7 +120,7 @@ def _decomposed(run: LinearizedModel, concepts: Concepts, request: Request, top:
     features = run.outputs.maps  # (N, C, P)
     if features.shape[1] != concepts.decoder.shape[1]:
         raise InputError(
-            f"concepts of {concepts.decoder.shape[1]} channels: layer {concepts.layer!r} has {features.shape[1]}"
+            f"the concepts have {concepts.decoder.shape[1]} channels, layer {concepts.layer!r} has {features.shape[1]}"
         )
     concepts = concepts.to(features)
     selection = run.final.select(request)
@@ -148,7 +149,7 @@ def _decomposed(run: LinearizedModel, concepts: Concepts, request: Request, top:
 
 
 def _slopes(selection: Selection, run: LinearizedModel) -> Tensor:
-    """(N, C, P) G: the gradient of the logit by the features."""
+    """G (N, C, P): the gradient of the logit with respect to the features."""
     (slopes,) = torch.autograd.grad(selection.values.sum(), run.tensor, retain_graph=True, allow_unused=True)
     if slopes is None:
         raise TargetError(f"no output depends on layer {run.layer!r}: pick another")
@@ -156,7 +157,7 @@ def _slopes(selection: Selection, run: LinearizedModel) -> Tensor:
 
 
 def _values(features: Tensor, concepts: Concepts, weights: Tensor, strongest: Tensor) -> list[Tensor]:
-    """⟨R_k, A⟩ of each image's strongest concept, of the second, and so on: sums over the images, on the graph."""
+    """⟨R_k, A⟩ of each image's strongest concept, of the second, and so on, summed over the images, with a graph."""
     rows = torch.arange(len(features), device=features.device)
     scores = (torch.einsum("nc,ncp->np", concepts.encoder[column], features) for column in strongest.T)
     return [(weights[rows, column] * found).sum() for column, found in zip(strongest.T, scores, strict=True)]

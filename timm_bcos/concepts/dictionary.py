@@ -1,4 +1,4 @@
-"""A dictionary of concepts: directions that a layer's features are written in, and how much there is of each."""
+"""A dictionary of concepts: directions of a layer's features, and the coefficients of features along them."""
 
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -21,17 +21,17 @@ GATES = ("none", "top", "nearest")
 class Concepts:
     """K concepts of a layer with C channels: a feature vector a is Σ u_k · d_k + rest, where u = gate ⊙ (E · a).
 
-    Without a gate, u is linear in a; a gate decides which concepts are there, and scales as a gate does: for its own
-    image, u is linear in a in any case.
+    The gate is 0 or 1 and selects the active concepts. For a given image it is constant, so u is linear in a.
 
     Attributes:
         layer: Path of the layer, as in `model.named_modules()`.
-        decoder: (K, C) rows d_k.
-        encoder: (K, C) rows of E.
-        gate: 'none'; 'top' for the `active` largest positive u of each position (FaCT, NeurIPS 2025, after k-sparse
-            autoencoders, https://arxiv.org/abs/2406.04093); 'nearest' for the one with the largest cosine (clusters).
-        active: Of 'top'.
-        method: How the concepts were found, in a word.
+        decoder: Directions d_k, rows of a matrix (K, C).
+        encoder: Matrix E (K, C).
+        gate: 'none'; 'top' for the `active` largest positive coefficients of each position (FaCT, NeurIPS 2025, after
+            k-sparse autoencoders, https://arxiv.org/abs/2406.04093); 'nearest' for the concept with the largest cosine
+            (clusters).
+        active: Number of active concepts per position, for the gate 'top'.
+        method: Name of the method that found the concepts.
     """
 
     layer: str
@@ -44,24 +44,24 @@ class Concepts:
     def __post_init__(self) -> None:
         shapes = [tuple(matrix.shape) for matrix in (self.decoder, self.encoder)]
         if self.decoder.ndim != 2 or shapes[0] != shapes[1] or 0 in shapes[0]:
-            raise InputError(f"a decoder of shape {shapes[0]} and an encoder of shape {shapes[1]}: both are (K, C)")
+            raise InputError(f"decoder {shapes[0]}, encoder {shapes[1]}: give two matrices of the same shape (K, C)")
         if not bool(self.decoder.isfinite().all() and self.encoder.isfinite().all()):
-            raise InputError("a concept holds numbers that are not finite")
+            raise InputError("decoder or encoder has numbers that are not finite")
         if self.gate not in GATES:
-            raise InputError(f"gate={self.gate!r}: one of {', '.join(GATES)}")
+            raise InputError(f"gate={self.gate!r}: choose one of {', '.join(GATES)}")
         if self.gate == "top" and not 1 <= self.active <= len(self):
-            raise InputError(f"active={self.active}: between 1 and the number of concepts, {len(self)}")
+            raise InputError(f"active={self.active}: give a number from 1 to the number of concepts, {len(self)}")
 
     @classmethod
     def from_matrix(cls, layer: str, directions: Tensor, method: str = "matrix") -> "Concepts":
-        """Concepts along given directions (K, C), with the coefficients of least squares.
+        """Concepts along given directions (K, C), with least-squares coefficients.
 
-        What the directions do not span is the remainder of every decomposition.
+        Decompositions report the part of the features outside their span as the rest.
         """
         if directions.ndim != 2 or not directions.is_floating_point():
             raise InputError(f"directions of shape {tuple(directions.shape)}: give a floating-point matrix (K, C)")
         if bool((directions == 0).all(1).any()):
-            raise InputError("a concept's direction is 0")
+            raise InputError("a direction is 0: leave it out")
         return cls(layer, directions, torch.linalg.pinv(directions.double()).T.to(directions), method=method)
 
     @classmethod
@@ -73,15 +73,15 @@ class Concepts:
         return len(self.decoder)
 
     def to(self, like: Tensor) -> "Concepts":
-        """On the device and in the dtype of a tensor."""
+        """Convert to the device and dtype of a tensor."""
         return replace(self, decoder=self.decoder.to(like), encoder=self.encoder.to(like))
 
     def scores(self, features: Tensor) -> Tensor:
-        """(N, K, P) E · a, before the gate, for features (N, C, P)."""
+        """Coefficients E · a (N, K, P) before the gate, for features (N, C, P)."""
         return torch.einsum("kc,ncp->nkp", self.encoder, features)
 
     def gates(self, features: Tensor) -> Tensor:
-        """(N, K, P) which concepts are there: 0 or 1, for features (N, C, P)."""
+        """Gates (N, K, P), 1 for active concepts and 0 otherwise, for features (N, C, P)."""
         if self.gate == "nearest":
             unit = torch.nn.functional.normalize(self.decoder, dim=1)
             cosines = torch.einsum("kc,ncp->nkp", unit, features)
@@ -93,15 +93,15 @@ class Concepts:
         return torch.zeros_like(scores).scatter_(1, best, 1.0) * (scores > 0)
 
     def encode(self, features: Tensor) -> Tensor:
-        """(N, K, P) how strongly each concept is there, for features (N, C, P)."""
+        """Coefficients (N, K, P) after the gate, for features (N, C, P)."""
         return self.gates(features) * self.scores(features)
 
     def decode(self, strengths: Tensor) -> Tensor:
-        """(N, C, P) the part of the features that concepts (N, K, P) make up."""
+        """Features (N, C, P) from coefficients (N, K, P)."""
         return torch.einsum("kc,nkp->ncp", self.decoder, strengths)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write to a safetensors file, whole or not at all."""
+        """Save as a safetensors file."""
         notes = dict(layer=self.layer, gate=self.gate, active=str(self.active), method=self.method)
         tensors = dict(decoder=self.decoder.contiguous().cpu(), encoder=self.encoder.contiguous().cpu())
         with atomic_path(path) as temporary:
@@ -109,10 +109,10 @@ class Concepts:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Concepts":
-        """Read what `save` has written.
+        """Load a file from `save`.
 
         Raises:
-            InputError: For any other file.
+            InputError: If it is another file.
         """
         try:
             with safe_open(Path(path), "pt") as file:
@@ -121,4 +121,4 @@ class Concepts:
             active = int(notes["active"])
             return cls(notes["layer"], **matrices, gate=notes["gate"], active=active, method=notes["method"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise InputError(f"{path}: no concepts that timm-bcos has saved ({error})") from error
+            raise InputError(f"{path} is not a file of concepts from timm-bcos ({error})") from error

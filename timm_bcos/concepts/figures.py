@@ -1,4 +1,4 @@
-"""Pictures and tables of concepts: a photo's decomposition, and each concept's share in each class."""
+"""Figures and tables of concepts: decompositions of photos, and the mean share of each concept in each class."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +21,10 @@ __all__ = ["class_shares", "plot_decomposition", "save_shares"]
 
 
 def plot_decomposition(decomposition: ConceptDecomposition, class_names: Sequence[str] | None = None) -> "Figure":
-    """A matplotlib figure with a row per image: the logit's picture, those of its strongest concepts, all shares.
+    """Plot a row per image: the explanation of the logit, those of the strongest concepts, and all shares.
 
     Args:
-        decomposition: From `explain_concepts`.
+        decomposition: Result of `explain_concepts`.
         class_names: Name of each class.
     """
     whole = decomposition.explanation
@@ -48,7 +48,7 @@ def _bars(decomposition: ConceptDecomposition, image: int, most: int = 8) -> Bar
     if left:
         values[f"{left} more concepts"] = float(shares.sum() - shares[order].sum())
     values |= {"no concept": float(decomposition.rest[image]), "bias, other paths": float(decomposition.other[image])}
-    return Bars("what the logit is the sum of", list(values), list(values.values()))
+    return Bars("contributions to the logit", list(values), list(values.values()))
 
 
 def class_shares(
@@ -60,18 +60,18 @@ def class_shares(
     batch_size: int = 32,
     progress: bool = True,
 ) -> Tensor:
-    """What each concept adds to the logit of the class that an image shows: the mean over each class's images.
+    """Mean contribution of each concept to the logit of the labeled class, over each class's images.
 
     Args:
-        model: A B-cos network in evaluation mode.
-        dataset: As `timm.data.create_dataset` makes it.
-        concepts: Of one of its layers.
-        num_classes: Of the network.
-        batch_size: Images at a time.
-        progress: Show a bar.
+        model: A B-cos model in eval mode.
+        dataset: Data set from `timm.data.create_dataset`.
+        concepts: Concepts of one of the model's layers.
+        num_classes: Number of classes.
+        batch_size: Number of images per batch.
+        progress: Show a progress bar.
 
     Returns:
-        (num_classes, K + 2): the K concepts, what no concept holds, and all else; NaN for classes
+        Contributions (num_classes, K + 2) of the K concepts, of the rest, and of everything else; NaN for classes
         without images.
     """
     total, count = torch.zeros(num_classes, len(concepts) + 2, dtype=torch.float64), torch.zeros(num_classes)
@@ -85,7 +85,7 @@ def class_shares(
 
 
 def save_shares(shares: Tensor, class_names: Sequence[str], path: Path) -> None:
-    """Write `class_shares` as CSV, a row per concept and a column per class."""
+    """Write the result of `class_shares` as CSV, with a row per concept and a column per class."""
     names = [*range(shares.shape[1] - 2), "no concept", "bias, other paths"]
     rows = ([name, *(f"{value:.4f}" for value in row)] for name, row in zip(names, shares.T, strict=True))
     write_csv(path, ["concept", *class_names], rows)

@@ -1,4 +1,4 @@
-"""Finding a layer's concepts in a data set: by NMF, by clusters, or by a sparse autoencoder."""
+"""Learning the concepts of a layer from a data set: by NMF, clustering, or a sparse autoencoder."""
 
 from collections.abc import Callable
 
@@ -28,27 +28,29 @@ def learn_concepts(
     seed: int = 0,
     progress: bool = True,
 ) -> Concepts:
-    """Find concepts among the feature vectors of a layer.
+    """Learn concepts from feature vectors of a layer.
 
     Args:
-        model: A B-cos network in evaluation mode.
-        dataset: As `timm.data.create_dataset` makes it.
-        layer: Path of a layer whose output is a map, or tokens.
-        count: K; for 'channels' all are taken.
+        model: A B-cos model in eval mode.
+        dataset: Data set from `timm.data.create_dataset`.
+        layer: Path of a layer whose output is a feature map or tokens.
+        count: Number K of concepts; ignored by 'channels'.
         method: 'nmf' (non-negative factors of the features' positive and negative parts), 'kmeans' (cosine clusters),
-            'sae' (a sparse autoencoder without biases: of each vector, the K / 8 strongest concepts), or 'channels'.
-        vectors: How many feature vectors to learn from, drawn at random.
-        batch_size: Images at a time.
-        seed: Of all that is random.
-        progress: Show a bar.
+            'sae' (a sparse autoencoder without biases, with K / 8 active concepts per vector), or 'channels' (each
+            channel is a concept).
+        vectors: Number of feature vectors to learn from, drawn at random.
+        batch_size: Number of images per batch.
+        seed: Random seed.
+        progress: Show a progress bar.
 
     Raises:
-        InputError: For an unknown method, more concepts than vectors, or without scikit-learn (extra `concepts`).
-        TargetError: For a layer that does not exist, or has no positions.
+        InputError: If the method is unknown, there are more concepts than vectors, or scikit-learn is not installed
+            (extra `concepts`).
+        TargetError: If the layer does not exist or has no positions.
     """
     check_counts(count=count, vectors=vectors, batch_size=batch_size)
     if method not in METHODS:
-        raise InputError(f"method={method!r}: one of {', '.join(METHODS)}")
+        raise InputError(f"method={method!r}: choose one of {', '.join(METHODS)}")
     features = collect_features(model, dataset, layer, vectors, batch_size=batch_size, seed=seed, progress=progress)
     if method != "channels" and count > len(features):
         raise InputError(f"{count} concepts from {len(features)} feature vectors: give more images, or fewer concepts")
@@ -65,7 +67,7 @@ def collect_features(
     seed: int = 0,
     progress: bool = True,
 ) -> Tensor:
-    """(M, C) feature vectors at random positions of random images, at most `vectors`."""
+    """At most `vectors` feature vectors (M, C) at random positions of random images."""
     if len(dataset) == 0:
         raise InputError("the data set has no images")
     generator, subject = torch.Generator().manual_seed(seed), AttributionModel(model)
@@ -83,7 +85,7 @@ def collect_features(
 
 
 def _nmf(layer: str, features: Tensor, count: int, seed: int) -> Concepts:
-    """Of positive and negative parts side by side, since B-cos features have signs; a concept is their difference."""
+    """NMF of the concatenated positive and negative parts of signed features; a concept is their difference."""
     from sklearn.decomposition import NMF
 
     parts = torch.cat([features.clamp_min(0), (-features).clamp_min(0)], 1)
@@ -103,7 +105,7 @@ def _kmeans(layer: str, features: Tensor, count: int, seed: int) -> Concepts:
 
 
 def _sae(layer: str, features: Tensor, count: int, seed: int, steps: int = 1000, batch: int = 1024) -> Concepts:
-    """Reconstruct features from the strongest concepts of each; the decoder's rows have length 1."""
+    """Train a sparse autoencoder with unit decoder rows to reconstruct features from their strongest concepts."""
     generator = torch.Generator().manual_seed(seed)
     start = F.normalize(features[torch.randperm(len(features), generator=generator)[:count]].float(), dim=1)
     decoder, encoder = (nn.Parameter(start.clone()) for _ in range(2))

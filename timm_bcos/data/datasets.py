@@ -1,4 +1,4 @@
-"""Labeled data sets, as `timm.data.create_dataset` makes them."""
+"""Labeled data sets from `timm.data.create_dataset`."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -17,13 +17,13 @@ from .photos import photo_transform
 
 __all__ = ["LabeledImages", "image_batches", "image_loader", "load_dataset"]
 
-# what folders of splits are called; timm takes each for the others of its line, and none for all images
+# names of splits' directories. timm treats the names of a group as synonyms, and loads all images if there are none
 SPLITS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"), ("test", "testing"))
 DEFAULT_SPLIT = "validation"
 
 
 class LabeledImages(Protocol):
-    """What the tools need of a data set."""
+    """Protocol of a data set of Pillow images and integer labels."""
 
     def __len__(self) -> int: ...
 
@@ -31,19 +31,20 @@ class LabeledImages(Protocol):
 
 
 def image_loader(model: nn.Module, dataset: LabeledImages) -> Callable[[int], tuple[Tensor, int]]:
-    """A function from an index to an image (C, H, W) in [0, 1] and its class.
+    """Return a function from an index to an image (C, H, W) in [0, 1] and its class.
 
-    Images are cut and scaled as the model's cfg says, but not normalized. An image without a label is an `InputError`.
+    Images are resized and cropped as the model's `pretrained_cfg` says, but not normalized. The function raises an
+    `InputError` for images without labels.
 
     Raises:
-        InputError: For a network that takes neither gray nor colored images.
+        InputError: If the model takes neither gray nor color images.
     """
     mode, transform = photo_transform(model)
 
     def load(index: int) -> tuple[Tensor, int]:
         image, label = dataset[index]
         if int(label) < 0:
-            raise InputError(f"image {index} of the data set has no label: images belong in a folder per class")
+            raise InputError(f"image {index} of the data set has no label: put the images into a folder per class")
         return transform(image.convert(mode)), int(label)
 
     return load
@@ -52,14 +53,14 @@ def image_loader(model: nn.Module, dataset: LabeledImages) -> Callable[[int], tu
 def image_batches(
     model: nn.Module, dataset: LabeledImages, indices: Sequence[int], batch_size: int, bar: str | None = None
 ) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
-    """Batches of a data set, loaded while the one before is in use.
+    """Iterate over batches of a data set. The next batch is loaded in the background.
 
     Args:
-        model: As in `image_loader`.
-        dataset: As there.
-        indices: Of the images.
-        batch_size: Images at a time.
-        bar: Name of the progress bar that a terminal shows; None for no bar.
+        model: Model that the images are prepared for.
+        dataset: Labeled images.
+        indices: Indices of the images.
+        batch_size: Number of images per batch.
+        bar: Title of the progress bar; None for no bar.
 
     Yields:
         Indices, images (N, C, H, W) in [0, 1] on the model's device, and classes (N,) on the CPU.
@@ -75,43 +76,51 @@ def image_batches(
 def load_dataset(
     root: str, num_classes: int, *, kind: str = "", split: str = DEFAULT_SPLIT, class_map: str = ""
 ) -> LabeledImages:
-    """A labeled data set as timm's scripts read it, which says so if it is not the one that was meant.
+    """Load a labeled data set as timm's scripts do, and check its split and its number of classes.
 
     Args:
-        root: A folder of one folder per class, with or without folders of splits above them, a tar file, or whatever
-            `kind` reads.
-        num_classes: Of the network.
-        kind: timm's name of the data set.
-        split: Of the data set.
-        class_map: File of the names of all classes.
+        root: Directory with a folder per class, possibly within folders of splits; a tar file; or the root of another
+            type of data set.
+        num_classes: Number of classes of the model.
+        kind: Type of the data set, a name of timm.
+        split: Split of the data set.
+        class_map: File with the names of all classes.
 
     Raises:
-        InputError: For a data set that cannot be had, a split that it does not have, or another number of classes.
+        InputError: If the data set cannot be loaded, lacks the split, or has another number of classes.
     """
     place = f"{root}, split {split!r}"
     if kind.partition("/")[0] in ("", "folder", "torch") and os.path.isdir(root):
         _refuse_missing_split(Path(root), split)
     try:
         dataset = timm.data.create_dataset(kind, root=root, split=split, class_map=class_map)  # type: ignore[arg-type]
-    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:  # as timm's readers differ
-        raise InputError(f"no data set at {place}: {str(error) or 'there is nothing'}") from error
-    readers = (dataset, getattr(dataset, "reader", None))  # torchvision's data sets have none
-    names = ("class_to_idx", "class_name_to_idx")  # folders', tars'
+    except (
+        AssertionError,
+        ImportError,
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # timm's readers raise different errors
+        raise InputError(f"no data set at {place}: {str(error) or 'no images found'}") from error
+    readers = (dataset, getattr(dataset, "reader", None))  # torchvision's data sets have no reader
+    names = ("class_to_idx", "class_name_to_idx")  # attributes of folders and tar files
     found = [getattr(reader, name) for reader in readers for name in names if getattr(reader, name, None)]
     count = len(set(found[0].values())) if found else num_classes
     if count != num_classes:
         raise InputError(
-            f"{place} has images of {count} classes, the model {num_classes}: labels come from a folder per class, or "
-            f"from folders and --class-map, which lists the names of all classes"
+            f"{place} has images of {count} classes, the model has {num_classes}: provide a folder per class, or list "
+            f"the names of all classes with --class-map"
         )
     return cast(LabeledImages, dataset)
 
 
 def _refuse_missing_split(root: Path, split: str) -> None:
-    """Where there is no folder for a split, timm takes all images; that is meant where no folder is called so."""
+    """Refuse a split that has no folder beside those of other splits: timm would load all images."""
     name = split.partition("[")[0]
     accepted = next((synonyms for synonyms in SPLITS[:2] if name in synonyms), (name,))
     found = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
     has_splits = any(folder in synonyms for synonyms in SPLITS for folder in found)
     if name and found and not set(accepted) & set(found) and (has_splits or name != DEFAULT_SPLIT):
-        raise InputError(f"{root} has no folder for split {split!r}, but {', '.join(found[:9])}: see --split")
+        raise InputError(
+            f"{root} has no folder for split {split!r}, only {', '.join(found[:9])}: choose one with --split"
+        )

@@ -1,4 +1,4 @@
-"""Photos as people have them: files, turned by their cameras, in any mode, or broken."""
+"""Reading photos: image files of any mode, rotated by EXIF data, or broken."""
 
 import logging
 import os
@@ -28,19 +28,19 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 SIXTEEN_BITS = 65535
-# What white may be in pictures of wider numbers, which do not say it: the first that holds the largest value.
+# Candidates for the value of white in images with more than 8 bits: the first that is not below the largest value.
 WHITES = {"I": (255, SIXTEEN_BITS, 2**31 - 1), "F": (1, 255, SIXTEEN_BITS, 2**31 - 1)}
 
 
 def find_photos(given: Iterable[Path]) -> Iterator[Path]:
-    """Image files, those in given directories included, except hidden ones and the pictures that this package made.
+    """Find image files: the given ones, and all files in the given directories except hidden ones.
 
     Raises:
-        InputError: For a directory without any.
+        InputError: If a directory has no image files.
     """
     endings = timm.data.get_img_extensions()
     for path in given:
-        if not os.path.isdir(path):  # unlike Path.is_dir, it takes any name
+        if not os.path.isdir(path):  # unlike Path.is_dir, it accepts any name
             yield path
             continue
         found = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings and _is_plain_file(p, path))
@@ -55,24 +55,24 @@ def _is_plain_file(path: Path, root: Path) -> bool:
 
 
 def is_own_picture(path: Path) -> bool:
-    """Whether this package wrote a picture."""
+    """Whether this package wrote an image."""
     try:
         with _quiet(), Image.open(path) as image:
             return image.info.get("Software") == AUTHOR
-    except Exception:  # whatever else is wrong with it is for `open_photo` to say
+    except Exception:  # `open_photo` reports what is wrong with it
         return False
 
 
 def open_photo(file: Path | BinaryIO, mode: str = "RGB", formats: tuple[str, ...] | None = None) -> Image.Image:
-    """Open a photo upright; of an animated one the first picture, with a warning in the log for files with a name.
+    """Open a photo and rotate it as its EXIF data says. Of animations the first frame is read, with a logged warning.
 
     Args:
-        file: A path, or an open file.
-        mode: Pillow's: 'RGB', or 'L' for gray.
-        formats: Those that are read, by Pillow's names; all by default.
+        file: Path or open file.
+        mode: Mode of the Pillow image: 'RGB', or 'L' for gray.
+        formats: Names of the Pillow formats to read. Default: all.
 
     Raises:
-        InputError: If it is missing, no image, truncated, or cannot be read for any other reason.
+        InputError: If the file is missing, is not an image, is truncated, or cannot be read for another reason.
     """
     if isinstance(file, str | os.PathLike) and os.path.exists(file) and not os.path.isfile(file):
         raise InputError("no regular file")
@@ -81,7 +81,7 @@ def open_photo(file: Path | BinaryIO, mode: str = "RGB", formats: tuple[str, ...
             refuse_stripes(image.size)
             is_animated = getattr(image, "is_animated", False) and image.format != "MPO"
             if is_animated and isinstance(file, str | os.PathLike):
-                _logger.warning("%s is animated: only its first picture is taken", file)
+                _logger.warning("%s is animated: only its first frame is used", file)
             image.load()
             return _in_eight_bits(_upright(image)).convert(mode)
     except InputError:
@@ -98,22 +98,22 @@ def open_photo(file: Path | BinaryIO, mode: str = "RGB", formats: tuple[str, ...
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Pillow warns of photos of more than 89 million pixels, as some cameras take them, and of odd metadata."""
+    """Without Pillow's warnings about metadata and about more than 89 million pixels, which some cameras have."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """As the camera was held, if its notes can be read."""
+    """Rotate a photo as its EXIF data says, if it can be read."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # anything may stand in broken EXIF; the pixels are in order
+    except Exception:  # broken EXIF data; the pixels are valid
         return image
 
 
 def _in_eight_bits(image: Image.Image) -> Image.Image:
-    """Pictures of wider numbers in gray of 8 bits; Pillow would clip them."""
+    """Convert images with more than 8 bits to 8-bit gray, which Pillow would clip."""
     if not image.mode.startswith(("I", "F")):
         return image
     values = np.asarray(image)
@@ -122,25 +122,25 @@ def _in_eight_bits(image: Image.Image) -> Image.Image:
     black, white = min(float(values.min()), 0.0), float(values.max())
     if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):  # older versions of Pillow call them I
         white = SIXTEEN_BITS
-    elif black == 0:  # otherwise any range is as good as its own
+    elif black == 0:  # with negative values, the range of the image is used
         white = next((float(full) for full in WHITES[image.mode] if white <= full), white)
     gray = np.empty(values.shape, np.uint8)
-    for row, target in zip(values, gray, strict=True):  # a whole photo in float64 takes many times its own memory
+    for row, target in zip(values, gray, strict=True):  # row by row, because float64 takes much memory
         target[:] = ((row.astype(np.float64) - black) / ((white - black) or 1) * 255).round()
     return Image.fromarray(gray)
 
 
-MODES = {1: "L", 3: "RGB"}  # Pillow's, by channels
+MODES = {1: "L", 3: "RGB"}  # Pillow modes by number of channels
 
 
 def photo_transform(model: nn.Module) -> tuple[str, Callable[[Image.Image], Tensor]]:
-    """How a photo becomes an image (C, H, W) in [0, 1]: cut and scaled as the model's cfg says, but not normalized.
+    """The transform of photos to images (C, H, W) in [0, 1]: resized and cropped for the model, but not normalized.
 
     Returns:
-        Pillow's mode that the photo must have, and the transform.
+        Pillow mode of the photo, and transform.
 
     Raises:
-        InputError: For a network that takes neither gray nor colored images.
+        InputError: If the model takes neither gray nor color images.
     """
     channels = image_channels(model) or 3
     if channels not in MODES:

@@ -1,4 +1,4 @@
-"""Where the objects of a data set are: a mask or boxes for each of its photos."""
+"""Object regions of a data set (masks or boxes), and cells of image grids."""
 
 import csv
 import math
@@ -27,23 +27,23 @@ __all__ = [
 
 
 def cell_of_pixels(side: int, n: int) -> Tensor:
-    """(n, side), 1 where a pixel lies in a row or column of cells; where n divides no side, its center counts."""
+    """(n, side) matrix, 1 if the center of a pixel lies in a row or column of cells."""
     return F.one_hot((2 * torch.arange(side) + 1) * n // (2 * side), n).T
 
 
 def cell_masks(height: int, width: int, n: int) -> Tensor:
-    """(n², height, width), 1 in one cell each, row by row."""
+    """(n², height, width) masks of the cells, row by row."""
     rows, columns = cell_of_pixels(height, n), cell_of_pixels(width, n)
     return (rows[:, None, :, None] * columns[None, :, None, :]).flatten(0, 1)
 
 
 def without_cell(x: Tensor, cells: Tensor, n: int) -> Tensor:
-    """Images that show their mean color in one cell.
+    """Replace one cell of each image by the image's mean color.
 
     Args:
-        x: (N, C, H, W).
-        cells: (N,) the cell of each, from 0 to n² - 1; -1 leaves an image whole.
-        n: Cells per side.
+        x: Images (N, C, H, W).
+        cells: Cell (N,) of each image, from 0 to n² - 1; -1 leaves the image unchanged.
+        n: Number of cells per side.
     """
     masks = cell_masks(x.shape[2], x.shape[3], n).bool().to(x.device)
     hidden = masks[cells] & (cells >= 0)[:, None, None]
@@ -51,10 +51,10 @@ def without_cell(x: Tensor, cells: Tensor, n: int) -> Tensor:
 
 
 def cut_cells(x: Tensor, n: int) -> Tensor:
-    """(N, C, H, W) to (N · n², C, H / n, W / n), row by row.
+    """Cut (N, C, H, W) into cells (N · n², C, H / n, W / n), row by row.
 
     Raises:
-        InputError: If n divides no side.
+        InputError: If n does not divide both sides.
     """
     if x.shape[2] % n or x.shape[3] % n:
         raise InputError(f"{n} × {n} cells of {x.shape[2]} × {x.shape[3]} positions: {n} must divide both")
@@ -63,7 +63,7 @@ def cut_cells(x: Tensor, n: int) -> Tensor:
 
 
 def join_cells(cells: Tensor, n: int) -> Tensor:
-    """What `cut_cells` has cut."""
+    """The inverse of `cut_cells`."""
     grid = cells.unflatten(0, (-1, n, n)).permute(0, 3, 1, 4, 2, 5)
     return grid.flatten(4, 5).flatten(2, 3)
 
@@ -73,20 +73,20 @@ Box = tuple[float, float, float, float]
 
 
 def region_loader(model: nn.Module, dataset: LabeledImages, regions: Path) -> Callable[[int], Tensor]:
-    """A function from an index of the data set to the mask (H, W) of its object, cut and scaled as the image is.
+    """Return a function from an index of the data set to the mask (H, W) of its object, resized like the image.
 
     Args:
-        model: Whose cfg says how images are cut and scaled.
-        dataset: With timm's `filename(index)`.
-        regions: A folder of masks, pictures of the photos' names and sizes, white inside, or a CSV file with the
-            columns image, left, top, right, bottom: boxes in pixels of the photo, one or more for each.
+        model: Model that the images are resized for.
+        dataset: Data set with timm's method `filename(index)`.
+        regions: Directory of masks with the names and sizes of the images, white inside the object; or CSV file of
+            boxes with the columns image, left, top, right, bottom in pixels, one or more boxes per image.
 
     Raises:
-        InputError: For a file that cannot be read, and, when it is asked for, for a photo without a region in it.
+        InputError: If a file cannot be read. The function raises it for images without a region.
     """
     named: Any = dataset
     if not hasattr(named, "filename"):
-        raise InputError("the data set does not tell the names of its images, by which regions are found")
+        raise InputError("the data set has no file names, by which regions are found")
     mode, transform = photo_transform(model)
     draw = _drawn_boxes(regions) if regions.is_file() else _stored_masks(regions)
 
@@ -94,7 +94,7 @@ def region_loader(model: nn.Module, dataset: LabeledImages, regions: Path) -> Ca
         name = Path(named.filename(index, basename=False, absolute=False)).as_posix()
         mask = transform(draw(name, dataset[index][0].size).convert(mode))[0].round()
         if not bool(mask.any()):
-            raise InputError(f"the region of {name} in {regions} is empty once the photo is cut to the network's size")
+            raise InputError(f"the region of {name} in {regions} is empty once the photo is cropped for the model")
         return mask
 
     return load
@@ -102,7 +102,7 @@ def region_loader(model: nn.Module, dataset: LabeledImages, regions: Path) -> Ca
 
 def _stored_masks(folder: Path) -> Callable[[str, tuple[int, int]], Image.Image]:
     if not folder.is_dir():
-        raise InputError(f"no regions at {folder}: give a folder of masks, or a CSV file of boxes")
+        raise InputError(f"{folder} does not exist: give a folder of masks, or a CSV file of boxes")
     masks = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*") if path.is_file()}
 
     def draw(name: str, size: tuple[int, int]) -> Image.Image:
@@ -112,7 +112,7 @@ def _stored_masks(folder: Path) -> Callable[[str, tuple[int, int]], Image.Image]
         try:
             mask = Image.open(path).convert("L")
         except (OSError, Image.DecompressionBombError) as error:
-            raise InputError(f"{path} is no picture") from error
+            raise InputError(f"{path} is not an image") from error
         if mask.size != size:
             raise InputError(f"{path} has {mask.size[0]} × {mask.size[1]} pixels, its photo {size[0]} × {size[1]}")
         return mask
@@ -140,11 +140,11 @@ def _read_boxes(path: Path) -> dict[str, list[Box]]:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} is no CSV file") from error
+        raise InputError(f"{path} is not a CSV file") from error
     for number, row in enumerate(rows, start=2):
         found.setdefault(str(row.get("image")), []).append(_box(row, f"{path}, line {number}"))
     if not found:
-        raise InputError(f"{path} holds no boxes")
+        raise InputError(f"{path} has no boxes")
     return found
 
 
@@ -154,10 +154,10 @@ def _box(row: dict[str, str], place: str) -> Box:
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{place}: give the columns {', '.join(COLUMNS)}") from error
     if not (-math.inf < left < right < math.inf and -math.inf < top < bottom < math.inf):
-        raise InputError(f"{place}: right and bottom must lie beyond left and top")
+        raise InputError(f"{place}: right must be greater than left, and bottom greater than top")
     return left, top, right, bottom
 
 
 def region_masks(load: Callable[[int], Tensor], indices: Sequence[int]) -> Tensor:
-    """(N, H, W) of several images."""
+    """(N, H, W) masks of several images."""
     return torch.stack([load(index) for index in indices])

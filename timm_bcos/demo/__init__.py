@@ -1,1 +1,1 @@
-"""Explanations as web pages that need no network."""
+"""The Gradio app of `timm-bcos demo`."""

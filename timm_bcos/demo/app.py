@@ -1,10 +1,10 @@
-"""The page that `timm-bcos demo` and a Hugging Face Space show: Gradio around `timm_bcos.demo.visits`."""
+"""The Gradio app of `timm-bcos demo` and of Hugging Face Spaces."""
 
 import contextlib
 import io
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,58 +15,65 @@ from ..attribution.registry import METHODS
 from ..errors import InputError
 from ..models.class_names import class_names
 from ..models.loading import load_model
-from .calls import Calls, Kind, a_photo, one_of, several_of, the_visit, whole_number_below
-from .components import frame, page_theme, photo_zone, static
-from .guard import Guard
-from .handlers import Answers, is_slow
-from .limits import IN_QUEUE, LARGEST_PHOTO, REMEMBERED, SECONDS_OF_A_VISIT, SLOW_AT_ONCE, SLOW_WAITING, WAITING_AT_ONCE
-from .log import FewLines
-from .sessions import Mailboxes
-from .uploads import encode_file
-from .visits import MOST_CLASSES, DemoModel, embedded_networks
+from .components import file_url, frame, photo_input, static, theme
+from .handlers import Handlers, is_slow
+from .inference import MAX_CLASSES, DemoModel, embedded_models
+from .limits import (
+    CONCURRENT_CALLS,
+    MAX_PHOTO_BYTES,
+    MAX_SESSIONS,
+    QUEUED_CALLS,
+    SESSION_SECONDS,
+    SLOW_QUEUE,
+    SLOW_THREADS,
+    LogLimit,
+)
+from .middleware import RequestFilter
+from .sessions import MessageQueues
+from .validation import CallValidator, Check, data_url, index_below, list_of, one_of, server_state
 
-__all__ = ["build_app", "demo_models", "launch", "serving"]
+__all__ = ["App", "build_app", "demo_models", "launch", "serving"]
 
-TITLE = "What a B-cos network sees"
+TITLE = "Explanations of B-cos models"
 LEAD = (
-    "A logit of a B-cos network is a sum over the pixels, so an explanation is exact: nothing is approximated. "
-    "Photos are held in memory, never on disk."
+    "The logit of a B-cos model is a sum of contributions of all pixels, so its explanation is exact. "
+    "Photos are held in memory and never written to disk."
 )
 OTHERS = [name for name in METHODS if name != "bcos"]
-AT_FIRST = ["ixg", "guided_backprop", "gradcam"]
-# Loggers that write a line, or a traceback, for what a stranger sends.
-TELL_OF_STRANGERS = ["asyncio", "uvicorn.error", *(f"{__package__}.{name}" for name in ("answers", "guard"))]
-SLOW = "Those that take long come last: " + ", ".join(filter(is_slow, OTHERS)) + "."
+DEFAULTS = ["input_x_gradient", "guided_backprop", "gradcam"]
+SLOW = "Slow methods come last: " + ", ".join(filter(is_slow, OTHERS)) + "."
+# Loggers that write a line or a traceback for invalid requests.
+LOGGERS = ["asyncio", "uvicorn.error", *(f"{__package__}.{name}" for name in ("handlers", "middleware"))]
 
-# Calls are checked before Gradio reads them (`timm_bcos.demo.calls`); its own check answers with all the choices.
+# `timm_bcos.demo.validation` checks calls before Gradio reads them; Gradio's own errors would list all choices.
 EVENT: dict[str, Any] = dict(preprocess=False, api_visibility="private")
-PHOTOS = EVENT | dict(concurrency_id="photos", concurrency_limit=WAITING_AT_ONCE)
+PHOTOS = EVENT | dict(concurrency_id="photos", concurrency_limit=CONCURRENT_CALLS)
 SEARCHES = EVENT | dict(concurrency_id="searches", concurrency_limit=2)
-# one more than find a place: the last is told at once that there is none
-COMPARISONS = EVENT | dict(concurrency_id="comparisons", concurrency_limit=SLOW_AT_ONCE + SLOW_WAITING + 1)
+# One call more than the scheduler takes, so that it is refused at once instead of waiting in Gradio's queue.
+COMPARISONS = EVENT | dict(concurrency_id="comparisons", concurrency_limit=SLOW_THREADS + SLOW_QUEUE + 1)
 
 
 class App(gr.Blocks):
-    """The page.
+    """The demo.
 
     Args:
-        answers: What it does.
+        handlers: The functions behind its buttons and menus.
     """
 
-    def __init__(self, answers: Answers) -> None:
+    def __init__(self, handlers: Handlers) -> None:
         super().__init__(title="timm_bcos", analytics_enabled=False, fill_width=True)
-        self.answers = answers
-        self.kinds: dict[int, tuple[str, Kind]] = {}  # by component, what an argument is called and may be
+        self.handlers = handlers
+        self.checks: dict[int, tuple[str, Check]] = {}  # name and check of an argument, by the id of its component
 
     @property
-    def calls(self) -> Calls:
-        """The calls that it answers."""
+    def validator(self) -> CallValidator:
+        """Validates the calls of the handlers."""
         functions = {
-            number: [self.kinds[component._id] for component in function.inputs]
+            number: [self.checks[component._id] for component in function.inputs]
             for number, function in self.fns.items()
             if function.fn is not None
         }
-        return Calls(functions)
+        return CallValidator(functions)
 
 
 def demo_models(
@@ -76,148 +83,175 @@ def demo_models(
     device: torch.device | str = "cpu",
     examples: Sequence[Path] = (),
 ) -> list[DemoModel]:
-    """The networks that come with the package, after the one that is asked for.
+    """Load the given model, if any, and the embedded models.
 
     Args:
-        model: As in `timm_bcos.models.loading.load_model`.
-        checkpoint: As there.
-        classes: Names of that network's classes, as in `timm_bcos.models.class_names.class_names`.
-        device: Where to compute.
-        examples: Photos for the network that is asked for; those of the others by default.
+        model: Name of the model, as in `timm_bcos.models.loading.load_model`.
+        checkpoint: File with weights, as there.
+        classes: Class names of the given model, as in `timm_bcos.models.class_names.class_names`.
+        device: Device to compute on.
+        examples: Example photos for the given model. Default: those of the embedded models.
 
     Raises:
-        CheckpointError: For weights that cannot be had or do not fit.
-        InputError: For a network that cannot be made, or class names that do not fit.
-        TargetError: For a name that timm does not know.
+        CheckpointError: If weights cannot be loaded or do not fit.
+        InputError: If the model cannot be created, or class names do not fit.
+        TargetError: If timm does not know the name.
     """
-    networks = embedded_networks()
+    models = embedded_models()
     if (model, checkpoint, classes) != (None, None, None):
-        network = load_model(model, checkpoint).eval()
-        label = model or (checkpoint.name if checkpoint else f"{networks[0].label} with {classes}")
-        photos = examples or [photo for embedded in networks for photo in embedded.examples]
-        networks.insert(0, DemoModel(label, network, class_names(network, classes), photos))
-    for one in networks:
-        one.model.to(device)
-    return networks
+        module = load_model(model, checkpoint).eval()
+        label = model or (checkpoint.name if checkpoint else f"{models[0].label} with {classes}")
+        photos = examples or [photo for embedded in models for photo in embedded.examples]
+        models.insert(0, DemoModel(label, module, class_names(module, classes), photos))
+    for one in models:
+        one.module.to(device)
+    return models
 
 
-def build_app(networks: Sequence[DemoModel]) -> App:
-    """The page.
+def build_app(models: Sequence[DemoModel]) -> App:
+    """Build the demo.
 
     Args:
-        networks: To choose from, the first being chosen at first.
+        models: Models to choose from; the first is selected first.
 
     Returns:
-        A Gradio app, whose queues limit how many answers are computed at once.
+        A Gradio app, whose queues limit how many calls run at the same time.
     """
-    answers, first = Answers(networks), networks[0]
-    classes = [(name, index) for index, name in enumerate(first.names)]
-    with App(answers) as app:
+    with App(Handlers(models)) as app:
         gr.HTML(f"<h1>{TITLE}</h1><p>{LEAD}</p>", elem_classes="bcos-title")
-        visit = gr.State(time_to_live=SECONDS_OF_A_VISIT)
+        layout = _Layout(models)
+        _connect(app, layout)
+    app.checks = {
+        component._id: (name, check)
+        for component, name, check in (
+            (layout.prediction, "the prediction", server_state),
+            (layout.photo, "the photo", data_url),
+            (layout.label, "the model", one_of([model.label for model in models])),
+            (layout.more, "the list of further classes", list_of(layout.a_class)),
+            (layout.target, "the class", layout.a_class),
+            (layout.methods, "the list of methods", list_of(one_of(OTHERS))),
+            (layout.layer, "the layer", one_of({name for model in models for name in model.layers}, or_none=True)),
+        )
+    }
+    return app.queue(max_size=QUEUED_CALLS, api_open=False)  # type: ignore[return-value]  # it returns itself
+
+
+class _Layout:
+    """The components of the demo, in the order in which they are shown."""
+
+    def __init__(self, models: Sequence[DemoModel]) -> None:
+        first = models[0]
+        classes = [(name, index) for index, name in enumerate(first.names)]
+        self.a_class = index_below(max(len(model.names) for model in models), or_none=True)
+        self.prediction = gr.State(time_to_live=SESSION_SECONDS)
         with gr.Row():
             with gr.Column(scale=5, min_width=300):
-                photo = photo_zone(_first_photo(first), first.examples, elem_id="photo")
+                photo = file_url(first.examples[0]) if first.examples else ""
+                self.photo = photo_input(photo, first.examples, elem_id="photo")
             with gr.Column(scale=4, min_width=300):
-                label = gr.Dropdown(list(answers.networks), value=first.label, label="Network", elem_id="network")
-                more = gr.Dropdown(
+                labels = [model.label for model in models]
+                self.label = gr.Dropdown(labels, value=first.label, label="Model", elem_id="model")
+                self.more = gr.Dropdown(
                     classes, multiselect=True, value=[], label="Further classes", elem_id="more",
-                    info=f"The most probable ones are explained anyway; up to {MOST_CLASSES} in all.",
+                    info=f"The most probable classes are always explained; up to {MAX_CLASSES} in all.",
                 )  # fmt: skip
-        told = gr.HTML(elem_id="told")
-        explanation = frame(elem_id="explanation")
+        self.notice = gr.HTML(elem_id="notice")
+        self.explanation = frame(elem_id="explanation")
         with gr.Tab("Other methods"):
             with gr.Row():
-                target = gr.Dropdown(classes, value=None, label="Class", scale=1, elem_id="target")
-                methods = gr.Dropdown(
-                    OTHERS, multiselect=True, value=AT_FIRST, label="Methods", info=SLOW, scale=3, elem_id="methods"
+                self.target = gr.Dropdown(classes, value=None, label="Class", scale=1, elem_id="target")
+                self.methods = gr.Dropdown(
+                    OTHERS, multiselect=True, value=DEFAULTS, label="Methods", info=SLOW, scale=3, elem_id="methods"
                 )
-            compare = gr.Button("Compare", variant="primary", elem_id="compare")
-            maps = gr.HTML(elem_id="maps", min_height=60)
-        with gr.Tab("Inner neurons"):
-            layer = gr.Dropdown(first.layers, value=first.layer, label="Layer", elem_id="layer")
-            show = gr.Button("Show the strongest units", variant="primary", elem_id="show")
-            neurons = gr.HTML(elem_id="neurons", min_height=60)
-
-        comparison = compare.click(answers.compare, [visit, target, methods], maps, **COMPARISONS)
-        search = show.click(answers.show_neurons, [visit, layer], neurons, **SEARCHES)
-        taking = PHOTOS | dict(
-            fn=answers.take_photo,
-            inputs=[label, photo],
-            outputs=[told, explanation, visit, more, target, maps, neurons],
-            cancels=[comparison, search],
-        )
-        photo.input(**taking, trigger_mode="always_last")
-        label.input(answers.take_network, [label, photo], [photo, more, target, layer], **PHOTOS).then(**taking)
-        app.load(**taking)
-        more.input(answers.add_classes, [visit, more], [told, explanation], trigger_mode="always_last", **PHOTOS)
-
-    a_class = whole_number_below(max(len(network.names) for network in networks), or_none=True)
-    app.kinds = {
-        visit._id: ("the visit", the_visit),
-        photo._id: ("the photo", a_photo),
-        label._id: ("the network", one_of(answers.networks)),
-        more._id: ("the list of further classes", several_of(a_class)),
-        target._id: ("the class", a_class),
-        methods._id: ("the list of methods", several_of(one_of(OTHERS))),
-        layer._id: ("the layer", one_of({name for network in networks for name in network.layers}, or_none=True)),
-    }
-    return app.queue(max_size=IN_QUEUE, api_open=False)  # type: ignore[return-value]  # it returns itself
+            self.compare = gr.Button("Compare", variant="primary", elem_id="compare")
+            self.maps = gr.HTML(elem_id="maps", min_height=60)
+        with gr.Tab("Inner units"):
+            self.layer = gr.Dropdown(first.layers, value=first.layer, label="Layer", elem_id="layer")
+            self.show = gr.Button("Show the most active units", variant="primary", elem_id="show")
+            self.units = gr.HTML(elem_id="units", min_height=60)
 
 
-def _first_photo(network: DemoModel) -> str:
-    return encode_file(network.examples[0]) if network.examples else ""
+def _connect(app: App, layout: _Layout) -> None:
+    """Connect the components with the handlers."""
+    handlers = app.handlers
+    comparison = layout.compare.click(
+        handlers.compare, [layout.prediction, layout.target, layout.methods], layout.maps, **COMPARISONS
+    )
+    search = layout.show.click(handlers.show_units, [layout.prediction, layout.layer], layout.units, **SEARCHES)
+    explain = PHOTOS | dict(
+        fn=handlers.change_photo,
+        inputs=[layout.label, layout.photo],
+        outputs=[
+            layout.notice,
+            layout.explanation,
+            layout.prediction,
+            layout.more,
+            layout.target,
+            layout.maps,
+            layout.units,
+        ],
+        cancels=[comparison, search],
+    )
+    layout.photo.input(**explain, trigger_mode="always_last")
+    choices = [layout.photo, layout.more, layout.target, layout.layer]
+    layout.label.input(handlers.change_model, [layout.label, layout.photo], choices, **PHOTOS).then(**explain)
+    app.load(**explain)
+    shown = [layout.notice, layout.explanation]
+    layout.more.input(
+        handlers.add_classes, [layout.prediction, layout.more], shown, trigger_mode="always_last", **PHOTOS
+    )
 
 
 @contextlib.contextmanager
 def serving(app: App, port: int | None = None, share: bool = False) -> Iterator[str]:
-    """Serve a page until the block ends.
+    """Serve the demo until the block ends.
 
     Args:
-        app: From `build_app`.
-        port: None for the first free one from 7860 on.
-        share: Also at a public address, through Gradio's servers.
+        app: App from `build_app`.
+        port: Port; None for the first free one from 7860.
+        share: Also serve at a public address, through Gradio's servers.
 
     Yields:
-        Its address.
+        The address of the demo.
 
     Raises:
-        InputError: If it cannot be served there.
+        InputError: If the port is taken, or Gradio provides no public address.
     """
-    closing, calls = threading.Event(), app.calls
-    checks = {"/gradio_api/queue/join": calls.join, "/gradio_api/cancel": calls.cancel}
-
-    @contextlib.asynccontextmanager
-    async def guarded(served: Any) -> AsyncIterator[None]:
-        """Before the first request: Gradio puts its own middleware around all that `middleware` can name."""
-        listeners, queue = app.answers.listeners, app._queue
-        served.middleware_stack = Guard(served.middleware_stack, checks, listeners, closing)
-        queue.pending_messages_per_session = Mailboxes(listeners, queue.pending_event_ids_session)  # type: ignore[assignment]
-        with FewLines().on(*TELL_OF_STRANGERS):
-            yield
-
-    app.answers.open()
+    closing = threading.Event()
+    app.handlers.open()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # Gradio's advice; the caller says what there is to say
+        with contextlib.redirect_stdout(io.StringIO()):  # Gradio's own messages
             app.launch(
                 server_port=port, share=share, inbrowser=False, prevent_thread_lock=True, quiet=True, inline=False,
-                theme=page_theme(), css=static("page.css"), footer_links=["gradio"], run_history=False,
-                enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, max_file_size=LARGEST_PHOTO,
-                state_session_capacity=REMEMBERED, app_kwargs=dict(lifespan=guarded),
+                theme=theme(), css=static("demo.css"), footer_links=["gradio"], run_history=False,
+                enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, max_file_size=MAX_PHOTO_BYTES,
+                state_session_capacity=MAX_SESSIONS, app_kwargs=dict(lifespan=_lifespan(app, closing)),
             )  # fmt: skip
     except OSError as error:
-        where = f"port {port}" if port is not None else "any port from 7860 on"
-        raise InputError(
-            f"the page cannot be served at {where}, which is taken: choose a free one with --port"
-        ) from error
+        where = f"port {port} is" if port is not None else "all ports from 7860 are"
+        raise InputError(f"{where} taken: choose a free one with --port") from error
     try:
         if share and not app.share_url:
-            raise InputError("Gradio gives no public address now: check the connection, or leave --share out")
+            raise InputError("Gradio provides no public address: check the connection, or leave --share out")
         yield str(app.share_url or app.local_url)
     finally:
         closing.set()
-        app.answers.close()
+        app.handlers.close()
         app.close(verbose=False)
+
+
+def _lifespan(app: App, closing: threading.Event) -> Callable[[Any], contextlib.AbstractAsyncContextManager[None]]:
+    @contextlib.asynccontextmanager
+    async def lifespan(served: Any) -> AsyncIterator[None]:
+        """Install the middleware here: Gradio would wrap middleware that is passed to it in its own."""
+        validator, connected, queue = app.validator, app.handlers.connected, app._queue
+        validators = {"/gradio_api/queue/join": validator.join, "/gradio_api/cancel": validator.cancel}
+        served.middleware_stack = RequestFilter(served.middleware_stack, validators, connected, closing)
+        queue.pending_messages_per_session = MessageQueues(connected, queue.pending_event_ids_session)  # type: ignore[assignment]
+        with LogLimit().on(*LOGGERS):
+            yield
+
+    return lifespan
 
 
 def launch(
@@ -230,16 +264,16 @@ def launch(
     device: torch.device | str = "cpu",
     examples: Sequence[Path] = (),
 ) -> None:
-    """Serve the page until Ctrl-C; all that the `app.py` of a Hugging Face Space needs.
+    """Serve the demo until Ctrl-C. The `app.py` of a Hugging Face Space needs nothing else.
 
     Args:
-        model: As in `demo_models`, for instance 'hf-hub:ORG/NAME'.
-        checkpoint: As there.
-        classes: As there.
-        port: As in `serving`.
-        share: As in `serving`.
-        device: Where to compute.
-        examples: As in `demo_models`.
+        model: Name of the model, as in `demo_models`, for instance 'hf-hub:ORG/NAME'.
+        checkpoint: File with weights, as in `demo_models`.
+        classes: Class names, as in `demo_models`.
+        port: Port, as in `serving`.
+        share: Also serve at a public address, as in `serving`.
+        device: Device to compute on.
+        examples: Example photos, as in `demo_models`.
 
     Raises:
         BcosError: As in `demo_models` and `serving`.
@@ -250,7 +284,7 @@ def launch(
     """
     app = build_app(demo_models(model, checkpoint, classes, device, examples))
     with serving(app, port, share) as address:
-        print(f"the page is at {address} (Ctrl-C ends it)", flush=True)
+        print(f"the demo is at {address} (Ctrl-C ends it)", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
-            while True:  # a wait without end misses a signal that arrives just before it
+            while True:  # a wait without timeout misses a signal that arrives just before it
                 time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""What each event on the page does: `timm_bcos.demo.visits`, with sentences in place of errors."""
+"""The event handlers of the demo: they call `timm_bcos.demo.inference` and show errors as messages."""
 
 import logging
 import time
@@ -14,199 +14,203 @@ from ..attribution.registry import METHODS
 from ..errors import BcosError
 from ..explanation.result import Explanation
 from ..files import first_line
-from . import visits
-from .components import example_props, framed, notice, pictures_side_by_side
-from .guard import Listeners
-from .limits import BATCH, DECODING, GRACE, TICK
-from .uploads import encode_file
-from .visits import DemoModel, Picture, Visit
-from .work import ClosedError, Collector, SlowJob, Work
+from . import inference
+from .components import example_props, figures_html, file_url, frame_value, notice
+from .inference import DemoModel, Figure, Prediction
+from .limits import BATCH_SIZE, DECODING_THREADS, GRACE_SECONDS, POLL_SECONDS
+from .scheduler import Batcher, ClosedError, Scheduler, SlowJob
+from .sessions import ConnectedSessions
 
-__all__ = ["Answers", "is_slow"]
+__all__ = ["Handlers", "is_slow"]
 
 T = TypeVar("T")
 
-NO_VISIT = "choose a photo first"
-NOBODY = "nobody waits for this any more"
-# Images that a method looks at, with its default options, and how many passes one of them costs.
-LOOKED_AT = {"rise": 500, "lime": 500, "occlusion": 226, "ig": 50, "smoothgrad": 25}
-GRADIENT_COST, GRADIENTS = 4, ("ig", "smoothgrad")
+NO_PHOTO = "choose a photo first"
+DISCONNECTED = "the client has disconnected"
+# Number of images that a method processes with its default options, and the cost of a gradient in forward passes.
+IMAGES = {"rise": 500, "lime": 500, "occlusion": 226, "integrated_gradients": 50, "smoothgrad": 25}
+GRADIENT_COST, GRADIENT_METHODS = 4, ("integrated_gradients", "smoothgrad")
 
 _logger = logging.getLogger(__name__)
 
 
-class Answers:
-    """The functions behind the page's buttons and menus.
+class Handlers:
+    """The functions behind the demo's buttons and menus.
 
     Args:
-        networks: To choose from.
+        models: The models to choose from.
 
     Attributes:
-        listeners: The visitors who listen for answers; a call of nobody's is dropped.
+        connected: The sessions whose clients listen; calls of other sessions are dropped.
     """
 
-    def __init__(self, networks: Sequence[DemoModel]) -> None:
-        self.networks = {network.label: network for network in networks}
-        self.examples = {encode_file(photo) for network in networks for photo in network.examples}
-        self.listeners = Listeners()
-        self.decoding = BoundedSemaphore(DECODING)
+    def __init__(self, models: Sequence[DemoModel]) -> None:
+        self.models = {model.label: model for model in models}
+        self.examples = {file_url(photo) for model in models for photo in model.examples}
+        self.connected = ConnectedSessions()
+        self.decoding = BoundedSemaphore(DECODING_THREADS)
         self.open()
 
     def open(self) -> None:
-        """Begin, also after `close`."""
-        self.work = Work()
-        self.photos: Collector[DemoModel, Tensor, tuple[Visit, Explanation]] = Collector(
-            self.work, visits.explain_photos, lambda network: BATCH.get(network.device.type, 1)
+        """Start the threads, also after `close`."""
+        self.scheduler = Scheduler()
+        self.photos: Batcher[DemoModel, Tensor, tuple[Prediction, Explanation]] = Batcher(
+            self.scheduler, inference.explain_photos, lambda model: BATCH_SIZE.get(model.device.type, 1)
         )
 
     def close(self) -> None:
-        """End what is being computed, and answer everybody who waits."""
-        self.work.close()
+        """End what is being computed; waiting calls get an error."""
+        self.scheduler.close()
 
-    def take_photo(self, label: str, address: object) -> tuple[Any, ...]:
-        """A photo, or another one.
+    def change_photo(self, label: str, url: object) -> tuple[Any, ...]:
+        """Explain a photo.
 
         Returns:
-            Notice, document, visit, further classes, compared class, and the two emptied panels.
+            Values of notice, explanation, prediction, further classes, compared class, maps and units.
         """
-        found, problem = _attempt(lambda: self._explained(self.networks[label], address))
-        visit, document = found or (None, "")
-        best = visit.classes[0] if visit else None
-        return notice(problem), framed(document), visit, gr.update(value=[]), gr.update(value=best), "", ""
+        found, problem = _attempt(lambda: self._explained(self.models[label], url))
+        prediction, document = found or (None, "")
+        best = prediction.classes[0] if prediction else None
+        return notice(problem), frame_value(document), prediction, gr.update(value=[]), gr.update(value=best), "", ""
 
-    def _explained(self, network: DemoModel, address: object) -> tuple[Visit, str]:
-        with self.work.asking():
+    def _explained(self, model: DemoModel, url: object) -> tuple[Prediction, str]:
+        with self.scheduler.priority():
             with self.decoding:
-                image = network.read(address)
-            visit, explanation = self.photos.ask(network, image)
-            return visit, self.work.render(lambda: visits.document_of(visit, explanation))
+                image = model.read(url)
+            prediction, explanation = self.photos.run(model, image)
+            return prediction, self.scheduler.render(lambda: inference.render_explanation(prediction, explanation))
 
-    def take_network(self, label: str, address: object) -> tuple[Any, ...]:
-        """Another network; one of the examples gives way to one that suits it.
+    def change_model(self, label: str, url: object) -> tuple[Any, ...]:
+        """Show the choices of another model. An example photo is replaced by an example of the model.
 
         Returns:
-            Photo, further classes, compared class, layer; all with the network's own choices.
+            Updates of photo, further classes, compared class and layer.
         """
-        network = self.networks[label]
-        classes = [(name, index) for index, name in enumerate(network.names)]
-        photo: dict[str, Any] = dict(examples=example_props(network.examples))
-        if (address in self.examples or not address) and network.examples:
-            photo["value"] = encode_file(network.examples[0])
+        model = self.models[label]
+        classes = [(name, index) for index, name in enumerate(model.names)]
+        photo: dict[str, Any] = dict(examples=example_props(model.examples))
+        if (url in self.examples or not url) and model.examples:
+            photo["value"] = file_url(model.examples[0])
         return (
             gr.update(**photo),
             gr.update(choices=classes, value=[]),
             gr.update(choices=classes, value=None),
-            gr.update(choices=network.layers, value=network.layer),
+            gr.update(choices=model.layers, value=model.layer),
         )
 
-    def add_classes(self, visit: Visit | None, more: Sequence[int]) -> tuple[Any, ...]:
-        """Further classes.
+    def add_classes(self, prediction: Prediction | None, more: Sequence[int]) -> tuple[Any, ...]:
+        """Explain further classes.
 
         Returns:
-            Notice and document.
+            Values of notice and explanation.
         """
-        if visit is None:
-            return notice(NO_VISIT), gr.skip()
-        document, problem = _attempt(lambda: self.work.run(lambda: visits.explain_classes(visit, more)))
-        return notice(problem), framed(document) if document else gr.skip()
+        if prediction is None:
+            return notice(NO_PHOTO), gr.skip()
+        document, problem = _attempt(lambda: self.scheduler.run(lambda: inference.explain_classes(prediction, more)))
+        return notice(problem), frame_value(document) if document else gr.skip()
 
     def compare(
         self,
-        visit: Visit | None,
+        prediction: Prediction | None,
         target: int | None,
         methods: Sequence[str],
         request: gr.Request | None = None,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - so that Gradio finds it
     ) -> Iterator[Any]:
-        """Maps of the chosen methods, side by side, as they are computed; the network's own comes first.
+        """Show the maps of several methods side by side, as they are computed; the model's own comes first.
 
-        Slow ones come last, with a word on how long they take, and are given up when nobody listens any more.
+        Slow methods come last, with an estimate of their duration, and stop when the client disconnects.
         """
-        if visit is None or target is None:
-            yield notice(NO_VISIT)
+        if prediction is None or target is None:
+            yield notice(NO_PHOTO)
             return
-        began, found = time.monotonic(), list[Picture]()
+        started, figures = time.monotonic(), list[Figure]()
         left = sorted(["bcos", *methods], key=is_slow)
         while left:
             method, *left = left
-            step = partial(visits.map_of_method, visit, target, method)
+            task = partial(inference.attribution_map, prediction, target, method)
             if is_slow(method):
-                yield pictures_side_by_side([*found, *(_announced(visit, name) for name in (method, *left))])
-                picture, problem = yield from self._slow_map(step, method, request, began, progress)
-                if self._is_given_up(request, began):
+                yield figures_html([*figures, *(_placeholder(prediction, name) for name in (method, *left))])
+                figure, problem = yield from self._run_slow(task, method, request, started, progress)
+                if problem == DISCONNECTED:
                     return
             else:
-                picture, problem = _attempt(lambda step=step: self.work.run(step))  # type: ignore[misc]
-            found.append(picture or Picture(method, None, problem))
+                figure, problem = _attempt(lambda task=task: self.scheduler.run(task))  # type: ignore[misc]
+            figures.append(figure or Figure(method, None, problem))
             if not left or not is_slow(left[0]):
-                yield pictures_side_by_side(found)
+                yield figures_html(figures)
 
-    def _slow_map(
-        self, step: Callable[..., Picture], method: str, request: gr.Request | None, began: float, progress: gr.Progress
-    ) -> Generator[Any, None, tuple[Picture | None, str]]:
-        """Updates that change nothing, by which Gradio notices that a visitor has gone; then the map and a sentence."""
+    def _run_slow(
+        self,
+        task: Callable[..., Figure],
+        method: str,
+        request: gr.Request | None,
+        started: float,
+        progress: gr.Progress,
+    ) -> Generator[Any, None, tuple[Figure | None, str]]:
+        """Run a slow method. The empty updates let Gradio notice that a client has disconnected."""
         try:
-            with self.work.slow(lambda before_batch: step(before_batch=before_batch)) as job:
-                while not job.is_done(TICK):
-                    if self._is_given_up(request, began):
-                        return None, NOBODY
+            with self.scheduler.slow(lambda before_batch: task(before_batch=before_batch)) as job:
+                while not job.is_done(POLL_SECONDS):
+                    if self._is_disconnected(request, started):
+                        return None, DISCONNECTED
                     progress(*_progress_of(job, method))
                     yield gr.skip()
                 return _attempt(job.result)
         except BcosError as error:
             return None, str(error)
 
-    def _is_given_up(self, request: gr.Request | None, began: float) -> bool:
-        """Whether a call's visitor does not listen, some seconds after it began."""
-        is_heard = request is None or str(request.session_hash) in self.listeners
-        return not is_heard and time.monotonic() - began > GRACE
+    def _is_disconnected(self, request: gr.Request | None, started: float) -> bool:
+        """Whether the client of a call does not listen, `GRACE_SECONDS` after the start."""
+        is_connected = request is None or str(request.session_hash) in self.connected
+        return not is_connected and time.monotonic() - started > GRACE_SECONDS
 
-    def show_neurons(self, visit: Visit | None, layer: str | None, request: gr.Request | None = None) -> str:
-        """A layer's strongest neurons."""
-        if visit is None or layer is None:
-            return notice(NO_VISIT)
-        began = time.monotonic()
+    def show_units(self, prediction: Prediction | None, layer: str | None, request: gr.Request | None = None) -> str:
+        """Show the most active units of a layer."""
+        if prediction is None or layer is None:
+            return notice(NO_PHOTO)
+        started = time.monotonic()
 
-        def run(step: Callable[[], T]) -> T:
-            if self._is_given_up(request, began):
-                raise ClosedError(NOBODY)
-            return self.work.run(step)
+        def run(task: Callable[[], T]) -> T:
+            if self._is_disconnected(request, started):
+                raise ClosedError(DISCONNECTED)
+            return self.scheduler.run(task)
 
-        pictures, problem = _attempt(lambda: visits.strongest_neurons(visit, layer, run))
-        return pictures_side_by_side(pictures) if pictures else notice(problem)
+        figures, problem = _attempt(lambda: inference.strongest_units(prediction, layer, run))
+        return figures_html(figures) if figures else notice(problem)
 
 
 def is_slow(method: str) -> bool:
-    """Whether a method looks at many images."""
-    return METHODS[method].slow or method in LOOKED_AT
+    """Whether a method processes many images."""
+    return METHODS[method].slow or method in IMAGES
 
 
-def _announced(visit: Visit, method: str) -> Picture:
-    """In the place of a slow method's map, how long it will take."""
-    seconds, images = visit.network.seconds_per_image, LOOKED_AT.get(method)
+def _placeholder(prediction: Prediction, method: str) -> Figure:
+    """A figure that says how long a slow method takes."""
+    seconds, images = prediction.model.seconds_per_image, IMAGES.get(method)
     if seconds is None or images is None:
-        return Picture(method, None, "takes long")
-    seconds *= images * (GRADIENT_COST if method in GRADIENTS else 1)
-    return Picture(method, None, f"takes about {_in_words(seconds)}, longer while others wait for theirs")
+        return Figure(method, None, "takes long")
+    seconds *= images * (GRADIENT_COST if method in GRADIENT_METHODS else 1)
+    return Figure(method, None, f"takes about {_duration(seconds)}, longer if other comparisons run")
 
 
-def _in_words(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     return f"{max(round(seconds), 1)} s" if seconds < 90 else f"{round(seconds / 60)} min"
 
 
 def _progress_of(job: SlowJob, method: str) -> tuple[tuple[int, int | None], str]:
-    """For `gr.Progress`: how many of how many images, and of what."""
+    """Arguments of `gr.Progress`: the images done and in all, and a description."""
     if not job.images:
-        return (0, LOOKED_AT.get(method)), f"{method} waits for its turn"
-    return (job.images, LOOKED_AT.get(method)), method
+        return (0, IMAGES.get(method)), f"{method} is waiting"
+    return (job.images, IMAGES.get(method)), method
 
 
-def _attempt(step: Callable[[], T]) -> tuple[T | None, str]:
-    """What a step returns and no sentence, or nothing and the sentence to tell."""
+def _attempt(task: Callable[[], T]) -> tuple[T | None, str]:
+    """The result of a task and an empty message, or None and an error message."""
     try:
-        return step(), ""
+        return task(), ""
     except BcosError as error:
         return None, str(error)
-    except Exception as error:  # a stranger sees no traceback; whoever runs the page finds it in the log
-        _logger.exception("an answer failed")
-        return None, f"the page failed here: {type(error).__name__}: {first_line(error)}"
+    except Exception as error:  # clients see no traceback; it is in the log
+        _logger.exception("a handler failed")
+        return None, f"internal error: {type(error).__name__}: {first_line(error)}"

@@ -1,31 +1,57 @@
-"""The answers that wait for visitors to listen: a bounded number, and never at the cost of somebody who listens."""
+"""The sessions of the demo: which of them are connected, and the results that wait to be read."""
 
+import threading
 from asyncio import Queue
+from collections import Counter
 from collections.abc import MutableMapping
 from typing import Any
 
-from .guard import Listeners
-from .limits import UNHEARD
+from .limits import UNREAD_SESSIONS
 
-__all__ = ["Mailboxes"]
+__all__ = ["ConnectedSessions", "MessageQueues"]
 
 
-class Mailboxes(dict[str, Any]):
-    """Messages by session, in the place of a cache of Gradio's that forgets the oldest session even while it listens.
+class ConnectedSessions:
+    """The sessions whose clients listen for results: `session in connected`."""
+
+    def __init__(self) -> None:
+        self._streams: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def __contains__(self, session: str) -> bool:
+        return self._streams[session] > 0
+
+    def add(self, session: str) -> None:
+        """Count one more stream of a session."""
+        with self._lock:
+            self._streams[session] += 1
+
+    def remove(self, session: str) -> None:
+        """Count one stream less."""
+        with self._lock:
+            self._streams[session] -= 1
+            if not self._streams[session]:
+                del self._streams[session]
+
+
+class MessageQueues(dict[str, Any]):
+    """The message queue of each session, bounded in number.
+
+    It replaces a cache of Gradio's, which drops the oldest session even while its client is connected.
 
     Args:
-        listeners: The sessions that listen now.
-        events: Their calls by session, forgotten with them.
+        connected: Sessions that are never dropped.
+        events: Gradio's pending events by session, dropped together with the queue.
     """
 
-    def __init__(self, listeners: Listeners, events: MutableMapping[str, set[str]]) -> None:
+    def __init__(self, connected: ConnectedSessions, events: MutableMapping[str, set[str]]) -> None:
         super().__init__()
-        self.listeners, self.events = listeners, events
+        self.connected, self.events = connected, events
 
     def __setitem__(self, session: str, messages: Any) -> None:
         super().__setitem__(session, messages)
-        unheard = [one for one in self if one not in self.listeners]
-        for one in unheard[:-UNHEARD]:
+        unread = [one for one in self if one not in self.connected]
+        for one in unread[:-UNREAD_SESSIONS]:
             del self[one]
 
     def __delitem__(self, session: str) -> None:
@@ -33,5 +59,5 @@ class Mailboxes(dict[str, Any]):
         self.events.pop(session, None)
 
     def __missing__(self, session: str) -> Any:
-        """Where an answer goes that nobody waits for any more."""
+        """A queue that nobody reads, for results of dropped sessions."""
         return Queue()

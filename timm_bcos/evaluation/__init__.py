@@ -1,1 +1,1 @@
-"""What judges attributions: the grid pointing game, metrics, inner neurons, galleries."""
+"""Evaluation of attributions and models: the grid pointing game, metrics, inner units, galleries, comparisons."""

@@ -1,7 +1,7 @@
-"""Maps of a whole data set on one picture: AggAtt, the mean map of each range of localization (arXiv 2205.10435, 3.3).
+"""AggAtt: mean attribution maps of a whole data set, by ranges of localization (arXiv 2205.10435, section 3.3).
 
-Single examples may be chosen; here all grids are played for the class of their first cell, sorted by the share that
-lies in it, and averaged in ranges, which are narrow at both ends: the best, the typical and the worst.
+Each grid is explained for the class of its first cell. The maps are sorted by the share of attribution in that cell and
+averaged in ranges of percentiles, which are narrow for the best and the worst maps.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..attribution.registry import attribute, check_methods
+from ..attribution.registry import attribute, method_names
 from ..data.datasets import LabeledImages
 from ..errors import InputError, MethodError
 from ..prefetch import prefetch
@@ -23,27 +23,27 @@ from .pointing_game import Grid, cell_shares, compose, grid_targets
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["bin_edges", "mean_maps", "plot_bins"]
+__all__ = ["bin_edges", "mean_maps", "plot_aggatt"]
 
 PERCENTILES = (0, 2, 5, 50, 95, 98, 100)
-SIDE = 120  # of the maps that are kept, in pixels
+SIDE = 120  # size in pixels to which maps are reduced
 
 
 def bin_edges(count: int) -> list[int]:
-    """Ranks between which the ranges lie; of few maps the outer ranges take one each, if there is one to take."""
+    """Ranks that separate the ranges. With few maps, the outer ranges get one map each, as far as there are any."""
     upper = [math.ceil(count * percent / 100) for percent in PERCENTILES[:4]]
     return [*upper, *(max(count - edge, upper[3]) for edge in reversed(upper[:3]))]
 
 
 def mean_maps(maps: Tensor, shares: Tensor) -> list[Tensor | None]:
-    """The mean positive map of each range, best first; None for a range without maps.
+    """Mean positive map of each range, best first.
 
     Args:
-        maps: Signed (G, H, W). Each counts alike: its positive part is divided by its sum.
-        shares: (G,) by which they are sorted.
+        maps: Signed maps (G, H, W). The positive part of each is divided by its sum, so that all have equal weight.
+        shares: Share of attribution in the first cell (G,), by which the maps are sorted.
 
     Returns:
-        As many (H, W) as there are ranges.
+        A map (H, W) per range; None for a range without maps.
     """
     positive = maps.clamp_min(0)
     total = positive.sum((1, 2), keepdim=True)
@@ -52,43 +52,42 @@ def mean_maps(maps: Tensor, shares: Tensor) -> list[Tensor | None]:
     return [ranked[a:b].mean(0) if b > a else None for a, b in pairwise(edges)]
 
 
-def plot_bins(
+def plot_aggatt(
     model: nn.Module, dataset: LabeledImages, grids: Sequence[Grid], methods: Sequence[str], smooth: int = 1
 ) -> tuple["Figure", list[str]]:
-    """A matplotlib figure: a row per method, a column per range, best first, with the mean share in the first cell.
+    """Plot a row per method and a column per range, best first, with the mean share in the first cell.
 
     Args:
-        model: A B-cos network or a plain timm model, in eval mode, or a `Disconnected` one.
-        dataset: What the grids' indices are of.
-        grids: Of one size.
-        methods: Of `timm_bcos.attribution.registry.METHODS`.
-        smooth: Window of a mean filter, as in `cell_shares`.
+        model: A B-cos model or a plain timm model, in eval mode, or a `Disconnected` one.
+        dataset: Data set of the grids' images.
+        grids: Grids of the same size.
+        methods: Attribution methods, names in `timm_bcos.attribution.registry.METHODS`.
+        smooth: Window of the mean filter, as in `cell_shares`.
 
     Returns:
-        The figure, and why methods were left out.
+        The matplotlib figure, and the reasons why methods were left out.
 
     Raises:
-        InputError: If no method suits the model, or there are no grids.
+        InputError: If no method supports the model, or there are no grids.
     """
-    check_methods(methods)
     if not grids:
         raise InputError("no grids to play")
     rows: dict[str, tuple[Tensor, Tensor]] = {}
     left_out = []
-    for method in methods:
+    for method in method_names(methods):
         try:
             rows[method] = _play(model, dataset, grids, method, smooth)
         except MethodError as error:
             left_out.append(str(error))
     if not rows:
-        raise InputError(f"no method suits this model: {left_out[0]}")
+        raise InputError(f"no method supports this model: {left_out[0]}")
     return _draw(rows, grids[0].n), left_out
 
 
 def _play(
     model: nn.Module, dataset: LabeledImages, grids: Sequence[Grid], method: str, smooth: int
 ) -> tuple[Tensor, Tensor]:
-    """(G, h, w) maps of the first cells' classes, and (G,) their shares in it."""
+    """Maps (G, h, w) of the classes of the first cells, and their shares (G,) in these cells."""
     maps, shares = [], []
     pictures = prefetch(compose(model, dataset, grid) for grid in grids)
     for grid, picture in tqdm(zip(grids, pictures, strict=True), method, len(grids), disable=None):

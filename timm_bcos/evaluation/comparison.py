@@ -83,12 +83,12 @@ def write_images(path: Path, names: Sequence[str], clusters: Sequence[str], righ
     columns = {f"{name}-{seed}": values for name, seeds in right.items() for seed, values in enumerate(seeds)}
     images = enumerate(zip(names, clusters, strict=True))
     rows = ([*image, *(int(values[i]) for values in columns.values())] for i, image in images)
-    write_csv(path, ["photo", "cluster", *columns], rows)
+    write_csv(path, ["image", "cluster", *columns], rows)
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How closely two models agree on the same images.
+    """Agreement of two models on the same images.
 
     Attributes:
         images: Number of images.
@@ -142,29 +142,29 @@ class Comparison:
     """A model's accuracy and its difference to the first model's on the same images.
 
     Attributes:
-        network: The model's name.
+        model: Name of the model.
         seeds: Number of trainings.
-        photos: Number of images.
+        images: Number of images.
         top1: Mean over the seeds, in percent.
         by_seed: Each seed's, in percent.
         gain: Difference to the first model in percentage points; None for the first model.
         low: Lower end of the gain's 95 % interval, from a bootstrap over clusters.
         high: Its upper end.
-        photos_low: Lower end from a bootstrap over single images, as if they were independent.
-        photos_high: Its upper end.
+        images_low: Lower end from a bootstrap over single images, as if they were independent.
+        images_high: Its upper end.
         mcnemar: P-values of McNemar's test, by pairs of seeds.
     """
 
-    network: str
+    model: str
     seeds: int
-    photos: int
+    images: int
     top1: float
     by_seed: str
     gain: float | None = None
     low: float | None = None
     high: float | None = None
-    photos_low: float | None = None
-    photos_high: float | None = None
+    images_low: float | None = None
+    images_high: float | None = None
     mcnemar: str = ""
 
 
@@ -202,8 +202,8 @@ def accuracies(right: Correct, clusters: Sequence[str], rows: int = 10) -> Itera
     """Accuracy by cluster: name and size of the largest clusters and "all", with each model's accuracy in percent.
 
     Args:
-        right: As in `compare`.
-        clusters: As there.
+        right: For each model and seed, (N,) whether it is right.
+        clusters: The cluster of each image.
         rows: Number of clusters.
     """
     means = {name: 100 * np.mean(seeds, 0) for name, seeds in right.items()}
@@ -215,24 +215,24 @@ def accuracies(right: Correct, clusters: Sequence[str], rows: int = 10) -> Itera
 def write_clusters(path: Path, right: Correct, clusters: Sequence[str]) -> None:
     """Write a CSV file with a row per cluster and model."""
     rows = (
-        (cluster, photos, network, top1)
-        for cluster, photos, found in accuracies(right, clusters)
-        for network, top1 in found.items()
+        (cluster, images, model, top1)
+        for cluster, images, found in accuracies(right, clusters)
+        for model, top1 in found.items()
     )
-    write_csv(path, ["cluster", "photos", "network", "top1"], rows)
+    write_csv(path, ["cluster", "images", "model", "top1"], rows)
 
 
 def report(right: Correct, clusters: Sequence[str], rows: int = 10) -> str:
     """Tables of accuracies and differences, in percent; arguments as in `accuracies`."""
     lines = ["| cluster | images | " + " | ".join(right) + " |", "| --- | ---: |" + " ---: |" * len(right)]
-    for cluster, photos, found in accuracies(right, clusters, rows):
-        lines.append(f"| {cluster} | {photos} | {' | '.join(found.values())} |")
+    for cluster, images, found in accuracies(right, clusters, rows):
+        lines.append(f"| {cluster} | {images} | {' | '.join(found.values())} |")
     first, *others = compare(right, clusters)
     for one in others:
         lines += [
             "",
-            f"{one.network} (seeds {one.by_seed}) − {first.network}: {one.gain:+.1f} points, 95 % interval over "
-            f"{len(set(clusters))} clusters {one.low:+.1f} to {one.high:+.1f}, over images {one.photos_low:+.1f} to "
-            f"{one.photos_high:+.1f}; McNemar's p by pairs of seeds: {one.mcnemar}",
+            f"{one.model} (seeds {one.by_seed}) − {first.model}: {one.gain:+.1f} points, 95 % interval over "
+            f"{len(set(clusters))} clusters {one.low:+.1f} to {one.high:+.1f}, over images {one.images_low:+.1f} to "
+            f"{one.images_high:+.1f}; McNemar's p by pairs of seeds: {one.mcnemar}",
         ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Many explanations on one picture: methods side by side, and the most confident images of each class.
+"""Figures of many explanations: methods side by side, and the images of highest confidence of each class.
 
 Figures A1 to A4 of the supplement of arXiv 2205.10268.
 """
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ..attribution.registry import attribute, check_counts, check_methods
+from ..attribution.registry import attribute, check_counts, method_names
 from ..errors import InputError, MethodError
 from ..explanation.api import explain
 from ..explanation.visualization import map_to_rgba, on_white
@@ -23,15 +23,15 @@ __all__ = ["most_confident", "plot_classes", "plot_methods"]
 
 
 def most_confident(found: Sequence[Confidence], per_class: int, classes: Sequence[int]) -> list[Confidence]:
-    """The images of each class that the model gets right with most confidence, class by class, best first.
+    """Select the correctly classified images of each class with the highest confidence, class by class, best first.
 
     Args:
-        found: What the model says of a data set, from `timm_bcos.evaluation.pointing_game.confidences`.
-        per_class: Images per class.
-        classes: Which classes.
+        found: Predictions, from `timm_bcos.evaluation.pointing_game.confidences`.
+        per_class: Number of images per class.
+        classes: Classes to select.
 
     Raises:
-        InputError: If a class has too few, saying how many are missing.
+        InputError: If a class has too few images; the message says how many are missing.
     """
     check_counts(per_class=per_class)
     chosen: list[Confidence] = []
@@ -39,8 +39,8 @@ def most_confident(found: Sequence[Confidence], per_class: int, classes: Sequenc
         right = sorted((f for f in found if f.label == f.predicted == c), key=lambda f: -f.confidence)
         if len(right) < per_class:
             raise InputError(
-                f"class {c} has {len(right)} images that the model gets right, {per_class - len(right)} fewer than the "
-                f"{per_class} asked for"
+                f"class {c} has {len(right)} correctly classified images, {per_class - len(right)} fewer than the "
+                f"{per_class} requested"
             )
         chosen += right[:per_class]
     return chosen
@@ -53,20 +53,19 @@ def plot_methods(
     methods: Sequence[str],
     class_names: Sequence[str] | None = None,
 ) -> "Figure":
-    """A matplotlib figure: a row per image, a column per method; the network's own explanation is also in color.
+    """Plot a row per image and a column per method. The model's own explanation is also shown in color.
 
-    Methods that do not suit the architecture, or whose library is missing, are left out with a warning.
+    Methods that do not support the model, or whose library is missing, are left out with a warning.
 
     Args:
-        model: A B-cos network or a plain timm model, in eval mode.
+        model: A B-cos model or a plain timm model, in eval mode.
         x: Images (N, C, H, W) in [0, 1].
-        targets: A class per image.
-        methods: Of `timm_bcos.attribution.registry.METHODS`.
-        class_names: For the titles.
+        targets: Class of each image.
+        methods: Attribution methods, names in `timm_bcos.attribution.registry.METHODS`.
+        class_names: Names of all classes, for the titles.
     """
-    check_methods(methods)
     columns: list[tuple[str, Tensor]] = [("image", _colors(x))]
-    for method in methods:
+    for method in method_names(methods):
         try:
             maps = attribute(model, x, list(targets), method)
         except MethodError as error:
@@ -88,21 +87,21 @@ def plot_methods(
 
 
 def plot_classes(model: nn.Module, x: Tensor, targets: Sequence[int], class_names: Sequence[str]) -> "Figure":
-    """A matplotlib figure: images and, below them, their explanations in color; a pair of rows per class.
+    """Plot two rows per class: images, and below them their explanations in color.
 
     Args:
-        model: A B-cos network.
-        x: Images (N, C, H, W) in [0, 1], as many of each class, class by class.
-        targets: Their classes.
-        class_names: Of all classes.
+        model: A B-cos model.
+        x: Images (N, C, H, W) in [0, 1], the same number per class, class by class.
+        targets: Classes of the images.
+        class_names: Names of all classes.
 
     Raises:
-        InputError: For targets that are not as many of each class, class by class.
+        InputError: If classes do not have the same number of images, class by class.
     """
     classes = list(dict.fromkeys(targets))
     per_class = len(targets) // max(len(classes), 1)
     if not classes or list(targets) != [c for c in classes for _ in range(per_class)]:
-        raise InputError(f"targets {list(targets)}: give as many images of each class, class by class")
+        raise InputError(f"targets {list(targets)}: give the same number of images per class, class by class")
     pictures = on_white(explain(model, x, list(targets)).to_rgba())
     figure, axes = _figure(2 * len(classes), per_class)
     for i, target in enumerate(targets):
@@ -115,7 +114,7 @@ def plot_classes(model: nn.Module, x: Tensor, targets: Sequence[int], class_name
 
 
 def _colors(x: Tensor) -> Tensor:
-    """(N, H, W, 3) to look at, of images (N, C, H, W): their first three channels, or gray where there are fewer."""
+    """Colors (N, H, W, 3) of images (N, C, H, W): the first three channels, or gray if there are fewer."""
     three = x[:, :3] if x.shape[1] >= 3 else x.mean(1, keepdim=True).expand(-1, 3, -1, -1)
     return three.movedim(1, -1)
 

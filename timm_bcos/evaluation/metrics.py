@@ -1,20 +1,20 @@
-"""Metrics of attribution methods, behind one call.
+"""Metrics of attribution methods.
 
-| metric | what it measures | better |
+| metric | description | better |
 | --- | --- | --- |
-| deletion | area under the probability while the most important pixels turn to the image's mean | lower |
-| insertion | the same while they come back into an image of the mean color | higher |
-| faithfulness_correlation | correlation of attribution and fall of the probability, over sets of pixels | higher |
+| deletion | area under the probability while the most important pixels are replaced by the mean color | lower |
+| insertion | area under the probability while they are inserted into an image of the mean color | higher |
+| faithfulness_correlation | correlation of attribution and drop of the probability, over sets of pixels | higher |
 | max_sensitivity | largest relative change of the map under small noise on the image | lower |
-| randomization | rank correlation with the map of the network with random weights | nearer 0 |
-| single_deletion | rank correlation, over 4 × 4 cells, of attribution and fall of the logit without the cell | higher |
+| randomization | rank correlation with the map of the model with random weights | nearer 0 |
+| single_deletion | rank correlation of attribution and drop of the logit without a cell, over 4 × 4 cells | higher |
 | energy | share of the positive attribution inside the object's box or mask | higher |
 
 Sources: arXiv 1806.07421 (deletion, insertion), 2005.00631 (faithfulness correlation), 1901.09392 (sensitivity),
-1810.03292 (randomization), 2407.11910 (IDSDS, the single deletion score of a network that has been fine-tuned to see
-images without a cell: `timm_bcos.training.tasks.DeletionClassificationTask`), 1910.01279 (energy). Batch norms of the
-network with random weights have the statistics of the images at hand. Where a metric is not defined for an image (a map
-without differences ranks no pixels, a probability that never changes correlates with nothing) its value is NaN.
+1810.03292 (randomization), 2407.11910 (single deletion: IDSDS, for a model fine-tuned on images without a cell, as
+`timm_bcos.training.tasks.DeletionClassificationTask` does), 1910.01279 (energy). Batch norms of the model with random
+weights use the statistics of the given images. A value is NaN if the metric is not defined for an image: a constant map
+does not rank pixels, and a constant probability has no correlation.
 """
 
 import copy
@@ -29,7 +29,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from ..attribution.registry import AttributionModel, Targets, attribute, check_counts, checked_images
+from ..attribution.registry import (
+    AttributionModel,
+    Targets,
+    attribute,
+    check_counts,
+    checked_images,
+    method_name,
+    method_names,
+)
 from ..data.datasets import LabeledImages, image_loader
 from ..data.regions import cell_masks, region_loader, region_masks, without_cell
 from ..errors import InputError, MethodError
@@ -46,10 +54,10 @@ __all__ = [
     "read_values",
 ]
 
-STEPS = 50  # of deletion and insertion
-SUBSETS, SUBSET_SHARE = 50, 16  # sets of pixels, and the part of the image that each is, for the faithfulness
-NOISES, NOISE = 5, 0.02  # noisy images, and the bound of their uniform noise, for the sensitivity
-CELLS = 4  # per side, of single deletions
+STEPS = 50  # steps of deletion and insertion
+SUBSETS, SUBSET_SHARE = 50, 16  # pixel sets of the faithfulness correlation, each with 1 / 16 of the pixels
+NOISES, NOISE = 5, 0.02  # noisy images of the sensitivity, and the bound of the uniform noise
+CELLS = 4  # cells per side of the single deletion score
 
 
 @dataclass(frozen=True)
@@ -63,14 +71,14 @@ class _Call:
     method: str
     options: dict[str, Any]
     generator: torch.Generator
-    maps: Tensor  # (N, H, W), of float64
-    masks: Tensor | None = None  # (N, H, W), of the objects
+    maps: Tensor  # (N, H, W), float64
+    masks: Tensor | None = None  # (N, H, W), the objects
 
     def explain(self, model: nn.Module, x: Tensor) -> Tensor:
         return attribute(model, x, self.targets, self.method, **self.options).double()
 
     def probability(self, masks: Tensor) -> Tensor:
-        """(N,) of the targets, where an image shows its mean color outside the pixels of its mask (N, H · W)."""
+        """(N,) probabilities of the targets, with pixels outside the mask (N, H · W) in the image's mean color."""
         mask = masks.reshape(len(self.x), 1, *self.x.shape[2:])
         changed = torch.where(mask, self.x, self.x.mean((2, 3), keepdim=True))
         return self.subject.probability(changed).gather(1, self.targets[:, None])[:, 0].double()
@@ -81,14 +89,16 @@ def _deletion(call: _Call) -> Tensor:
 
 
 def _insertion(call: _Call) -> Tensor:
-    """Removing the least important pixels first, read backwards, is inserting the most important ones."""
+    """Removing the least important pixels first is the reverse of inserting the most important ones first."""
     return _area_while_removing(call, -call.maps)
 
 
 def _area_while_removing(call: _Call, importance: Tensor) -> Tensor:
     order = importance.flatten(1).argsort(dim=1, descending=True, stable=True)
     pixels = order.shape[1]
-    step = next(s for s in range(max(pixels // STEPS, 1), 0, -1) if pixels % s == 0)  # steps of equal size
+    step = next(
+        s for s in range(max(pixels // STEPS, 1), 0, -1) if pixels % s == 0
+    )  # so that all steps have the same size
     shown, curve = torch.ones_like(order, dtype=torch.bool), []
     for some in order.split(step, dim=1):
         shown.scatter_(1, some, False)
@@ -137,19 +147,13 @@ RANDOM = {
 
 
 class _DrawingFrom(TorchFunctionMode):
-    """Weights are initialized from a generator of our own: the global one is everybody's."""
+    """Initializes weights from a given generator, so that the global one is not touched."""
 
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
         self.generator = generator
 
-    def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: Sequence[type],
-        args: Sequence[object] = (),
-        kwargs: dict[str, object] | None = None,
-    ) -> object:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         given = kwargs or {}
         if func in RANDOM and given.get("generator") is None:
             given = given | {"generator": self.generator}
@@ -157,13 +161,13 @@ class _DrawingFrom(TorchFunctionMode):
 
 
 @torch.no_grad()
-def _estimate_statistics(network: nn.Module, x: Tensor) -> None:
-    """Let batch norms take the statistics of random weights: with others a deep network's signal fades to nothing."""
-    subject = AttributionModel(network)  # whose statistics are the network's, in the same memory
+def _estimate_statistics(model: nn.Module, x: Tensor) -> None:
+    """Estimate batch norm statistics for random weights; with others the signal of a deep model vanishes."""
+    subject = AttributionModel(model)  # shares the memory of the statistics
     norms: list[Any] = [module for module in subject.modules() if hasattr(module, "reset_running_stats")]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # the average, which is that of this one batch
+        norm.momentum = None  # the cumulative average, here of a single batch
         norm.train()
     subject(subject.prepare(x))
 
@@ -183,7 +187,7 @@ def _single_deletion(call: _Call) -> Tensor:
 
 def _energy(call: _Call) -> Tensor:
     if call.masks is None:
-        raise MethodError("energy needs the objects' masks: give masks=, on the command line --regions")
+        raise MethodError("energy needs masks of the objects: pass masks=, on the command line --regions")
     return energy_shares(call.maps, call.masks.to(call.maps))
 
 
@@ -191,24 +195,24 @@ def energy_shares(maps: Tensor, masks: Tensor) -> Tensor:
     """Share of the positive attribution inside masks: the energy-based pointing game (arXiv 1910.01279, section 4.3).
 
     Args:
-        maps: Signed (N, H, W).
-        masks: (N, H, W) in [0, 1], of objects or their boxes.
+        maps: Signed maps (N, H, W).
+        masks: Masks (N, H, W) in [0, 1] of the objects or their boxes.
 
     Returns:
-        (N,) in [0, 1]; NaN for a map without positive attribution.
+        Shares (N,) in [0, 1]; NaN for a map without positive attribution.
     """
     positive = maps.clamp_min(0)
     return (positive * masks).sum((1, 2)) / positive.sum((1, 2))
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
-    """(N,) of the rows of (N, P), after Pearson."""
+    """(N,) Pearson correlation of the rows of two (N, P)."""
     a, b = (v - v.mean(1, keepdim=True) for v in (a, b))
     return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """(N, P) rank of each value in its row; equal values share the mean of their ranks."""
+    """(N, P) rank of each value in its row; equal values get their mean rank."""
     rows = []
     for row in values:
         _, places, counts = row.unique(return_inverse=True, return_counts=True)
@@ -229,10 +233,10 @@ NEEDING_MASKS = ("energy",)
 
 
 def check_metrics(names: Sequence[str]) -> None:
-    """Refuse unknown metrics.
+    """Check the names of metrics.
 
     Raises:
-        MethodError: Naming those that there are.
+        MethodError: If there is no metric of a name.
     """
     unknown = [name for name in names if name not in METRICS]
     if unknown:
@@ -250,25 +254,24 @@ def evaluate(
     seed: int = 0,
     **options: Any,
 ) -> Tensor:
-    """One metric of one attribution method, for each image.
+    """Compute a metric of an attribution method for each image.
 
     Args:
-        model: A B-cos network or a plain timm model, in eval mode.
+        model: A B-cos model or a plain timm model, in eval mode.
         x: Images (N, C, H, W) in [0, 1].
-        targets: As in `attribute`.
-        metric: Of `METRICS`.
-        method: Of `timm_bcos.attribution.registry.METHODS`.
-        masks: (N, H, W) 1 inside the object or its box, 0 outside, for the metrics in `NEEDING_MASKS`.
-        seed: Of what the metric draws at random.
-        options: Of `attribute`.
+        targets: Classes, as in `attribute`.
+        metric: Name of a metric in `METRICS`.
+        method: Attribution method, a name in `timm_bcos.attribution.registry.METHODS`.
+        masks: Masks (N, H, W) of the objects or their boxes, 1 inside and 0 outside, for metrics in `NEEDING_MASKS`.
+        seed: Random seed of the metric.
+        options: Options of `attribute`.
 
     Returns:
-        (N,) of float64.
+        Values (N,) in float64.
 
     Raises:
-        MethodError: For an unknown metric or method, for maps that are zero everywhere or not finite, and for a metric
-            that lacks its masks.
-        InputError: For masks of another shape than the images', or empty ones.
+        MethodError: If the metric or method is unknown, maps are zero everywhere or not finite, or masks are missing.
+        InputError: If masks are empty or differ from the images in shape.
     """
     check_metrics([metric])
     x = checked_images(model, x)
@@ -276,7 +279,7 @@ def evaluate(
     maps = attribute(model, x, targets, method, **options).double()
     if not bool(maps.isfinite().all()) or not bool(maps.any()):
         kind = "all equal to zero" if bool(maps.isfinite().all()) else "not finite"
-        raise MethodError(f"{metric} of {method}: the maps are {kind}, which cannot be judged")
+        raise MethodError(f"{metric} of {method}: the maps are {kind}, so the metric is not defined")
     subject, generator = AttributionModel(model), torch.Generator().manual_seed(seed)
     call = _Call(model, subject, x, subject.classes(x, targets), method, options, generator, maps, masks)
     return METRICS[metric](call).cpu()
@@ -286,17 +289,17 @@ def _check_masks(masks: Tensor | None, x: Tensor) -> None:
     if masks is None:
         return
     if masks.shape != (len(x), *x.shape[2:]):
-        raise InputError(f"masks {tuple(masks.shape)} of images {tuple(x.shape)}: give (N, H, W) at the images' size")
+        raise InputError(f"masks {tuple(masks.shape)} of images {tuple(x.shape)}: give (N, H, W) of the images' size")
     if not bool(masks.flatten(1).any(1).all()):
-        raise InputError("each mask must hold a pixel that is inside")
+        raise InputError("a mask is empty: each must have a pixel inside the object")
 
 
-FIELDS = dict(metric=str, method=str, image=int, value=float)
+FIELDS: dict[str, Callable[[str], Any]] = dict(metric=str, method=method_name, image=int, value=float)
 Values = dict[tuple[str, str], list[float]]
 
 
 def read_values(folder: Path, images: int) -> Values:
-    """Values by metric and method, where all images have one."""
+    """Values by metric and method, as far as they are complete for all images."""
     found: Values = {}
     for row in read_rows(folder / "metrics.csv", FIELDS):
         found.setdefault((row["metric"], row["method"]), []).append(row["value"])
@@ -313,19 +316,19 @@ def evaluate_all(
     images: int = 20,
     regions: Path | None = None,
 ) -> list[str]:
-    """Measure each method by each metric, as far as the folder does not hold it already.
+    """Compute all metrics of all methods that are not in the directory yet.
 
     Args:
-        model: A B-cos network or a plain timm model, in eval mode.
+        model: A B-cos model or a plain timm model, in eval mode.
         dataset: Labeled images.
-        metrics: Of `timm_bcos.evaluation.metrics.METRICS`.
-        methods: Of `timm_bcos.attribution.registry.METHODS`.
-        folder: Of the results.
-        images: How many, evenly spread over the data set.
-        regions: Where the objects are, as `region_loader` takes it, for the metrics that need it.
+        metrics: Names of metrics in `METRICS`.
+        methods: Attribution methods, names in `timm_bcos.attribution.registry.METHODS`.
+        folder: Directory of the results.
+        images: Number of images, evenly spread over the data set.
+        regions: Object regions, as in `region_loader`, for the metrics that need masks.
 
     Returns:
-        Why methods were left out.
+        The reasons why methods were left out.
     """
     check_counts(images=images)
     indices = np.linspace(0, len(dataset) - 1, min(images, len(dataset))).round().astype(int).tolist()
@@ -333,6 +336,7 @@ def evaluate_all(
     masks = None if regions is None else region_masks(region_loader(model, dataset, regions), indices).to(x.device)
     drop_torn_line(folder / "metrics.csv")
     done, left_out = read_values(folder, len(indices)), {}
+    methods = method_names(methods)
     for metric, method in tqdm([(m, a) for m in metrics for a in methods], "metrics", disable=None):
         if (metric, method) in done:
             continue

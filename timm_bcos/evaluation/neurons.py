@@ -1,4 +1,4 @@
-"""Inner neurons: which images of a data set a layer's units answer most strongly, and what they see in them.
+"""Inner units of a model: the images of a data set that activate them most, and explanations of their activations.
 
 Figures A5, A6 and B4 of the supplement of arXiv 2205.10268.
 """
@@ -38,13 +38,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Strongest:
-    """The images that each of a layer's C units answers most strongly, best first.
+    """The k images with the highest activations of each of a layer's C units, best first.
 
     Attributes:
         layer: Path of the layer.
-        values: (C, k) activations at their strongest positions.
-        indices: (C, k) of the images in the data set.
-        labels: (C, k) classes of the images.
+        values: Activations (C, k) at the most active position.
+        indices: Indices (C, k) of the images in the data set.
+        labels: Classes (C, k) of the images.
     """
 
     layer: str
@@ -57,9 +57,9 @@ class Strongest:
         return self.values[:, :best].mean(1).topk(min(count, len(self.values))).indices.tolist()
 
     def most_one_sided(self, count: int, num_classes: int) -> list[int]:
-        """The units whose images are of the fewest classes, without those whose last places are drawn by lot.
+        """The units with the lowest class entropy.
 
-        A unit that answers fewer than k images with more than 0 fills its list in the order of the data set.
+        Units that are active for fewer than k images are left out: the rest of their lists has no meaningful order.
         """
         ranked = label_entropy(self.labels, num_classes).argsort().tolist()
         last_two = [values[-2:].tolist() for values in self.values]
@@ -76,21 +76,22 @@ def find_strongest(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Strongest:
-    """One pass over a data set; memory holds k images' numbers per unit, and one batch.
+    """Find the images that activate each unit of a layer most, in one pass over a data set.
 
     Args:
-        model: A B-cos network, or a plain timm model, in eval mode.
-        dataset: As `timm.data.create_dataset` makes it.
-        layer: Path of a layer whose output is a map or a sequence of tokens; its type says where its channels are.
-        k: Images per unit.
-        encode: What makes other units of the layer's (N, C, P), such as `Concepts.encode`; None takes them as they are.
-        batch_size: Images at a time.
-        progress: Show a bar.
+        model: A B-cos model or a plain timm model, in eval mode.
+        dataset: Data set from `timm.data.create_dataset`.
+        layer: Path of a layer whose output is a feature map or a sequence of tokens.
+        k: Number of images per unit.
+        encode: Function of the layer's activations (N, C, P) that returns those of other units (N, K, P), such as
+            `Concepts.encode`; None for the layer's channels.
+        batch_size: Number of images per batch.
+        progress: Show a progress bar.
 
     Raises:
-        TargetError: For a layer that does not exist, or has no spatial positions.
-        InputError: For an empty data set.
-        MethodError: For counts below 1.
+        TargetError: If the layer does not exist or has no spatial positions.
+        InputError: If the data set is empty.
+        MethodError: If a count is below 1.
     """
     check_counts(k=k, batch_size=batch_size)
     subject = AttributionModel(model)
@@ -111,39 +112,30 @@ def find_strongest(
 
 @torch.no_grad()
 def peak_activations(subject: AttributionModel, layer: str, x: Tensor) -> Tensor:
-    """How strongly each unit of a layer answers each image, at its strongest position.
+    """Activation of each unit of a layer at its most active position.
 
     Args:
-        subject: The network.
-        layer: Path of one of its modules.
+        subject: Model.
+        layer: Path of a layer.
         x: Images (N, C, H, W) in [0, 1].
 
     Returns:
-        (units, N).
+        Activations (units, N).
 
     Raises:
-        TargetError: For a layer that does not exist, or whose output has no spatial positions.
+        TargetError: If the layer does not exist or has no spatial positions.
     """
     return layer_maps(subject, layer, x).amax(2).T.cpu()
 
 
 @torch.no_grad()
 def layer_maps(subject: AttributionModel, layer: str, x: Tensor) -> Tensor:
-    """(N, C, P) what a layer's C units answer at its P positions.
-
-    Args:
-        subject: The network.
-        layer: Path of one of its modules.
-        x: Images (N, C, H, W) in [0, 1].
-
-    Raises:
-        TargetError: As in `peak_activations`.
-    """
+    """Activations (N, C, P) of a layer's C units at its P positions; arguments and errors as in `peak_activations`."""
     module, outputs, prepared = _find_layer(subject, layer), [], subject.prepare(x)
     with hooked([module], lambda module, args, output: outputs.append(first_output(output))):
         subject(prepared)
     if not outputs or not isinstance(outputs[0], Tensor) or outputs[0].ndim not in (3, 4):
-        shape = tuple(outputs[0].shape) if outputs and isinstance(outputs[0], Tensor) else "nothing of the kind"
+        shape = tuple(outputs[0].shape) if outputs and isinstance(outputs[0], Tensor) else "no tensor"
         raise TargetError(f"layer {layer!r} has no spatial positions: it returns {shape}, not (N, C, H, W)")
     axis = channel_axis(module, outputs[0], subject.model)
     maps: Tensor = outputs[0].movedim(axis, 1).flatten(2)
@@ -158,17 +150,17 @@ def _find_layer(subject: AttributionModel, layer: str) -> nn.Module:
 
 
 def label_entropy(labels: Tensor, num_classes: int) -> Tensor:
-    """How evenly classes are spread over units' images: entropy relative to that of the uniform distribution.
+    """Entropy of the classes of each unit's images, relative to the entropy of the uniform distribution.
 
     Args:
-        labels: (C, k).
-        num_classes: K.
+        labels: Classes (C, k) of the images.
+        num_classes: Number of classes.
 
     Returns:
-        (C,) in [0, 1]: 1 if all classes come equally often, 0 if only one comes.
+        Entropies (C,) in [0, 1]: 1 if all classes are equally frequent, 0 if there is only one.
 
     Raises:
-        TargetError: For labels that are none of the classes.
+        TargetError: If a label is not one of the classes.
     """
     strange = labels[(labels < 0) | (labels >= num_classes)]
     if len(strange):
@@ -176,7 +168,7 @@ def label_entropy(labels: Tensor, num_classes: int) -> Tensor:
     ones = torch.ones_like(labels, dtype=torch.double)
     counts = torch.zeros(len(labels), num_classes).double().scatter_add_(1, labels, ones)
     shares = counts / counts.sum(1, keepdim=True)
-    return torch.special.entr(shares).sum(1) / math.log(max(num_classes, 2))  # of a single class the entropy is 0
+    return torch.special.entr(shares).sum(1) / math.log(max(num_classes, 2))  # avoids 0 / 0 for a single class
 
 
 def plot_wall(
@@ -189,20 +181,20 @@ def plot_wall(
     directions: Tensor | None = None,
     noun: str = "unit",
 ) -> "Figure":
-    """A matplotlib figure with two rows per unit: crops around what it answers, and their explanations.
+    """Plot two rows per unit: crops around the most active positions, and their explanations.
 
     Args:
-        model: A B-cos network.
-        dataset: What the indices are of.
-        strongest: From `find_strongest`.
-        units: Which to show.
-        images: Crops per unit.
-        directions: (units, C) of the layer's channels where units are other than these; None for the channels.
-        noun: What the units are called.
+        model: A B-cos model.
+        dataset: Data set of the images.
+        strongest: Result of `find_strongest`.
+        units: Units to show.
+        images: Number of crops per unit.
+        directions: Directions (units, C) of the units among the layer's channels; None if units are channels.
+        noun: Name of the units in titles.
 
     Raises:
-        TargetError: For a unit that the layer does not have.
-        MethodError: For no units or no images.
+        TargetError: If the layer does not have one of the units.
+        MethodError: If there are no units or no images.
     """
     from matplotlib.figure import Figure
 
@@ -244,7 +236,7 @@ def _explain_unit(
 
 
 def _centers(explanation: Explanation) -> list[tuple[int, int]]:
-    """Where in the image the contributions to each neuron lie: their center of mass."""
+    """Center of mass of the positive contributions to each unit."""
     mass = explanation.contribution_map.clamp(min=0).double()
     mass = mass / mass.sum((1, 2), keepdim=True).clamp(min=1e-30)
     rows, columns = (torch.arange(n, device=mass.device, dtype=mass.dtype) for n in mass.shape[1:])
@@ -255,14 +247,14 @@ def _centers(explanation: Explanation) -> list[tuple[int, int]]:
 
 
 def _crop(picture: Tensor, center: tuple[int, int]) -> Tensor:
-    """A third of the picture's side around a center, moved inside where it would cross the border."""
+    """Crop a third of the image's side around a center, within the borders."""
     size = max(picture.shape[0] // 3, min(24, *picture.shape[:2]))
     top, left = (min(max(c - size // 2, 0), n - size) for c, n in zip(center, picture.shape[:2], strict=True))
     return picture[top : top + size, left : left + size].float()
 
 
 def plot_label_counts(strongest: Strongest, units: Sequence[int], class_names: Sequence[str]) -> "Figure":
-    """A matplotlib figure with the classes of each unit's strongest images, and the entropy of their distribution."""
+    """Plot the class counts of each unit's strongest images, with their entropy."""
     from matplotlib.figure import Figure
 
     _check_units(strongest, units)
@@ -278,12 +270,12 @@ def plot_label_counts(strongest: Strongest, units: Sequence[int], class_names: S
 
 
 def save_units(strongest: Strongest, class_names: Sequence[str], path: Path) -> None:
-    """Write a row per unit as CSV: its strongest activation, its images, the entropy of their classes and the first.
+    """Write a CSV file with a row per unit: strongest activation, number of images, class entropy, top class and share.
 
     Args:
-        strongest: Of a layer.
-        class_names: Of all classes.
-        path: Of the file.
+        strongest: Result of `find_strongest`.
+        class_names: Names of all classes.
+        path: File to write.
     """
     entropy = label_entropy(strongest.labels, len(class_names)).tolist()
     rows = []

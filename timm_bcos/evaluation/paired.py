@@ -1,4 +1,4 @@
-"""How far the network's own explanation is ahead of each post-hoc method, by the grids that both have played."""
+"""Paired comparison of the model's own explanation with post-hoc methods on the same grids."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,14 +17,17 @@ __all__ = [
 def bootstrap_interval(
     values: np.ndarray, clusters: Sequence[str] | None = None, *, draws: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """A 95 % interval of the mean (percentiles of the resampled means).
+    """95 % bootstrap interval of a mean, from percentiles of the resampled means.
 
     Args:
-        values: (N,).
-        clusters: N names: values of one cluster resemble each other, so that whole clusters are resampled. None for N
-            independent values.
-        draws: Resamples.
-        seed: Of the draws.
+        values: Values (N,).
+        clusters: Names of the N values' clusters, which are resampled as a whole because their values are not
+            independent. None for independent values.
+        draws: Number of resamples.
+        seed: Random seed of the resampling.
+
+    Returns:
+        Lower and upper end.
     """
     names = np.arange(len(values)) if clusters is None else clusters
     groups, places = np.unique(names, return_inverse=True)
@@ -37,21 +40,21 @@ def bootstrap_interval(
     return low, high
 
 
-OWN = "bcos"  # the method that is compared with the others
+OWN = "bcos"  # the model's own explanation
 
 
 @dataclass(frozen=True)
 class Gain:
-    """The own explanation's share of the cells minus another method's, on the same grids.
+    """Localization of the model's own explanation minus that of another method, on the same grids.
 
     Attributes:
-        method: The other one.
-        cells: Per side of a grid.
-        window: Of the smoothing in pixels.
-        grids: Number of them.
-        mean: Over the grids, each of which counts by the mean of its cells.
+        method: Name of the other method.
+        cells: Number of cells per side of a grid.
+        window: Smoothing window in pixels.
+        grids: Number of grids.
+        mean: Mean over the grids of the mean difference of their cells.
         low: Lower end of the 95 % interval (bootstrap over grids).
-        high: Its upper end.
+        high: Upper end of the 95 % interval.
     """
 
     method: str
@@ -69,11 +72,11 @@ class Gain:
 
 
 def paired_gains(values: Mapping[tuple[int, int, str, int], Sequence[float]], methods: Iterable[str]) -> list[Gain]:
-    """A gain for each grid size, window and method; none where the own explanation has not played.
+    """Compute the gain for each grid size, window and method that has grids in common with the own explanation.
 
     Args:
-        values: Shares of the cells by cells per side, window, method and number of the grid.
-        methods: That may be compared with.
+        values: Shares of the cells, by cells per side, window, method and number of the grid.
+        methods: Methods to compare with.
     """
     means: dict[tuple[int, int], dict[str, dict[int, float]]] = {}
     for (cells, window, method, grid), shares in sorted(values.items()):
@@ -91,7 +94,7 @@ def paired_gains(values: Mapping[tuple[int, int, str, int], Sequence[float]], me
 
 
 def gains_table(gains: Sequence[Gain]) -> str:
-    """A Markdown table."""
+    """Markdown table of the gains."""
     lines = [
         f"| {OWN} minus | cells | smoothing | grids | mean (95 %) | {OWN} is |",
         "| --- |" + " ---: |" * 4 + " --- |",

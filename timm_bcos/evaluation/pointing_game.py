@@ -1,13 +1,18 @@
-"""The grid pointing game: in a grid of images of different classes, how much of a class's attribution is in its cell?
+"""The grid pointing game (arXiv 2205.10268, section 4): how much attribution of a class lies in its own cell.
 
-Section 4 of arXiv 2205.10268. A map that lies wholly in the cell of its class scores 1, a uniform one 1 / n². Grids are
-made of the images that the model is most confident of, so that it surely sees the class.
+A map that lies completely in the cell of its class scores 1, a uniform map 1 / n². Grids are composed of the images
+with the highest confidence, so that the model recognizes each class.
+
+`Disconnected` restricts what can influence a logit (arXiv 2205.10435, section 3.1). In a fully disconnected grid
+(DiFull), the model processes each cell separately, so attribution outside the cell is certainly wrong. In a partially
+disconnected grid (DiPart), the model processes the whole grid, but each cell's features get a classifier of their own:
+only receptive fields across the border connect cells.
 """
 
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -16,23 +21,23 @@ from torch import Tensor, nn
 
 from ..attribution.registry import AttributionModel, attribute, check_counts
 from ..data.datasets import LabeledImages, image_batches, image_loader
-from ..data.regions import cell_of_pixels
-from ..errors import InputError
-from .disconnected import Disconnected
+from ..data.regions import cell_of_pixels, cut_cells, join_cells
+from ..errors import InputError, MethodError
 
 __all__ = [
-    "Confidence", "Grid", "cell_shares", "confidences", "grid_shares", "grid_targets", "localization", "sample_grids",
+    "Confidence", "Disconnected", "Disconnection", "Grid", "cell_shares", "compose", "confidences", "grid_shares",
+    "grid_targets", "localization", "sample_grids",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Confidence:
-    """What a model says of one image of a data set.
+    """The prediction of a model for one image of a data set.
 
     Attributes:
-        index: Of the image in the data set.
-        label: Its class.
-        predicted: The model's.
+        index: Index of the image.
+        label: Class of the image.
+        predicted: Predicted class.
         confidence: Probability of the label.
     """
 
@@ -47,9 +52,9 @@ class Grid:
     """n² images of different classes, row by row.
 
     Attributes:
-        n: Cells per side.
-        indices: Of the images in the data set.
-        classes: Of the cells.
+        n: Number of cells per side.
+        indices: Indices of the images in the data set.
+        classes: Classes of the cells.
     """
 
     n: int
@@ -60,17 +65,17 @@ class Grid:
 def confidences(
     model: nn.Module, dataset: LabeledImages, *, start: int = 0, batch_size: int = 32, progress: bool = True
 ) -> Iterator[Confidence]:
-    """What a model says of every image of a labeled data set, as it comes.
+    """Iterate over the predictions for all images of a labeled data set.
 
     Args:
-        model: A B-cos network or a plain timm model, in eval mode.
-        dataset: As `timm.data.create_dataset` makes it.
-        start: The first image.
-        batch_size: Images at a time.
-        progress: Show a bar.
+        model: A B-cos model or a plain timm model, in eval mode.
+        dataset: Data set from `timm.data.create_dataset`.
+        start: Index of the first image.
+        batch_size: Number of images per batch.
+        progress: Show a progress bar.
 
     Raises:
-        InputError: For a data set without labels, or with other classes than the model's.
+        InputError: If the data set has no labels, or a label is not a class of the model.
     """
     check_counts(batch_size=batch_size)
     subject, indices = AttributionModel(model), range(start, len(dataset))
@@ -89,19 +94,19 @@ def confidences(
 def sample_grids(
     found: Sequence[Confidence], n: int, count: int, *, threshold: float = 0.5, seed: int = 0, reuse: bool = False
 ) -> list[Grid]:
-    """Random sets of n² classes, each with its most confident image that no grid has used yet.
+    """Sample grids of n² random classes. Each class shows its unused image with the highest confidence.
 
     Args:
-        found: What the model says of the images.
-        n: Cells per side.
-        count: Grids.
-        threshold: Only images that the model gets right with at least this probability are taken.
-        seed: Of the choice of classes.
-        reuse: Start again with a class's first image when all have been used.
+        found: Predictions, from `confidences`.
+        n: Number of cells per side.
+        count: Number of grids.
+        threshold: Minimum confidence of an image; only correctly classified images are used.
+        seed: Random seed for sampling classes.
+        reuse: Start again with a class's first image when all are used.
 
     Raises:
-        InputError: If there are too few images, saying how many are missing.
-        MethodError: For counts below 1.
+        InputError: If there are too few images; the message says how many are missing.
+        MethodError: If a count is below 1.
     """
     check_counts(n=n, count=count)
     ranked: dict[int, list[int]] = {}
@@ -110,8 +115,8 @@ def sample_grids(
             ranked.setdefault(item.label, []).append(item.index)
     if len(ranked) < n * n:
         raise InputError(
-            f"{n}×{n} grids need {n * n} classes with images that the model gets right with a probability of at least "
-            f"{threshold:g}, {len(ranked)} have some: images of {n * n - len(ranked)} more are missing"
+            f"{n}×{n} grids need {n * n} classes with correctly classified images of a confidence of at least "
+            f"{threshold:g}; {len(ranked)} classes have some, {n * n - len(ranked)} more are missing"
         )
     rng = random.Random(seed)
     used = dict.fromkeys(ranked, 0)
@@ -122,7 +127,7 @@ def sample_grids(
             missing = count - len(grids)
             raise InputError(
                 f"{count} grids of {n}×{n} need more images: after {len(grids)} grids only {len(free)} classes have "
-                f"unused ones, so that {missing} grids ({missing * n * n} images) are missing; ask for fewer, or reuse"
+                f"unused ones; {missing} grids ({missing * n * n} images) are missing: ask for fewer, or reuse images"
             )
         classes = rng.sample(free, n * n)
         grids.append(Grid(n, tuple(ranked[c][used[c] % len(ranked[c])] for c in classes), tuple(classes)))
@@ -135,15 +140,15 @@ def cell_shares(maps: Tensor, n: int, smooth: int = 1) -> Tensor:
     """Share of the positive attribution in each cell of an n×n grid.
 
     Args:
-        maps: Signed (N, H, W). Where n divides no side, a pixel is of the cell that its center lies in.
-        n: Cells per side.
-        smooth: Window of a mean filter over the signed map, odd; 1 for none. The paper's code takes 15.
+        maps: Signed maps (N, H, W). If n does not divide a side, a pixel belongs to the cell that contains its center.
+        n: Number of cells per side.
+        smooth: Window of a mean filter over the signed map, odd; 1 for no smoothing. The paper's code uses 15.
 
     Returns:
-        (N, n, n); sums to 1, or is 0 everywhere for a map without positive attribution.
+        Shares (N, n, n). They sum to 1, or are 0 for a map without positive attribution.
 
     Raises:
-        InputError: For an even window, which would shift the map.
+        InputError: If the window is even, which would shift the map.
     """
     check_counts(n=n)
     if smooth < 1 or smooth % 2 == 0:
@@ -155,29 +160,9 @@ def cell_shares(maps: Tensor, n: int, smooth: int = 1) -> Tensor:
     return torch.where(total > 0, sums / total.clamp(min=torch.finfo(sums.dtype).tiny), torch.zeros_like(sums))
 
 
-def localization(
-    model: nn.Module,
-    dataset: LabeledImages,
-    grid: Grid,
-    method: str = "bcos",
-    *,
-    smooth: Sequence[int] = (1, 15),
-    **options: Any,
-) -> Tensor:
-    """Play one grid: for each cell's class, the share of its positive attribution that lies in the cell.
-
-    Args:
-        model: A B-cos network or a plain timm model, in eval mode; or one that is `Disconnected`.
-        dataset: What the grid's indices are of.
-        grid: From `sample_grids`.
-        method: Of `timm_bcos.attribution.registry.METHODS`.
-        smooth: Windows, as in `cell_shares`; the maps are made once for all.
-        options: Of `attribute`.
-
-    Returns:
-        (windows, n²), in [0, 1].
-    """
-    return grid_shares(model, compose(model, dataset, grid), grid, method, smooth=smooth, **options)
+def localization(model: nn.Module, dataset: LabeledImages, grid: Grid, method: str = "bcos", **options: Any) -> Tensor:
+    """Play one grid of images of a data set; arguments and result as in `grid_shares`."""
+    return grid_shares(model, compose(model, dataset, grid), grid, method, **options)
 
 
 def grid_shares(
@@ -189,20 +174,35 @@ def grid_shares(
     smooth: Sequence[int] = (1, 15),
     **options: Any,
 ) -> Tensor:
-    """The same for a picture (1, C, H, W) that `compose` has made; arguments and result are those of `localization`."""
+    """Play one grid: for each cell's class, the share of its positive attribution that lies in the cell.
+
+    Args:
+        model: A B-cos model or a plain timm model, in eval mode, or a `Disconnected` one.
+        image: Image (1, C, H, W) of the grid, from `compose`.
+        grid: Grid from `sample_grids`.
+        method: Attribution method, a name in `timm_bcos.attribution.registry.METHODS`.
+        smooth: Smoothing windows, as in `cell_shares`. The maps are computed once.
+        options: Options of `attribute`.
+
+    Returns:
+        Shares (windows, n²) in [0, 1].
+    """
     classes = grid_targets(model, grid).to(image.device)
     maps = attribute(model, image.expand(len(classes), -1, -1, -1), classes, method, **options)
     return torch.stack([cell_shares(maps, grid.n, window).flatten(1).diagonal() for window in smooth])
 
 
 def grid_targets(model: nn.Module, grid: Grid) -> Tensor:
-    """(n²,) the logit that stands for the class of each cell."""
+    """(n²,) index of the logit of each cell's class."""
     classes = torch.tensor(grid.classes)
     return model.targets(classes) if isinstance(model, Disconnected) else classes
 
 
 def compose(model: nn.Module, dataset: LabeledImages, grid: Grid) -> Tensor:
-    """The picture of a grid, (1, C, H, W); a model of fixed input size sees smaller cells, others a larger picture."""
+    """Compose the image (1, C, H, W) of a grid.
+
+    For models of fixed input size the cells are reduced; otherwise the image is larger.
+    """
     load = image_loader(model, dataset)
     images = torch.stack([load(index)[0] for index in grid.indices])
     is_fixed = (getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size", False)
@@ -215,3 +215,63 @@ def compose(model: nn.Module, dataset: LabeledImages, grid: Grid) -> Tensor:
         return picture
     height, width = timm.data.resolve_model_data_config(model)["input_size"][-2:]
     return F.interpolate(picture, (height, width), mode="bilinear") if picture.shape[-1] != width else picture
+
+
+Disconnection = Literal["none", "full", "part"]
+
+
+class Disconnected(nn.Module):
+    """A model with separate logits for each cell of a grid.
+
+    Maps images (N, C, n · H, n · W) to logits (N, n² · K), cell by cell.
+
+    Args:
+        model: A B-cos model or a plain timm model, with timm's `forward_features` and `forward_head`.
+        n: Number of cells per side.
+        kind: 'full' (DiFull) or 'part' (DiPart).
+
+    Raises:
+        MethodError: If the model lacks one of these methods.
+    """
+
+    def __init__(self, model: Any, n: int, kind: Disconnection) -> None:
+        super().__init__()
+        if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
+            raise MethodError(f"{type(model).__name__} has no forward_features and forward_head to disconnect")
+        self.model, self.n, self.kind = model, n, kind
+        self.maps = nn.Identity()  # of the whole grid, as the last feature map for Grad-CAM
+        self.classes: int = model.num_classes
+        self.num_classes = n * n * self.classes
+        whole_size = (
+            dict(fixed_input_size=False) if kind == "full" else {}
+        )  # cells have the model's input size, the grid has not
+        self.pretrained_cfg = dict(model.pretrained_cfg) | whole_size
+        if hasattr(model, "bcos_config"):
+            self.bcos_config = model.bcos_config
+        self.train(model.training)
+
+    def targets(self, classes: Tensor) -> Tensor:
+        """(n²,) index of the logit of each cell's class."""
+        return classes + self.classes * torch.arange(self.n**2, device=classes.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, n² · K) of all cells."""
+        features = self._apart(x) if self.kind == "full" else self._together(x)
+        logits: Tensor = self.model.forward_head(features)
+        return logits.unflatten(0, (len(x), -1)).flatten(1)
+
+    def _apart(self, x: Tensor) -> Tensor:
+        features: Tensor = self.model.forward_features(cut_cells(x, self.n))
+        return cut_cells(self.maps(join_cells(features, self.n)), self.n) if self._are_maps(features) else features
+
+    def _together(self, x: Tensor) -> Tensor:
+        features: Tensor = self.model.forward_features(x)
+        if not self._are_maps(features):
+            raise MethodError(
+                f"DiPart needs feature maps (N, C, H, W); {type(self.model).__name__} has features of shape "
+                f"{tuple(features.shape)}: use 'full'"
+            )
+        return cut_cells(self.maps(features), self.n)
+
+    def _are_maps(self, features: Tensor) -> bool:
+        return features.ndim == 4 and getattr(self.model, "output_fmt", "NCHW") == "NCHW"

@@ -1,7 +1,7 @@
-"""The pointing game played into a folder, from which an interrupted run resumes.
+"""The pointing game with results in a directory, where an interrupted run resumes.
 
-`confidences.csv` has what the model says of each image and `values.csv` every value, both appended to as they come;
-`summary.csv`, `gains.csv`, `summary.md` and `boxes.png` sum them up.
+Rows are appended to `confidences.csv` (predictions for all images) and `values.csv` (all shares) as they are computed.
+`summary.csv`, `gains.csv`, `summary.md` and `boxes.png` summarize them.
 """
 
 import dataclasses
@@ -13,19 +13,28 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
+from ..attribution.registry import method_name, method_names
 from ..data.datasets import LabeledImages
 from ..errors import InputError, MethodError
 from ..explanation.visualization import save_figure
 from ..files import atomic_path, write_csv
 from ..prefetch import prefetch
-from .disconnected import Disconnected, Disconnection
 from .paired import Gain, gains_table, paired_gains
-from .pointing_game import Confidence, Grid, compose, confidences, grid_shares
+from .pointing_game import Confidence, Disconnected, Disconnection, Grid, compose, confidences, grid_shares
 from .results import append_rows, drop_torn_line, read_rows
 
 __all__ = ["play", "play_all", "read_confidences", "read_values", "summarize", "write_summary"]
 
-FIELDS = {"n": int, "smooth": int, "method": str, "grid": int, "cell": int, "class": int, "image": int, "value": float}
+FIELDS: dict[str, Callable[[str], Any]] = {
+    "n": int,
+    "smooth": int,
+    "method": method_name,
+    "grid": int,
+    "cell": int,
+    "class": int,
+    "image": int,
+    "value": float,
+}
 CONFIDENCES: dict[str, Callable[[str], Any]] = dict(index=int, label=int, predicted=int, confidence=float)
 SUMMARY = ("method", "cells", "smooth", "values", "median", "q25", "q75")
 GAINS = [field.name for field in dataclasses.fields(Gain)]
@@ -36,7 +45,7 @@ Panels = dict[Panel, dict[str, np.ndarray]]
 
 
 def read_confidences(model: nn.Module, dataset: LabeledImages, folder: Path) -> list[Confidence]:
-    """What the model says of each image: from the folder's file, which is completed first."""
+    """Predictions for all images, read from the directory's file; missing ones are computed first."""
     path = folder / "confidences.csv"
     drop_torn_line(path)
     done = len(path.read_text().splitlines()) - 1 if path.exists() else 0
@@ -46,7 +55,7 @@ def read_confidences(model: nn.Module, dataset: LabeledImages, folder: Path) -> 
 
 
 def read_values(folder: Path) -> dict[Key, list[float]]:
-    """Values of whole grids, in the order of their cells; what an interruption cut short is played again."""
+    """Shares of complete grids, in the order of their cells. Grids that an interruption cut off are left out."""
     found: dict[Key, dict[int, float]] = {}
     for row in read_rows(folder / "values.csv", FIELDS):
         found.setdefault((row["n"], row["smooth"], row["method"], row["grid"]), {})[row["cell"]] = row["value"]
@@ -63,25 +72,26 @@ def play_all(
     disconnect: Disconnection = "none",
     **options: Any,
 ) -> list[str]:
-    """Play grids of each size by each method, with a summary after each size.
+    """Play grids of several sizes with several methods, and write a summary after each size.
 
     Args:
-        model: A B-cos network or a plain timm model, in eval mode.
-        dataset: What the grids' indices are of.
-        samples: Grids of one size each.
-        methods: Of `timm_bcos.attribution.registry.METHODS`.
-        folder: Of the results.
-        disconnect: 'full' or 'part': play with the model as `Disconnected` makes it.
-        options: Of `play`.
+        model: A B-cos model or a plain timm model, in eval mode.
+        dataset: Data set of the grids' images.
+        samples: Lists of grids, each of one size.
+        methods: Attribution methods, names in `timm_bcos.attribution.registry.METHODS`.
+        folder: Directory of the results.
+        disconnect: Use a `Disconnected` model of this kind, 'full' or 'part'.
+        options: Options of `play`.
 
     Returns:
-        Why methods were left out.
+        The reasons why methods were left out.
 
     Raises:
-        InputError: If no method suits the model.
+        InputError: If no method supports the model.
     """
     drop_torn_line(folder / "values.csv")
     left_out: dict[str, str] = {}
+    methods = method_names(methods)
     for grids in samples:
         player = model if disconnect == "none" else Disconnected(model, grids[0].n, disconnect)
         for method in methods:
@@ -103,21 +113,21 @@ def play(
     smooth: Sequence[int] = (1, 15),
     batch_size: int | None = None,
 ) -> None:
-    """Play the grids that the folder has no values of.
+    """Play all grids whose shares are not in the directory yet.
 
     Args:
-        model: A B-cos network or a plain timm model, in eval mode.
-        dataset: What the grids' indices are of.
-        grids: Of one size.
-        method: Of `timm_bcos.attribution.registry.METHODS`.
-        folder: Of the results.
-        smooth: Windows, as in `timm_bcos.evaluation.pointing_game.cell_shares`.
-        batch_size: Classes of a grid per pass, as in `attribute`; None takes as many as memory allows.
+        model: A B-cos model or a plain timm model, in eval mode.
+        dataset: Data set of the grids' images.
+        grids: Grids of one size.
+        method: Attribution method, a name in `timm_bcos.attribution.registry.METHODS`.
+        folder: Directory of the results.
+        smooth: Smoothing windows, as in `timm_bcos.evaluation.pointing_game.cell_shares`.
+        batch_size: Number of classes per pass, as in `attribute`; None for as many as memory allows.
 
     Raises:
-        MethodError: If the method does not suit the model.
+        MethodError: If the method does not support the model.
     """
-    done = read_values(folder)
+    (method,), done = method_names([method]), read_values(folder)
     todo = [
         (number, grid, missing)
         for number, grid in enumerate(grids)
@@ -137,7 +147,7 @@ def play(
 
 
 def summarize(folder: Path, methods: Iterable[str]) -> Panels:
-    """Values by grid size and window, then by method, in the order of the methods."""
+    """Shares by grid size and window, then by method, in the order of the methods."""
     found: dict[Panel, dict[str, list[float]]] = {}
     for (n, window, method, _), values in sorted(read_values(folder).items()):
         found.setdefault((n, window), {}).setdefault(method, []).extend(values)
@@ -149,19 +159,19 @@ def summarize(folder: Path, methods: Iterable[str]) -> Panels:
 
 
 def write_summary(folder: Path, methods: Sequence[str], left_out: Mapping[str, str]) -> None:
-    """Write what has been played so far as tables and box plots.
+    """Write tables and box plots of all results so far.
 
     Args:
-        folder: Of the results.
-        methods: That were asked for.
-        left_out: Why some of them were not played.
+        folder: Directory of the results.
+        methods: Requested methods.
+        left_out: Reasons why methods were left out.
 
     Raises:
-        InputError: If none was.
+        InputError: If there are no results.
     """
     panels = summarize(folder, methods)
     if not panels:
-        raise InputError(f"no method suits this model: {'; '.join(left_out.values())}")
+        raise InputError(f"no method supports this model: {'; '.join(left_out.values())}")
     gains = paired_gains(read_values(folder), methods)
     with atomic_path(folder / "summary.md") as path:
         path.write_text(_table(panels) + ("\n" + gains_table(gains) if gains else ""))
@@ -183,7 +193,7 @@ def _rows(panels: Panels) -> Iterable[tuple[object, ...]]:
 
 
 def _table(panels: Panels) -> str:
-    """Median and quartiles; a row per method, a column per grid size and window."""
+    """Markdown table of medians and quartiles: a row per method, a column per grid size and window."""
     titles = [f"{n}×{n}, {_smoothing(window)}" for n, window in panels]
     lines = ["| method | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(titles)]
     for method in dict.fromkeys(method for values in panels.values() for method in values):
@@ -202,7 +212,7 @@ def _smoothing(window: int) -> str:
 
 
 def _box_plots(panels: Panels, path: Path) -> None:
-    """A row per grid size, a column per window, a box per method, and what a uniform map scores."""
+    """Box plots: a row per grid size, a column per window, a box per method, and the score of a uniform map."""
     from matplotlib.figure import Figure
 
     sizes, windows = (sorted(set(values)) for values in zip(*panels, strict=True))

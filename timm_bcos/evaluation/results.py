@@ -1,4 +1,4 @@
-"""What a folder of results depends on, so that no run resumes results of other settings."""
+"""Directories of results: CSV files that grow row by row, and the settings that a resumed run must share."""
 
 import csv
 import hashlib
@@ -21,7 +21,7 @@ __all__ = [
 
 
 def append_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Append rows to a CSV file as they come; a new file begins with `header`."""
+    """Append rows to a CSV file; a new file begins with `header`."""
     is_new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
@@ -30,9 +30,9 @@ def append_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[objec
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cut a text file that grows by lines back to its last whole one, should an interruption have torn it.
+    """Remove an incomplete last line, which an interruption may leave.
 
-    A file without a whole line is removed, so that its header is written again.
+    A file without a complete line is deleted, so that its header is written again.
     """
     if path.exists():
         whole = path.read_bytes().rfind(b"\n") + 1
@@ -43,14 +43,14 @@ def drop_torn_line(path: Path) -> None:
 
 
 def read_rows(path: Path, types: Mapping[str, Callable[[str], Any]]) -> list[dict[str, Any]]:
-    """The rows of a file that `append_rows` wrote; none if there is no file. A line cut short at the end is left out.
+    """Read the rows of a file that `append_rows` wrote, without an incomplete last line. A missing file has no rows.
 
     Args:
-        path: Of the file.
-        types: What turns each column's text into its value; the columns in order.
+        path: File to read.
+        types: Converters of the columns' texts, in the order of the columns.
 
     Raises:
-        InputError: Naming the first line that is damaged.
+        InputError: If a line is damaged.
     """
     if not path.exists():
         return []
@@ -58,9 +58,9 @@ def read_rows(path: Path, types: Mapping[str, Callable[[str], Any]]) -> list[dic
         with path.open(newline="") as file:
             header, *lines = list(csv.reader(file)) or [[]]
     except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{path} is damaged: {first_line(error)}; mend or remove it") from error
+        raise InputError(f"{path} is damaged: {first_line(error)}; fix or remove it") from error
     if header != list(types):
-        raise InputError(f"{path} is damaged: its first line should be {','.join(types)}; mend or remove it")
+        raise InputError(f"{path} is damaged: its first line should be {','.join(types)}; fix or remove it")
     if lines and len(lines[-1]) < len(types):
         lines.pop()
     return [_row(cells, types, f"{path}, line {number}") for number, cells in enumerate(lines, 2)]
@@ -70,23 +70,23 @@ def _row(cells: Sequence[str], types: Mapping[str, Callable[[str], Any]], place:
     try:
         return {name: convert(cell) for (name, convert), cell in zip(types.items(), cells, strict=True)}
     except ValueError as error:
-        raise InputError(f"{place} is damaged: {first_line(error)}; mend or remove it") from error
+        raise InputError(f"{place} is damaged: {first_line(error)}; fix or remove it") from error
 
 
-CONTENTS = ("checkpoint", "data_dir", "class_map", "regions")  # what may change under the same name
+CONTENTS = ("checkpoint", "data_dir", "class_map", "regions")  # files that may change under the same name
 
 
 def remember_settings(folder: Path, given: Mapping[str, object]) -> None:
-    """Note in `folder/settings.json` what its results depend on.
+    """Write the settings of results to `folder/settings.json`, or check that they are the same.
 
-    That is the contents of files too: of the checkpoint, and which files of which sizes the data set has.
+    The settings include the contents of the checkpoint, and the names and sizes of the data set's files.
 
     Args:
-        folder: Made if need be.
-        given: Settings by name; under `CONTENTS`' names, files and folders.
+        folder: Directory of the results; created if necessary.
+        given: Settings by name; those in `CONTENTS` are files and directories.
 
     Raises:
-        InputError: If the folder holds results of other settings.
+        InputError: If the directory has results of other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
     settings = {name: _as_text(value) for name, value in given.items()}
@@ -100,17 +100,17 @@ def remember_settings(folder: Path, given: Mapping[str, object]) -> None:
     changed = [name for name in settings if stored.get(name) != settings[name]]
     if changed:
         raise InputError(
-            f"{folder} holds results for {changed[0]}={stored.get(changed[0], 'unknown')}, not {settings[changed[0]]}: "
+            f"{folder} has results for {changed[0]}={stored.get(changed[0], 'unknown')}, not {settings[changed[0]]}: "
             f"choose another folder with --out"
         )
 
 
 def fingerprint(path: Path, without: Path | None = None) -> str:
-    """What tells a file from another one, or a folder: the names and sizes of all files in it.
+    """Hash of a file's contents, or of the names and sizes of all files in a directory.
 
     Args:
-        path: A file or folder.
-        without: A folder that does not count.
+        path: File or directory.
+        without: Directory to leave out.
     """
     if path.is_file():
         return sha256(path)
@@ -126,13 +126,13 @@ def _read_settings(path: Path) -> dict[str, str]:
         stored = json.loads(path.read_text())
         if isinstance(stored, dict):
             return stored
-        reason = "no mapping"
+        reason = "not an object"
     except (OSError, ValueError) as error:
         reason = first_line(error)
     raise InputError(f"{path} is damaged ({reason}): choose another folder with --out, or remove this one")
 
 
 def _as_text(value: object) -> str:
-    """Paths as they are found from anywhere."""
+    """The text of a setting; paths are made absolute."""
     is_path = isinstance(value, Path) or (isinstance(value, str) and value and Path(value).exists())
     return str(Path(str(value)).resolve() if is_path else value)

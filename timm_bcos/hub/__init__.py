@@ -1,1 +1,1 @@
-"""From a trained network to the Hugging Face Hub."""
+"""Publishing on the Hugging Face Hub: models, model cards and Spaces."""

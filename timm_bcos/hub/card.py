@@ -1,4 +1,4 @@
-"""The model card of a published network: what it is, how to load and explain it, how good it is, under which terms."""
+"""The model card of a published model: description, code to load and explain it, accuracy, license, citations."""
 
 import math
 import re
@@ -35,15 +35,18 @@ __all__ = [
     "write_card",
 ]
 
-OTHER_WEIGHTS = ("pretrained_path", "initial_checkpoint")  # of train.py: files, of which nobody knows the origin
+OTHER_WEIGHTS = ("pretrained_path", "initial_checkpoint")  # arguments of train.py for files of unknown origin
 
 
 def find_base_model(name: str | None = None, checkpoint: Path | None = None) -> str | None:
-    """The 'ORGANIZATION/NAME' of the weights that a network was made from, or None if that is not known.
+    """Find the repository of a model's initial weights.
 
     Args:
-        name: timm's, of a plain or B-cos network that is taken with its published weights.
-        checkpoint: Of train.py, instead; others do not tell.
+        name: timm name of a model with published weights.
+        checkpoint: Checkpoint of train.py, instead of a name.
+
+    Returns:
+        'ORGANIZATION/NAME', or None if it is unknown.
     """
     if checkpoint is None:
         return _address(name) if name else None
@@ -63,18 +66,24 @@ def _address(name: str) -> str | None:
 
 
 aten = torch.ops.aten
-PRODUCTS = (aten.convolution, aten.mm, aten.addmm, aten.bmm, aten.baddbmm)  # what activations are the outputs of
+PRODUCTS = (
+    aten.convolution,
+    aten.mm,
+    aten.addmm,
+    aten.bmm,
+    aten.baddbmm,
+)  # operations whose outputs count as activations
 
 
 @dataclass(frozen=True)
 class ModelStats:
-    """The size of a network and the work for one image.
+    """Size of a model, and its operations for one image.
 
     Attributes:
-        parameters: How many numbers it has learned.
-        macs: Multiply-accumulates of convolutions, linear layers and matrix products.
-        activations: Numbers that these put out.
-        image_size: Height and width of the image, in pixels.
+        parameters: Number of parameters.
+        macs: Multiply-accumulate operations of convolutions, linear layers and matrix products.
+        activations: Number of values that these return.
+        image_size: Height and width of the image in pixels.
     """
 
     parameters: int
@@ -83,7 +92,7 @@ class ModelStats:
     image_size: tuple[int, int]
 
     def lines(self) -> dict[str, str]:
-        """As timm's cards name them: in millions and billions."""
+        """The lines of timm's model cards, in millions and billions."""
         return {
             "Params (M)": _short(self.parameters / 1e6),
             "GMACs": _short(self.macs / 1e9),
@@ -93,18 +102,18 @@ class ModelStats:
 
 
 def measure_stats(model: TimmModel) -> ModelStats:
-    """Count while one image of the network's own size passes through it.
+    """Count the operations of a forward pass with one image.
 
-    timm counts the arithmetic of norm layers too: its GMACs are a few per cent more, its activations the same.
+    timm also counts norm layers, so its GMACs are a few percent higher; its activations are the same.
 
     Args:
-        model: In eval mode, plain or B-cos.
+        model: B-cos or plain model in eval mode.
     """
     height, width = timm.data.resolve_model_data_config(model)["input_size"][-2:]
     image = random_image(model.in_chans, (height, width)).to(next(model.parameters()).device)
     operations = FlopCounterMode(display=False)
     outputs = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(PRODUCTS, _count_outputs))
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), operations, outputs:  # attention as its matrix products
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), operations, outputs:  # attention as matrix products
         model(image)
     return ModelStats(
         sum(parameter.numel() for parameter in model.parameters()),
@@ -119,7 +128,7 @@ def _count_outputs(*_: object, out_shape: torch.Size, **__: object) -> int:
 
 
 def _short(number: float) -> str:
-    """One decimal, as timm; of small networks two digits."""
+    """One decimal as in timm's cards, or two significant digits below 1."""
     return f"{number:.1f}" if number >= 1 else f"{number:.2g}"
 
 
@@ -132,7 +141,7 @@ TEXT = """\
 ---
 # {name}
 
-> **Import `timm_bcos` first.** The code that the Hub offers for timm models lacks this import, and timm then ends with
+> **Import `timm_bcos` first.** The Hub's code snippet for timm models lacks this import, and timm then raises
 > `Unknown model ({architecture})`:
 
 ```python
@@ -142,9 +151,9 @@ model = timm.create_model("hf-hub:{repo_id}", pretrained=True)
 
 {description}
 
-It is a B-cos network: its logits are one input-dependent linear map of the image, and the row of that map that belongs
-to a class, a picture in color, explains the class exactly. The contributions of all pixels, plus the network's
-constants, sum up to the logit.
+It is a B-cos model: for each image x, it computes W(x)·x + constants. The row of W(x) that belongs to a class explains
+the class exactly and can be shown in color. The contributions of all pixels, plus the model's constants, sum up to the
+logit.
 {picture}
 ## Explain an image
 
@@ -174,7 +183,7 @@ explanation.save("why.png")
 
 BCOS = """\
 @inproceedings{bohle2022bcos,
-  title = {B-cos Networks: Alignment is All We Need for Interpretability},
+  title = {B-cos Models: Alignment is All We Need for Interpretability},
   author = {B{\\"o}hle, Moritz and Fritz, Mario and Schiele, Bernt},
   booktitle = {CVPR},
   year = {2022}
@@ -188,7 +197,7 @@ BCOS_V2 = """\
 }"""
 BCOSIFICATION = """\
 @inproceedings{arya2024bcosification,
-  title = {B-cosification: Transforming Deep Neural Networks to be Inherently Interpretable},
+  title = {B-cosification: Transforming Deep Neural Models to be Inherently Interpretable},
   author = {Arya, Shreyash and Rao, Sukrut and B{\\"o}hle, Moritz and Schiele, Bernt},
   booktitle = {NeurIPS},
   year = {2024}
@@ -197,12 +206,12 @@ BCOSIFICATION = """\
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An accuracy and how it was measured.
+    """An accuracy and its origin.
 
     Attributes:
-        accuracy: Top-1, in per cent.
-        dataset: What it was measured on.
-        command: What measured it.
+        accuracy: Top-1 accuracy in percent.
+        dataset: Data set of the accuracy.
+        command: Command that produced the accuracy.
     """
 
     accuracy: float
@@ -212,17 +221,17 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Card:
-    """What a model card says beside what the network itself tells.
+    """Contents of a model card that the model itself does not contain.
 
     Attributes:
-        description: One sentence or more: trained on what, from what, how.
-        evaluation: Its accuracy.
-        license: As the Hugging Face Hub calls it.
-        notes: Further terms.
-        photos: Image files that the card shows explanations of.
-        datasets: What it was trained on, as the Hub calls these data sets, for instance 'imagenet-1k'.
-        base_model: The network on the Hub whose weights its training started from, 'ORGANIZATION/NAME'. By default what
-            a checkpoint of train.py tells; a network in memory does not know it.
+        description: Training data, initial weights and procedure.
+        evaluation: Accuracy.
+        license: License by its name on the Hugging Face Hub.
+        notes: Additional license terms.
+        photos: Image files to explain on the card.
+        datasets: Training data sets by their names on the Hub, for instance 'imagenet-1k'.
+        base_model: Repository 'ORGANIZATION/NAME' of the initial weights. Default: as recorded in a checkpoint of
+            train.py.
     """
 
     description: str = ""
@@ -235,13 +244,13 @@ class Card:
 
 
 def write_card(model: TimmBcosModel, folder: Path, repo_id: str, card: Card) -> None:
-    """Write README.md and, if there are photos, the picture that it shows.
+    """Write README.md and, if there are photos, a figure of their explanations.
 
     Args:
-        model: A B-cos network in eval mode.
-        folder: Where to.
-        repo_id: 'ORGANIZATION/NAME' on the Hub.
-        card: What to say.
+        model: A B-cos model in eval mode.
+        folder: Directory to write to.
+        repo_id: Repository 'ORGANIZATION/NAME' on the Hub.
+        card: Contents of the card.
     """
     if card.photos:
         explain_photos(model, card.photos).save(folder / PICTURE, class_names(model))
@@ -250,7 +259,7 @@ def write_card(model: TimmBcosModel, folder: Path, repo_id: str, card: Card) -> 
         name=repo_id.rpartition("/")[2],
         repo_id=repo_id,
         architecture=model.pretrained_cfg["architecture"],
-        description=card.description or f"`{_architecture(model)}` as a B-cos network.",
+        description=card.description or f"`{_architecture(model)}` as a B-cos model.",
         picture=f"\n![Explanations of photos]({PICTURE})\n" if card.photos else "",
         details=_details(model, card),
         evaluation=_evaluation(card.evaluation),
@@ -261,7 +270,7 @@ def write_card(model: TimmBcosModel, folder: Path, repo_id: str, card: Card) -> 
 
 
 def explain_photos(model: nn.Module, paths: Sequence[str | PathLike[str]]) -> Explanation:
-    """One explanation of each photo's most probable class, photos read as the network's cfg says."""
+    """Explanations of the most probable class of each photo."""
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     device = next(model.parameters()).device
     photos = [transform(_open(Path(path)))[None].to(device) for path in paths]
@@ -272,7 +281,7 @@ def _open(path: Path) -> Image.Image:
     try:
         return open_photo(path)
     except InputError as error:
-        raise InputError(f"photo {path} of the card: {error}") from error
+        raise InputError(f"photo {path} for the model card: {error}") from error
 
 
 def _metadata(repo_id: str, card: Card) -> str:
@@ -306,7 +315,7 @@ def _results(evaluation: Evaluation | None) -> list[EvalResult] | None:
 
 
 def _details(model: TimmBcosModel, card: Card) -> str:
-    """In the form of timm's own cards."""
+    """The section in the format of timm's model cards."""
     stats = [f"  - {name}: {value}" for name, value in measure_stats(model).lines().items()]
     more = {
         "Architecture": _architecture(model),

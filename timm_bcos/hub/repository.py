@@ -1,4 +1,4 @@
-"""From a trained network to the Hugging Face Hub: weights, timm's config and a model card, in one commit."""
+"""Publishing models on the Hugging Face Hub: weights, timm's config and a model card, in one commit."""
 
 import copy
 import dataclasses
@@ -28,7 +28,7 @@ __all__ = [
     "AUTO_MAP",
     "MODULE",
     "publish",
-    "save_network",
+    "save_model",
     "save_repository",
     "upload_folder",
     "write_module",
@@ -45,22 +45,22 @@ def upload_folder(
     create_pr: bool = False,
     **kind: Any,
 ) -> str:
-    """Upload a folder's files to a repository, which is created if it does not exist.
+    """Upload the files of a directory to a repository, which is created if it does not exist.
 
     Args:
-        folder: All of its files.
-        repo_id: 'ORGANIZATION/NAME'.
-        token: Access token; None takes the one that `hf auth login` has stored.
-        private: For a new repository.
+        folder: Directory to upload.
+        repo_id: Repository 'ORGANIZATION/NAME'.
+        token: Access token; None for the one that `hf auth login` stores.
+        private: Create the repository as private.
         revision: Branch to commit to.
-        create_pr: Open a pull request instead.
-        kind: What `huggingface_hub.create_repo` takes for Spaces: `repo_type`, `space_sdk`.
+        create_pr: Open a pull request instead of committing.
+        kind: Arguments of `huggingface_hub.create_repo` for Spaces: `repo_type`, `space_sdk`.
 
     Returns:
-        The address of the commit, or of the pull request.
+        URL of the commit or pull request.
 
     Raises:
-        PublishError: If the Hub cannot be reached or refuses.
+        PublishError: If the Hub cannot be reached or refuses the upload.
     """
     from huggingface_hub import HfApi
 
@@ -71,9 +71,9 @@ def upload_folder(
             repo_id=repo_id, folder_path=folder, repo_type=kind.get("repo_type"), revision=revision,
             create_pr=create_pr, commit_message=f"Published with timm_bcos {__version__}",
         )  # fmt: skip
-    except Exception as error:  # the client's own, its HTTP library's and the system's
+    except Exception as error:  # from the client, its HTTP library, or the system
         raise PublishError(
-            f"cannot publish to {repo_id}: {first_line(error)}; check the name, the network and the token "
+            f"cannot publish to {repo_id}: {first_line(error)}; check the name, the connection and the token "
             f"(`hf auth login`, or token=...)"
         ) from error
     return str(commit.pr_url or commit.commit_url)
@@ -87,7 +87,7 @@ AUTO_MAP = {
     "AutoModelForImageClassification": "bcos_timm.BcosTimmForImageClassification",
 }
 SOURCE = '''\
-"""B-cos networks of timm in transformers: importing timm_bcos registers them. Needs `pip install timm_bcos`."""
+"""B-cos models of timm in transformers. Importing timm_bcos registers them: `pip install timm_bcos`."""
 
 import timm_bcos  # noqa: F401
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperModel
@@ -112,7 +112,7 @@ class BcosTimmForImageClassification(TimmWrapperForImageClassification):
 
 
 def write_module(folder: Path) -> None:
-    """Write it into a folder."""
+    """Write the module that transformers loads with `trust_remote_code=True` into a directory."""
     (folder / MODULE).write_text(SOURCE, encoding="utf-8")
 
 
@@ -128,27 +128,27 @@ def publish(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Publish a network on the Hugging Face Hub, from where `timm.create_model('hf-hub:REPO', pretrained=True)` has it.
+    """Publish a model on the Hugging Face Hub. Load it with `timm.create_model('hf-hub:REPO', pretrained=True)`.
 
     Args:
-        model: A B-cos network that timm can create again by name (`bcosify` networks included), or a checkpoint of
-            timm's train.py.
-        repo_id: 'ORGANIZATION/NAME'; created if it does not exist.
-        card: What the model card says.
-        label_names: One per class, stored in the config.
-        dtype: Of the stored weights, for instance torch.float16; None leaves them as they are.
-        token: Access token; None takes the one that `hf auth login` has stored.
-        private: For a new repository.
+        model: A B-cos model that timm can create by name, including `bcosify` models; or a checkpoint of timm's
+            train.py.
+        repo_id: Repository 'ORGANIZATION/NAME', created if it does not exist.
+        card: Contents of the model card.
+        label_names: Class names, stored in the config.
+        dtype: Data type of the saved weights, for instance torch.float16; None to keep it.
+        token: Access token; None for the one that `hf auth login` stores.
+        private: Create the repository as private.
         revision: Branch to commit to.
-        create_pr: Open a pull request instead.
+        create_pr: Open a pull request instead of committing.
 
     Returns:
-        The address of the commit, or of the pull request.
+        URL of the commit or pull request.
 
     Raises:
-        PublishError: If the Hub cannot be reached or refuses.
-        ModelStateError: If timm could not create the network again.
-        CheckpointError: For a broken checkpoint.
+        PublishError: If the Hub cannot be reached or refuses the upload.
+        ModelStateError: If timm cannot create the model from its config.
+        CheckpointError: If the checkpoint is broken.
     """
     with TemporaryDirectory() as folder:
         save_repository(model, folder, repo_id, card, label_names=label_names, dtype=dtype)
@@ -166,102 +166,102 @@ def save_repository(
     label_names: list[str] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write what `publish` uploads: `model.safetensors`, `config.json`, `README.md` and its picture.
+    """Write the files that `publish` uploads.
 
-    And `bcos_timm.py`, which transformers asks for with `trust_remote_code=True`.
-
-    `timm.create_model('local-dir:FOLDER', pretrained=True)` loads it; that is tried, and must give the same weights.
+    These are `model.safetensors`, `config.json`, `README.md` with its figure, and `bcos_timm.py`, which transformers
+    loads with `trust_remote_code=True`. The files are loaded again with
+    `timm.create_model('local-dir:FOLDER', pretrained=True)` and compared with the model before they are kept.
 
     Args:
-        model: As in `publish`.
-        folder: A directory, made if need be.
-        repo_id: What the card says of its address.
-        card: What else the card says.
-        label_names: One per class.
-        dtype: Of the stored weights.
+        model: Model or checkpoint, as in `publish`.
+        folder: Directory to write to; created if necessary.
+        repo_id: Repository 'ORGANIZATION/NAME' that the card names.
+        card: Other contents of the model card.
+        label_names: Class names.
+        dtype: Data type of the saved weights.
 
     Raises:
-        ModelStateError: If timm could not create the network again; the folder stays as it is.
-        CheckpointError: For a broken checkpoint.
-        InputError: For another number of label names than classes.
+        ModelStateError: If timm cannot create the model from its config; the directory is then unchanged.
+        CheckpointError: If the checkpoint is broken.
+        InputError: If the number of class names is not the number of classes.
     """
-    network: Any = model if isinstance(model, nn.Module) else load_model(None, Path(model))
-    card = card or Card()
-    if not isinstance(model, nn.Module) and card.base_model is None:
-        card = dataclasses.replace(card, base_model=find_base_model(checkpoint=Path(model)))
+    card, loaded = card or Card(), model
+    if not isinstance(model, nn.Module):
+        loaded = load_model(None, Path(model))
+        card = dataclasses.replace(card, base_model=card.base_model or find_base_model(checkpoint=Path(model)))
 
     def add(again: TimmBcosModel, unfinished: Path) -> None:
         write_card(again, unfinished, repo_id, card)
         write_module(unfinished)
 
     config = dict(auto_map=AUTO_MAP, pretrained_cfg=dict(license=card.license))
-    _save(network, Path(folder), label_names, dtype, config, add)
+    _save(cast(TimmBcosModel, loaded), Path(folder), label_names, dtype, config, add)
 
 
-def save_network(
-    network: TimmBcosModel,
+def save_model(
+    model: TimmBcosModel,
     folder: str | PathLike[str],
     *,
     label_names: list[str] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write `model.safetensors` and `config.json` alone.
+    """Write `model.safetensors` and `config.json`.
 
-    `timm.create_model('local-dir:FOLDER', pretrained=True)` loads them.
+    Load them with `timm.create_model('local-dir:FOLDER', pretrained=True)`.
 
     Args:
-        network: A B-cos network that timm can create again by name.
-        folder: A directory, made if need be.
-        label_names: One per class.
-        dtype: Of the stored weights.
+        model: A B-cos model that timm can create by name.
+        folder: Directory to write to; created if necessary.
+        label_names: Class names.
+        dtype: Data type of the saved weights.
 
     Raises:
-        ModelStateError: If timm could not create the network again; the folder stays as it is.
-        InputError: For another number of label names than classes.
+        ModelStateError: If timm cannot create the model from its config; the directory is then unchanged.
+        InputError: If the number of class names is not the number of classes.
     """
-    _save(network, Path(folder), label_names, dtype, {}, lambda again, unfinished: None)
+    _save(model, Path(folder), label_names, dtype, {}, lambda again, unfinished: None)
 
 
 def _save(
-    network: TimmBcosModel,
+    model: TimmBcosModel,
     folder: Path,
     label_names: list[str] | None,
     dtype: torch.dtype | None,
     config: dict[str, Any],
     add: Callable[[TimmBcosModel, Path], None],
 ) -> None:
-    """Files are made, with those that `add` makes of the network loaded again, then moved into the folder together."""
-    architecture = _architecture(network)
-    stored = copy.deepcopy(network).eval().to(dtype=dtype)
-    stored.pretrained_cfg = {**network.pretrained_cfg, "architecture": architecture.pop("architecture")}
-    own_labels = network.pretrained_cfg.get("label_names")
-    if not label_names and own_labels and len(own_labels) == network.num_classes:
+    """Write all files to a temporary directory, load and compare the model, call `add`, and move the files together."""
+    architecture = _architecture(model)
+    stored = copy.deepcopy(model).eval().to(dtype=dtype)
+    stored.pretrained_cfg = {**model.pretrained_cfg, "architecture": architecture.pop("architecture")}
+    own_labels = model.pretrained_cfg.get("label_names")
+    if not label_names and own_labels and len(own_labels) == model.num_classes:
         label_names = list(own_labels)
-    if label_names and len(label_names) != network.num_classes:
-        raise InputError(f"{len(label_names)} label names for a network of {network.num_classes} classes")
+    if label_names and len(label_names) != model.num_classes:
+        raise InputError(f"{len(label_names)} label names for a model of {model.num_classes} classes")
     more = config | (dict(label_names=label_names) if label_names else {})
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
         timm.models.save_for_hf(stored, unfinished, more, model_args=architecture, safe_serialization=True)
         _leave_classes_to_the_config(Path(unfinished) / "config.json")
         again = _load_again(Path(unfinished))
-        _compare(_with_weights_of(network, stored), again)
-        add(again.to(next(network.parameters()).device), Path(unfinished))
+        _compare(_with_weights_of(model, stored), again)
+        add(again.to(next(model.parameters()).device), Path(unfinished))
         for file in sorted(Path(unfinished).iterdir()):
             file.replace(folder / file.name)
 
 
 def _leave_classes_to_the_config(path: Path) -> None:
-    """timm reads the number of classes there, and transformers passes it on beside the arguments: once is enough."""
+    """Remove the number of classes from the arguments; transformers would pass it twice."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config.get("model_args", {}).pop("num_classes", None)
     path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _architecture(model: nn.Module) -> dict[str, object]:
-    """How timm creates the network: 'architecture', and arguments beside those that timm records by itself."""
+    """'architecture' and the arguments that timm needs to create the model, besides those that timm records itself."""
     if not isinstance(model, BcosModel):
-        raise ModelStateError(f"{type(model).__name__} is no B-cos network: convert it with timm_bcos.bcosify")
+        raise ModelStateError(f"{type(model).__name__} is not a B-cos model: convert it with timm_bcos.bcosify")
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")
     if name.startswith("bcos"):
         _refuse_local(getattr(model, "_model_args", None) or {})
@@ -277,11 +277,13 @@ def _architecture(model: nn.Module) -> dict[str, object]:
 def _refuse_local(arguments: dict[str, object]) -> None:
     arch = str(arguments.get("arch", ""))
     if arch.startswith("local-dir:"):
-        raise ModelStateError(f"nobody else has {arch}: create the network with arch= its architecture's own name")
+        raise ModelStateError(
+            f"arch={arch!r} exists on this machine only: create the model with the name of its architecture as arch="
+        )
 
 
 def _changes(config: BcosConfig, name: str) -> dict[str, object]:
-    """What a registered network has to be told beside its defaults; tags, which transformers drops, tell nothing."""
+    """The settings that differ from the registered model's defaults. transformers drops tags, so they do not count."""
     own = ARCHITECTURES[name].config if name in ARCHITECTURES else BcosConfig.finetune(b=config.b, bias=config.bias)
     default, chosen = dataclasses.asdict(own), dataclasses.asdict(config)
     return {key: chosen[key] for key in chosen if key in ("b", "bias") or chosen[key] != default[key]}
@@ -291,16 +293,14 @@ def _load_again(folder: Path) -> TimmBcosModel:
     try:
         return cast(TimmBcosModel, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
     except CheckpointError as error:
-        raise ModelStateError(
-            f"saved and loaded again it is another network, its logits differ: {error}; nothing has been published"
-        ) from error
-    except Exception as error:  # whatever timm says to arguments that do not describe the network
-        raise ModelStateError(f"timm cannot create this network from its config: {error}") from error
+        raise ModelStateError(f"the saved model differs after loading: {error}; nothing has been published") from error
+    except Exception as error:  # timm raises various errors for invalid arguments
+        raise ModelStateError(f"timm cannot create this model from its config: {error}") from error
 
 
-def _with_weights_of(network: TimmBcosModel, stored: TimmBcosModel) -> TimmBcosModel:
-    """The network with weights rounded as they are stored, and nothing else: constants are not stored."""
-    rounded = copy.deepcopy(network).eval().float().cpu()
+def _with_weights_of(model: TimmBcosModel, stored: TimmBcosModel) -> TimmBcosModel:
+    """The model with its weights rounded as they are saved. Constants are not saved, so they stay as they are."""
+    rounded = copy.deepcopy(model).eval().float().cpu()
     rounded.load_state_dict(stored.state_dict())
     return rounded
 
@@ -312,7 +312,7 @@ def _compare(stored: TimmBcosModel, again: TimmBcosModel) -> None:
     x = random_image(stored.in_chans, again.pretrained_cfg["input_size"][-2:])
     if changed or not torch.allclose(_logits(stored, x), _logits(again, x), rtol=1e-5):
         what = f"{changed[0]!r} differs" if changed else "its logits differ"
-        raise ModelStateError(f"saved and loaded again it is another network, {what}: nothing has been published")
+        raise ModelStateError(f"the saved model differs after loading, {what}: nothing has been published")
 
 
 def _logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

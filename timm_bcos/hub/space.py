@@ -1,4 +1,4 @@
-"""A Hugging Face Space, the page of `timm-bcos demo` around a published network."""
+"""Hugging Face Spaces that run `timm-bcos demo` with a published model."""
 
 import sys
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from .repository import upload_folder
 __all__ = ["publish_space", "save_space"]
 
 EXAMPLES = "examples"
-LARGEST_SIDE = 1024  # of an example, in pixels
+LARGEST_SIDE = 1024  # of an example photo, in pixels
 
 README = """\
 ---
@@ -30,12 +30,12 @@ README = """\
 ---
 # {title}
 
-Upload a photo: the page shows the classes that [{model_id}](https://huggingface.co/{model_id}) sees in it, and for each
-of them how much every pixel contributes to its logit. The network is a B-cos network, whose explanations are exact.
+Upload a photo to see the most probable classes of [{model_id}](https://huggingface.co/{model_id}), and how much each
+pixel contributes to their logits. The model is a B-cos model, so its explanations are exact.
 """
 
 APP = '''\
-"""What {model_id} sees in photos: the page of `timm-bcos demo`."""
+"""The demo `timm-bcos demo` with {model_id}."""
 
 from pathlib import Path
 
@@ -57,26 +57,26 @@ def publish_space(
     token: str | None = None,
     private: bool = False,
 ) -> str:
-    """Publish a Space that explains photos by a network of the Hub.
+    """Publish a Space that runs the demo with a model of the Hub.
 
-    The network of a private repository needs the secret `HF_TOKEN` among the Space's settings.
+    If the model is private, set the secret `HF_TOKEN` in the Space's settings.
 
     Args:
-        repo_id: 'ORGANIZATION/NAME' of the Space; created if it does not exist.
-        model_id: 'ORGANIZATION/NAME' of the network, which may be the same.
-        photos: As in `save_space`.
-        title: As there.
-        license: As there.
-        requirement: As there.
-        token: Access token; None takes the one that `hf auth login` has stored.
-        private: For a new Space.
+        repo_id: Space 'ORGANIZATION/NAME', created if it does not exist.
+        model_id: Repository 'ORGANIZATION/NAME' of the model; it may have the same name.
+        photos: Example photos, as in `save_space`.
+        title: Title, as in `save_space`.
+        license: License, as in `save_space`.
+        requirement: Requirement, as in `save_space`.
+        token: Access token; None for the one that `hf auth login` stores.
+        private: Create the Space as private.
 
     Returns:
-        The address of the commit.
+        URL of the commit.
 
     Raises:
-        InputError: For a photo that cannot be read, or a name that the Hub does not allow.
-        PublishError: If the Hub cannot be reached or refuses.
+        InputError: If a photo cannot be read, or the Hub does not allow a name.
+        PublishError: If the Hub cannot be reached or refuses the upload.
     """
     with TemporaryDirectory() as folder:
         save_space(folder, repo_id, model_id, photos=photos, title=title, license=license, requirement=requirement)
@@ -93,20 +93,19 @@ def save_space(
     license: str = "apache-2.0",
     requirement: str | None = None,
 ) -> None:
-    """Write what `publish_space` uploads: `README.md`, `app.py`, `requirements.txt` and example photos.
+    """Write the files that `publish_space` uploads: `README.md`, `app.py`, `requirements.txt` and example photos.
 
     Args:
-        folder: A directory, made if need be.
-        repo_id: 'ORGANIZATION/NAME' of the Space.
-        model_id: 'ORGANIZATION/NAME' of the network.
-        photos: Examples for visitors, made smaller and without what cameras write into files; without any the page has
-            its own.
-        title: Of the page on the Hub; the Space's name by default.
-        license: As the Hub calls it.
-        requirement: What pip installs; this version of the package with its page by default.
+        folder: Directory to write to; created if necessary.
+        repo_id: Space 'ORGANIZATION/NAME'.
+        model_id: Repository 'ORGANIZATION/NAME' of the model.
+        photos: Example photos, saved at a smaller size and without metadata. Default: those of the embedded models.
+        title: Title on the Hub. Default: the name of the Space.
+        license: License by its name on the Hub.
+        requirement: Requirement for pip. Default: this version of the package with the extra `demo`.
 
     Raises:
-        InputError: For a photo that cannot be read, or a name that the Hub does not allow; the folder stays as it is.
+        InputError: If a photo cannot be read, or the Hub does not allow a name; the directory is then unchanged.
     """
     _refuse_no_address(repo_id, model_id)
     examples = [_example(Path(photo)) for photo in photos]
@@ -141,7 +140,7 @@ def _metadata(title: str, model_id: str, license: str) -> str:
 
 
 def _gradio_version() -> str | None:
-    """The one that the page has been seen with here; without one the Hub takes its own."""
+    """The installed version; None for the Hub's default."""
     try:
         return version("gradio")
     except PackageNotFoundError:
@@ -159,9 +158,11 @@ def _example(path: Path) -> Image.Image:
 
 
 def _refuse_no_address(*repositories: str) -> None:
-    """What `app.py` quotes."""
+    """Check the names, which are written into `app.py`."""
     for name in repositories:
         try:
             validate_repo_id(name)
         except HFValidationError as error:
-            raise InputError(f"{name!r} is no repository of the Hub, ORGANIZATION/NAME: {first_line(error)}") from error
+            raise InputError(
+                f"{name!r} is not a repository ORGANIZATION/NAME of the Hub: {first_line(error)}"
+            ) from error

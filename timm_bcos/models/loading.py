@@ -6,14 +6,15 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
+from warnings import warn
 
 import timm
 import timm.utils
-from timm.models import split_model_name_tag
+from timm.models import parse_model_name, split_model_name_tag
 from torch import Tensor, nn
 
 from ..conversion.converted import BcosModel
-from ..errors import BcosError, CheckpointError, InputError, TargetError
+from ..errors import BcosError, CheckpointError, InputError, NotFineTunedWarning, TargetError
 from ..files import first_line
 from ..weights.catalog import DEFAULT_MODEL, EMBEDDED, PUBLISHED
 from ..weights.readers import load_state, read_state_dict, read_training_arguments
@@ -90,6 +91,7 @@ def load_plain_model(name: str | None = None, checkpoint: Path | None = None) ->
         return _with_weights(name, checkpoint, timm.create_model)
     if name is None:
         raise InputError("no model given: name one with --model, or give a checkpoint of train.py with --checkpoint")
+    _check_hub(name)
     return _created(timm.create_model, name, pretrained=True)
 
 
@@ -151,10 +153,35 @@ def _created(create: Create, name: str, **kwargs: object) -> Any:
         raise InputError(f"cannot create {kwargs.get('arch', name)}: {first_line(error)}") from error
 
 
+def _check_hub(name: str) -> None:
+    """Fail fast if weights must be downloaded and the Hub cannot be reached: its client retries for a minute.
+
+    Raises:
+        InputError: If the Hub cannot be reached, and its cache has no files of the model.
+    """
+    from huggingface_hub import constants, get_session, snapshot_download
+
+    source, identifier = parse_model_name(name)
+    cfg = None if source else timm.get_pretrained_cfg(name, allow_unregistered=True)
+    repo_id = identifier.partition("@")[0] if source == "hf-hub" else cfg and cfg.hf_hub_id
+    if not repo_id:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # of the HTTP library; any response means that the Hub can be reached
+        try:
+            snapshot_download(repo_id, local_files_only=True)
+        except Exception:
+            raise InputError(
+                f"the Hugging Face Hub cannot be reached ({first_line(error)}) and its cache has no files of {repo_id}"
+            ) from error
+
+
 def _with_weights(name: str | None, checkpoint: Path, create: Create) -> Any:
     weights, trained = read_state_dict(checkpoint), read_training_arguments(checkpoint)
     if trained is not None and {"model", "num_classes"} <= trained.keys():
         _refuse_another_name(name, trained, checkpoint)
+        _warn_of_normalization(trained, checkpoint)
         model = _as_trained(trained, create, checkpoint)
     elif name is None:
         raise CheckpointError(f"{checkpoint} does not say of which model it is: name it with --model")
@@ -162,6 +189,20 @@ def _with_weights(name: str | None, checkpoint: Path, create: Create) -> Any:
         model = create(name, **_classes_of(weights, partial(create, name)))
     load_state(model, weights, str(checkpoint))
     return model
+
+
+def _warn_of_normalization(trained: dict[str, Any], checkpoint: Path) -> None:
+    """B-cos models read pixels in [0, 1]. Plain models are normalized as in their training, without a warning."""
+    given = {f"--{name}": trained[name] for name in ("mean", "std") if trained.get(name)}
+    is_changed = any(value != plain for key, plain in (("--mean", 0), ("--std", 1)) for value in given.get(key, ()))
+    if str(trained["model"]).startswith("bcos") and is_changed:
+        options = " ".join(f"{option} {' '.join(map(str, values))}" for option, values in given.items())
+        warn(
+            f"{checkpoint} was trained with {options}, but B-cos models read pixels in [0, 1]: its predictions here "
+            f"differ from those in training. Train again without --mean and --std",
+            NotFineTunedWarning,
+            stacklevel=2,
+        )
 
 
 def _refuse_another_name(name: str | None, trained: dict[str, Any], checkpoint: Path) -> None:
@@ -175,6 +216,7 @@ def _refuse_another_name(name: str | None, trained: dict[str, Any], checkpoint: 
 
 def _with_published_weights(name: str, conversion: Mapping[str, object]) -> TimmBcosModel:
     try:
+        _check_hub(name)
         return create_model(name, conversion, pretrained=True)
     except TargetError:
         raise

@@ -1,8 +1,8 @@
-"""One photo's explanation as a web page: a single document that needs no network and can stand in an <iframe srcdoc>.
+"""The explanation of one photo as an interactive HTML file that loads nothing and works in an <iframe srcdoc>.
 
-The page is `viewer.html`; a style and the scripts are written into it, and so are the numbers: contribution maps
-in float32, from which the page computes every sum in double precision, and pictures as PNG. Its content security policy
-lets nothing else run or load, whatever the classes are called.
+Style, scripts and data are written into the template `viewer.html`: contribution maps in float32, from which the
+scripts compute all sums in double precision, and images as PNG. A content security policy prevents anything else from
+running or loading, whatever class names contain.
 """
 
 import base64
@@ -29,29 +29,29 @@ __all__ = ["is_own_page", "save_viewer", "viewer_html"]
 
 TITLE = "B-cos explanation"
 SCRIPTS = ("numbers.js", "pictures.js", "viewer.js")
-HEAD = 4096  # characters, in which the signature stands
+HEAD = 4096  # number of characters that contain the signature
 SIGNATURE = f'<meta name="generator" content="{AUTHOR}">'
 
 
 def viewer_html(
     explanation: Explanation, class_names: Sequence[str] | None = None, title: str = "", versus: int | None = None
 ) -> str:
-    """A self-contained interactive page about one image.
+    """Create a self-contained interactive HTML document about one image.
 
     Args:
-        explanation: Of one image for each class to choose from, best first:
+        explanation: Explanation of one image, with a row per class to choose from, best first:
             `Explanation.stack(explain_targets(model, image, top=5))`.
-        class_names: Name of each class of the network.
-        title: Heading, for instance the photo's and the network's name.
-        versus: The class, of those explained, that is subtracted when the page opens; None for none.
+        class_names: Names of all classes of the model.
+        title: Heading, for instance the names of photo and model.
+        versus: Class, one of those explained, that is subtracted at first; None for none.
 
     Returns:
-        An HTML document. In an iframe allow scripts and downloads; it posts messages `{height}` in pixels to what
-        embeds it.
+        HTML document. An iframe must allow scripts and downloads. The document posts messages `{height}` in pixels to
+        the embedding page.
 
     Raises:
-        InputError: For explanations of several images, of inner neurons or of differences (the page subtracts by
-            itself), with numbers that are not finite, or of images with other than 1 or 3 channels.
+        InputError: If the explanation is of several images, of units or of differences (the viewer subtracts classes
+            itself), has numbers that are not finite, or images do not have 1 or 3 channels.
     """
     _check(explanation)
     style, script = _part("viewer.css"), "\n".join(map(_part, SCRIPTS))
@@ -63,7 +63,7 @@ def viewer_html(
         "script_hash": _hash(script),
         "data": _inert_json(_data(explanation, class_names, title, versus)),
     }
-    # one pass over the template: what is put in is never read as a template itself
+    # one pass, so that inserted text is never read as a template
     return re.sub(r"{{(\w+)}}", lambda slot: values[slot[1]], _part("viewer.html"))
 
 
@@ -74,14 +74,14 @@ def save_viewer(
     title: str = "",
     versus: int | None = None,
 ) -> None:
-    """Write `viewer_html` to a file, whole or not at all.
+    """Write the document of `viewer_html` to a file.
 
     Args:
-        explanation: As in `viewer_html`.
-        path: Of the file, by custom ending in .html.
-        class_names: As in `viewer_html`.
-        title: As in `viewer_html`.
-        versus: As in `viewer_html`.
+        explanation: Explanation, as in `viewer_html`.
+        path: File to write, usually with the suffix .html.
+        class_names: Names of all classes, as in `viewer_html`.
+        title: Heading, as in `viewer_html`.
+        versus: Subtracted class, as in `viewer_html`.
     """
     document = viewer_html(explanation, class_names, title, versus)
     with atomic_path(path) as temporary:
@@ -89,7 +89,7 @@ def save_viewer(
 
 
 def is_own_page(path: Path) -> bool:
-    """Whether this package wrote a page: its head says so."""
+    """Whether this package wrote an HTML file."""
     try:
         with path.open(encoding="utf-8") as file:
             return SIGNATURE in file.read(HEAD)
@@ -99,30 +99,30 @@ def is_own_page(path: Path) -> bool:
 
 def _check(explanation: Explanation) -> None:
     if explanation.layer is not None:
-        raise InputError(f"the page shows classes, these are neurons of layer {explanation.layer!r}: use plot or save")
+        raise InputError(f"the viewer shows classes, not units of layer {explanation.layer!r}: use plot or save")
     if explanation.direction is not None or explanation.region is not None or explanation.position is not None:
-        raise InputError("the page shows whole classes, not directions or parts of an output's map: use plot or save")
+        raise InputError("the viewer shows classes, not directions or parts of an output map: use plot or save")
     if explanation.versus is not None:
-        raise InputError("the page subtracts classes by itself: give it the explanation of each class")
+        raise InputError("the viewer subtracts classes itself: pass the explanation of each class")
     if not len(explanation):
-        raise InputError("the page needs the explanation of at least one class")
+        raise InputError("the viewer needs the explanation of at least one class")
     if not torch.equal(explanation.inputs, explanation.inputs[:1].expand_as(explanation.inputs)):
-        raise InputError("the page shows one image, these explanations are of several: make a page for each")
+        raise InputError("the viewer shows one image, not several: create a document for each")
     numbers = (explanation.weights, explanation.logits, explanation.bias, explanation.constant_bias)
     if not all(bool(number.isfinite().all()) for number in numbers):
-        raise InputError("the explanation holds numbers that are not finite: check the network and the image")
+        raise InputError("the explanation has numbers that are not finite: check the model and the image")
 
 
 def _data(
     explanation: Explanation, class_names: Sequence[str] | None, title: str, versus: int | None
 ) -> dict[str, Any]:
-    """What the page knows; one entry of `classes` for each class explained."""
+    """The data of the document; `classes` has an entry for each explained class."""
     height, width = explanation.inputs.shape[-2:]
     classes = list(dict.fromkeys(explanation.target.tolist()))
     if versus is not None and versus not in classes[1:]:
-        raise InputError(f"versus={versus}: the page explains the classes {classes}, of which the first is asked for")
-    places = [explanation.target.tolist().index(c) for c in classes]
-    known = [_class(explanation[place], class_names) for place in places]
+        raise InputError(f"versus={versus}: choose one of the explained classes {classes} except the first")
+    rows = [explanation.target.tolist().index(c) for c in classes]
+    known = [_class(explanation[row], class_names) for row in rows]
     image = explanation.image[0].expand(3, -1, -1).movedim(0, -1)
     return {
         "title": title,
@@ -151,16 +151,16 @@ def _class(one: Explanation, class_names: Sequence[str] | None) -> dict[str, Any
         "bias": float(one.bias),
         "constantBias": float(one.constant_bias),
         "contributions": _base64(contributions.detach().cpu().numpy().astype("<f4").tobytes()),
-        # apart, since browsers lose the color of what is transparent
+        # separate images, because browsers drop the color of transparent pixels
         "color": _png(colors[..., :3]),
         "opacity": _png(colors[..., 3]),
-        # its root, which 8 bits can hold: most weights are far below the largest
+        # square root, because most weights are far below the largest and 8 bits are few
         "strength": _png((strength / strength.max().clamp_min(EPS)).sqrt()),
     }
 
 
 def _png(picture: Tensor) -> str:
-    """(H, W) or (H, W, 3) in [0, 1] as a data address."""
+    """An image (H, W) or (H, W, 3) in [0, 1] as a data URL."""
     from PIL import Image
 
     array = (picture.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
@@ -174,17 +174,17 @@ def _base64(data: bytes) -> str:
 
 
 def _hash(text: str) -> str:
-    """How a content security policy names the script or style that may run."""
+    """The hash of a script or style in a content security policy."""
     return f"sha256-{_base64(sha256(text.encode()).digest())}"
 
 
 def _inert_json(data: dict[str, Any]) -> str:
-    """JSON that cannot end the script element in which it stands."""
+    """JSON that cannot end the script element around it."""
     return json.dumps(data, allow_nan=False).replace("<", "\\u003c")
 
 
 def _text(text: str) -> str:
-    """Without the bytes that are no text, which names of files may hold."""
+    """Text without invalid bytes, which file names may contain."""
     return text.encode(errors="replace").decode()
 
 

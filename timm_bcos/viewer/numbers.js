@@ -1,12 +1,12 @@
 "use strict";
 
-// Sums of contributions, in double precision, and how numbers are written.
+// Sums of contributions in double precision, and the format of numbers.
 
 const SATURATION = 0.995; // quantile of |contribution| at which colors are full
 
 /** The explained quantity: one class, or the difference of two, in double precision. */
-function question() {
-  const a = askedClass(), b = againstClass(), minus = (key) => a[key] - b[key];
+function explained() {
+  const a = targetClass(), b = againstClass(), minus = (key) => a[key] - b[key];
   const whole = !b ? { ...a, logitBias: page.logitBias } : {
     map: a.map.map((value, i) => value - b.map[i]),
     logit: minus("logit"), bias: minus("bias"), constantBias: minus("constantBias"), logitBias: 0,
@@ -19,7 +19,7 @@ function isInside({ top, bottom, left, right }, row, column) {
   return row >= top && row <= bottom && column >= left && column <= right;
 }
 
-/** Sums of a map inside and outside a rectangle, each added up by itself. */
+/** Sums of a map inside and outside a rectangle. */
 function split(map, rectangle) {
   const sums = { inside: 0, outside: 0 };
   for (let i = 0; i < map.length; i++) {
@@ -41,7 +41,7 @@ function strongest(map) {
   return { row: Math.floor(best / width), column: best % width };
 }
 
-/** Decimals that show so many digits of numbers of this size. */
+/** Number of decimals that show `digits` significant digits of a number of this size. */
 function decimalsFor(size, digits) {
   const order = Math.floor(Math.log10(Math.abs(size) || 1));
   return Math.min(12, Math.max(0, digits - 1 - order));

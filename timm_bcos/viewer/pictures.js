@@ -1,8 +1,8 @@
-// Pictures: colors of each pixel, painted at the resolution of the network.
+// Images, drawn at the resolution of the model.
 
 const WHITE = [255, 255, 255];
 const FOR_AND_AGAINST = [[190, 18, 45], [24, 84, 190]];
-const A_AND_B = [[196, 88, 6], [84, 48, 152]]; // orange and purple: apart for every kind of color vision
+const A_AND_B = [[196, 88, 6], [84, 48, 152]]; // orange and purple can be told apart with every kind of color vision
 const OVERLAY = 0.9; // opacity of the strongest contributions over the photo
 
 /** Position in a diverging scale from -1 to 1 as a color; white is 0. */
@@ -32,18 +32,18 @@ function overlayOf(mapColor, strengthAt) {
   };
 }
 
-/** What is drawn: title, name of the file, colors, and what stands below. */
+/** The images: title, name of the file, colors, and the note below. */
 function views() {
   const { map, scale } = current, ends = isContrast() ? A_AND_B : FOR_AND_AGAINST;
   const mapColor = (i) => diverging(map[i] / scale, ends);
   const overlay = overlayOf(mapColor, (i) => Math.min(1, Math.abs(map[i]) / scale));
   const rows = shownClasses().map((one) => ({
     title: isContrast() ? `For ${one.name}` : "Explanation", file: `explanation ${one.name}`, colors: rowOf(one),
-    below: "What speaks for it, in the colors that the network looks for",
+    below: "Pixels that contribute, in the colors of their weights",
   }));
   const file = shownClasses().map((one) => one.name).join(" not ");
   return [
-    { title: "Photo", file: "photo", colors: photoAt, below: `${width} × ${height}, as the network sees it` },
+    { title: "Photo", file: "photo", colors: photoAt, below: `${width} × ${height}, the input of the model` },
     ...rows,
     {
       title: isContrast() ? "Difference" : "Contributions", file: `contributions ${file}`, colors: mapColor,
@@ -57,7 +57,7 @@ function legend(scale, ends) {
   const bar = element("div", "legend"), limit = scale.toPrecision(2);
   const colors = [-1, 0, 1].map((t) => `rgb(${diverging(t, ends).join(" ")})`);
   bar.style.background = `linear-gradient(to right, ${colors.join(", ")})`;
-  const meaning = isContrast() ? [`for ${againstClass().name}`, `for ${askedClass().name}`] : ["against", "for"];
+  const meaning = isContrast() ? [`for ${againstClass().name}`, `for ${targetClass().name}`] : ["against", "for"];
   const group = element("div");
   group.append(bar, ticks([`−${limit}`, "0 logits", `+${limit}`]), ticks(meaning));
   return group;

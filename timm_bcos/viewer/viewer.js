@@ -1,18 +1,18 @@
-// The page: what is asked, where the pointer is, and what is shown of both.
+// The viewer: the selected classes, the pointer, and everything shown for them.
 
 const page = JSON.parse(document.getElementById("data").textContent);
 const { width, height, classes } = page;
-const state = { asked: 0, against: null, pixel: null, rectangle: null, isDragging: false, active: null };
+const state = { target: 0, against: null, pixel: null, rectangle: null, isDragging: false, active: null };
 const pictures = []; // the marks on each: {pixel, rectangle, tip}
-let current; // the explained quantity, see `question`
+let current; // the explained quantity, see `explained`
 const by = (id) => document.getElementById(id);
 const create = (tag) => document.createElement(tag);
 const element = (tag, className = "", textContent = "") => Object.assign(create(tag), { className, textContent });
 
 const isContrast = () => state.against !== null;
-const askedClass = () => classes[state.asked];
+const targetClass = () => classes[state.target];
 const againstClass = () => classes[state.against]; // undefined where one class is explained
-const shownClasses = () => (isContrast() ? [askedClass(), againstClass()] : [askedClass()]);
+const shownClasses = () => (isContrast() ? [targetClass(), againstClass()] : [targetClass()]);
 
 // ---- pictures ------------------------------------------------------------------------------------------------------
 
@@ -81,7 +81,7 @@ function listen(frame, number) {
 }
 
 const ARROWS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
-let corner = null; // where a rectangle drawn by keys began
+let corner = null; // first corner of a rectangle that is drawn with the keyboard
 
 function onKey(event) {
   if (event.target !== event.currentTarget) return;
@@ -98,7 +98,7 @@ function onKey(event) {
   showNumbers();
 }
 
-// ---- what is shown -------------------------------------------------------------------------------------------------
+// ---- numbers ------------------------------------------------------------------------------------------------------
 
 const shownPixel = () => state.pixel ?? current.strongest;
 
@@ -123,7 +123,7 @@ function showMarks() {
   });
 }
 
-/** The number beside the pointer: of the pixel, or of the rectangle while it is drawn. */
+/** The number beside the pointer: the pixel's contribution, or the rectangle's sum while it is drawn. */
 function showTip(tip, row, column) {
   const { map, decimals } = current;
   const sum = () => `Σ ${signed(split(map, state.rectangle).inside, decimalsFor(current.logit, 5))}`;
@@ -143,15 +143,15 @@ function showPixel() {
 function swatch(one, at) {
   const line = element("div", "swatch"), color = element("i");
   color.style.background = `rgb(${[...colorOf(one, at)].join(" ")})`;
-  const what = isContrast() ? `${one.name} ${signed(one.map[at], current.decimals)}` : "What its weights look for";
+  const what = isContrast() ? `${one.name} ${signed(one.map[at], current.decimals)}` : "Color of its weights";
   const text = element("div", "", what);
   text.append(element("span", "note", `Norm: ${percent((one.strength[4 * at] / 255) ** 2)} of the largest`));
   line.append(color, text);
   return line;
 }
 
-/** Rows of the account: kind, name, and the number of each column. */
-function accountRows(columns) {
+/** Rows of the table of sums: kind, name, and the number of each column. */
+function sumRows(columns) {
   const sums = columns.map((one) => split(one.map, state.rectangle));
   const rest = columns.map((one) => one.bias - one.constantBias);
   const isRest = page.violations.length > 0 || rest.some((value) => value !== 0);
@@ -159,20 +159,20 @@ function accountRows(columns) {
     state.rectangle && ["inside", `Inside, ${sizeOf(state.rectangle)}`, sums.map(({ inside }) => inside)],
     ["outside", state.rectangle ? "Outside" : "All pixels", sums.map(({ outside }) => outside)],
     ["constants", "Constants", columns.map((one) => one.constantBias)],
-    isRest && ["rest", "Parts not linear", rest],
+    isRest && ["rest", "Nonlinear parts", rest],
     ["total", "Sum", columns.map((one, i) => sums[i].inside + sums[i].outside + one.bias)],
-    ["logit", "Network’s logit", columns.map((one) => one.logit)],
+    ["logit", "Model’s logit", columns.map((one) => one.logit)],
   ].filter(Boolean);
 }
 
 const sizeOf = ({ top, bottom, left, right }) => `${right + 1 - left}\u00a0×\u00a0${bottom + 1 - top}`;
 
-function showAccount() {
+function showSums() {
   const columns = isContrast() ? [...shownClasses(), current] : [current];
-  const rows = accountRows(columns), largest = Math.max(...columns.map((one) => Math.abs(one.logit)));
+  const rows = sumRows(columns), largest = Math.max(...columns.map((one) => Math.abs(one.logit)));
   const decimals = decimalsFor(largest, 5);
-  const table = by("account"), head = table.createTHead(), body = element("tbody");
-  const names = isContrast() ? ["", askedClass().name, againstClass().name, "Difference"] : [];
+  const table = by("sums"), head = table.createTHead(), body = element("tbody");
+  const names = isContrast() ? ["", targetClass().name, againstClass().name, "Difference"] : [];
   head.replaceChildren(...names.map((name) => header("col", name)));
   for (const [kind, name, values] of rows) {
     const row = Object.assign(body.insertRow(), { className: kind });
@@ -201,25 +201,25 @@ function showRounding(total) {
 function showNumbers() {
   showMarks();
   showPixel();
-  showAccount();
+  showSums();
 }
 
 const heading = () => `why ${shownClasses().map((one) => one.name).join(" and not ")}`;
 
 function showBars() {
   for (const [i, button] of [...by("bars").children].entries()) {
-    button.classList.toggle("asked", i === state.asked);
+    button.classList.toggle("target", i === state.target);
     button.classList.toggle("against", i === state.against);
-    button.setAttribute("aria-pressed", i === state.asked);
+    button.setAttribute("aria-pressed", i === state.target);
   }
 }
 
 function show() {
-  current = question();
+  current = explained();
   document.body.classList.toggle("versus", isContrast());
-  by("asked").value = state.asked;
+  by("target").value = state.target;
   by("against").value = state.against ?? "";
-  for (const option of by("against").options) option.disabled = option.value === String(state.asked);
+  for (const option of by("against").options) option.disabled = option.value === String(state.target);
   by("pictures").replaceChildren();
   pictures.length = 0;
   views().forEach(addPicture);
@@ -229,9 +229,9 @@ function show() {
 
 // ---- start ---------------------------------------------------------------------------------------------------------
 
-function ask(asked, against) {
-  state.asked = asked;
-  state.against = against === asked ? null : against;
+function select(target, against) {
+  state.target = target;
+  state.against = against === target ? null : against;
   show();
 }
 
@@ -243,24 +243,24 @@ function addBar(one, index) {
   share.textContent = percent(one.probability);
   track.append(fill);
   button.append(name, track, share);
-  button.addEventListener("click", () => ask(index, state.against));
+  button.addEventListener("click", () => select(index, state.against));
   by("bars").append(button);
 }
 
 function addOptions() {
   const options = classes.map((one, i) => new Option(one.name, i));
-  by("asked").append(...options);
+  by("target").append(...options);
   by("against").append(new Option("and not …", ""), ...classes.map((one, i) => new Option(`and not ${one.name}`, i)));
   by("against").hidden = classes.length < 2;
   const chosen = (id) => (by(id).value === "" ? null : Number(by(id).value));
-  const onChange = () => ask(chosen("asked"), chosen("against"));
-  for (const id of ["asked", "against"]) by(id).addEventListener("change", onChange);
+  const onChange = () => select(chosen("target"), chosen("against"));
+  for (const id of ["target", "against"]) by(id).addEventListener("change", onChange);
 }
 
-function showFacts() {
+function showNotes() {
   const shown = classes.length < page.classCount ? `${classes.length} of ${page.classCount} classes` : "All classes";
-  const law = page.probability === "softmax" ? "softmax" : "sigmoid, so they need not add up to 100 %";
-  by("kind").textContent = `${shown}, probabilities by ${law}`;
+  const kind = page.probability === "softmax" ? "softmax" : "sigmoid, so they need not add up to 100 %";
+  by("kind").textContent = `${shown}, probabilities by ${kind}`;
   by("violations").hidden = page.violations.length === 0;
   by("promise").hidden = page.violations.length > 0;
   by("violations").querySelector("ul").append(...page.violations.map((violation) => element("li", "", violation)));
@@ -275,22 +275,22 @@ async function load() {
   }
 }
 
-/** Whoever embeds the page hears how high it is: a sandboxed frame cannot set its own height. */
-function tellHeight() {
+/** Post the height to the embedding page: a sandboxed frame cannot set its own height. */
+function postHeight() {
   if (window.parent === window) return;
-  const tell = () => window.parent.postMessage({ height: Math.ceil(document.documentElement.getBoundingClientRect().height) }, "*");
-  new ResizeObserver(tell).observe(document.documentElement);
+  const post = () => window.parent.postMessage({ height: Math.ceil(document.documentElement.getBoundingClientRect().height) }, "*");
+  new ResizeObserver(post).observe(document.documentElement);
 }
 
 async function start() {
   await load();
   addOptions();
   classes.forEach(addBar);
-  showFacts();
+  showNotes();
   state.against = page.against;
   by("pictures").addEventListener("keydown", onKey);
   show();
-  tellHeight();
+  postHeight();
   document.documentElement.dataset.ready = "true";
 }
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..exceptions import quiet_libraries
-from ..options import Checkpoint, ClassMap, DataChoice, Dataset, ModelToCheck, NetworkChoice, OptionalDataDir, Split
+from ..options import DataOptions, ModelOptions, OptionalDataOptions, expand_groups
 
 if TYPE_CHECKING:
     from ...explanation.exactness import ExactnessReport
@@ -16,9 +16,10 @@ __all__ = ["check"]
 RANDOM_IMAGES = 16
 
 
+@expand_groups
 def check(
-    model: ModelToCheck = None,
-    checkpoint: Checkpoint = None,
+    model_options: ModelOptions,
+    data_options: OptionalDataOptions,
     b: Annotated[
         float | None,
         typer.Option(min=1, help="Exponent B of the conversion of a timm model. (default: 2; with --against: 1)"),
@@ -31,39 +32,34 @@ def check(
             "checking the explanations."
         ),
     ] = None,
-    data_dir: OptionalDataDir = "",
-    dataset: Dataset = "",
-    split: Split = "validation",
-    class_map: ClassMap = "",
 ) -> None:
     """Check that a model's explanations are exact; if not, name the module that breaks exactness.
 
     A timm model is converted with B = 2 (or --b), without biases. Without a checkpoint the model is untrained:
     exactness depends on the architecture only.
 
-    With --against, compare a conversion with its original on the images of --data-dir, or on 16 random images. A timm
-    model is then converted so that it computes the same.
+    With --against, compare a conversion with its original on the images of --data-dir, or on 16 random images.
+    A timm model is then converted so that it computes the same.
     """
     if against is not None:
-        data = DataChoice(data_dir, dataset, split, class_map) if data_dir else None
-        _compare(NetworkChoice(model, checkpoint), b, against, data)
+        _compare(model_options, b, against, data_options if data_options.data_dir else None)
         return
     with quiet_libraries():
-        network, is_trained = _network(NetworkChoice(model, checkpoint), b)
-        verdict, side = _measure(network.eval().double(), size, is_trained)
-    name = model or checkpoint or network.pretrained_cfg["architecture"]
-    typer.echo(f"{name}: {'exact' if verdict.exact else 'not exact'} in float64, image of {side} pixels")
-    typer.echo(f"  completeness error  {verdict.completeness_error:.1e}")
-    typer.echo(f"  logit shift         {verdict.logit_shift:.1e}")
-    typer.echo(f"  image share         {verdict.image_share:.3f}")
-    if not verdict.exact:
-        typer.echo(f"  breaks at           {verdict.breaks_at or 'no single module'}")
-        for violation in verdict.violations:
+        model, is_trained = _load(model_options, b)
+        report, side = _measure(model.eval().double(), size, is_trained)
+    name = model_options.model or model_options.checkpoint or model.pretrained_cfg["architecture"]
+    typer.echo(f"{name}: {'exact' if report.exact else 'not exact'} in float64, image of {side} pixels")
+    typer.echo(f"  completeness error  {report.completeness_error:.1e}")
+    typer.echo(f"  logit shift         {report.logit_shift:.1e}")
+    typer.echo(f"  image share         {report.image_share:.3f}")
+    if not report.exact:
+        typer.echo(f"  breaks at           {report.breaks_at or 'no single module'}")
+        for violation in report.violations:
             typer.echo(f"  violation           {violation}")
         raise typer.Exit(1)
 
 
-def _compare(choice: NetworkChoice, b: float | None, against: str, data: DataChoice | None) -> None:
+def _compare(options: ModelOptions, b: float | None, against: str, data: DataOptions | None) -> None:
     """Print how closely a conversion agrees with its original."""
     from ...evaluation.comparison import agreement
     from ...models.loading import load_model, load_named
@@ -71,8 +67,8 @@ def _compare(choice: NetworkChoice, b: float | None, against: str, data: DataCho
     _check_exponent(b)
     conversion: dict[str, Any] = {} if b is None else dict(b=b, bias=True)
     with quiet_libraries():
-        model: Any = load_model(choice.model, choice.checkpoint, **conversion).eval()
-        original: Any = load_named(against, choice.model).eval()
+        model: Any = load_model(options.model, options.checkpoint, **conversion).eval()
+        original: Any = load_named(against, options.model).eval()
         found = agreement(model, original, _batches(model, data))
     typer.echo(f"predictions agree on {found.same} of {found.images} images")
     typer.echo(f"largest relative difference of logits {found.difference:.1e}")
@@ -81,8 +77,8 @@ def _compare(choice: NetworkChoice, b: float | None, against: str, data: DataCho
             typer.echo(f"{name:<9} top-1 {100 * right / found.images:.1f} % ({right} of {found.images})")
 
 
-def _batches(model: Any, data: DataChoice | None) -> Any:
-    """Images and labels of the data set, or random images with labels that say nothing."""
+def _batches(model: Any, data: DataOptions | None) -> Any:
+    """Images and labels of the data set, or random images, whose labels are not used."""
     import torch
 
     from ...data.datasets import image_batches
@@ -101,29 +97,29 @@ def _check_exponent(b: float | None) -> None:
         raise InputError(f"--b {b}: give a number of at least 1")
 
 
-def _network(choice: NetworkChoice, b: float | None) -> tuple[Any, bool]:
-    """The network, and whether it is trained."""
+def _load(options: ModelOptions, b: float | None) -> tuple[Any, bool]:
+    """The model, and whether it is trained."""
     from ...models.loading import create_model, load_model
 
     _check_exponent(b)
     conversion = dict(bias=False) if b is None else dict(bias=False, b=b)
-    if choice.model is not None and choice.checkpoint is None:
-        return create_model(choice.model, conversion), False
-    return load_model(choice.model, choice.checkpoint, **conversion), True
+    if options.model is not None and options.checkpoint is None:
+        return create_model(options.model, conversion), False
+    return load_model(options.model, options.checkpoint, **conversion), True
 
 
-def _measure(network: Any, size: int | None, is_trained: bool) -> tuple["ExactnessReport", int]:
-    """The verdict and the image's size."""
+def _measure(model: Any, size: int | None, is_trained: bool) -> tuple["ExactnessReport", int]:
+    """The report and the image size."""
     from ...errors import BcosError, InputError
     from ...explanation.exactness import calibrate, check, random_image
     from ...files import first_line
 
-    shape = network.pretrained_cfg.get("input_size", (3, 224, 224))
-    x = random_image(network.in_chans, (size, size) if size else shape[-2:]).double()
+    shape = model.pretrained_cfg.get("input_size", (3, 224, 224))
+    x = random_image(model.in_chans, (size, size) if size else shape[-2:]).double()
     try:
-        return check(network if is_trained else calibrate(network, x), x), x.shape[-1]
+        return check(model if is_trained else calibrate(model, x), x), x.shape[-1]
     except BcosError:
         raise
-    except Exception as error:  # as kernels larger than an image, or images that patches do not divide
-        place = f"an image of {x.shape[-2]} × {x.shape[-1]} pixels"
-        raise InputError(f"the model fails on {place}: {first_line(error)}; choose another --size") from error
+    except Exception as error:  # for instance a kernel larger than the image, or patches that do not divide it
+        image = f"an image of {x.shape[-2]} × {x.shape[-1]} pixels"
+        raise InputError(f"the model fails on {image}: {first_line(error)}; choose another --size") from error

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..exceptions import quiet_libraries
-from ..options import Checkpoint, Classes, ClassMap, DataChoice, DataDir, Dataset, Device, Model, NetworkChoice, Split
+from ..options import Classes, DataOptions, Device, Layer, ModelOptions, expand_groups
 
 if TYPE_CHECKING:
     from ...concepts.dictionary import Concepts
@@ -15,17 +15,12 @@ if TYPE_CHECKING:
 __all__ = ["concepts"]
 
 
+@expand_groups
 def concepts(
-    layer: Annotated[
-        str, typer.Option(help="Path of a layer whose output is a feature map or tokens, for instance blocks.4.")
-    ],
-    data_dir: DataDir,
+    layer: Layer,
+    data_options: DataOptions,
+    model_options: ModelOptions,
     photos: Annotated[list[Path] | None, typer.Argument(help="Photos to decompose into the concepts.")] = None,
-    dataset: Dataset = "",
-    split: Split = "validation",
-    class_map: ClassMap = "",
-    model: Model = None,
-    checkpoint: Checkpoint = None,
     classes: Classes = None,
     device: Device = "cpu",
     method: Annotated[str, typer.Option(help="Method that finds the concepts: nmf, kmeans, sae or channels.")] = "nmf",
@@ -54,18 +49,18 @@ def concepts(
     with quiet_libraries():
         given = list(find_photos(photos)) if photos else []
         outputs = OutputPaths(out, given)
-        network = NetworkChoice(model, checkpoint).load(device)
-        labeled = DataChoice(data_dir, dataset, split, class_map).load(network.num_classes)
-        names = class_names(network, classes)
-        asked = None if target is None else find_class(target, names, network.num_classes)
-        found = learn_concepts(network, labeled, layer, count, method)
-    reader = PhotoExplainer(network, names, (), top, outputs)
+        model = model_options.load(device)
+        labeled = data_options.load(model.num_classes)
+        names = class_names(model, classes)
+        asked = None if target is None else find_class(target, names, model.num_classes)
+        found = learn_concepts(model, labeled, layer, count, method)
+    reader = PhotoExplainer(model, names, (), top, outputs)
     found.save(out / "concepts.safetensors")
-    strongest = find_strongest(network, labeled, layer, images, encode=found.encode)
+    strongest = find_strongest(model, labeled, layer, images, encode=found.encode)
     shown = strongest.most_active(count, images)
-    wall = plot_wall(network, labeled, strongest, shown, images, directions=found.encoder, noun="concept")
+    wall = plot_wall(model, labeled, strongest, shown, images, directions=found.encoder, noun="concept")
     save_figure(wall, outputs.claim("wall", ".png"))
-    save_shares(class_shares(network, labeled, found, network.num_classes), names, out / "shares.csv")
+    save_shares(class_shares(model, labeled, found, model.num_classes), names, out / "shares.csv")
     for path in given:
         typer.echo(_explain(path, reader, found, asked, top))
     typer.echo(f"wrote {out}")
@@ -76,12 +71,12 @@ def _explain(path: Path, reader: "PhotoExplainer", found: "Concepts", target: in
     from ...concepts.figures import plot_decomposition
     from ...explanation.visualization import save_figure
 
-    account = explain_concepts(reader.network, reader.read(path), found, target, top=top)
-    save_figure(plot_decomposition(account, reader.names), reader.outputs.claim(path.stem, ".png"))
-    parts = zip(account.strongest[0].tolist(), account.pixels, strict=True)
+    decomposition = explain_concepts(reader.model, reader.read(path), found, target, top=top)
+    save_figure(plot_decomposition(decomposition, reader.names), reader.outputs.claim(path.stem, ".png"))
+    parts = zip(decomposition.strongest[0].tolist(), decomposition.pixels, strict=True)
     shares = ", ".join(f"concept {concept} {float(one.logit):+.3f}" for concept, one in parts)
-    whole = account.explanation
+    whole = decomposition.explanation
     return (
         f"{path}: {reader.names[int(whole.target)]}, logit {float(whole.logit):.3f}, of which {shares}   "
-        f"completeness error {float(account.completeness_error):.1e}"
+        f"completeness error {float(decomposition.completeness_error):.1e}"
     )

@@ -40,7 +40,7 @@ def convert(
     Unless B is 1 and biases are kept, the converted model needs fine-tuning.
     """
     from ...errors import InputError
-    from ...hub.repository import save_network
+    from ...hub.repository import save_model
     from ...models.loading import load_model
 
     if model is None and checkpoint is None:
@@ -49,6 +49,6 @@ def convert(
         raise InputError("--bias adds biases and --reference does not: choose one of them")
     biases = "reference" if reference else bias
     with quiet_libraries():
-        network = load_model(model, checkpoint, b=b, bias=biases, positions=positions, antialias=antialias).eval()
-        save_network(network, out)
+        converted = load_model(model, checkpoint, b=b, bias=biases, positions=positions, antialias=antialias).eval()
+        save_model(converted, out)
     typer.echo(f"wrote {out}: timm.create_model('local-dir:{out}', pretrained=True)")

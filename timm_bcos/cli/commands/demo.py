@@ -5,14 +5,14 @@ from typing import Annotated
 import typer
 
 from ..exceptions import quiet_libraries
-from ..options import Checkpoint, Classes, Device, Model
+from ..options import Classes, Device, ModelOptions, expand_groups
 
 __all__ = ["demo"]
 
 
+@expand_groups
 def demo(
-    model: Model = None,
-    checkpoint: Checkpoint = None,
+    model_options: ModelOptions,
     classes: Classes = None,
     device: Device = "cpu",
     port: Annotated[
@@ -34,8 +34,9 @@ def demo(
     except ImportError as error:
         if error.name != "gradio":
             raise
-        raise InputError("the page needs Gradio: pip install 'timm_bcos[demo]'") from error
+        raise InputError("the demo needs Gradio: pip install 'timm_bcos[demo]'") from error
     from ..options import find_device
 
     with quiet_libraries():
+        model, checkpoint = model_options.model, model_options.checkpoint
         launch(model, checkpoint, classes, port=port, share=share, device=find_device(device))

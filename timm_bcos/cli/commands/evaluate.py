@@ -8,37 +8,31 @@ from typing import Annotated, Any
 import typer
 
 from ..options import (
-    Checkpoint,
-    ClassMap,
-    DataChoice,
-    DataDir,
-    Dataset,
+    AnyModelOptions,
+    DataOptions,
     Device,
     Disconnect,
+    Disconnection,
     Methods,
-    Model,
-    NetworkChoice,
-    Plain,
-    Split,
+    Reuse,
+    Seed,
+    expand_groups,
     find_device,
 )
 
 __all__ = ["aggatt", "compare", "metrics", "pointing_game"]
 
 QUICK = (
-    "bcos", "gradient", "ixg", "ig", "deeplift", "smoothgrad", "guided_backprop", "gradcam", "lrp", "chefer", "attnlrp",
+    "bcos", "gradient", "input_x_gradient", "integrated_gradients", "deeplift", "smoothgrad", "guided_backprop",
+    "gradcam", "lrp", "chefer", "attnlrp",
 )  # fmt: skip
 ALL = (*QUICK, "attention_rollout", "occlusion", "lime", "rise")
 
 
+@expand_groups
 def pointing_game(
-    data_dir: DataDir,
-    dataset: Dataset = "",
-    split: Split = "validation",
-    class_map: ClassMap = "",
-    model: Model = None,
-    checkpoint: Checkpoint = None,
-    plain: Plain = False,
+    data_options: DataOptions,
+    model_options: AnyModelOptions,
     device: Device = "cpu",
     method: Methods = None,
     n: Annotated[list[int] | None, typer.Option(min=1, help="Cells per side; repeatable. (default: 2, 3)")] = None,
@@ -46,17 +40,12 @@ def pointing_game(
     threshold: Annotated[
         float, typer.Option(min=0, max=1, help="Minimum confidence for an image to be used in a grid.")
     ] = 0.5,
-    reuse: Annotated[bool, typer.Option("--reuse", help="Reuse images when a class has too few.")] = False,
+    reuse: Reuse = False,
     smooth: Annotated[
         list[int] | None, typer.Option(min=1, help="Window of the mean filter in pixels; repeatable. (default: 1, 15)")
     ] = None,
-    disconnect: Annotated[
-        Disconnect,
-        typer.Option(
-            help="Compute each cell's logits separately: by the whole model (full, DiFull) or the head (part, DiPart)."
-        ),
-    ] = Disconnect.NONE,
-    seed: Annotated[int, typer.Option(help="Random seed for sampling classes.")] = 0,
+    disconnect: Disconnection = Disconnect.NONE,
+    seed: Seed = 0,
     batch_size: Annotated[
         int | None,
         typer.Option(min=1, help="Number of classes per pass. (default: as many as fit into about 3 GB of memory)"),
@@ -66,45 +55,41 @@ def pointing_game(
     """Play the grid pointing game: measure how much attribution of a class lies in its own cell.
 
     Writes values.csv, summary.csv, gains.csv (paired differences to the other methods), summary.md and boxes.png.
-    Without --method, all methods that suit the model are evaluated.
+    Without --method, all methods that support the model are evaluated.
     """
-    from ...attribution.registry import check_methods
+    from ...attribution.registry import method_names
     from ...evaluation.pointing_game import sample_grids
     from ...evaluation.pointing_results import play_all, read_confidences
     from ...evaluation.results import remember_settings
 
-    methods = list(method or ALL)
-    check_methods(methods)
-    choice, data = NetworkChoice(model, checkpoint, plain), DataChoice(data_dir, dataset, split, class_map)
-    network = choice.load(device)
-    images = data.load(network.num_classes)
+    methods = method_names(method or ALL)
+    model = model_options.load(device)
+    images = data_options.load(model.num_classes)
     settings = dict(reuse=reuse, seed=seed, threshold=threshold, disconnect=disconnect.value)
-    remember_settings(out, vars(choice) | vars(data) | settings)
-    found = read_confidences(network, images, out)
+    remember_settings(out, vars(model_options) | vars(data_options) | settings)
+    found = read_confidences(model, images, out)
     right = sum(item.predicted == item.label for item in found)
     typer.echo(f"{right} of {len(found)} images are classified correctly")
     sample = partial(sample_grids, found, count=grids, threshold=threshold, seed=seed, reuse=reuse)
-    samples = [sample(cells) for cells in n or (2, 3)]  # all of them before the first is played
+    samples = [sample(cells) for cells in n or (2, 3)]  # all at once: a lack of images shows before the first game
     left_out = play_all(
-        network, images, samples, methods, out, disconnect=disconnect.value, smooth=smooth or (1, 15),
+        model, images, samples, methods, out, disconnect=disconnect.value, smooth=smooth or (1, 15),
         batch_size=batch_size,
     )  # fmt: skip
     _report(left_out, out / "summary.md")
 
 
+@expand_groups
 def metrics(
-    data_dir: DataDir,
-    dataset: Dataset = "",
-    split: Split = "validation",
-    class_map: ClassMap = "",
-    model: Model = None,
-    checkpoint: Checkpoint = None,
-    plain: Plain = False,
+    data_options: DataOptions,
+    model_options: AnyModelOptions,
     device: Device = "cpu",
     method: Methods = None,
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="Metric to compute; repeatable. (default: all: deletion, insertion, faithfulness, …)"),
+        typer.Option(
+            help="Metric to compute, for instance deletion; repeatable. (default: all; energy only with --regions)"
+        ),
     ] = None,
     regions: Annotated[
         Path | None,
@@ -115,62 +100,56 @@ def metrics(
 ) -> None:
     """Measure deletion, insertion, faithfulness, sensitivity, randomization and more of attribution methods.
 
-    Writes metrics.csv and metrics.md. Without --method, all fast methods that suit the model are evaluated.
+    Writes metrics.csv and metrics.md. Without --method, all fast methods that support the model are evaluated.
     """
-    from ...attribution.registry import check_methods
+    from ...attribution.registry import method_names
     from ...errors import MethodError
     from ...evaluation.metrics import METRICS, NEEDING_MASKS, check_metrics, evaluate_all
     from ...evaluation.results import remember_settings
 
     suited = [name for name in METRICS if regions is not None or name not in NEEDING_MASKS]
-    methods, measured = list(method or QUICK), list(metric or suited)
-    check_methods(methods)
+    methods, measured = method_names(method or QUICK), list(metric or suited)
     check_metrics(measured)
     if lacking := [name for name in measured if name not in suited]:
-        raise MethodError(f"{lacking[0]} needs --regions: where the objects are")
-    choice, data = NetworkChoice(model, checkpoint, plain), DataChoice(data_dir, dataset, split, class_map)
-    network = choice.load(device)
-    labeled = data.load(network.num_classes)
-    remember_settings(out, vars(choice) | vars(data) | dict(images=images, regions=regions))
-    left_out = evaluate_all(network, labeled, measured, methods, out, images=images, regions=regions)
+        raise MethodError(f"{lacking[0]} needs the regions of the objects: give --regions")
+    model = model_options.load(device)
+    labeled = data_options.load(model.num_classes)
+    remember_settings(out, vars(model_options) | vars(data_options) | dict(images=images, regions=regions))
+    left_out = evaluate_all(model, labeled, measured, methods, out, images=images, regions=regions)
     _report(left_out, out / "metrics.md")
 
 
+@expand_groups
 def aggatt(
-    data_dir: DataDir,
-    dataset: Dataset = "",
-    split: Split = "validation",
-    class_map: ClassMap = "",
-    model: Model = None,
-    checkpoint: Checkpoint = None,
-    plain: Plain = False,
+    data_options: DataOptions,
+    model_options: AnyModelOptions,
     device: Device = "cpu",
     method: Methods = None,
     n: Annotated[int, typer.Option(min=1, help="Cells per side of the grids.")] = 2,
     grids: Annotated[int, typer.Option(min=1, help="Number of grids.")] = 100,
     smooth: Annotated[int, typer.Option(min=1, help="Window of the mean filter in pixels; 1 for no smoothing.")] = 15,
-    disconnect: Annotated[
-        Disconnect, typer.Option(help="Compute each cell's logits separately, as in `evaluate pointing-game`.")
-    ] = Disconnect.NONE,
-    reuse: Annotated[bool, typer.Option("--reuse", help="Reuse images when a class has too few.")] = False,
-    seed: Annotated[int, typer.Option(help="Random seed for sampling classes.")] = 0,
+    disconnect: Disconnection = Disconnect.NONE,
+    reuse: Reuse = False,
+    seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="Image file to write.")] = Path("aggatt.png"),
 ) -> None:
     """Plot mean attribution maps of pointing-game grids, from the best localized to the worst (AggAtt)."""
-    from ...evaluation.aggatt import plot_bins
-    from ...evaluation.disconnected import Disconnected
-    from ...evaluation.pointing_game import confidences, sample_grids
+    from ...evaluation.aggatt import plot_aggatt
+    from ...evaluation.pointing_game import Disconnected, confidences, sample_grids
     from ...explanation.visualization import save_figure
 
-    network = NetworkChoice(model, checkpoint, plain).load(device)
-    images = DataChoice(data_dir, dataset, split, class_map).load(network.num_classes)
-    chosen = sample_grids(list(confidences(network, images)), n, grids, seed=seed, reuse=reuse)
-    player = network if disconnect is Disconnect.NONE else Disconnected(network, n, disconnect.value)
-    figure, left_out = plot_bins(player, images, chosen, list(method or ("bcos", "ixg", "gradcam")), smooth)
+    model = model_options.load(device)
+    images = data_options.load(model.num_classes)
+    chosen = sample_grids(list(confidences(model, images)), n, grids, seed=seed, reuse=reuse)
+    player = model if disconnect is Disconnect.NONE else Disconnected(model, n, disconnect.value)
+    figure, left_out = plot_aggatt(
+        player, images, chosen, list(method or ("bcos", "input_x_gradient", "gradcam")), smooth
+    )
     save_figure(figure, out)
     typer.echo("\n".join([*(f"left out: {reason}" for reason in left_out), f"wrote {out}"]))
 
 
+@expand_groups
 def compare(
     models: Annotated[
         list[str],
@@ -180,10 +159,7 @@ def compare(
             "Models of the same NAME count as seeds of one training.",
         ),
     ],
-    data_dir: DataDir,
-    dataset: Dataset = "",
-    split: Split = "validation",
-    class_map: ClassMap = "",
+    data_options: DataOptions,
     device: Device = "cpu",
     contributors: Annotated[
         Path | None,
@@ -202,14 +178,13 @@ def compare(
 
     loaded = _named_models(models)
     first = loaded[0][1]()
-    images: Any = DataChoice(data_dir, dataset, split, class_map).load(first.num_classes)
+    images: Any = data_options.load(first.num_classes)
     names = [images.filename(i) for i in range(len(images))]
     clusters = comparison.contributors(contributors, names) if contributors else comparison.series(names)
-    place = find_device(device)
     right: dict[str, list[Any]] = {}
     for position, (name, load) in enumerate(loaded):
         model = first if position == 0 else load()
-        right.setdefault(name, []).append(comparison.correct(model.eval().to(place), images))
+        right.setdefault(name, []).append(comparison.correct(model.eval().to(find_device(device)), images))
     comparison.write_table(out / "comparison.csv", comparison.compare(right, clusters))
     comparison.write_clusters(out / "clusters.csv", right, clusters)
     comparison.write_images(out / "images.csv", names, clusters, right)

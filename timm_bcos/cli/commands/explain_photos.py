@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..exceptions import one_line, quiet_libraries, stop_if_interrupted
-from ..options import Checkpoint, Classes, Device, Model, NetworkChoice
+from ..options import Classes, Device, ModelOptions, expand_groups
 
 if TYPE_CHECKING:
     from ..photo_explainer import PhotoExplainer
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 __all__ = ["explain"]
 
 
+@expand_groups
 def explain(
     photos: Annotated[list[Path], typer.Argument(help="Image files, videos, or directories of images.")],
-    model: Model = None,
-    checkpoint: Checkpoint = None,
+    model_options: ModelOptions,
     classes: Classes = None,
     device: Device = "cpu",
     target: Annotated[list[str] | None, typer.Option(help="Class to explain, by name or index; repeatable.")] = None,
@@ -51,13 +51,13 @@ def explain(
     with quiet_libraries():
         given = list(find_photos(photos))
         outputs = OutputPaths(out, given)
-        network: Any = NetworkChoice(model, checkpoint).load(device)
-        names = class_names(network, classes)
-        targets = list(dict.fromkeys(find_class(t, names, network.num_classes) for t in target or ()))
-        network = ShiftAveraged(network, shifts).eval() if shifts > 1 else network
-        against = list(dict.fromkeys(find_class(t, names, network.num_classes) for t in versus or ()))
+        model: Any = model_options.load(device)
+        names = class_names(model, classes)
+        targets = list(dict.fromkeys(find_class(t, names, model.num_classes) for t in target or ()))
+        model = ShiftAveraged(model, shifts).eval() if shifts > 1 else model
+        against = list(dict.fromkeys(find_class(t, names, model.num_classes) for t in versus or ()))
         _refuse_overlap(targets, against, names)
-        explainer = PhotoExplainer(network, names, targets, top, outputs, html, against)
+        explainer = PhotoExplainer(model, names, targets, top, outputs, html, against)
         paths = _without_own(given)
         failures = _explain_all(explainer, paths)
     if failures:
@@ -76,18 +76,18 @@ def _refuse_overlap(targets: Sequence[int], against: Sequence[int], names: Seque
 
 
 def _without_own(paths: Sequence[Path]) -> list[Path]:
-    """Explanations are not explained."""
+    """Leave out files that this package wrote."""
     from ..outputs import is_own
 
     own = [path for path in paths if is_own(path)]
     if own:
         names = ", ".join([*map(str, own[:3]), *(["…"] if len(own) > 3 else [])])
-        typer.echo(f"left out {len(own)} that timm-bcos made: {names}", err=True)
+        typer.echo(f"left out {len(own)} files that timm-bcos wrote: {names}", err=True)
     return [path for path in paths if path not in own]
 
 
 def _explain_all(explainer: "PhotoExplainer", paths: Sequence[Path]) -> list[Path]:
-    """One photo after the other; one that fails, in whatever way, is reported and the others go on."""
+    """Explain all photos; failures are reported, and the remaining photos are explained."""
     from tqdm import tqdm
 
     failures = []

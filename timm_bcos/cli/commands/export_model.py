@@ -6,16 +6,16 @@ from typing import Annotated, Any
 import typer
 
 from ..exceptions import quiet_libraries
-from ..options import Checkpoint, Device, Model, NetworkChoice
+from ..options import Device, ModelOptions, expand_groups
 
 __all__ = ["export"]
 
 SUFFIXES = (".pt2", ".onnx")
 
 
+@expand_groups
 def export(
-    model: Model = None,
-    checkpoint: Checkpoint = None,
+    model_options: ModelOptions,
     device: Device = "cpu",
     out: Annotated[
         Path,
@@ -34,24 +34,24 @@ def export(
     if out.suffix not in SUFFIXES:
         raise InputError(f"--out {out}: choose a format by its suffix, {' or '.join(SUFFIXES)}")
     with quiet_libraries():
-        network = NetworkChoice(model, checkpoint).load(device)
-        x = torch.rand(2, *network.pretrained_cfg["input_size"], device=device)
-        (_export_program if out.suffix == ".pt2" else _export_onnx)(network, x, out)
+        model = model_options.load(device)
+        x = torch.rand(2, *model.pretrained_cfg["input_size"], device=device)
+        (_export_program if out.suffix == ".pt2" else _export_onnx)(model, x, out)
     typer.echo(f"wrote {out}, for images of {x.shape[-2]} × {x.shape[-1]} pixels")
 
 
-def _export_program(network: Any, x: Any, out: Path) -> None:
+def _export_program(model: Any, x: Any, out: Path) -> None:
     import torch
 
     from ...explanation.export import export_explainer
     from ...files import atomic_path
 
-    program = export_explainer(network, x)
+    program = export_explainer(model, x)
     with atomic_path(out) as path:
         torch.export.save(program, path)
 
 
-def _export_onnx(network: Any, x: Any, out: Path) -> None:
+def _export_onnx(model: Any, x: Any, out: Path) -> None:
     import torch
 
     from ...errors import InputError
@@ -63,6 +63,6 @@ def _export_onnx(network: Any, x: Any, out: Path) -> None:
     )
     try:
         with atomic_path(out) as path:
-            torch.onnx.export(network, (x,), path, **options)
+            torch.onnx.export(model, (x,), path, **options)
     except ImportError as error:
         raise InputError(f"ONNX needs {error.name}: pip install 'timm_bcos[onnx]'") from error

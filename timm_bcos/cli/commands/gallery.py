@@ -5,20 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..options import (
-    Checkpoint,
-    Classes,
-    ClassMap,
-    DataChoice,
-    DataDir,
-    Dataset,
-    Device,
-    Methods,
-    Model,
-    NetworkChoice,
-    Plain,
-    Split,
-)
+from ..options import AnyModelOptions, Classes, DataOptions, Device, Methods, ModelOptions, expand_groups
 
 __all__ = ["of_classes", "of_methods"]
 
@@ -29,13 +16,10 @@ Show = Annotated[
 Out = Annotated[Path, typer.Option(help="Image file to write.")]
 
 
+@expand_groups
 def of_classes(
-    data_dir: DataDir,
-    dataset: Dataset = "",
-    split: Split = "validation",
-    class_map: ClassMap = "",
-    model: Model = None,
-    checkpoint: Checkpoint = None,
+    data_options: DataOptions,
+    model_options: ModelOptions,
     classes: Classes = None,
     device: Device = "cpu",
     show: Show = None,
@@ -46,43 +30,38 @@ def of_classes(
     from ...evaluation.galleries import plot_classes
     from ...explanation.visualization import save_figure
 
-    data = DataChoice(data_dir, dataset, split, class_map)
-    network, names, x, targets = _most_confident(NetworkChoice(model, checkpoint), data, classes, device, show, images)
-    save_figure(plot_classes(network, x, targets, names), out)
+    model = model_options.load(device)
+    names, x, targets = _most_confident(model, data_options, classes, show, images)
+    save_figure(plot_classes(model, x, targets, names), out)
     typer.echo(f"wrote {out}")
 
 
+@expand_groups
 def of_methods(
-    data_dir: DataDir,
-    dataset: Dataset = "",
-    split: Split = "validation",
-    class_map: ClassMap = "",
-    model: Model = None,
-    checkpoint: Checkpoint = None,
-    plain: Plain = False,
+    data_options: DataOptions,
+    model_options: AnyModelOptions,
     classes: Classes = None,
     device: Device = "cpu",
     show: Show = None,
     method: Methods = None,
     out: Out = Path("methods.png"),
 ) -> None:
-    """Plot one image per class, explained by every attribution method that suits the model."""
-    from ...attribution.registry import METHODS, check_methods
+    """Plot one image per class, explained by every attribution method that supports the model."""
+    from ...attribution.registry import METHODS, method_names
     from ...evaluation.galleries import plot_methods
     from ...explanation.visualization import save_figure
 
-    methods = list(method or METHODS)
-    check_methods(methods)
-    choice, data = NetworkChoice(model, checkpoint, plain), DataChoice(data_dir, dataset, split, class_map)
-    network, names, x, targets = _most_confident(choice, data, classes, device, show, 1)
-    save_figure(plot_methods(network, x, targets, methods, names), out)
+    methods = method_names(method or METHODS)
+    model = model_options.load(device)
+    names, x, targets = _most_confident(model, data_options, classes, show, 1)
+    save_figure(plot_methods(model, x, targets, methods, names), out)
     typer.echo(f"wrote {out}")
 
 
 def _most_confident(
-    choice: NetworkChoice, data: DataChoice, classes: Path | None, device: str, show: list[str] | None, images: int
-) -> tuple[Any, list[str], Any, list[int]]:
-    """The network, its classes' names, the images that it is most confident of, and their classes."""
+    model: Any, data_options: DataOptions, classes: Path | None, show: list[str] | None, images: int
+) -> tuple[list[str], Any, list[int]]:
+    """The names of all classes, and the images with the highest confidence with their classes."""
     import torch
 
     from ...data.datasets import image_loader
@@ -90,10 +69,9 @@ def _most_confident(
     from ...evaluation.pointing_game import confidences
     from ...models.class_names import class_names, find_class
 
-    network = choice.load(device)
-    names, labeled = class_names(network, classes), data.load(network.num_classes)
+    names, labeled = class_names(model, classes), data_options.load(model.num_classes)
     shown = [find_class(c, names, len(names)) for c in show or map(str, range(min(SHOWN, len(names))))]
-    chosen = most_confident(list(confidences(network, labeled)), images, list(dict.fromkeys(shown)))
-    load = image_loader(network, labeled)
-    x = torch.stack([load(item.index)[0] for item in chosen]).to(device)
-    return network, names, x, [item.label for item in chosen]
+    chosen = most_confident(list(confidences(model, labeled)), images, list(dict.fromkeys(shown)))
+    load = image_loader(model, labeled)
+    x = torch.stack([load(item.index)[0] for item in chosen]).to(next(model.parameters()).device)
+    return names, x, [item.label for item in chosen]

@@ -17,24 +17,24 @@ def models(
     pattern: Annotated[str, typer.Argument(help="Pattern of model names with * and ?, as in timm.list_models.")] = "*",
     pretrained: Annotated[bool, typer.Option("--pretrained", help="List only models with pretrained weights.")] = False,
 ) -> None:
-    """List the B-cos models: name and tag, parameters in millions, published top-1 in per cent, image size in pixels.
+    """List the B-cos models: name and tag, parameters in millions, published top-1 in percent, image size in pixels.
 
-    Any other timm model becomes a B-cos model by `timm-bcos convert`, or by the name `bcosify`.
+    Other timm models become B-cos models with `timm-bcos convert`, or in Python with `bcosify`.
     """
     from ...errors import TargetError
     from ...models.loading import list_bcos_models
 
     is_empty = True
-    for network in list_bcos_models(pattern, pretrained=pretrained):
+    for model in list_bcos_models(pattern, pretrained=pretrained):
         if is_empty:
             typer.echo(HEADER.rstrip())
             is_empty = False
-        typer.echo(_row(network))
+        typer.echo(_row(model))
     if is_empty:
-        raise TargetError(f"no network is called {pattern!r}: `timm-bcos models` lists all, 'bcosv2_*' a family")
+        raise TargetError(f"no model is called {pattern!r}: `timm-bcos models` lists all models")
 
 
-def _row(network: "Listed") -> str:
-    image = f"{network.resize} → {network.size}" if network.resize else str(network.size)
-    parameters, top1 = f"{network.parameters:.1f}", str(network.top1 or "")
-    return ROW.format(network.tagged_name, parameters, top1, image, network.note).rstrip()
+def _row(model: "Listed") -> str:
+    image = f"{model.resize} → {model.size}" if model.resize else str(model.size)
+    parameters, top1 = f"{model.parameters:.1f}", str(model.top1 or "")
+    return ROW.format(model.tagged_name, parameters, top1, image, model.note).rstrip()

@@ -5,21 +5,16 @@ from typing import Annotated
 
 import typer
 
-from ..options import Checkpoint, Classes, ClassMap, DataChoice, DataDir, Dataset, Device, Model, NetworkChoice, Split
+from ..options import Classes, DataOptions, Device, Layer, ModelOptions, expand_groups
 
 __all__ = ["neurons"]
 
 
+@expand_groups
 def neurons(
-    layer: Annotated[
-        str, typer.Option(help="Path of a layer whose output is a feature map or tokens, for instance blocks.4.")
-    ],
-    data_dir: DataDir,
-    dataset: Dataset = "",
-    split: Split = "validation",
-    class_map: ClassMap = "",
-    model: Model = None,
-    checkpoint: Checkpoint = None,
+    layer: Layer,
+    data_options: DataOptions,
+    model_options: ModelOptions,
     classes: Classes = None,
     device: Device = "cpu",
     units: Annotated[int, typer.Option(min=1, help="Number of units in the figures.")] = 6,
@@ -32,23 +27,23 @@ def neurons(
     """Show the images that activate a layer's units most, with explanations, and their classes.
 
     Writes wall.png (crops of the most active units' images, and their explanations), classes.png (the classes of the
-    most one-sided units) and units.csv (every unit).
+    units with the lowest class entropy) and units.csv (every unit).
     """
     from ...evaluation.neurons import find_strongest, label_entropy, plot_label_counts, plot_wall, save_units
     from ...explanation.visualization import save_figure
     from ...models.class_names import class_names
 
-    network = NetworkChoice(model, checkpoint).load(device)
-    labeled = DataChoice(data_dir, dataset, split, class_map).load(network.num_classes)
-    names = class_names(network, classes)
-    found = find_strongest(network, labeled, layer, strongest)
+    model = model_options.load(device)
+    labeled = data_options.load(model.num_classes)
+    names = class_names(model, classes)
+    found = find_strongest(model, labeled, layer, strongest)
     save_units(found, names, out / "units.csv")
-    save_figure(plot_wall(network, labeled, found, found.most_active(units), images), out / "wall.png")
-    one_sided = found.most_one_sided(units, len(names))
-    if one_sided:
-        save_figure(plot_label_counts(found, one_sided, names), out / "classes.png")
+    save_figure(plot_wall(model, labeled, found, found.most_active(units), images), out / "wall.png")
+    selective = found.most_one_sided(units, len(names))
+    if selective:
+        save_figure(plot_label_counts(found, selective, names), out / "classes.png")
     entropy = label_entropy(found.labels, len(names)).tolist()
-    for unit in one_sided:
+    for unit in selective:
         top = names[int(found.labels[unit].mode().values)]
         typer.echo(f"unit {unit}: entropy {entropy[unit]:.3f} of the uniform distribution's, most often {top}")
     typer.echo(f"wrote {out}")

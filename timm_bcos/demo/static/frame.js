@@ -1,4 +1,4 @@
-// A document of its own, cut off from the page but for its height, which it tells.
+// A sandboxed document; it only posts its height to the demo.
 const frame = element.querySelector("iframe");
 const show = () => {
   if (!props.value.document) frame.style.height = "0";

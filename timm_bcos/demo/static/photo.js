@@ -1,47 +1,47 @@
-// A photo that never becomes a file: it is read in the browser and travels as a data address, the component's value.
+// An input for photos. The photo is read in the browser; the component's value is a data URL.
 const zone = element.querySelector(".zone");
 const input = zone.querySelector("input");
 const shown = zone.querySelector("img");
-const told = element.querySelector(".told");
+const error = element.querySelector(".error");
 const examples = element.querySelector(".examples");
 
-const tell = (sentence) => {
-  told.textContent = sentence;
-  told.hidden = !sentence;
+const showError = (message) => {
+  error.textContent = message;
+  error.hidden = !message;
 };
 const show = () => {
   shown.hidden = !props.value;
   if (props.value) shown.src = props.value;
 };
-const send = (address) => {
-  tell("");
-  props.value = address;
+const send = (url) => {
+  showError("");
+  props.value = url;
   show();
   trigger("input");
 };
-const take = (file) => {
+const load = (file) => {
   if (!file) return;
   if (file.size > props.largest) {
-    const [has, takes] = [file.size, props.largest].map((bytes) => Math.ceil(bytes / 1e6));
-    tell(`The file has ${has} MB, the page takes ${takes}: send a smaller one.`);
+    const [size, limit] = [file.size, props.largest].map((bytes) => Math.ceil(bytes / 1e6));
+    showError(`The file has ${size} MB, the limit is ${limit} MB: send a smaller one.`);
     return;
   }
   const reader = new FileReader();
   reader.onload = () => send(reader.result);
-  reader.onerror = () => tell("The browser cannot read this file.");
+  reader.onerror = () => showError("The browser cannot read this file.");
   reader.readAsDataURL(file);
 };
-const offer = () => {
+const showExamples = () => {
   examples.replaceChildren(
-    ...props.examples.map(({ name, address }) => {
+    ...props.examples.map(({ name, url }) => {
       const button = document.createElement("button");
       const picture = document.createElement("img");
-      picture.src = address;
+      picture.src = url;
       picture.alt = name;
       button.title = name;
       button.type = "button";
       button.append(picture);
-      button.onclick = () => send(address);
+      button.onclick = () => send(url);
       return button;
     }),
   );
@@ -49,21 +49,21 @@ const offer = () => {
 
 shown.onerror = () => { shown.hidden = true; };
 input.onchange = () => {
-  take(input.files[0]);
+  load(input.files[0]);
   input.value = "";
 };
 for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
   zone.addEventListener(kind, (event) => {
     event.preventDefault();
     zone.classList.toggle("over", kind === "dragenter" || kind === "dragover");
-    if (kind === "drop") take(event.dataTransfer.files[0]);
+    if (kind === "drop") load(event.dataTransfer.files[0]);
   });
 }
 document.addEventListener("paste", (event) => {
   const files = [...(event.clipboardData?.files ?? [])];
-  take(files.find((file) => file.type.startsWith("image/")));
+  load(files.find((file) => file.type.startsWith("image/")));
 });
 watch("value", show);
-watch("examples", offer);
+watch("examples", showExamples);
 show();
-offer();
+showExamples();
