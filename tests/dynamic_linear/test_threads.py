@@ -251,9 +251,9 @@ def test_wrong_targets(model: nn.Module, images: Tensor) -> None:
     for target in (True, [True, False, True], 1.5, [1, [2]], torch.ones(3, dtype=torch.bool)):
         with pytest.raises(timm_bcos.TargetError, match="give an int, or one int for each of the 3 images"):
             timm_bcos.explain(model, images, target)
-    with pytest.raises(timm_bcos.InputError, match="expected a network first, then images, got Tensor"):
+    with pytest.raises(timm_bcos.InputError, match="expected a model first, then images, got Tensor"):
         timm_bcos.explain(images, model)  # type: ignore[arg-type]
-    with pytest.raises(timm_bcos.InputError, match="expected a network first"):
+    with pytest.raises(timm_bcos.InputError, match="expected a model first"):
         timm_bcos.check(None)  # type: ignore[arg-type]
     with pytest.raises(timm_bcos.TargetError, match="layer='' is the model itself"):
         timm_bcos.explain(model, images, layer="")

@@ -238,7 +238,7 @@ def test_gates_are_no_neurons() -> None:
 
 
 def test_wrong_models(x: Tensor) -> None:
-    with pytest.raises(ModelStateError, match=r"ResNet is no B-cos network.*bcosify\(model\)"):
+    with pytest.raises(ModelStateError, match=r"ResNet is no B-cos model.*bcosify\(model\)"):
         explain(timm.create_model("resnet18").eval(), x)
     model = timm.create_model("bcos_cnn9")
     with pytest.raises(ModelStateError, match=r"the model is in training mode: call model.eval\(\)"):

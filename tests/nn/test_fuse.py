@@ -191,7 +191,7 @@ def test_refusals() -> None:
         fuse(fused)
     with pytest.raises(ModelStateError, match="is in training mode"):
         fuse(model.train())
-    with pytest.raises(ModelStateError, match="ResNet is no B-cos network"):
+    with pytest.raises(ModelStateError, match="ResNet is no B-cos model"):
         fuse(timm.create_model("resnet18").eval())
     assert not any(p.requires_grad for p in fused.parameters())
 

@@ -297,13 +297,13 @@ def test_bad_input(x: Tensor) -> None:
         dynamic_weights(model, x, 6)
     with pytest.raises(TargetError, match="logits"):
         dynamic_weights(bcosify(timm.create_model("test_resnet", num_classes=0, global_pool="")).double(), x)
-    with pytest.raises(ModelStateError, match="B-cos network"):
+    with pytest.raises(ModelStateError, match="B-cos model"):
         dynamic_weights(timm.create_model("test_resnet").double(), x)
     model.set_grad_checkpointing()
     with pytest.raises(ModelStateError, match="checkpointing"):
         dynamic_weights(model, x)
     model.set_grad_checkpointing(False)
-    with pytest.raises(ModelStateError, match="B-cos network"):
+    with pytest.raises(ModelStateError, match="B-cos model"):
         ExplanationDistillationTask(model, timm.create_model("test_resnet", num_classes=6))
     with pytest.raises(ModelStateError, match="torchrun"):
         GuidedClassificationTask(model).prepare_distributed()
@@ -333,4 +333,4 @@ def test_train_py_distils_explanations(data: Path) -> None:  # noqa: F811
     plain = timm.create_model("test_resnet", num_classes=2)
     timm.models.save_for_hf(plain, data.parent / "plain")
     refused = trained(data, "local-dir:plain", "--explanation-weight", "2").splitlines()[-1]
-    assert "no B-cos network" in refused
+    assert "no B-cos model" in refused
