@@ -31,11 +31,11 @@ class UnsupportedModuleError(BcosError, TypeError):
 
 
 class NotFineTunedWarning(UserWarning):
-    """A network that starts from pretrained weights, but will not compute what they were trained for."""
+    """A model that starts from pretrained weights, but will not compute what they were trained for."""
 
 
 class CheckpointError(BcosError, RuntimeError):
-    """A weight file that is missing, broken, unsafe or of another network."""
+    """A weight file that is missing, broken, unsafe or of another model."""
 
 
 class PublishError(BcosError, RuntimeError):
@@ -51,4 +51,4 @@ class MissingError(BcosError, ImportError):
 
 
 class InexactWarning(UserWarning):
-    """An explanation that is not exact, since explanation mode does not know a part of the network."""
+    """An explanation that is not exact, since explanation mode does not know a part of the model."""

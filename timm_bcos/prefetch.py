@@ -1,4 +1,4 @@
-"""Reading ahead: what comes next is loaded while the network is busy with what came before."""
+"""Reading ahead: what comes next is loaded while the model is busy with what came before."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator

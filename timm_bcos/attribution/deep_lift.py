@@ -57,12 +57,12 @@ def multiplied_contributions(model: nn.Module, x: Tensor, targets: Tensor, activ
     def rescale(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         reference = references[module]
         if type(module) in POOLS:
-            return _RescaledPool.apply(args[0], reference, module)  # type: ignore[no-any-return]
+            return _RescaledPool.apply(args[0], reference, module)
         (slope,) = torch.autograd.grad(output, args[0], torch.ones_like(output))
         change = args[0].detach() - reference
         with torch.no_grad():
             ratio = (output - module.forward(reference)) / change
-        return _Multiplied.apply(args[0], output.detach(), slope.where(change.abs() < EPS, ratio))  # type: ignore[no-any-return]
+        return _Multiplied.apply(args[0], output.detach(), slope.where(change.abs() < EPS, ratio))
 
     with torch.no_grad(), hooked(modules, note):
         model(torch.zeros_like(x[:1]))
@@ -92,7 +92,7 @@ class _Multiplied(torch.autograd.Function):
         return y.clone()
 
     @staticmethod
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad * ctx.saved_tensors[0], None, None
 
 
@@ -103,10 +103,10 @@ class _RescaledPool(torch.autograd.Function):
     def forward(ctx: _Context, x: Tensor, reference: Tensor, pool: nn.Module) -> Tensor:
         ctx.save_for_backward(x, reference)
         ctx.pool = pool
-        return pool.forward(x)  # type: ignore[no-any-return]
+        return pool.forward(x)
 
     @staticmethod
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None]:
         x, reference = ctx.saved_tensors
         (y, winners), (before, earlier) = (_max_and_winners(ctx.pool, values) for values in (x, reference))
         higher, change = torch.maximum(y, before), x - reference

@@ -45,7 +45,7 @@ def relevance(model: nn.Module, x: Tensor, targets: Tensor, activations: tuple[t
     propagate = Gradient(model, composite, attr_output=wanted)
     with propagate, RelevanceOfFunctions():
         _, found = propagate(x)
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 Function = Callable[..., Tensor]
@@ -68,7 +68,7 @@ class _InProportion(torch.autograd.Function):
         return func(*inputs)
 
     @staticmethod
-    def backward(ctx: _Context, relevance: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: _Context, relevance: Tensor) -> tuple[Tensor | None, ...]:
         inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
         with torch.enable_grad():
             output = ctx.func(*inputs)
@@ -79,11 +79,11 @@ class _InProportion(torch.autograd.Function):
 def _sum(func: Function, x: Tensor | float, other: Tensor | float, **kwargs: Any) -> Tensor:
     if not (isinstance(x, Tensor) and isinstance(other, Tensor)):
         return func(x, other, **kwargs)
-    return _InProportion.apply(lambda a, b: torch.add(a, b, **kwargs), x, other)  # type: ignore[no-any-return]
+    return _InProportion.apply(lambda a, b: torch.add(a, b, **kwargs), x, other)
 
 
 def _mean(func: Function, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-    return _InProportion.apply(lambda a: func(a, *args, **kwargs), x)  # type: ignore[no-any-return]
+    return _InProportion.apply(lambda a: func(a, *args, **kwargs), x)
 
 
 def _gate(func: Function, x: Tensor | float, other: Tensor | float) -> Tensor:
@@ -92,7 +92,7 @@ def _gate(func: Function, x: Tensor | float, other: Tensor | float) -> Tensor:
     signal = max(tensors, key=lambda t: t.numel())
     factor = other if signal is x else x
     constant = factor.detach() if isinstance(factor, Tensor) else factor
-    return _InProportion.apply(lambda a: torch.mul(a, constant), signal)  # type: ignore[no-any-return]
+    return _InProportion.apply(lambda a: torch.mul(a, constant), signal)
 
 
 TABLE: dict[Callable[..., object], Function] = {
@@ -111,7 +111,7 @@ class RelevanceOfFunctions(TorchFunctionMode):
         return handler(func, *args, **(kwargs or {})) if handler else func(*args, **(kwargs or {}))
 
 
-class MergeBatchNorms(MergeBatchNorm):  # type: ignore[misc]
+class MergeBatchNorms(MergeBatchNorm):
     """Merges batch norms into the convolutions before them, including timm's batch norms with an activation.
 
     Args:

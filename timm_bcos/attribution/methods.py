@@ -130,7 +130,7 @@ def guided_backprop(subject: AttributionModel, x: Tensor, targets: Tensor) -> Te
             method.backward_hooks.extend(private.register_backward_hook(module, method._backward_hook, method))
 
     method._register_hooks = hook_rectifier  # captum's hooks ReLU only
-    return method.attribute(_pixels(x), targets).sum(1)  # type: ignore[no-any-return]
+    return method.attribute(_pixels(x), targets).sum(1)
 
 
 @register("gradcam")

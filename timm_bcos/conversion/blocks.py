@@ -83,7 +83,7 @@ class _ConvNorm(Block):
     """torchvision's convolution and norm, without the activation, `relu` called as a function."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(x))  # type: ignore[no-any-return]
+        return self.bn(self.conv(x))
 
 
 class _AverageInceptionB(_AverageB, inception_v3.InceptionB): ...
@@ -135,7 +135,7 @@ class _WideNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         kind = self.in_own_dtype if x.dtype == torch.float64 else self.in_float32
-        return kind.forward(self, x)  # type: ignore[no-any-return]
+        return kind.forward(self, x)
 
 
 def _wide(in_float32: type[nn.Module], in_own_dtype: type[nn.Module]) -> Any:

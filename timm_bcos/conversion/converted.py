@@ -62,7 +62,7 @@ class BcosModel:
             for module in self.modules():  # type: ignore[attr-defined]
                 refuse_fused(module)
         _keep_uncentered(self)
-        return super().train(mode)  # type: ignore[misc,no-any-return]
+        return super().train(mode)  # type: ignore[misc]
 
     def init_non_persistent_buffers(self) -> None:
         """Set buffers that are not in the state dict: timm's own, and the zeros that replace biases."""

@@ -322,7 +322,7 @@ def reference_activations(model: nn.Module) -> dict[str, Tensor]:
     copy = frozen_copy(model).eval()
     for path, module in copy.named_modules():
         if _has_activation(module):
-            module.act.register_forward_pre_hook(partial(_keep_center, found, path))  # type: ignore[union-attr]
+            module.act.register_forward_pre_hook(partial(_keep_center, found, path))
     return _run_on_gray(copy, parameter, found)
 
 

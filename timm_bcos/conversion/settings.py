@@ -54,7 +54,7 @@ def _settings_of(model: nn.Module, config: BcosConfig) -> Settings:
         fused=any(getattr(module, "is_fused", False) for _, module in named),
         images={name: _statistics(m) for name, m in named if isinstance(m, BcosStem | ImageReader)},
     )
-    return json.loads(json.dumps(settings))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(settings))
 
 
 def _statistics(module: Any) -> Settings:

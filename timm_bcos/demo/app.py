@@ -133,7 +133,7 @@ def build_app(models: Sequence[DemoModel]) -> App:
             (layout.layer, "the layer", one_of({name for model in models for name in model.layers}, or_none=True)),
         )
     }
-    return app.queue(max_size=QUEUED_CALLS, api_open=False)  # type: ignore[return-value]  # it returns itself
+    return app.queue(max_size=QUEUED_CALLS, api_open=False)  # it returns itself
 
 
 class _Layout:

@@ -46,17 +46,17 @@ class _Tap(torch.autograd.Function):
     """Passes y on as it is; the gradient of `factor` is what `addend`, a part of y, contributes for each image."""
 
     @staticmethod
-    def forward(y: Tensor, factor: Tensor, addend: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(y: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
         return y
 
     @staticmethod
-    def setup_context(ctx: _Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # type: ignore[override]
+    def setup_context(ctx: _Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         y, factor, ctx.addend = inputs
         ctx.images = len(factor)
         ctx.mark_dirty(y)  # no view: layers that work in place may follow
 
     @staticmethod
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         return grad, by_image(grad, ctx.addend, ctx.images), None
 
     @staticmethod
@@ -73,15 +73,15 @@ class _Marked(torch.autograd.Function):
     """A constant as an operand that carries a gradient: `addend` times a factor for each image."""
 
     @staticmethod
-    def forward(addend: Tensor, factor: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(addend: Tensor, factor: Tensor) -> Tensor:
         return addend.clone()
 
     @staticmethod
-    def setup_context(ctx: _Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # type: ignore[override]
+    def setup_context(ctx: _Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.addend, ctx.images = inputs[0], len(inputs[1])
 
     @staticmethod
-    def backward(ctx: _Context, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: _Context, grad: Tensor) -> tuple[None, Tensor]:
         return None, by_image(grad, ctx.addend, ctx.images)
 
     @staticmethod
@@ -211,14 +211,14 @@ class BiasTracker:
             _image_axis(whole, len(self.constants))
         elif len(self.constants) > 1:
             raise AmbiguousBatch
-        return _Tap.apply(y, self.constants, addend.detach())  # type: ignore[no-any-return]
+        return _Tap.apply(y, self.constants, addend.detach())
 
     def mark(self, addend: Tensor) -> Tensor:
         """A constant operand, noted; it needs a place for each image, as class tokens have."""
         whole = within_transforms(addend)
         if len(self.constants) > 1 and (whole.ndim == 0 or len(whole) % len(self.constants)):
             raise AmbiguousBatch
-        return _Marked.apply(addend.detach(), self.constants)  # type: ignore[no-any-return]
+        return _Marked.apply(addend.detach(), self.constants)
 
     def suspect(self, y: Tensor, kind: str, func: Function | str, addend: Tensor | None = None) -> Tensor:
         """Note a result whose dependence on the image is not, or not known to be, a dynamic linear map.
@@ -232,8 +232,8 @@ class BiasTracker:
         factor = self._factor(len(self.constants), self.constants)
         self.suspects.append((factor, self.place(func, kind)))
         if addend is None:  # made by who knows what, which may need it unchanged
-            return _Tap.apply(y.clone(), factor, y.detach())  # type: ignore[no-any-return]
-        return _Tap.apply(y, factor, addend.detach())  # type: ignore[no-any-return]
+            return _Tap.apply(y.clone(), factor, y.detach())
+        return _Tap.apply(y, factor, addend.detach())
 
     def place(self, func: Function | str, kind: str = "unknown") -> Violation:
         """The module whose code is running, as a violation."""

@@ -37,12 +37,12 @@ def _for_each(mode: Mode, func: Function, /, *args: Any, **kwargs: Any) -> list[
 
 @rule(torch.sparse_coo_tensor)
 def _sparse(mode: Mode, func: Function, /, indices: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return func(detached(indices), values, *args, **kwargs)  # type: ignore[no-any-return]
+    return func(detached(indices), values, *args, **kwargs)
 
 
 @rule(torch.sparse.softmax, torch.sparse.log_softmax)
 def _sparse_gate(mode: Mode, func: Function, /, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return func(detached(input), *args, **kwargs)  # type: ignore[no-any-return]
+    return func(detached(input), *args, **kwargs)
 
 
 @rule(torch.segment_reduce)
@@ -50,4 +50,4 @@ def _segment_reduce(mode: Mode, func: Function, /, data: Tensor, reduce: str, **
     """Sums, means, maxima or minima of segments, whose lengths are constants of the linear map."""
     if reduce == "prod":
         raise NotImplementedError("segment_reduce with reduce='prod' is no linear map of what it reduces")
-    return func(data, reduce, **{name: detached(value) for name, value in kwargs.items()})  # type: ignore[no-any-return]
+    return func(data, reduce, **{name: detached(value) for name, value in kwargs.items()})

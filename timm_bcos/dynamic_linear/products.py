@@ -112,7 +112,7 @@ def _product(mode: Mode, func: Function, /, *args: object, **kwargs: object) -> 
 @rule(*IN_PLACE)
 def _product_in_place(mode: Mode, func: Function, /, input: Tensor, other: Operand) -> Tensor:
     if not (on_linear_path(input) and on_linear_path(other)):
-        return func(input, other)  # type: ignore[no-any-return]
+        return func(input, other)
     return input.copy_(share(IN_PLACE[func], [input.clone(), other]))
 
 
@@ -181,7 +181,7 @@ def _quotient(mode: Mode, func: Function, /, input: Operand, other: Operand, **k
 
 @rule(*named("div_ __itruediv__ divide_ true_divide_"))
 def _quotient_in_place(mode: Mode, func: Function, /, input: Tensor, other: Operand, **kwargs: object) -> Tensor:
-    return func(input, detached(other), **kwargs)  # type: ignore[no-any-return]
+    return func(input, detached(other), **kwargs)
 
 
 @rule(*named("addcdiv"))
@@ -210,7 +210,7 @@ def _solve(mode: Mode, func: Function, /, *args: object, **kwargs: object) -> An
 
 @rule(*named("ldexp"))
 def _scaled_by_power(mode: Mode, func: Function, /, input: Tensor, other: Tensor) -> Tensor:
-    return func(input, detached(other))  # type: ignore[no-any-return]
+    return func(input, detached(other))
 
 
 @rule(*named("polar"))
@@ -238,7 +238,7 @@ def _embedding(
     """Rows of a table that may itself be on the path."""
     if max_norm is not None:
         raise NotImplementedError("embedding with max_norm changes its table in place")
-    return func(detached(input), weight)  # type: ignore[no-any-return]
+    return func(detached(input), weight)
 
 
 @rule(F.embedding_bag)
@@ -254,7 +254,7 @@ def _embedding_bag(
     fixed = (None, norm_type, scale_grad_by_freq, reduction, False)
 
     def bag(table: Tensor, weights: Tensor | None) -> Tensor:
-        return func(detached(input), table, detached(offsets), *fixed, weights, *args, **kwargs)  # type: ignore[no-any-return]
+        return func(detached(input), table, detached(offsets), *fixed, weights, *args, **kwargs)
 
     return share(bag, [weight, per_sample_weights])
 
@@ -262,4 +262,4 @@ def _embedding_bag(
 @rule(*named("grid_sample affine_grid grid_sampler grid_sampler_2d grid_sampler_3d affine_grid_generator"))
 def _grid_sample(mode: Mode, func: Function, /, input: Tensor, grid: Tensor, *args: object, **kwargs: object) -> Tensor:
     """Where to sample is a constant of the linear map."""
-    return func(input, detached(grid), *args, **kwargs)  # type: ignore[no-any-return]
+    return func(input, detached(grid), *args, **kwargs)

@@ -110,7 +110,7 @@ def _step(
 ) -> Tensor | State:
     several = not isinstance(state, Tensor)
     given = tuple(state) if several else (state,)
-    new = SINGLE[func](mode, func, x, given, [w for w in weights if w is not None])  # type: ignore[arg-type]
+    new = SINGLE[func](mode, func, x, given, [w for w in weights if w is not None])
     return new if several else new[0]
 
 

@@ -316,4 +316,4 @@ def _compare(stored: TimmBcosModel, again: TimmBcosModel) -> None:
 
 
 def _logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return first_output(model(x))  # type: ignore[no-any-return]
+    return first_output(model(x))

@@ -88,9 +88,9 @@ class AdaptedWeight(Base):
     def get_delta_weight(self, adapter_name: str, **kwargs: Any) -> Tensor:
         """What an adapter adds to the weight; in its shape."""
         if isinstance(self.base_layer, BcosLayer):  # a clone, because other threads may run this layer
-            plain: Any = clone(self, base_layer=plain_twin(self.base_layer))  # type: ignore[type-var]
-            return plain.get_delta_weight(adapter_name, **kwargs)  # type: ignore[no-any-return]
-        return super().get_delta_weight(adapter_name, **kwargs)  # type: ignore[no-any-return]
+            plain: Any = clone(self, base_layer=plain_twin(self.base_layer))
+            return plain.get_delta_weight(adapter_name, **kwargs)
+        return super().get_delta_weight(adapter_name, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         if adapter_names is not None:
@@ -99,13 +99,13 @@ class AdaptedWeight(Base):
             self.unmerge()
         names = [name for name in self.active_adapters if name in self._available_adapters]
         if self.disable_adapters or self.merged or not names:
-            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return self.base_layer(x, *args, **kwargs)
         layer: Any = clone(self.base_layer)
         weight = layer.weight
         for name in names:
             weight = weight + self._update(name).to(weight.dtype)
         layer._parameters["weight"] = weight  # not a leaf, so `nn.Parameter` does not fit
-        return layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        return layer(x, *args, **kwargs)
 
     def _update(self, name: str) -> Tensor:
         """What an adapter adds to the weight in a forward pass: with dropout, in training."""
@@ -120,7 +120,7 @@ class AdaptedByLora(AdaptedWeight):
         return {*self.lora_A}
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        rows, columns = module.weight.shape[:2]  # type: ignore[union-attr,index]
+        rows, columns = module.weight.shape[:2]  # type: ignore[index]
         return columns, rows
 
     @property
@@ -131,7 +131,7 @@ class AdaptedByLora(AdaptedWeight):
         if config.lora_bias:
             raise InputError("lora_bias=True: B-cos layers have no bias that an adapter's could be merged into")
         try:
-            return super().resolve_lora_variant(config=config, **kwargs)  # type: ignore[no-any-return]
+            return super().resolve_lora_variant(config=config, **kwargs)
         except ValueError as error:
             chosen = "DoRA" if config.use_dora else "a variant of LoRA"
             raise InputError(
@@ -188,19 +188,19 @@ class BcosLoraConv2d(AdaptedByLora, lora.Conv2d):  # type: ignore[misc]
     """A `BcosConv2d` with LoRA."""
 
 
-class BcosLoHaLinear(AdaptedByLoha, loha.Linear):  # type: ignore[misc]
+class BcosLoHaLinear(AdaptedByLoha, loha.Linear):
     """A `BcosLinear` with LoHa."""
 
 
-class BcosLoHaConv2d(AdaptedByLoha, loha.Conv2d):  # type: ignore[misc]
+class BcosLoHaConv2d(AdaptedByLoha, loha.Conv2d):
     """A `BcosConv2d` with LoHa."""
 
 
-class BcosLoKrLinear(AdaptedByLycoris, lokr.Linear):  # type: ignore[misc]
+class BcosLoKrLinear(AdaptedByLycoris, lokr.Linear):
     """A `BcosLinear` with LoKr."""
 
 
-class BcosLoKrConv2d(AdaptedByLycoris, lokr.Conv2d):  # type: ignore[misc]
+class BcosLoKrConv2d(AdaptedByLycoris, lokr.Conv2d):
     """A `BcosConv2d` with LoKr."""
 
 

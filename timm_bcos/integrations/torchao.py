@@ -28,7 +28,7 @@ def refuse_float8() -> None:
     @wraps(swap)
     def refusing(module: nn.Module, *args: Any, module_filter_fn: Filter | None = None, **kwargs: Any) -> nn.Module:
         _check_kept(module, module_filter_fn)
-        return swap(module, *args, module_filter_fn=module_filter_fn, **kwargs)  # type: ignore[no-any-return]
+        return swap(module, *args, module_filter_fn=module_filter_fn, **kwargs)
 
     float8_linear_utils.swap_linear_layers = marked(refusing)
 

@@ -206,7 +206,7 @@ class _Conversion:
     def model(self, **kwargs: object) -> nn.Module:
         """The converted model."""
         arguments = {**self.source.kwargs, **kwargs}
-        return build_model_with_cfg(self._build, "bcosify", False, pretrained_cfg=self.cfg, **arguments)  # type: ignore[no-any-return]
+        return build_model_with_cfg(self._build, "bcosify", False, pretrained_cfg=self.cfg, **arguments)
 
     def backbone(self, **kwargs: object) -> nn.Module:
         """The converted feature backbone that timm makes of the plain architecture."""
@@ -219,7 +219,7 @@ class _Conversion:
             fill_backbone(backbone, whole)
         backbone.pretrained_cfg = {key: value for key, value in self.cfg.items() if key not in HEAD_CFG}
         backbone.default_cfg = backbone.pretrained_cfg
-        return backbone  # type: ignore[no-any-return]
+        return backbone
 
     def _build(self, **kwargs: object) -> nn.Module:
         from ..conversion.converted import bcosify

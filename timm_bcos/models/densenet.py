@@ -57,7 +57,7 @@ def _rebuild_block(block: Any, channels: int, dd: Factory) -> nn.Module:
     first: Any = block.denselayer1
     growth = first.conv2.out_channels
     bottleneck = first.conv1.out_channels // growth
-    return densenet.DenseBlock(  # type: ignore[no-any-return]
+    return densenet.DenseBlock(
         len(block), channels, bottleneck, growth, type(first.norm1), first.drop_rate, first.grad_checkpointing, **dd
     )
 

@@ -47,7 +47,7 @@ def sincos_positions(x: Tensor, height: int, width: int, temperature: float = 10
 VALUES_FROM[sincos_positions] = "none"
 
 
-class SimpleVisionTransformer(timm_models.VisionTransformer):  # type: ignore[misc]
+class SimpleVisionTransformer(timm_models.VisionTransformer):
     """timm's vision transformer with fixed position embeddings, computed for the grid of its input."""
 
     def _pos_embed(self, x: Tensor) -> Tensor:

@@ -132,4 +132,4 @@ def _open_clip() -> ModuleType:
         import open_clip
     except ImportError as error:
         raise InputError("texts need OpenCLIP: pip install 'timm_bcos[text]'") from error
-    return open_clip  # type: ignore[no-any-return]
+    return open_clip

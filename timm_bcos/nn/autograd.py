@@ -128,7 +128,7 @@ def bcos_response(x: Tensor, weight: Tensor, transform: Transform, unit: Unit) -
     if transform.axis == 1 and x.ndim == 3:  # a single image
         return bcos_response(x[None], weight, transform, unit)[0]
     if not has_amplitude(unit.b, unit.normalize_weight):
-        return _BcosResponse.apply(_as_autocast(x), weight, transform, unit)  # type: ignore[no-any-return]
+        return _BcosResponse.apply(_as_autocast(x), weight, transform, unit)
     y: Tensor = _BcosResponse.apply(_as_autocast(x), weight, transform, unit._replace(normalize_weight=True))
     amplitude = row_norm(weight).to(y.dtype)
     return y * (amplitude.reshape(-1, 1, 1) if transform.axis == 1 else amplitude)
@@ -178,7 +178,7 @@ class _BcosResponse(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: _Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, norm, *kept = ctx.saved_tensors
         transform, unit = ctx.transform, ctx.unit
         if torch.is_grad_enabled() or not runs_eagerly(grad):
@@ -325,7 +325,7 @@ class _DivideByDeviation(torch.autograd.Function):
         return x * _channels(weight * inverse, x), var
 
     @staticmethod
-    def backward(ctx: _Saved, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: _Saved, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse = ctx.saved_tensors
         if torch.is_grad_enabled() or not runs_eagerly(grad):
             formula = lambda x, weight: primitives.divide_by_deviation(x, weight, ctx.eps)[0]  # noqa: E731

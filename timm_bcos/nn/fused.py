@@ -34,7 +34,7 @@ class FoldedNorm(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.drop(x))  # type: ignore[no-any-return]
+        return self.act(self.drop(x))
 
 
 def norm_scale(norm: UncenteredBatchNorm2d) -> Tensor:

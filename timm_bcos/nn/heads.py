@@ -80,7 +80,7 @@ class BcosLinearClassifier(BcosLinear):
         return super().extra_repr() + f", temperature={self.temperature:g}, logit_bias={self.logit_bias:.4g}"
 
 
-class BcosPool2d(timm_layers.SelectAdaptivePool2d):  # type: ignore[misc]
+class BcosPool2d(timm_layers.SelectAdaptivePool2d):
     """timm's global pooling, which passes feature maps on if the classifier behind it pools by itself.
 
     Attributes:

@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 
-class LowPass2d(timm_layers.BlurPool2d):  # type: ignore[misc]
+class LowPass2d(timm_layers.BlurPool2d):
     """timm's binomial filter [1, 2, 1] / 4 over height and width, for maps of any size.
 
     It removes the highest frequency, of period 2, and halves the one of period 4.
@@ -171,7 +171,7 @@ class BcosLayer(nn.Module):
         return f"{super().extra_repr()}, b={self.b:g}, max_out={self.max_out}, gamma={self.gamma:g}{free}{fused}"
 
 
-class BcosConv2d(BcosLayer, nn.Conv2d):  # type: ignore[misc]
+class BcosConv2d(BcosLayer, nn.Conv2d):
     """B-cos convolution: γ · |cos(patch, w)|^(B-1) · ŵᵀpatch (eqs. 3 and 12 of arXiv 2205.10268).
 
     In the official code (package `bcos`): `BcosConv2d`, and `BcosConv2dWithScale` with scale = 1 / γ.

@@ -61,7 +61,7 @@ def divide_by_shared_deviation(
 
 def _sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
     """The sum over processes; its gradient is the sum of all processes' gradients."""
-    return _AllReduce.apply(values, group)  # type: ignore[no-any-return]
+    return _AllReduce.apply(values, group)
 
 
 class _AllReduce(torch.autograd.Function):
@@ -73,7 +73,7 @@ class _AllReduce(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def,override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         total = grad.clone()
         dist.all_reduce(total, group=ctx.group)
         return total, None
@@ -82,7 +82,7 @@ class _AllReduce(torch.autograd.Function):
 CENTERED = ("running_mean", "bias")  # in state dicts of batch norms, but not of uncentered ones
 
 
-class _UncenteredBatchNorm(private.BatchNorm):  # type: ignore[misc]
+class _UncenteredBatchNorm(private.BatchNorm):
     """Base class of the norms below; see `UncenteredBatchNorm2d`."""
 
     running_mean: Tensor
@@ -124,7 +124,7 @@ class _UncenteredBatchNorm(private.BatchNorm):  # type: ignore[misc]
         return new.train(norm.training)
 
     @property
-    def bias(self) -> nn.Parameter:  # type: ignore[override]
+    def bias(self) -> nn.Parameter:
         """Zeros for tools that copy a norm; not a parameter of this module."""
         return nn.Parameter(torch.zeros_like(self.weight), requires_grad=False)
 
@@ -211,14 +211,14 @@ class _UncenteredBatchNorm(private.BatchNorm):  # type: ignore[misc]
             value = state_dict.get(prefix + name)
             if value is not None and not value.is_meta and not value.any():
                 del state_dict[prefix + name]
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         synchronized = ", is_synchronized=True" if self.is_synchronized else ""
         return f"{self.num_features}, eps={self.eps}, momentum={self.momentum}{synchronized}"
 
 
-class UncenteredBatchNorm2d(_UncenteredBatchNorm, nn.BatchNorm2d):  # type: ignore[misc,override]
+class UncenteredBatchNorm2d(_UncenteredBatchNorm, nn.BatchNorm2d):  # type: ignore[misc]
     """Batch norm without its additive parts: y = weight · x / sqrt(var + eps).
 
     `BatchNormUncentered2d` in the official code (package `bcos`).
@@ -246,14 +246,14 @@ class UncenteredBatchNorm2d(_UncenteredBatchNorm, nn.BatchNorm2d):  # type: igno
 UncentredBatchNorm2d = UncenteredBatchNorm2d  # alias in British spelling
 
 
-class UncenteredBatchNorm1d(_UncenteredBatchNorm, nn.BatchNorm1d):  # type: ignore[misc,override]
+class UncenteredBatchNorm1d(_UncenteredBatchNorm, nn.BatchNorm1d):  # type: ignore[misc]
     """`UncenteredBatchNorm2d` for feature vectors (N, C) and sequences (N, C, L)."""
 
     def normalize(self, x: Tensor) -> Tensor:
         return self.normalize_maps(x.reshape(x.shape[0], x.shape[1], -1, 1)).reshape(x.shape)
 
 
-class UncenteredBatchNormAct2d(UncenteredBatchNorm2d, timm_layers.BatchNormAct2d):  # type: ignore[misc]
+class UncenteredBatchNormAct2d(UncenteredBatchNorm2d, timm_layers.BatchNormAct2d):
     """Uncentered batch norm with timm's drop and activation layers behind it (`timm.layers.BatchNormAct2d`)."""
 
     def __init__(

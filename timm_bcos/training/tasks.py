@@ -124,7 +124,7 @@ class GuidedClassificationTask(_ExplainedTask, ClassificationTask):  # type: ign
             TargetError: If a region is empty or does not have the size of the images.
         """
         if region is None:
-            return super().forward(input, target)  # type: ignore[no-any-return]
+            return super().forward(input, target)
         masks = check_region(region, len(input), (input.shape[2], input.shape[3]))
         assert masks is not None
         if masks.shape[1:] != input.shape[2:]:
@@ -150,7 +150,7 @@ class DeletionClassificationTask(ClassificationTask):
         """Losses of a batch; see `timm.task.ClassificationTask`."""
         cells = torch.randint(CELLS**2, (len(input),), device=input.device)
         is_whole = torch.rand(len(input), device=input.device) < 0.5
-        return super().forward(without_cell(input, cells.masked_fill(is_whole, -1), CELLS), target)  # type: ignore[no-any-return]
+        return super().forward(without_cell(input, cells.masked_fill(is_whole, -1), CELLS), target)
 
 
 def _check_weight(name: str, value: float) -> None:

@@ -22,8 +22,8 @@ def _adopt(
     layer: BcosConv2d | BcosLinear, old: nn.Conv2d | nn.Linear, weight: Tensor, config: BcosConfig
 ) -> BcosConv2d | BcosLinear:
     """Give a new layer a weight and, if biases are kept, the old layer's bias."""
-    layer.weight = weight if weight is old.weight else nn.Parameter(weight, old.weight.requires_grad)  # type: ignore[assignment]
-    layer.bias = old.bias if config.adds_bias else None  # type: ignore[assignment]
+    layer.weight = weight if weight is old.weight else nn.Parameter(weight, old.weight.requires_grad)
+    layer.bias = old.bias if config.adds_bias else None
     if isinstance(layer, BcosConv2d) and layer.low_pass is not None:
         layer.low_pass.to_empty(device=buffer_device(old.weight)).init_non_persistent_buffers()
     return layer.train(old.training)
@@ -145,9 +145,9 @@ def replace_max_pool(pool: nn.MaxPool1d | nn.MaxPool2d, layer_role: LayerRole, c
     if pool.return_indices or pool.dilation not in (1, (1,), (1, 1)):
         refuse(layer_role, pool, "returns indices or is dilated, which average pooling cannot: write a rule for it")
     if isinstance(pool, pool2d_same.MaxPool2dSame):
-        return timm_layers.AvgPool2dSame(pool.kernel_size, pool.stride, ceil_mode=pool.ceil_mode)  # type: ignore[no-any-return]
+        return timm_layers.AvgPool2dSame(pool.kernel_size, pool.stride, ceil_mode=pool.ceil_mode)
     kind: Any = nn.AvgPool1d if isinstance(pool, nn.MaxPool1d) else nn.AvgPool2d
-    return kind(pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)  # type: ignore[no-any-return]
+    return kind(pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
 
 
 def replace_functional_max_pool(block: nn.Module, layer_role: LayerRole, config: BcosConfig) -> nn.Module:
