@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import pytest
@@ -261,13 +262,26 @@ def test_nothing_can_be_written(small: list[str], folder: Path) -> None:
         process = start("explain", "a.png", *small, stdout=full)
         _, errors = process.communicate()
         assert (process.returncode, errors) == (1, "timm-bcos: No space left on device\n")
-        process = start("explain", "none.png", *small, stdout=full, stderr=full)
+        process = start("--help", stdout=full, stderr=full)
         process.communicate()
         assert process.returncode == 1
-    process = start("explain", "a.png", *small)
+    process = start("--help")
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() in (1, 141)
+
+
+def test_nobody_reads_what_a_run_prints(small: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photo(folder / "a.png")
+    for name, status in (("/dev/full", 1), (None, 141)):
+        monkeypatch.setattr(sys, "stdout", open(name, "w") if name else unread_pipe())
+        assert command("explain", "a.png", "--out", "out", *small) == status
+
+
+def unread_pipe() -> TextIO:
+    read, write = os.pipe()
+    os.close(read)
+    return open(write, "w")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
