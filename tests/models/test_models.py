@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import timm_bcos
 from tests.helpers import ROOT, assert_exact, enliven, load_script, normalized, real_image, timm_vits_trace
+from tests.helpers.slow import slow_but_for
 from timm_bcos import CheckpointError, NotFineTunedWarning, TargetError
 from timm_bcos.models.architectures import ARCHITECTURES
 from timm_bcos.models.bcos_models import ENTRY_POINTS
@@ -347,7 +348,7 @@ def test_grad_checkpointing_changes_nothing(name: str) -> None:
     torch.testing.assert_close(explained[1].bias, explained[0].bias)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", slow_but_for([name for name in SMALL if name != "bcos_inception_v3"], SMALL))
 @pytest.mark.filterwarnings("ignore")
 def test_script_trace_and_export(name: str) -> None:
     """TorchScript where timm's architecture scripts (its DenseNet and ours: yes), torch.fx and torch.export."""
