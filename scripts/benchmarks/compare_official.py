@@ -33,7 +33,7 @@ def official_name(name: str) -> str:
 
 
 def official_network(entry: str, x: Tensor, **kwargs: Any) -> nn.Module:
-    """The package's network with random weights and running statistics of x, in evaluation mode and float64."""
+    """The package's model with random weights and running statistics of x, in evaluation mode and float64."""
     import bcos.models.pretrained
 
     model = getattr(bcos.models.pretrained, entry)(**kwargs).double()
@@ -54,7 +54,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 
 def compare(name: str, x: Tensor, official: dict[str, Any] | None = None, **kwargs: Any) -> tuple[float, float]:
-    """Largest relative errors of one of our v2 networks: of logits − logit bias, and of the contributions.
+    """Largest relative errors of one of our v2 models: of logits − logit bias, and of the contributions.
 
     Args:
         name: One of our names.
