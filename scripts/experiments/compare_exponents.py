@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from ablation import alignments
 from inputs import data_parser, find_model, load_data
 from scipy.stats import binomtest
 from torch import nn
@@ -54,7 +53,8 @@ def measure(choice: str, model: nn.Module, dataset: LabeledImages) -> Point:
     for _, images, labels in image_batches(model, dataset, range(len(dataset)), 16, choice):
         explanation = explain(model, images)
         right += int((explanation.target == labels).sum())
-        cosines.append(alignments(explanation, images))
+        weights, inputs = explanation.weights.flatten(1), explanation.inputs.flatten(1)
+        cosines.append(torch.nn.functional.cosine_similarity(weights, inputs))
     found = torch.cat(cosines)
     mean, error = float(found.mean()), 1.96 * float(found.std()) / len(found) ** 0.5
     interval = binomtest(right, len(found)).proportion_ci(method="wilson")

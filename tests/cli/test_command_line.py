@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import timm_bcos
 from tests.helpers import PHOTOS, ROOT, command, real_image
+from tests.helpers.slow import slow_but_for
 from timm_bcos.cli.app import COMMANDS, GROUPS, Command, app
 from timm_bcos.cli.outputs import is_own
 
@@ -75,7 +76,10 @@ sys.meta_path.insert(0, Finder)
 """
 
 
-@pytest.mark.parametrize("module", ["torch", "torch.nn", "torchvision", "timm", "timm_bcos.explanation"])
+IMPORTED = ["torch", "torch.nn", "torchvision", "timm", "timm_bcos.explanation"]
+
+
+@pytest.mark.parametrize("module", slow_but_for(["torch.nn", "timm_bcos.explanation"], IMPORTED))
 def test_interrupted_while_it_starts(module: str, tmp_path: Path) -> None:
     """Imports take seconds, and some swallow what a signal raises in them."""
     (tmp_path / "sitecustomize.py").write_text(TELLING)

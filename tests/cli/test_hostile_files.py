@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -261,13 +260,22 @@ def test_nothing_can_be_written(small: list[str], folder: Path) -> None:
         process = start("explain", "a.png", *small, stdout=full)
         _, errors = process.communicate()
         assert (process.returncode, errors) == (1, "timm-bcos: No space left on device\n")
-        process = start("explain", "none.png", *small, stdout=full, stderr=full)
+        process = start("--help", stdout=full, stderr=full)
         process.communicate()
         assert process.returncode == 1
-    process = start("explain", "a.png", *small)
+    process = start("--help")
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() in (1, 141)
+
+
+def test_nobody_reads_what_a_run_prints(small: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photo(folder / "a.png")
+    read, write = os.pipe()
+    os.close(read)
+    for output, status in (("/dev/full", 1), (write, 141)):
+        monkeypatch.setattr(sys, "stdout", open(output, "w"))  # noqa: SIM115 (closing would write once more)
+        assert command("explain", "a.png", "--out", "out", *small) == status
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -276,8 +284,8 @@ def test_interrupted_runs_leave_nothing_half_done(
 ) -> None:
     photos = [photo(folder / f"{k}.png") for k in range(200)]
     process = start("explain", *photos, *small, "--out", "out")
-    process.stdout.readline()
-    time.sleep(random.Random(number).random() / 5)
+    for _ in range(random.Random(number).randrange(1, 30)):
+        process.stdout.readline()
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (status, f"timm-bcos: stopped by {number.name}\n")

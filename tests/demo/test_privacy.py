@@ -96,7 +96,7 @@ def test_nothing_is_left_after_the_end(tmp_path: Path) -> None:
     with load.demo(TMPDIR=str(tmp_path), GRADIO_TEMP_DIR=str(tmp_path / "gradio"), OMP_NUM_THREADS="1") as (_, port):
         client = load.Client(port)
         assert client.change_photo(PHOTOS / "coffee.jpg")["success"]
-        assert client.call("compare", None, 3, ["ixg"])["success"]
+        assert client.call("compare", None, 3, ["input_x_gradient"])["success"]
         assert client.call("show_units", None, "blocks.4")["success"]
         assert set(recordings(client)) == {404}
         assert not files_in(tmp_path)

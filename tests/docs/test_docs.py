@@ -28,7 +28,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 BLOCKS = {page: [block for block in read_blocks(page) if block.language not in PROSE] for page in PAGES}
 KNOWN = {"hat": "hat", "outwear": "jacket", "pants": "pants", "shoes": "shoes"}  # classes of the photos of clothes
-COPIES = 4
+COPIES = 2
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from torch.export import Dim
 
 import timm_bcos
 from tests.helpers import enliven, real_image
+from tests.helpers.slow import slow_but_for
 from timm_bcos import InputError
 
 KINDS: list[tuple[str, dict[str, Any], int]] = [
@@ -39,8 +40,9 @@ def test_torch_export_with_any_batch_size(name: str, kwargs: dict[str, Any], siz
     torch.testing.assert_close(program.module()(x), model(x))
 
 
-@pytest.mark.parametrize(("name", "kwargs", "size"), KINDS, ids=IDS)
-def test_torch_compile_without_a_graph_break(name: str, kwargs: dict[str, Any], size: int) -> None:
+@pytest.mark.parametrize("kind", slow_but_for(["test_efficientnet", "test_vit"], IDS))
+def test_torch_compile_without_a_graph_break(kind: str) -> None:
+    name, kwargs, size = KINDS[IDS.index(kind)]
     model, x = create(name, kwargs, size), batch(size)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # fullgraph refuses graph breaks
@@ -50,8 +52,9 @@ def test_torch_compile_without_a_graph_break(name: str, kwargs: dict[str, Any], 
     torch.testing.assert_close(compiled(x), model(x))
 
 
-@pytest.mark.parametrize(("name", "kwargs", "size"), KINDS, ids=IDS)
-def test_onnx_with_any_batch_size(name: str, kwargs: dict[str, Any], size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", slow_but_for(["test_resnet", "test_vit"], IDS))
+def test_onnx_with_any_batch_size(kind: str, tmp_path: Path) -> None:
+    name, kwargs, size = KINDS[IDS.index(kind)]
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     model, x, path = create(name, kwargs, size), batch(size), tmp_path / "model.onnx"

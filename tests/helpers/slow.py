@@ -1,6 +1,6 @@
 """The marker `slow`: what `bash scripts/test.sh` leaves out, and `bash scripts/test.sh --all` runs.
 
-Only repetitions are slow: each kind of test has a smaller case that always runs.
+Only repetitions are slow: each kind of test has a smaller case that always runs (see tests/README.md).
 """
 
 from collections.abc import Collection, Iterable

@@ -16,6 +16,7 @@ from torch.export import Dim
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from tests.helpers import enliven, real_image
+from tests.helpers.slow import slow_but_for
 from timm_bcos import BcosConv2d, BcosLinear, UncenteredBatchNorm2d
 from timm_bcos.nn import autograd
 from timm_bcos.nn.primitives import max_out
@@ -227,7 +228,7 @@ def test_gradients_of_samples_of_a_network() -> None:
 DYNAMIC = ["test_efficientnet", "mobilenetv3_small_050"]
 
 
-@pytest.mark.parametrize("arch", DYNAMIC)
+@pytest.mark.parametrize("arch", slow_but_for(["test_efficientnet"], DYNAMIC))
 def test_export_with_any_height_and_width(arch: str) -> None:
     model = enliven(timm.create_model("bcosify", arch=arch, b=2, num_classes=5), real_image(64, 2)).eval()
     size = {
@@ -245,10 +246,15 @@ class Tokens(nn.Module):
         return x.flatten(2).transpose(1, 2)
 
 
-@pytest.mark.parametrize("unit", [dict(), dict(max_out=2), dict(b=1.5, normalize_weight=False)], ids=str)
-def test_training_a_compiled_network_of_any_size(unit: dict[str, Any]) -> None:
-    convs = BcosConv2d(4, 6, 1, **unit), BcosConv2d(6, 6, 3, stride=2, padding=1, groups=6, **unit)
-    network = nn.Sequential(convs[0], UncenteredBatchNorm2d(6), convs[1], Tokens(), BcosLinear(6, 3, **unit)).double()
+UNITS: tuple[dict[str, Any], ...] = (dict(), dict(max_out=2), dict(b=1.5, normalize_weight=False))
+EQUAL = [pytest.param((unit,) * 3, marks=pytest.mark.slow) for unit in UNITS]
+
+
+@pytest.mark.parametrize("units", [UNITS, *EQUAL], ids=str)
+def test_training_a_compiled_network_of_any_size(units: tuple[dict[str, Any], ...]) -> None:
+    convs = BcosConv2d(4, 6, 1, **units[1]), BcosConv2d(6, 6, 3, stride=2, padding=1, groups=6, **units[2])
+    linear = BcosLinear(6, 3, **units[0])
+    network = nn.Sequential(convs[0], UncenteredBatchNorm2d(6), convs[1], Tokens(), linear).double()
     torch._dynamo.reset()
     compiled = torch.compile(network, dynamic=True, fullgraph=True, backend="aot_eager")
     for size in ((2, 4, 8, 8), (3, 4, 12, 10)):
@@ -282,12 +288,16 @@ def test_no_autograd_function_runs_in_evaluation(
 
 TRACED = [
     ("bcos_cnn9", {}, 32),
-    ("bcos_resnet18", {}, 64),
+    ("bcos_resnet18", dict(layers=(1, 1, 1, 1)), 64),
     ("bcosify", dict(arch="test_resnet", b=1.5), 64),
     ("bcosify", dict(arch="test_efficientnet"), 64),  # depthwise
     ("bcosify", dict(arch="regnetx_002"), 64),  # groups
     ("bcosify", dict(arch="test_vit"), 160),
-    ("bcosify", dict(arch="tf_efficientnet_lite0", antialias=True, b=1.5), 64),  # low-pass filters and 'SAME' padding
+    (
+        "bcosify",
+        dict(arch="test_efficientnet", pad_type="same", antialias=True, b=1.5),
+        64,
+    ),  # low-pass filters and 'SAME' padding
 ]
 
 

@@ -1,6 +1,9 @@
 """The script that trains what a TOML file lists, with a training script that takes no time."""
 
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -41,6 +44,18 @@ def arguments(tmp_path: Path) -> list[str]:
             str(tmp_path / "train.py"), f"failing={tmp_path / 'fail'}"]  # fmt: skip
 
 
+@pytest.fixture
+def started_directly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python train.py` instead of `timm-bcos run train.py`, which imports torch for seconds."""
+
+    def run(command: list[str], **options: Any) -> "subprocess.CompletedProcess[bytes]":
+        assert command[1:4] == ["-m", "timm_bcos", "run"]
+        return subprocess.run([command[0], *command[4:]], **options)
+
+    monkeypatch.setattr("timm_training.subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+
+
+@pytest.mark.usefixtures("started_directly")
 def test_trains_each_with_its_seeds_and_goes_on_where_it_failed(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -60,7 +75,7 @@ def test_options_of_the_runner_stand_before_the_script(
 ) -> None:
     """Which refuses --explanation-weight without a teacher."""
     (tmp_path / "plan.toml").write_text(PLAN.replace("[bcos]", '[bcos]\ntask = "--explanation-weight 1"'))
-    assert script_status(monkeypatch, script, *arguments, "--only", "plain", "bcos-1") == 0
+    assert script_status(monkeypatch, script, *arguments, "--only", "bcos-1") == 0
     (tmp_path / "plan.toml").write_text(PLAN.replace("[once]", '[once]\ntask = "--explanation-weight 1"'))
     assert script_status(monkeypatch, script, *arguments, "--only", "once") == 2
     assert "give train.py a teacher" in (tmp_path / "out" / "once-0" / "log.txt").read_text()
@@ -76,6 +91,7 @@ def test_a_run_like_another_has_its_options_first() -> None:
         script.trainings(dict(two=plan["two"]), {})
 
 
+@pytest.mark.usefixtures("started_directly")
 def test_only_some(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert script_status(monkeypatch, script, *arguments, "--only", "plain", "once-0") == 0
     assert (tmp_path / "out" / "calls").read_text().count("\n") == 3
@@ -97,6 +113,7 @@ def test_refuses(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("started_directly")
 def test_refuses_a_folder_of_other_options(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

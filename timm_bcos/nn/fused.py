@@ -55,7 +55,7 @@ def fuse_layer(layer: LayerT, after: Tensor | None = None, before: Tensor | None
         ModelStateError: For a layer that has been fused.
     """
     if layer.is_fused:
-        raise ModelStateError("the model has been fused before: fuse the model that it was made from")
+        raise ModelStateError("the model has been fused before: fuse the one that it was made from")
     weight, amplitude = _fold(layer, after)
     members: dict[str, Tensor] = {}
     if amplitude is not None:

@@ -74,7 +74,7 @@ def refuse_fused(module: nn.Module) -> None:
         ModelStateError: If it has been.
     """
     if getattr(module, "is_fused", False):
-        raise ModelStateError("this model has been fused for inference: train the model that it was made from")
+        raise ModelStateError("this model has been fused for inference: train the one that it was made from")
 
 
 def _check_units(b: float, max_out: int, normalize_weight: bool) -> None:
