@@ -1,5 +1,3 @@
-import ctypes
-import gc
 import os
 import subprocess
 import sys
@@ -10,6 +8,7 @@ import pytest
 import torch
 
 from tests.helpers import PHOTOS, ROOT, hub_server
+from tests.helpers.memory import free_memory
 
 
 @pytest.fixture(autouse=True)
@@ -19,11 +18,9 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _free_memory() -> Iterator[None]:
-    """Give back what a module's models took; glibc keeps most of it for the next ones."""
+    """A module's models leave nothing behind."""
     yield
-    gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
+    free_memory()
 
 
 @pytest.fixture

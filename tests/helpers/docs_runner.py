@@ -7,7 +7,6 @@ the rest would take a network or hours.
 
 import argparse
 import doctest
-import gc
 import os
 import re
 import runpy
@@ -27,6 +26,7 @@ from typer.testing import CliRunner
 
 import timm_bcos
 from tests.helpers.docs_blocks import Block, expand_commands, is_same_output, read_blocks, sessions
+from tests.helpers.memory import free_memory, trim
 from tests.helpers.timm_scripts import NAMES as TIMM_SCRIPTS
 from tests.helpers.timm_scripts import parser_of
 from timm_bcos.cli.app import app
@@ -189,7 +189,7 @@ def nothing(arguments: Command, is_parsed_only: bool) -> str:
 # options that let a command do less of the same
 LESS = {
     ("evaluate", "metrics"): ["--metric", "insertion", "--metric", "single_deletion"],
-    ("concepts",): ["--top", "1"],
+    ("concepts",): ["--top", "1", "--images", "2"],
 }
 
 RUN: dict[str, Callable[[Command, bool], str]] = {
@@ -263,11 +263,12 @@ def run_page(page: Path, folder: Path) -> None:
             if block.language in LANGUAGES and block.mark != "not tested":
                 torch.manual_seed(0)
                 run_block(block, names)
+                trim()
     finally:
         sys.path[:] = path
         os.chdir(before)
         names.clear()
-        gc.collect()
+        free_memory()
 
 
 def run_block(block: Block, names: dict[str, Any]) -> None:
