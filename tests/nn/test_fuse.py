@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import timm_bcos
 from tests.helpers import enliven, real_image
 from timm_bcos import BcosConfig, BcosConv2d, BcosLinear, ModelStateError, UncenteredBatchNorm2d, bcosify, fuse
-from timm_bcos.nn.fused import fuse_layer, norm_scale
+from timm_bcos.conversion.fusing import norm_scale
 
 # name, keywords, image size, norms that stay
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any], int, int]] = {
@@ -100,8 +100,8 @@ def test_convolutions_take_scales_over(kind: str, b: float) -> None:
         nn.init.normal_(layer.bias)
     x, before, after = torch.rand(2, 4, 9, 9).double(), torch.randn(4).double(), torch.randn(6).double()
     expected = after[:, None, None] * layer(before[:, None, None] * x)
-    assert distance(fuse_layer(layer, after, before)(x), expected) < 1e-12
-    assert distance(fuse_layer(layer)(x), layer(x)) < 1e-12
+    assert distance(layer.folded(after, before)(x), expected) < 1e-12
+    assert distance(layer.folded()(x), layer(x)) < 1e-12
 
 
 @pytest.mark.parametrize("b", [1.0, 1.5, 2.0])
@@ -110,7 +110,7 @@ def test_linear_layers(b: float, kwargs: dict[str, Any]) -> None:
     layer = BcosLinear(7, 5, b=b, gamma=0.8, **kwargs).double().eval()
     nn.init.normal_(layer.weight)
     x = torch.randn(3, 4, 7).double()
-    assert distance(fuse_layer(layer)(x), layer(x)) < 1e-12
+    assert distance(layer.folded()(x), layer(x)) < 1e-12
 
 
 def test_the_scale_of_a_norm_is_what_it_does() -> None:

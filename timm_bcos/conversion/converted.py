@@ -15,8 +15,9 @@ from .._compat import timm_layers, timm_models
 from ..errors import InputError, ModelStateError
 from ..explanation.api import explain
 from ..explanation.result import Explanation
+from ..nn.base import refuse_fused
 from ..nn.heads import BcosPool2d
-from ..nn.layers import BcosConv2d, LowPass2d, refuse_fused
+from ..nn.layers import BcosConv2d, LowPass2d
 from ..nn.module_utils import clone
 from ..nn.norms import UncenteredBatchNorm1d, UncenteredBatchNorm2d
 from ..nn.stems import BcosStem, ImageReader

@@ -15,18 +15,35 @@ from ..errors import ModelStateError
 from ..explanation.exactness import random_image
 from ..explanation.inputs import check_model
 from ..files import first_line
-from ..nn.fused import FoldedNorm, fuse_layer, norm_scale
-from ..nn.layers import BcosConv2d, BcosLinear
+from ..nn.base import BcosLayer
+from ..nn.layers import BcosConv2d
 from ..nn.module_utils import frozen_copy, image_size
 from ..nn.norms import UncenteredBatchNorm2d
 from ..nn.stems import image_channels
 from .settings import SETTINGS, encode_settings
 
-__all__ = ["FOLDING", "fuse", "fuse_within"]
+__all__ = ["FOLDING", "FoldedNorm", "fuse", "fuse_within", "norm_scale"]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-LAYERS = (BcosConv2d, BcosLinear)
 FOLDING = ("fuse", "reparameterize", "switch_to_deploy")  # methods that timm's `reparameterize_model` calls
+
+
+class FoldedNorm(nn.Module):
+    """The drop and activation layers of a norm whose scale has been folded into a neighboring layer."""
+
+    def __init__(self, norm: UncenteredBatchNorm2d) -> None:
+        super().__init__()
+        self.drop: nn.Module = getattr(norm, "drop", nn.Identity())
+        self.act: nn.Module = getattr(norm, "act", nn.Identity())
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(x))
+
+
+def norm_scale(norm: UncenteredBatchNorm2d) -> Tensor:
+    """The factor per channel of an uncentered batch norm in evaluation mode, (C,) in float64."""
+    return norm.weight.detach().double() * (norm.running_var.double() + norm.eps).rsqrt()
 
 
 def fuse(model: ModelT, x: Tensor | None = None) -> ModelT:
@@ -55,9 +72,9 @@ def fuse(model: ModelT, x: Tensor | None = None) -> ModelT:
     fused = frozen_copy(model)
     names = {module: name for name, module in fused.named_modules()}
     folds = _find_folds(fused, list(names), x)
-    for layer in [module for module in names if isinstance(module, LAYERS)]:
+    for layer in [module for module in names if isinstance(module, BcosLayer)]:
         scales = [norm_scale(norm) if norm else None for norm in (folds.after.get(layer), folds.before.get(layer))]
-        _replace(fused, names[layer], fuse_layer(layer, *scales))
+        _replace(fused, names[layer], layer.folded(*scales))
     for norm in {*folds.after.values(), *folds.before.values()}:
         _replace(fused, names[norm], FoldedNorm(norm))
     for module in fused.modules():
@@ -79,7 +96,7 @@ class _Folds:
 def _flow_through(model: nn.Module, modules: Sequence[nn.Module], x: Tensor | None) -> "_Flow":
     """Run images through a model, and record which layers, norms and functions read which tensors."""
     flow = _Flow()
-    watched = [module for module in modules if isinstance(module, (*LAYERS, UncenteredBatchNorm2d))]
+    watched = [module for module in modules if isinstance(module, BcosLayer | UncenteredBatchNorm2d)]
     seen = {module for module in watched if not module._forward_hooks and not module._forward_pre_hooks}
     handles = [module.register_forward_pre_hook(flow.enter) for module in seen]
     handles += [module.register_forward_hook(flow.leave) for module in seen]
@@ -136,7 +153,7 @@ def fuse_within(module: nn.Module, *_: object, **__: object) -> nn.Module:
     are not linear in their weights, so norms and branches stay.
     """
     for name, child in module.named_children():
-        setattr(module, name, child.fuse() if isinstance(child, LAYERS) else fuse_within(child))
+        setattr(module, name, child.fuse() if isinstance(child, BcosLayer) else fuse_within(child))
     return module
 
 

@@ -19,7 +19,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from ..errors import InputError, ModelStateError
-from ..nn.layers import BcosConv2d, BcosLayer, BcosLinear
+from ..nn.base import BcosLayer
+from ..nn.layers import BcosConv2d, BcosLinear
 from ..nn.module_utils import clone
 from .registration import marked, original
 

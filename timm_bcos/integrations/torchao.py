@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import ModelStateError
-from ..nn.layers import BcosLayer, BcosLinear
+from ..nn.base import BcosLayer
+from ..nn.layers import BcosLinear
 from .registration import marked, original
 
 __all__ = ["refuse_float8", "refuse_unfused"]

@@ -57,7 +57,7 @@ class Architecture:
         from timm.models import model_entrypoint
 
         from ..conversion.converted import bcosify
-        from ..nn.layers import BcosLayer
+        from ..nn.base import BcosLayer
 
         build: Any = model_entrypoint(self.arch) if isinstance(self.arch, str) else self.arch
         model = build(**{**self.kwargs, **kwargs})

@@ -11,12 +11,10 @@ import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from .._compat import timm_layers
-from ..errors import ModelStateError
 from . import autograd
-from .execution import records_gradients
+from .base import BcosLayer, check_units
 from .functional import (
     bcos_conv2d,
     bcos_linear,
@@ -27,16 +25,13 @@ from .functional import (
     shifted_activation,
     sigmoid_activation,
 )
-from .fused import fuse_layer
 
 __all__ = [
     "BcosConv2d",
-    "BcosLayer",
     "BcosLinear",
     "LowPass2d",
     "ShiftedActivation",
     "SigmoidActivation",
-    "refuse_fused",
 ]
 
 
@@ -65,110 +60,6 @@ class LowPass2d(timm_layers.BlurPool2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return low_pass(x, self.filt, self.stride)
-
-
-def refuse_fused(module: nn.Module) -> None:
-    """Refuse to train a layer that has been fused for inference.
-
-    Raises:
-        ModelStateError: If it has been.
-    """
-    if getattr(module, "is_fused", False):
-        raise ModelStateError("this model has been fused for inference: train the one that it was made from")
-
-
-def _check_units(b: float, max_out: int, normalize_weight: bool) -> None:
-    if b < 1 or max_out < 1:
-        raise ValueError(f"B-cos layers need b >= 1 and max_out >= 1, got b={b}, max_out={max_out}")
-    if max_out > 1 and not normalize_weight:
-        raise ValueError(f"max_out={max_out} compares units by their cosine: it needs normalize_weight=True")
-
-
-class BcosLayer(nn.Module):
-    """What B-cos convolutions and linear layers have in common; torch's layer is the next base class.
-
-    Attributes:
-        b: Exponent B.
-        max_out: Number of units per output.
-        gamma: Fixed output scale γ.
-        normalize_weight: Whether rows of the weight are divided by their norm.
-        is_fused: Whether `weight` is the effective weight, γ and neighboring norms included (`timm_bcos.fuse`).
-        amplitude: An additional factor of a fused layer's outputs; or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    amplitude: Tensor | None
-    b: float
-    max_out: int
-    gamma: float
-    normalize_weight: bool
-    is_fused: bool
-
-    def _set_units(
-        self, outputs: int, bias: bool, b: float, max_out: int, gamma: float, normalize_weight: bool
-    ) -> None:
-        """Complete torch's layer, which has max_out · outputs rows and no bias."""
-        if bias:
-            self.bias = nn.Parameter(self.weight.new_zeros(outputs))
-        self.b = float(b)
-        self.max_out = max_out
-        self.gamma = float(gamma)
-        self.normalize_weight = normalize_weight
-        self.is_fused = False
-        self.register_buffer("amplitude", None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.respond(x)
-
-    def respond(self, x: Tensor) -> Tensor:
-        """The B-cos response; a method of its own because TorchScript has no `super()`."""
-        x = self.prepare(x)
-        if torch.jit.is_scripting() or not self._is_recorded(x):  # noqa: SIM108 (TorchScript needs the statement)
-            y = self.formula(x)
-        else:
-            y = self._respond_by_hand(x)
-        return y if self.bias is None else y + self.per_output(self.bias)
-
-    def prepare(self, x: Tensor) -> Tensor:
-        """The input as the linear transform reads it."""
-        return x
-
-    def formula(self, x: Tensor) -> Tensor:
-        """The response to prepared input, by torch's own functions."""
-        raise NotImplementedError
-
-    def transform(self) -> autograd.Transform:
-        """The linear transform, for the backward pass by hand."""
-        raise NotImplementedError
-
-    def per_output(self, values: Tensor) -> Tensor:
-        """Values (O,) in the shape that broadcasts to the outputs."""
-        raise NotImplementedError
-
-    @torch.jit.unused
-    def _is_recorded(self, x: Tensor) -> bool:
-        return not self.is_fused and self.b != 1.0 and records_gradients(x, self.weight)
-
-    @torch.jit.unused
-    def _respond_by_hand(self, x: Tensor) -> Tensor:
-        """`formula` with a backward pass by hand, which is faster and needs less memory."""
-        unit = autograd.Unit(self.b, self.gamma, self.max_out, self.normalize_weight)
-        return autograd.bcos_response(x, self.weight, self.transform(), unit)
-
-    def fuse(self) -> Self:
-        """For timm's `reparameterize_model`: the layer for inference, its weight computed once."""
-        return self if self.is_fused else fuse_layer(self)
-
-    def train(self, mode: bool = True) -> Self:
-        if mode:
-            refuse_fused(self)
-        return super().train(mode)
-
-    def extra_repr(self) -> str:
-        free = "" if self.normalize_weight else ", normalize_weight=False"
-        fused = ", is_fused=True" if self.is_fused else ""
-        return f"{super().extra_repr()}, b={self.b:g}, max_out={self.max_out}, gamma={self.gamma:g}{free}{fused}"
 
 
 class BcosConv2d(BcosLayer, nn.Conv2d):
@@ -224,7 +115,7 @@ class BcosConv2d(BcosLayer, nn.Conv2d):
         eps: float = 1e-6,
         antialias: bool = False,
     ) -> None:
-        _check_units(b, max_out, normalize_weight)
+        check_units(b, max_out, normalize_weight)
         super().__init__(
             in_channels, out_channels * max_out, kernel_size, stride, padding, dilation, groups, False, padding_mode,
             device=device, dtype=dtype,
@@ -308,7 +199,7 @@ class BcosLinear(BcosLayer, nn.Linear):  # type: ignore[misc]
         gamma: float = 1.0,
         normalize_weight: bool = True,
     ) -> None:
-        _check_units(b, max_out, normalize_weight)
+        check_units(b, max_out, normalize_weight)
         super().__init__(in_features, out_features * max_out, False, device=device, dtype=dtype)
         self.out_features = out_features
         self._set_units(out_features, bias, b, max_out, gamma, normalize_weight)

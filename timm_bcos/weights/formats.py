@@ -14,8 +14,9 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from ..conversion.settings import decode_settings, is_settings
+from ..nn.base import BcosLayer
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
-from ..nn.layers import BcosLayer, ShiftedActivation
+from ..nn.layers import ShiftedActivation
 from ..nn.stems import BcosStem
 
 __all__ = ["StateDict", "adapt_image_channels", "classifier_names", "convert_official_weights", "convert_plain_weights"]
