@@ -189,6 +189,10 @@ class BiasTracker:
         dtype = like.dtype.to_real() if like.is_complex() else like.dtype
         return torch.ones(images, dtype=dtype, device=like.device, requires_grad=True)
 
+    def note_escape(self) -> None:
+        """Remember that a value that depends on the image may have become a number or a shape."""
+        self.has_escaped = self.needs_another_image = True
+
     def note(self, func: Function, values: Sequence[object], is_given: bool, offset: int = 0) -> None:
         """Remember a constant, to be compared with what another image gives.
 
@@ -198,7 +202,7 @@ class BiasTracker:
             is_given: Whether it is made of parameters and buffers alone, as they are.
             offset: Of the part that it is added to.
         """
-        if self.has_escaped or not is_given:
+        if not is_given:
             self.needs_another_image = True
         place = self.place(func, "changes") if self._names_places else None
         made_of = tuple(within_transforms(value) if isinstance(value, Tensor) else value for value in values)

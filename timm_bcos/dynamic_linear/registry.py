@@ -236,8 +236,9 @@ ESCAPING = frozenset(
 # What makes a tensor whose shape depends on values.
 SHAPE_OF_VALUES = frozenset(
     named(
-        "nonzero argwhere masked_select unique unique_consecutive bincount nonzero_static one_hot to_sparse "
-        "to_sparse_coo to_sparse_csr arange linspace zeros ones empty"
+        "nonzero argwhere masked_select unique unique_consecutive _unique2 bincount nonzero_static one_hot to_sparse "
+        "to_sparse_coo to_sparse_csr to_sparse_csc to_sparse_bsr to_sparse_bsc coalesce tensor_split "
+        "_pack_padded_sequence arange linspace logspace zeros ones empty full eye rand randn"
     )
 )
 # Operands that choose where to read; with boolean ones, how much is read depends on their values.
@@ -262,8 +263,8 @@ OPERATORS = {"_local_scalar_dense": "item", "_unsafe_view": "reshape", "_reshape
 EMPTY = frozenset(named("empty empty_like new_empty empty_strided new_empty_strided empty_permuted"))
 # What makes a tensor of numbers that say nothing of an image.
 FIXED = EMPTY | frozenset(named("zeros ones zeros_like ones_like new_zeros new_ones eye arange linspace"))
-# What gives a tensor whose changes torch does not count.
-DATA = frozenset(named("data"))
+# What gives memory whose changes torch does not count.
+DATA = frozenset(named("data numpy __array__ __dlpack__ to_dlpack storage untyped_storage data_ptr"))
 # What overwrites all of a tensor.
 OVERWRITING = frozenset(named("copy_ zero_ fill_"))
 

@@ -1,5 +1,6 @@
 """Explanation mode with a bias tracker: which values depend on the image, and what is added beside its linear path."""
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -63,15 +64,19 @@ class BiasTrackingMode(DynamicLinearMode):
         self._replaced: dict[int, tuple[Tensor, Tensor]] = {}
         for tensor in (*tracker.model.parameters(), *tracker.model.buffers()):
             self.kinds.set(tensor, Kind.CONSTANT)
-        self._parameters = set(map(memory_key, tracker.model.parameters()))
-        self._own = self._parameters | set(map(memory_key, tracker.model.buffers()))
+        own = (*tracker.model.parameters(), *tracker.model.buffers())
+        self._own = {memory_key(tensor): tensor.numel() for tensor in own}
         self.kinds.set(leaf, Kind.IMAGE)
 
     def __torch_function__(
         self, func: Function, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
         func, kwargs = twin(func), kwargs or {}
-        if func in METADATA or not is_active(self) or differentiates_apart(args):
+        if func in METADATA or not is_active(self):
+            return func(*args, **kwargs)
+        if differentiates_apart(args):
+            if func in ESCAPING:
+                self.tracker.note_escape()
             return func(*args, **kwargs)
         if kwargs.get("out") is not None:
             return self._into(kwargs["out"], func, args, {n: v for n, v in kwargs.items() if n != "out"})
@@ -158,16 +163,24 @@ class BiasTrackingMode(DynamicLinearMode):
 
     def _watch(self, func: Function, args: Sequence[object], kwargs: dict[str, object], kind: Kind) -> None:
         """Note what leaves torch as a number or as a shape, and what makes the image's way to a reader dynamic."""
-        if kind >= Kind.GATE and (func in ESCAPING or reads_shape(func, args, kwargs)):
-            self.tracker.has_escaped = True
+        operands = tensors_in([*args, *kwargs.values()])
+        if kind >= Kind.GATE and (reads_shape(func, args, kwargs) or any(map(self._may_be_a_number, operands))):
+            self.tracker.note_escape()
+        if kind > Kind.CONSTANT and func in ESCAPING:
+            self.tracker.note_escape()
         if kind is Kind.IMAGE:
-            operands = tensors_in([*args, *kwargs.values()])
             several = func not in JOINING and sum(map(on_linear_path, operands)) > 1
             if several or func not in STATIC or any(map(self.is_gate, operands)):
                 self.tracker.needs_another_image = True
 
+    def _may_be_a_number(self, x: Tensor) -> bool:
+        """Whether torch may read a tensor as a number, which chooses a size or a place (`x[k]`, `x.expand(k)`)."""
+        return x.ndim == 0 and not x.is_floating_point() and not x.is_complex() and self.kinds.get(x) >= Kind.GATE
+
     def _noted(self, func: Function, args: Sequence[object], result: object, kind: Kind, name: str) -> object:
         """Remember how what a function returns or writes depends on the image."""
+        if kind > Kind.CONSTANT and isinstance(result, int | float | complex):
+            self.tracker.note_escape()
         if kind is Kind.CONSTANT and self.tracker.has_escaped:
             kind = Kind.UNVERIFIED
         if func is encode_image:
@@ -256,13 +269,16 @@ class BiasTrackingMode(DynamicLinearMode):
         return self.tracker.suspect(value.detach().clone().requires_grad_() * 1, "added", func, value)
 
     def _is_own(self, value: object) -> bool:
-        """Whether a value is a parameter or a buffer of the model, or a part of one: numbers may come from anywhere."""
-        return isinstance(value, Tensor) and memory_key(value) in self._own
+        """Whether a value is a whole parameter or buffer: numbers, and the choice of a part, may come from anywhere."""
+        if not isinstance(value, Tensor):
+            return False
+        sizes = (size for size, stride in zip(value.shape, value.stride(), strict=True) if stride)  # others repeat
+        return self._own.get(memory_key(value)) == math.prod(sizes)
 
-    def _lasting(self, value: Tensor) -> Tensor:
-        """Parameters as they are; a copy of what the forward pass may still change."""
-        value = value.detach()
-        return value if memory_key(value) in self._parameters else value.clone()
+    @staticmethod
+    def _lasting(value: Tensor) -> Tensor:
+        """A copy, which nothing in the forward pass can change."""
+        return value.detach().clone()
 
 
 def _overwrites(func: Function, args: Sequence[object]) -> bool:
