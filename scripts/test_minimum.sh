@@ -18,7 +18,7 @@ END
 cat "$venv/minima.txt"
 "$venv/bin/pip" install --quiet --constraint "$venv/minima.txt" -e ".[attribution,video]" pytest scikit-image
 tests=(tests/nn/test_layers.py tests/models/test_models.py tests/dynamic_linear/test_dynamic.py
-       tests/dynamic_linear/test_exactness.py tests/dynamic_linear/test_threads.py tests/conversion/test_rules.py
+       tests/explanation/test_exactness.py tests/dynamic_linear/test_threads.py tests/conversion/test_rules.py
        tests/conversion/test_own_models.py tests/conversion/test_conversion_plan.py
        tests/conversion/test_positions.py tests/explanation/test_explain.py tests/conversion/test_convert.py
        tests/explanation/test_export.py tests/explanation/test_render.py tests/attribution/test_attribution.py
