@@ -1,4 +1,4 @@
-"""`torch.hub.load("OWNER/timm_bcos", "bcos_densenet121", pretrained=...)`: every registered network.
+"""`torch.hub.load("OWNER/timm_bcos", "bcos_densenet121", pretrained=...)`: every registered model.
 
 `torch.hub.list("OWNER/timm_bcos")` names them; keyword arguments are those of `timm.create_model`.
 """

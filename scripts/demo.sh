@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A fresh virtual environment, the package, and the main job on real photos; pictures go to demo/.
+# A fresh virtual environment, the package, and the main job on real photos; figures go to demo/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv-demo}
@@ -8,4 +8,4 @@ venv=${VENV:-.venv-demo}
 "$venv/bin/timm-bcos" explain scripts/photos --top 1 --out demo
 "$venv/bin/timm-bcos" explain scripts/photos/clothes --model bcos_efficientnet_lite0.clothing --top 1 --out demo/clothes
 "$venv/bin/timm-bcos" explain scripts/photos/chelsea.jpg --model bcos_cifar_resnet20 --top 1 --out demo/cifar
-echo "Pictures are in demo/, by network: a figure for each photo, and the explanation of each class as a transparent PNG."
+echo "Figures are in demo/, by model: a figure for each photo, and the explanation of each class as a transparent PNG."

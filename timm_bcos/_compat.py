@@ -1,7 +1,7 @@
 """What this package uses of other libraries' insides, in one place, and what becomes of it where it is missing.
 
 timm, torch and captum rename, move and remove what is not documented, and timm its layers too. An import of such a name
-would let all of this package fail with it, and, since `import timm` imports our networks, timm as well. So every such
+would let all of this package fail with it, and, since `import timm` imports our models, timm as well. So every such
 name is looked up here. What the installed version lacks is replaced by a stand-in: a class that nothing is an instance
 of, and that says what is missing when it is called. Whatever does not need it goes on working.
 """

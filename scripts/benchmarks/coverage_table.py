@@ -166,7 +166,7 @@ architecture.
 | exact | number of exact architectures: both errors reach their goals, and `timm_bcos.check` finds no violation |
 | error64, error32 | largest difference of Σ contributions + bias and the logit, relative to logit − logit bias, \
 in float64 and float32; goals {error64:g} and {error32:g} |
-| shift | largest relative change of a logit in dynamic linear mode, in float64; goal {error64:g} |
+| shift | largest relative change of a logit in explanation mode, in float64; goal {error64:g} |
 | bcos_share | smallest share of weights in B-cos layers; the others belong to gates, tables and layers that stay \
 linear |
 | gradients | number of architectures in which one training step gives every parameter a finite gradient |

@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--only {' '.join(sorted(unknown))}: choose of {' '.join(family)}")
     remember_settings(args.out, {name: getattr(args, name) for name in SETTINGS})
     results = []
-    for variant in tqdm([v for name, v in family.items() if name in args.only or not args.only], "networks"):
+    for variant in tqdm([v for name, v in family.items() if name in args.only or not args.only], "models"):
         folder = args.out / variant.name.replace(" ", "").replace(",", "_")
         results.append(measure(variant, train(folder, args.train_script, options(variant, args)), args))
         with atomic_path(args.out / "table.md") as path:  # partial results are kept

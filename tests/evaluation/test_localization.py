@@ -1,4 +1,4 @@
-"""Localization beyond the grid pointing game, on cases worked by hand: disconnected cells, mean maps, boxes, masks."""
+"""Regions of images (cells, boxes, masks), and the metrics that use them, on cases worked by hand."""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,14 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tests.helpers import LOADING, command, normalized, real_image
-from timm_bcos import BcosConfig, InputError, MethodError, bcosify, explain
-from timm_bcos.attribution.registry import attribute
+from tests.helpers import LOADING, command, real_image
+from timm_bcos import BcosConfig, InputError, MethodError, bcosify
 from timm_bcos.data.datasets import load_dataset
 from timm_bcos.data.regions import cell_masks, cut_cells, join_cells, region_loader, without_cell
-from timm_bcos.evaluation.aggatt import bin_edges, mean_maps, plot_aggatt
 from timm_bcos.evaluation.metrics import energy_shares, evaluate
-from timm_bcos.evaluation.pointing_game import Disconnected, Grid, grid_shares
+from timm_bcos.evaluation.pointing_game import Grid
 
 
 def test_cells_by_hand() -> None:
@@ -43,81 +41,6 @@ def four(size: int) -> Tensor:
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
     return bcosify(timm.create_model("test_resnet", num_classes=5), BcosConfig.finetune(b=1.5)).eval()
-
-
-@pytest.fixture(scope="module")
-def grid() -> Tensor:
-    return join_cells(four(64), 2)
-
-
-@pytest.mark.parametrize(("name", "options"), [("bcos", {}), ("test_resnet", {}), ("test_vit", {"img_size": 64})])
-def test_fully_disconnected_cells_are_networks_of_their_own(
-    name: str, options: dict[str, Any], network: nn.Module, grid: Tensor
-) -> None:
-    """DiFull: the logits are those of each image alone, and no gradient leaves the cell."""
-    model = network if name == "bcos" else timm.create_model(name, num_classes=5, **options).eval()
-    apart = Disconnected(model, 2, "full")
-    images = cut_cells(grid, 2)
-    torch.testing.assert_close(apart(grid)[0].unflatten(0, (4, 5)), model(images), rtol=1e-4, atol=1e-6)
-    targets = apart.targets(torch.tensor([3, 1, 4, 0]))
-    assert targets.tolist() == [3, 6, 14, 15]
-    maps = attribute(apart, grid, int(targets[2]), "bcos" if name == "bcos" else "input_x_gradient")
-    assert maps[0, 64:, :64].abs().max() > 0
-    outside = 1 - cell_masks(128, 128, 2)[2]
-    assert (maps[0] * outside).abs().max() == 0
-
-
-def test_partially_disconnected_cells_share_a_backbone(network: nn.Module, grid: Tensor) -> None:
-    """DiPart: a head for the features of each cell, whose receptive fields reach across the border."""
-    part = Disconnected(network, 2, "part")
-    features = network.forward_features(grid)
-    expected = network.forward_head(features[:, :, :2, 2:])
-    torch.testing.assert_close(part(grid)[:, 5:10], expected)
-    torch.testing.assert_close(part(grid).unflatten(1, (4, 5)).mean(1), network(grid), rtol=1e-4, atol=1e-6)
-    found = explain(part, grid, 5 + 3)
-    assert found.completeness_error.max() <= 1e-4
-    map_ = found.contribution_map[0].abs()
-    assert 0 < map_[:, :64].sum() < map_[:, 64:].sum()
-    with pytest.raises(MethodError, match="DiPart"):
-        Disconnected(timm.create_model("test_vit", num_classes=5, img_size=128).eval(), 2, "part")(grid)
-    with pytest.raises(MethodError, match="forward_features"):
-        Disconnected(nn.Sequential(network), 2, "full")
-
-
-def test_maps_of_the_whole_grid_are_seen_by_gradcam(grid: Tensor) -> None:
-    """Its weights are means over all cells of a gradient that is 0 in all but one; its maps are those of all cells."""
-    model = timm.create_model("test_resnet", num_classes=5).eval()
-    apart = Disconnected(model, 2, "full")
-    found = attribute(apart, grid, 5 + 3, "gradcam")[0]
-    maps = model.forward_features(normalized(cut_cells(grid, 2), model.pretrained_cfg))
-    row = model.get_classifier().weight[3] / maps[0, 0].numel()  # the gradient in the cell, everywhere alike
-    mixed = join_cells((maps * row[:, None, None]).sum(1, keepdim=True), 2) / 4
-    expected = nn.functional.interpolate(mixed, (128, 128), mode="bilinear")[0, 0]
-    torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-7)
-    shares = grid_shares(apart, grid, Grid(2, (0, 1, 2, 3), (3, 1, 4, 0)), "input_x_gradient")
-    torch.testing.assert_close(shares[0], torch.ones(4))
-
-
-def test_ranges_of_ranks() -> None:
-    assert bin_edges(100) == [0, 2, 5, 50, 95, 98, 100]
-    assert bin_edges(30) == [0, 1, 2, 15, 28, 29, 30]
-    assert bin_edges(3) == [0, 1, 1, 2, 2, 2, 3]
-    assert bin_edges(1) == [0, 1, 1, 1, 1, 1, 1]
-
-
-def test_mean_maps_by_hand() -> None:
-    """The best of three alone, then the middle one, then the worst; positive parts of sum 1."""
-    maps = torch.tensor([[[1.0, 3.0], [-9.0, 0.0]], [[2.0, 0.0], [0.0, -1.0]], [[0.0, 0.0], [-5.0, 0.0]]])
-    means = mean_maps(maps, torch.tensor([0.25, 1.0, 0.0]))
-    assert [mean is None for mean in means] == [False, True, False, True, True, False]
-    assert [mean.tolist() for mean in means if mean is not None] == [
-        [[1, 0], [0, 0]], [[0.25, 0.75], [0, 0]], [[0, 0], [0, 0]]
-    ]  # fmt: skip
-    ten = torch.zeros(20, 1, 4)
-    ten[:, 0, :] = torch.arange(20.0)[:, None] + torch.arange(4.0)
-    middle = mean_maps(ten, torch.arange(20.0))[2]  # ranks 1 to 9 from the top
-    expected = (ten[10:19] / ten[10:19].sum((1, 2), keepdim=True)).mean(0)
-    torch.testing.assert_close(middle, expected)
 
 
 def test_energy_by_hand() -> None:
@@ -266,8 +189,3 @@ def test_commands(
     assert "**1.00**" in (tmp_path / "game" / "summary.md").read_text()
     assert command("evaluate", "pointing-game", *data, *game[:2], *game[4:]) == 2
     assert "disconnect=part" in capsys.readouterr().err
-
-
-def test_no_bins_without_grids(network: nn.Module) -> None:
-    with pytest.raises(InputError, match="no grids"):
-        plot_aggatt(network, [], [], ["bcos"])  # type: ignore[arg-type]

@@ -1,9 +1,10 @@
-"""The grid pointing game on cases worked by hand, and its script on a small data set."""
+"""The grid pointing game, also with disconnected cells, on cases worked by hand, and its command on few photos."""
 
 import csv
 import re
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,15 +13,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tests.helpers import LOADING, PHOTOS, command
-from timm_bcos import BcosConfig, InputError, MethodError, bcosify
+from tests.helpers import LOADING, PHOTOS, command, normalized, real_image
+from timm_bcos import BcosConfig, InputError, MethodError, bcosify, explain
+from timm_bcos.attribution.registry import attribute
 from timm_bcos.data.datasets import image_loader, load_dataset
+from timm_bcos.data.regions import cell_masks, cut_cells, join_cells
 from timm_bcos.evaluation.pointing_game import (
     Confidence,
+    Disconnected,
     Grid,
     cell_shares,
     compose,
     confidences,
+    grid_shares,
     localization,
     sample_grids,
 )
@@ -320,3 +325,66 @@ def test_the_command_resumes(
     assert command(*PLAY, "--data-dir", photos, *options, "--method", "bcos", "--seed", 1) == 2
     assert "has results for seed=0, not 1" in capsys.readouterr().err
     assert read_values(out) == values
+
+
+def four(size: int) -> Tensor:
+    x = real_image(size, 3)
+    return torch.cat([x, x[:1].flip(3)])
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    return bcosify(timm.create_model("test_resnet", num_classes=5), BcosConfig.finetune(b=1.5)).eval()
+
+
+@pytest.fixture(scope="module")
+def grid() -> Tensor:
+    return join_cells(four(64), 2)
+
+
+@pytest.mark.parametrize(("name", "options"), [("bcos", {}), ("test_resnet", {}), ("test_vit", {"img_size": 64})])
+def test_fully_disconnected_cells_are_networks_of_their_own(
+    name: str, options: dict[str, Any], network: nn.Module, grid: Tensor
+) -> None:
+    """DiFull: the logits are those of each image alone, and no gradient leaves the cell."""
+    model = network if name == "bcos" else timm.create_model(name, num_classes=5, **options).eval()
+    apart = Disconnected(model, 2, "full")
+    images = cut_cells(grid, 2)
+    torch.testing.assert_close(apart(grid)[0].unflatten(0, (4, 5)), model(images), rtol=1e-4, atol=1e-6)
+    targets = apart.targets(torch.tensor([3, 1, 4, 0]))
+    assert targets.tolist() == [3, 6, 14, 15]
+    maps = attribute(apart, grid, int(targets[2]), "bcos" if name == "bcos" else "input_x_gradient")
+    assert maps[0, 64:, :64].abs().max() > 0
+    outside = 1 - cell_masks(128, 128, 2)[2]
+    assert (maps[0] * outside).abs().max() == 0
+
+
+def test_partially_disconnected_cells_share_a_backbone(network: nn.Module, grid: Tensor) -> None:
+    """DiPart: a head for the features of each cell, whose receptive fields reach across the border."""
+    part = Disconnected(network, 2, "part")
+    features = network.forward_features(grid)
+    expected = network.forward_head(features[:, :, :2, 2:])
+    torch.testing.assert_close(part(grid)[:, 5:10], expected)
+    torch.testing.assert_close(part(grid).unflatten(1, (4, 5)).mean(1), network(grid), rtol=1e-4, atol=1e-6)
+    found = explain(part, grid, 5 + 3)
+    assert found.completeness_error.max() <= 1e-4
+    map_ = found.contribution_map[0].abs()
+    assert 0 < map_[:, :64].sum() < map_[:, 64:].sum()
+    with pytest.raises(MethodError, match="DiPart"):
+        Disconnected(timm.create_model("test_vit", num_classes=5, img_size=128).eval(), 2, "part")(grid)
+    with pytest.raises(MethodError, match="forward_features"):
+        Disconnected(nn.Sequential(network), 2, "full")
+
+
+def test_maps_of_the_whole_grid_are_seen_by_gradcam(grid: Tensor) -> None:
+    """Its weights are means over all cells of a gradient that is 0 in all but one; its maps are those of all cells."""
+    model = timm.create_model("test_resnet", num_classes=5).eval()
+    apart = Disconnected(model, 2, "full")
+    found = attribute(apart, grid, 5 + 3, "gradcam")[0]
+    maps = model.forward_features(normalized(cut_cells(grid, 2), model.pretrained_cfg))
+    row = model.get_classifier().weight[3] / maps[0, 0].numel()  # the gradient in the cell, everywhere alike
+    mixed = join_cells((maps * row[:, None, None]).sum(1, keepdim=True), 2) / 4
+    expected = nn.functional.interpolate(mixed, (128, 128), mode="bilinear")[0, 0]
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-7)
+    shares = grid_shares(apart, grid, Grid(2, (0, 1, 2, 3), (3, 1, 4, 0)), "input_x_gradient")
+    torch.testing.assert_close(shares[0], torch.ones(4))
