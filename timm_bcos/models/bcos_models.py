@@ -304,7 +304,8 @@ def _find(name: str, cache_dir: str | Path | None) -> _Source:
         source = _read_config(name, kind, place, cache_dir)
     if not timm.is_model(source.name):
         near = difflib.get_close_matches(source.name, timm.list_models(), n=3)
-        raise TargetError(f"timm knows no model {source.name!r}; close names: {', '.join(near) or 'none'}")
+        hint = f"close names: {', '.join(near)}" if near else "see `timm-bcos models` or timm.list_models()"
+        raise TargetError(f"timm knows no model {source.name!r}; {hint}")
     return source
 
 
