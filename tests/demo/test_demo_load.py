@@ -142,6 +142,15 @@ def test_slow_steps_let_quick_ones_go_first_and_stop_when_nobody_waits(scheduler
         job.result()
 
 
+def test_a_slow_job_says_whether_its_client_or_the_demo_has_ended() -> None:
+    closed = Scheduler()
+    with closed.slow(endless) as job:
+        assert eventually(lambda: job.started_images > 0)
+        closed.close()
+        with pytest.raises(ClosedError, match=CLOSING):
+            job.result()
+
+
 def test_only_so_many_slow_steps(scheduler: Scheduler) -> None:
     entered = [scheduler.slow(endless) for _ in range(SLOW_THREADS + SLOW_QUEUE)]
     jobs = [one.__enter__() for one in entered]

@@ -200,7 +200,7 @@ class Batcher(Generic[Key, Item, Result]):
     """Computes waiting items of the same key together.
 
     Args:
-        scheduler: Where batches are computed, as quick tasks.
+        scheduler: Scheduler that computes the batches, as quick tasks.
         compute: Function of (key, items) that returns a result per item.
         max_batch: Function of a key that returns the largest batch.
     """

@@ -46,11 +46,11 @@ class BiasTrackingMode(DynamicLinearMode):
 
     Args:
         leaf: (N, C, H, W) the images.
-        tracker: Where constants and violations are noted.
+        tracker: Record of constants and violations.
 
     Attributes:
         kinds: How what each tensor's memory holds depends on the image.
-        eps: Of the narrowest type on the path.
+        eps: Machine epsilon of the lowest precision on the image's path.
         heeds_hooks: Whether hooks of saved tensors stay; otherwise those of checkpoints are passed over.
     """
 

@@ -42,7 +42,7 @@ def weights_to_rgba(weights: Tensor, contribution_map: Tensor, smooth: int = 15,
         weights: (N, 2C, H, W), C being 3, or 1 for gray.
         contribution_map: (N, H, W).
         smooth: Odd side length of the box filter on the opacity, 0 for none.
-        percentile: Of each picture's opacity that becomes 1, in [0, 100].
+        percentile: Percentile of each picture's opacity that is scaled to 1, in [0, 100].
 
     Returns:
         (N, H, W, 4) in [0, 1].
@@ -71,7 +71,7 @@ def map_to_rgba(contribution_map: Tensor, percentile: float = 99.5) -> Tensor:
 
     Args:
         contribution_map: (N, H, W), or a single (H, W).
-        percentile: Of |contribution| at which colors saturate, per map.
+        percentile: Percentile of a map's |contribution| at which its colors saturate, in [0, 100].
 
     Returns:
         (N, H, W, 4) in [0, 1]; (H, W, 4) for a single map.
@@ -92,7 +92,7 @@ def overlay(image: Tensor, contribution_map: Tensor, opacity: float = 0.9) -> Te
     Args:
         image: (N, C, H, W) in [0, 1].
         contribution_map: (N, H, W).
-        opacity: Of the strongest contributions.
+        opacity: Opacity of the strongest contributions, in [0, 1].
 
     Returns:
         (N, H, W, 3) in [0, 1].
@@ -126,11 +126,11 @@ class Bars:
     """A horizontal bar chart.
 
     Attributes:
-        title: Above it.
-        names: Of the bars, from top to bottom.
-        values: Their lengths.
-        marked: The bar in red; None for none.
-        limit: Where the axis ends; None fits it to the bars.
+        title: Title above the bars.
+        names: Names of the bars, from top to bottom.
+        values: Lengths of the bars.
+        marked: Index of the bar in red; None for none.
+        limit: End of the axis; None fits it to the bars.
     """
 
     title: str

@@ -180,9 +180,9 @@ class _Conversion:
     """A call of `timm.create_model('bcosify', arch=...)`.
 
     Attributes:
-        arch: The architecture as the user named it.
-        source: Where it comes from.
-        config: How it is converted.
+        arch: Name of the architecture, as given by the user.
+        source: Source of the architecture and its weights.
+        config: Config of the conversion.
         changes: Names of the config's fields that the user chose.
         arch_kwargs: Arguments of the architecture that are named like fields of `BcosConfig`.
         pretrained: Whether to load weights.
