@@ -170,7 +170,7 @@ class BiasTracker:
         constants: (N,) factor of all additive constants.
         suspects: A factor and its violation for each place that adds what is no constant, or is not known.
         boundaries: Boundaries at which the image is read, in the order of execution.
-        noted: What was booked as a constant, in the order of execution.
+        noted: Recorded constants, in the order of execution.
         has_escaped: Whether a value that depends on the image has left torch, as a number or a shape.
         needs_another_image: Whether something was booked as a constant that only another image can show to be one.
     """
@@ -193,7 +193,7 @@ class BiasTracker:
         """Remember a constant, to be compared with what another image gives.
 
         Args:
-            func: What adds it.
+            func: Function that adds it.
             values: Tensors and numbers that it is made of; nobody changes them later.
             is_given: Whether it is made of parameters and buffers alone, as they are.
             offset: Offset of the part that it is added to.
@@ -226,7 +226,7 @@ class BiasTracker:
         Args:
             y: The result.
             kind: Kind of the violation.
-            func: What made it.
+            func: Function that computed it.
             addend: The part of y that is added; y itself then changes in place.
         """
         factor = self._factor(len(self.constants), self.constants)

@@ -49,7 +49,7 @@ class BiasTrackingMode(DynamicLinearMode):
         tracker: Record of constants and violations.
 
     Attributes:
-        kinds: How what each tensor's memory holds depends on the image.
+        kinds: Dependence of each tensor's memory on the image.
         eps: Machine epsilon of the lowest precision on the image's path.
         heeds_hooks: Whether hooks of saved tensors stay; otherwise those of checkpoints are passed over.
     """
@@ -213,7 +213,7 @@ class BiasTrackingMode(DynamicLinearMode):
         Args:
             y: The result.
             addend: A tensor that broadcasts to y, or a number.
-            func: What added it.
+            func: Function that added it.
             sources: Tensors and numbers that the addend was made of; none if it is one of the operands itself.
         """
         if on_linear_path(addend) or not on_linear_path(y):

@@ -203,9 +203,9 @@ def contrast(
     Args:
         model: As in `explain`.
         x: As in `explain`.
-        a: The class that is asked for: an int for all images, or N ints; a set of ints for the mean of their logits
+        a: Class whose logit is explained: an int for all images, or N ints; a set of ints for the mean of their logits
             (all dogs), or a direction, as in `explain`.
-        b: The class, set or direction that is asked against, given likewise; another than `a`.
+        b: Class, set or direction whose logit is subtracted, in the same format; different from `a`.
         layer: As in `explain`; a and b are then its units.
         output: As in `explain`.
         position: As in `explain`; None takes where the difference is largest.
@@ -220,7 +220,7 @@ def contrast(
 
     Raises:
         InputError: As in `explain`.
-        TargetError: For classes that do not exist, are no ints, or are the same, and as in `explain`.
+        TargetError: For classes that do not exist, are not ints, or are the same, and as in `explain`.
         ModelStateError: As in `explain`.
 
     Example:

@@ -42,7 +42,7 @@ def first_break(model: nn.Module, x: Tensor, extra: Extra, tolerance: float) -> 
 
     Args:
         model: A private copy, on which hooks may be registered.
-        x: Images; the first one is taken.
+        x: Images, of which the first one is used.
         extra: Other arguments of the model.
         tolerance: Largest relative error of sums.
 
@@ -65,7 +65,7 @@ def first_break(model: nn.Module, x: Tensor, extra: Extra, tolerance: float) -> 
 
 
 def first_difference(model: nn.Module, x: Tensor, other: Tensor, rows: slice, extra: Extra) -> str | None:
-    """The first module whose outputs for x, of which the rows are taken, are not those for another batch."""
+    """The first module whose outputs for some rows of x differ from those for another batch of these images."""
     found = _traced_outputs(model, _image(model, x), extra)
     again = _traced_outputs(model, _image(model, other), rows_of(extra, rows, len(x)))
     for (name, output), (_, expected) in zip(found, again, strict=False):
@@ -130,12 +130,12 @@ class ExactnessReport:
         completeness_error: Largest |Σ contributions + bias - logit| / |logit - logit bias| over the images.
         logit_shift: Largest change of a logit in explanation mode, relative to the largest logit.
         image_share: Smallest share of (logit - logit bias) that the image explains; the rest comes from constants.
-        tolerance: What both errors are held against.
-        rounding: What a change of the image in its last digit does to the logits, relative to the largest. A deep
-            untrained model may amplify rounding a million times; a logit shift of that size is none.
+        tolerance: Largest completeness error and logit shift of an exact explanation.
+        rounding: Largest change of a logit when the image changes in its last digits, relative to the largest logit. A
+            deep untrained model may amplify rounding a million times; a logit shift of that size is rounding.
         randomness: Largest change of a logit from one run to the next, relative to the largest logit.
-        violations: Functions that are not known to be linear, values that depend on the image and are added, and what
-            else makes explanations inexact.
+        violations: Everything that makes explanations inexact, such as functions that are not known to be linear, and
+            added values that depend on the image.
         breaks_at: Path of the first module whose output is not W(x) · x + constants; None if exact.
     """
 
@@ -187,7 +187,7 @@ def check(
             in training mode): a model whose signal vanishes proves nothing.
         x: Images (N, C, H, W) in [0, 1]; None makes two random ones of the model's input size.
         tolerance: None is 1e-10 for a model in float64, 1e-4 for one in float32 and 1e-2 for others.
-        output: Which of several outputs, as in `explain`. Of a map, the position with the strongest class is measured.
+        output: Key or index of the output, as in `explain`. In a map, the position with the strongest class is checked.
         extra: Other arguments of the model, by name, as in `explain`.
 
     Returns:

@@ -108,8 +108,8 @@ def check_target(target: object, images: int, name: str = "target") -> Target:
 
     Args:
         target: A class, N classes, a set of classes, a direction (K,) or N of them; None for the strongest class.
-        images: N.
-        name: What errors call it.
+        images: Number of images, N.
+        name: Name of the argument, for errors.
 
     Raises:
         TargetError: For anything else.
@@ -147,10 +147,10 @@ def as_direction(asked: Tensor | frozenset[int], images: int, count: int, what: 
     """(N, K) coefficients of the outputs; a set's are those of the mean of its outputs.
 
     Args:
-        asked: What `check_target` returned.
-        images: N.
-        count: K.
-        what: The K outputs, in words.
+        asked: Target that `check_target` has returned.
+        images: Number of images, N.
+        count: Number of outputs, K.
+        what: Description of the outputs, for errors.
 
     Raises:
         TargetError: For outputs that do not exist, or a direction of another size.
@@ -196,7 +196,7 @@ def _floats(values: object) -> Tensor | None:
 
 
 def _integers(values: object) -> Tensor | None:
-    """As a tensor of int64; None for what are no whole numbers."""
+    """Convert whole numbers to a tensor of int64; None for anything else."""
     tensor = _tensor(values)
     if tensor is None or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool:
         return None

@@ -160,7 +160,7 @@ class Explanation:
 
         Args:
             class_names: Name of each class.
-            top: How many classes to show.
+            top: Number of classes to show.
         """
         image = self.image.detach().cpu().clamp(0, 1)
         maps = self.contribution_map.detach().cpu()

@@ -146,7 +146,7 @@ class Row:
 
     Attributes:
         pictures: Title and picture, (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) in [0, 1].
-        bars: What stands at the end of the row.
+        bars: Bar charts at the end of the row.
     """
 
     pictures: Sequence[tuple[str, Tensor]]
@@ -163,7 +163,7 @@ def draw_rows(rows: Sequence[Row]) -> "Figure":
     for row, axes in zip(rows, grid, strict=True):
         for ax, (title, picture) in zip(axes, row.pictures, strict=False):
             ax.imshow(picture.detach().cpu().float().numpy(), cmap="gray", vmin=0, vmax=1)
-            ax.set_title(fill(_drawable(title), 40), fontsize=10, parse_math=False)  # names are no formulas
+            ax.set_title(fill(_drawable(title), 40), fontsize=10, parse_math=False)  # names are not formulas
             ax.axis("off")
         _draw_bars(axes[-1], row.bars)
     return figure
@@ -180,7 +180,7 @@ def _draw_bars(axes: "Axes", bars: Bars) -> None:
 
 
 def _drawable(name: str) -> str:
-    """Names of folders may hold bytes that are no text, which fonts refuse."""
+    """Replace bytes that are not text, which names of directories may contain and fonts refuse."""
     return name.encode(errors="replace").decode()
 
 
