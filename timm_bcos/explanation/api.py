@@ -129,7 +129,7 @@ Explain = Callable[[slice], list[Explanation]]
 
 
 def _in_chunks(explain: Explain, count: int, chunk: int | None, callers: int) -> list[Explanation]:
-    """Chunk by chunk; warnings name the line that called the function `callers` above."""
+    """Explain chunk by chunk; warnings name the line that called the function `callers` above."""
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise InputError(f"chunk={chunk!r}: give the number of images per pass, at least 1, or None for all")
     size = chunk or count
@@ -160,14 +160,14 @@ def with_single_image_fallback(
     find: Callable[[slice], T], images: range, explanations: Callable[[T], Sequence[Explanation]],
     stack: Callable[[Sequence[T]], T], with_violations: Callable[[T, tuple[Violation, ...]], T],
 ) -> T:  # fmt: skip
-    """All images at once, or one by one where a tensor's layout does not tell what is of which image.
+    """Explain all images at once, or one by one if the layout of a tensor does not show which part is of which image.
 
     Args:
-        find: Finds it for some of the images.
-        images: All of them.
-        explanations: In what is found.
-        stack: Makes one of what is found for single images.
-        with_violations: Adds what only the batch has shown.
+        find: Function that computes a result for some of the images.
+        images: Range of all images.
+        explanations: Function that returns the explanations in a result.
+        stack: Function that joins the results of single images.
+        with_violations: Function that adds violations, which only the batch has shown, to a result.
     """
     violations: tuple[Violation, ...] = ()
     try:
