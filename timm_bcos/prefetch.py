@@ -15,7 +15,7 @@ def prefetch(items: Iterable[T], waiting: int = 2) -> Iterator[T]:
 
     Args:
         items: For instance a generator that decodes images. What it raises is raised here, in its turn.
-        waiting: How many items are kept ready.
+        waiting: Number of items that are kept ready.
 
     Yields:
         The items in their order.

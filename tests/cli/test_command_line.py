@@ -21,6 +21,7 @@ import timm_bcos
 from tests.helpers import PHOTOS, ROOT, command, real_image
 from tests.helpers.slow import slow_but_for
 from timm_bcos.cli.app import COMMANDS, GROUPS, Command, app
+from timm_bcos.cli.commands import evaluate
 from timm_bcos.cli.outputs import is_own
 
 ALL = [*COMMANDS, *(entry for entries in GROUPS.values() for entry in entries)]
@@ -37,6 +38,20 @@ def test_help_gives_an_example(words: tuple[str, ...]) -> None:
     result = CliRunner().invoke(app, [*words, "--help"])
     assert result.exit_code == 0
     assert f"Example: timm-bcos {' '.join(words)}" in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [
+        ("pointing-game", "all that support the model"),
+        ("metrics", f"all fast ones that support the model: {', '.join(evaluate.QUICK)}"),
+        ("aggatt", "bcos, input_x_gradient, gradcam"),
+    ],
+)
+def test_help_states_the_default_methods(name: str, default: str) -> None:
+    group: Any = typer.main.get_command(app)
+    [method] = [p for p in group.commands["evaluate"].commands[name].params if p.name == "method"]
+    assert method.help.endswith(f"(default: {default})")
 
 
 @pytest.mark.parametrize("entry", ALL, ids=lambda entry: entry.example.partition(" -")[0])

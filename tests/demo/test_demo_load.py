@@ -130,16 +130,25 @@ def endless(before_batch: Callable[[int], None]) -> None:
 
 def test_slow_steps_let_quick_ones_go_first_and_stop_when_nobody_waits(scheduler: Scheduler) -> None:
     with scheduler.slow(endless) as job:
-        assert eventually(lambda: job.images > 3)
+        assert eventually(lambda: job.started_images > 3)
         with scheduler.priority():
             time.sleep(0.05)  # the batch under way ends
-            before = job.images
+            before = job.started_images
             assert scheduler.run(lambda: time.sleep(0.2)) is None
-            assert job.images <= before + 1
-        assert eventually(lambda: job.images > before + 3)
-    assert job.is_done(SOON)
+            assert job.started_images <= before + 1
+        assert eventually(lambda: job.started_images > before + 3)
+    assert job.wait(SOON)
     with pytest.raises(ClosedError, match="has disconnected"):
         job.result()
+
+
+def test_a_slow_job_says_whether_its_client_or_the_demo_has_ended() -> None:
+    closed = Scheduler()
+    with closed.slow(endless) as job:
+        assert eventually(lambda: job.started_images > 0)
+        closed.close()
+        with pytest.raises(ClosedError, match=CLOSING):
+            job.result()
 
 
 def test_only_so_many_slow_steps(scheduler: Scheduler) -> None:
@@ -147,12 +156,12 @@ def test_only_so_many_slow_steps(scheduler: Scheduler) -> None:
     jobs = [one.__enter__() for one in entered]
     with pytest.raises(BusyError, match="try again"), scheduler.slow(endless):
         pass
-    assert eventually(lambda: sum(job.images > 0 for job in jobs) == SLOW_THREADS)
+    assert eventually(lambda: sum(job.started_images > 0 for job in jobs) == SLOW_THREADS)
     for one in reversed(entered):
         one.__exit__(None, None, None)
     assert eventually(lambda: not scheduler._jobs)
     with scheduler.slow(lambda before_batch: 7) as job:
-        assert job.is_done(SOON) and job.result() == 7
+        assert job.wait(SOON) and job.result() == 7
 
 
 @pytest.mark.parametrize("method", IMAGES)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 import timm_bcos
 from tests.helpers import ROOT, assert_exact, enliven, load_script, normalized, real_image, timm_vits_trace
 from tests.helpers.slow import slow_but_for
-from timm_bcos import CheckpointError, NotFineTunedWarning, TargetError
+from timm_bcos import CheckpointError, InputError, NotFineTunedWarning, TargetError
 from timm_bcos.models.architectures import ARCHITECTURES
 from timm_bcos.models.bcos_models import ENTRY_POINTS
+from timm_bcos.models.cifar import CifarResNet
 from timm_bcos.models.loading import load_model
 from timm_bcos.models.vit import sincos_positions
 from timm_bcos.nn.layers import BcosConv2d
@@ -254,7 +255,16 @@ def test_architecture_arguments_that_a_config_field_shadows() -> None:
 UNIT: dict[str, object] = dict(mean=(0.0,), std=(1.0,))
 
 
+def test_cifar_models_refuse_other_depths_and_formats() -> None:
+    with pytest.raises(InputError, match=r"depth=21: .*6n \+ 2"):
+        CifarResNet(depth=21)
+    with pytest.raises(InputError, match=r"'NHWC'.*NCHW"):
+        CifarResNet().forward_intermediates(torch.rand(1, 3, 32, 32), output_fmt="NHWC")
+
+
 def test_unknown_architectures_are_refused() -> None:
+    with pytest.raises(TargetError, match=r"no model 'zzzzz'; see `timm-bcos models` or timm\.list_models\(\)"):
+        timm.create_model("bcosify", arch="zzzzz")
     with pytest.raises(TargetError, match=r"no model 'resnet_50'; close names: .*resnet50"):
         timm.create_model("bcosify", arch="resnet_50")
     with pytest.raises(TargetError, match=r"'resnet18\.nope'.*tags of resnet18: .*a1_in1k"):

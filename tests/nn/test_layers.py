@@ -253,8 +253,10 @@ def test_classifier_votes_per_position() -> None:
     ("kwargs", "text"), [(dict(b=0.5), "b >= 1"), (dict(max_out=2, normalize_weight=False), "normalize_weight=True")]
 )
 def test_bad_settings(kwargs: dict, text: str) -> None:
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(InputError, match=text):
         BcosConv2d(3, 3, 3, **kwargs)
+    with pytest.raises(InputError, match=text):
+        BcosLinear(3, 3, **kwargs)
 
 
 # What is overwritten, or computed in another way, where no gradient is needed.

@@ -57,7 +57,7 @@ def attention_relevance(
 
     Linear layers follow the γ rule (the ε rule if γ = 0). Activations pass relevance on, and statistics of norms are
     constants. Softmax follows R_i = x_i (R_i - s_i Σ_j R_j), and the factors of a product get half each. Sigmoid
-    gates are constants, as in dynamic linear mode, whose rules are used except for attention and γ.
+    gates are constants, as in explanation mode, whose rules are used except for attention and γ.
 
     Args:
         subject: A plain model.

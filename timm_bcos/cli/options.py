@@ -23,13 +23,14 @@ if TYPE_CHECKING:
     from ..data.datasets import LabeledImages
 
 __all__ = [
+    "MODEL_PANEL",
     "AnyModelOptions",
     "Checkpoint",
     "Classes",
     "DataOptions",
     "Device",
-    "Disconnect",
-    "Disconnection",
+    "DisconnectMode",
+    "DisconnectOption",
     "Layer",
     "Methods",
     "ModelOptions",
@@ -38,52 +39,64 @@ __all__ = [
     "Seed",
     "expand_groups",
     "find_device",
+    "method_option",
 ]
 
-MODEL, DATA = "Model", "Data"  # panels of the help
+MODEL_PANEL, DATA_PANEL = "Model", "Data"  # panels of the help
 
 Checkpoint = Annotated[
     Path | None,
     typer.Option(
         help="File with weights of the B-cos or the plain model. Checkpoints of train.py name their model themselves.",
-        rich_help_panel=MODEL,
+        rich_help_panel=MODEL_PANEL,
     ),
 ]
 Classes = Annotated[
     Path | None,
     typer.Option(
-        help="File with a class name per line, or directory with a folder per class.",
-        rich_help_panel=MODEL,
+        help="Class names: a text file with one per line, or a directory with one folder per class. "
+        "(default: those of the weights)",
+        rich_help_panel=MODEL_PANEL,
     ),
 ]
-Device = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, mps or xpu.", rich_help_panel=MODEL)]
+Device = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, mps or xpu.", rich_help_panel=MODEL_PANEL)]
 Layer = Annotated[
     str, typer.Option(help="Path of a layer whose output is a feature map or tokens, for instance blocks.4.")
 ]
-Methods = Annotated[
-    list[str] | None,
-    typer.Option(
+
+
+def method_option(default: str) -> Any:
+    """The option --method.
+
+    Args:
+        default: Description of the methods that are used without the option.
+    """
+    return typer.Option(
         "--method",
         help="Attribution method; repeatable. input_x_gradient and integrated_gradients have the aliases ixg and ig. "
-        "(default: all that support the model)",
-    ),
-]
+        f"(default: {default})",
+    )
+
+
+Methods = Annotated[list[str] | None, method_option("all that support the model")]
 Reuse = Annotated[bool, typer.Option("--reuse", help="Reuse images when a class has too few.")]
 Seed = Annotated[int, typer.Option(help="Random seed for sampling classes.")]
 DataDir = Annotated[
     str,
-    typer.Option(help="Directory with a folder per class, a tar file, or the root of --dataset.", rich_help_panel=DATA),
+    typer.Option(
+        help="Directory with one folder per class, a tar file, or the root of --dataset.", rich_help_panel=DATA_PANEL
+    ),
 ]
 
 
-class Disconnect(str, Enum):
+class DisconnectMode(str, Enum):
     """How the cells of a grid are kept separate."""
 
     NONE, FULL, PART = "none", "full", "part"
 
 
-Disconnection = Annotated[
-    Disconnect,
+DisconnectOption = Annotated[
+    DisconnectMode,
     typer.Option(
         help="Compute each cell's logits separately: by the whole model (full, DiFull) or the head (part, DiPart)."
     ),
@@ -99,7 +112,7 @@ class ModelOptions:
         typer.Option(
             help="Name of a B-cos model, or of a timm model, which is converted. "
             "(default: the model of the checkpoint, or the embedded bcos_efficientnet_lite0.in1k)",
-            rich_help_panel=MODEL,
+            rich_help_panel=MODEL_PANEL,
         ),
     ] = None
     checkpoint: Checkpoint = None
@@ -120,7 +133,8 @@ class AnyModelOptions(ModelOptions):
     """The model to load, with or without conversion."""
 
     plain: Annotated[
-        bool, typer.Option("--plain", help="Load a plain timm model without converting it.", rich_help_panel=MODEL)
+        bool,
+        typer.Option("--plain", help="Load a plain timm model without converting it.", rich_help_panel=MODEL_PANEL),
     ] = False
 
     def load(self, device: str = "cpu") -> Any:
@@ -135,11 +149,15 @@ class DataOptions:
     """Labeled images, named as in timm's scripts."""
 
     data_dir: DataDir
-    dataset: Annotated[str, typer.Option(help="Type of data set, as in timm's scripts.", rich_help_panel=DATA)] = ""
-    split: Annotated[str, typer.Option(help="Split of the data set.", rich_help_panel=DATA)] = "validation"
+    dataset: Annotated[
+        str, typer.Option(help="Type of data set, as in timm's scripts.", rich_help_panel=DATA_PANEL)
+    ] = ""
+    split: Annotated[str, typer.Option(help="Split of the data set.", rich_help_panel=DATA_PANEL)] = "validation"
     class_map: Annotated[
         str,
-        typer.Option(help="File with the class names in index order, as in timm's scripts.", rich_help_panel=DATA),
+        typer.Option(
+            help="File with the class names in index order, as in timm's scripts.", rich_help_panel=DATA_PANEL
+        ),
     ] = ""
 
     def load(self, num_classes: int) -> "LabeledImages":

@@ -140,17 +140,17 @@ def _decomposed(run: LinearizedModel, concepts: Concepts, request: Request, top:
     other = around + (whole.constant_bias + whole.gate_bias) - (by_features.constant_bias + by_features.gate_bias)
     name, rows = f"concepts of {concepts.layer}", torch.arange(len(shares), device=shares.device)
     pixels = [
-        run.explanation(Selection(shares[rows, column], shares, column), part, name)
+        run.build_explanation(Selection(shares[rows, column], shares, column), part, name)
         for column, part in zip(strongest.T, parts, strict=True)
     ]
     return ConceptDecomposition(
-        run.explanation(selection, whole, None), concepts, shares, rest, other, strengths, strongest, pixels
+        run.build_explanation(selection, whole, None), concepts, shares, rest, other, strengths, strongest, pixels
     )
 
 
 def _slopes(selection: Selection, run: LinearizedModel) -> Tensor:
     """G (N, C, P): the gradient of the logit with respect to the features."""
-    (slopes,) = torch.autograd.grad(selection.values.sum(), run.tensor, retain_graph=True, allow_unused=True)
+    (slopes,) = torch.autograd.grad(selection.values.sum(), run.explained_output, retain_graph=True, allow_unused=True)
     if slopes is None:
         raise TargetError(f"no output depends on layer {run.layer!r}: pick another")
     return run.by_position(slopes).detach()

@@ -26,15 +26,16 @@ def apply_plan(plan: Plan, set_class: Callable[[nn.Module, bool], None]) -> nn.M
     Args:
         plan: Plan of the conversion.
         set_class: Called with the root, and whether its forward methods call an `ImageReader`, to set the root's class.
+            A callback, because the class lives in `converted`, which imports this module: its methods convert again.
 
     Returns:
         The converted model.
     """
-    set_class(plan.root, plan.has_reader)  # first, because Python may refuse it
+    set_class(plan.root, plan.forward_calls_reader)  # first, because Python may refuse it
     _replace_modules(plan)
     for name, value in plan.attributes.items():
         setattr(plan.root, name, value)
-    if not plan.has_reader:
+    if not plan.forward_calls_reader:
         _put_first(plan.root, "image_reader")
     _disable_folding(plan)
     _set_reference(plan)
@@ -82,14 +83,14 @@ def _disable_folding(plan: Plan) -> None:
 @torch.no_grad()
 def _set_reference(plan: Plan) -> None:
     """Let activations of a B-cos model with `bias="reference"` start at their reference."""
-    for path, activations in plan.reference.items():
+    for path, activations in plan.reference_activations.items():
         act: Any = getattr(plan.converted.get_submodule(path), "act", None)
         if isinstance(act, ShiftedActivation):
             act.shift.copy_(activations)
 
 
 def link_heads(model: Any) -> None:
-    """Let pooling layers pass maps on exactly while a classifier beside them pools by itself.
+    """Set `deferred` on pooling layers whose sibling classifier does the pooling; unset it on the others.
 
     Args:
         model: A converted model. Its classifier may have been assigned or wrapped by others since the conversion.
@@ -105,9 +106,11 @@ def link_heads(model: Any) -> None:
 
 
 def _holds_classifier(module: nn.Module | None) -> bool:
-    """A classifier may be in a Sequential with dropout, in an adapter of PEFT's, or compiled."""
-    if module is None or isinstance(module, BcosConvClassifier):
-        return module is not None
+    """Whether a module is or contains a classifier, for instance in a Sequential, an adapter of PEFT's, or compiled."""
+    if module is None:
+        return False
+    if isinstance(module, BcosConvClassifier):
+        return True
     return any(_holds_classifier(child) for child in module._modules.values())
 
 

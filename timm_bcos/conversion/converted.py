@@ -24,7 +24,7 @@ from ..nn.stems import BcosStem, ImageReader
 from .apply import apply_plan, link_heads
 from .config import BcosConfig
 from .inspection import inspect_model
-from .plan import convertible, plan_conversion
+from .plan import convertible_modules, plan_conversion
 from .positions import POSITIONED, Positions, on_grid_of
 from .replacements.base import BIASES
 from .rules import RULES, Rules
@@ -51,7 +51,7 @@ class BcosModel:
     head_paths: dict[str, tuple[str, ...]]
     positions: Positions
     _plain_class: type[nn.Module]
-    _has_reader: bool
+    _forward_calls_reader: bool
 
     def explain(self, x: Tensor, target: int | Sequence[int] | Tensor | None = None, **kwargs: Any) -> Explanation:
         """Explain the model's output for images, see `timm_bcos.explain`."""
@@ -62,7 +62,7 @@ class BcosModel:
         if mode:
             for module in self.modules():  # type: ignore[attr-defined]
                 refuse_fused(module)
-        _keep_uncentered(self)
+        _convert_new_norms(self)
         return super().train(mode)  # type: ignore[misc]
 
     def init_non_persistent_buffers(self) -> None:
@@ -81,7 +81,7 @@ class BcosModel:
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[object, ...]:
-        return _rebuild, (self._plain_class, self._has_reader), self.__dict__
+        return _rebuild, (self._plain_class, self._forward_calls_reader), self.__dict__
 
     def __prepare_scriptable__(self) -> nn.Module:
         """The same modules in timm's own class, which TorchScript compiles because it does not support `super()`."""
@@ -96,7 +96,7 @@ class BcosModel:
         modules = plain.__dict__["_modules"] = dict(self.__dict__["_modules"])
         for name in ("bcos_config", "bcos_rules", "head_paths"):
             plain.__dict__.pop(name, None)
-        if not self._has_reader:
+        if not self._forward_calls_reader:
             return plain
         root = nn.Sequential(OrderedDict(image_reader=modules.pop("image_reader"), network=plain))
         root.training = plain.training
@@ -104,21 +104,21 @@ class BcosModel:
 
 
 CONTAINERS = (list, tuple, dict)  # a tuple: torch.compile of torch 2.6 does not support `isinstance(x, A | B)`
-OWN_BUFFERS = (BcosStem, ImageReader, LowPass2d, UncenteredBatchNorm1d, UncenteredBatchNorm2d)
-TRAINED_NORMS = (
+MODULES_WITH_BUFFERS = (BcosStem, ImageReader, LowPass2d, UncenteredBatchNorm1d, UncenteredBatchNorm2d)
+CENTERING_NORMS = (
     nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, timm_layers.BatchNormAct2d, timm_layers.SyncBatchNormAct,
     timm_layers.SplitBatchNorm2d,
 )  # fmt: skip
 
 
-def _keep_uncentered(model: Any) -> None:
-    """Convert batch norms that others have assigned since the conversion, because they would subtract means.
+def _convert_new_norms(model: Any) -> None:
+    """Convert batch norms that other code has assigned since the conversion, because they would subtract means.
 
     `timm.utils.unfreeze` replaces frozen batch norms by plain ones, `convert_sync_batchnorm` all by synchronized ones.
     """
-    if not any(type(module) in TRAINED_NORMS for module in model.modules()):
+    if not any(type(module) in CENTERING_NORMS for module in model.modules()):
         return
-    if any(type(norm) in TRAINED_NORMS for norm in convertible(model, model.bcos_rules)):
+    if any(type(norm) in CENTERING_NORMS for norm in convertible_modules(model, model.bcos_rules)):
         bcosify(model, model.bcos_config, rules=model.bcos_rules)
 
 
@@ -128,7 +128,7 @@ def _put_settings_last(model: nn.Module, state_dict: dict[str, Tensor], prefix: 
         state_dict[prefix + SETTINGS] = state_dict.pop(prefix + SETTINGS)
 
 
-def _make_buffers(model: BcosModel, *_: object) -> None:
+def _materialize_buffers(model: BcosModel, *_: object) -> None:
     """After a state dict has been loaded, set buffers that are not in it: the model may come from the meta device.
 
     timm's own buffers of that kind are left to timm.
@@ -138,22 +138,23 @@ def _make_buffers(model: BcosModel, *_: object) -> None:
     if device is None:
         return
     for module in model.modules():  # type: ignore[attr-defined]
-        is_own = isinstance(module, OWN_BUFFERS)
-        for name in module._non_persistent_buffers_set if is_own else module._non_persistent_buffers_set & {*BIASES}:
+        makes_buffers = isinstance(module, MODULES_WITH_BUFFERS)
+        names = module._non_persistent_buffers_set
+        for name in names if makes_buffers else names & {*BIASES}:
             if module._buffers[name].is_meta:
                 module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
-        if is_own:
+        if makes_buffers:
             module.init_non_persistent_buffers()
     model.init_non_persistent_buffers()
 
 
 def _overrides(plain: Any) -> dict[str, Method]:
-    """Methods that differ from those of the model's own class, if it has them. Signatures are the same."""
+    """Methods that replace those of the model's own class, for those that it has. Signatures are the same."""
 
     def forward(self: Any, *args: object, **kwargs: object) -> object:
         link_heads(self)
         if self.training and not torch.compiler.is_compiling():
-            _keep_uncentered(self)
+            _convert_new_norms(self)
         return plain.forward(self, *args, **kwargs)
 
     def reset_classifier(self: Any, num_classes: int, *args: object, **kwargs: object) -> None:
@@ -168,7 +169,7 @@ def _overrides(plain: Any) -> dict[str, Method]:
         return pools[0].pool_now(x).flatten(1) if pools else x  # instead of the classifier
 
     def set_input_size(self: Any, *args: object, **kwargs: object) -> None:
-        with _lend_plain_projection(getattr(self, "patch_embed", None), self.bcos_config):
+        with _with_plain_projection(getattr(self, "patch_embed", None), self.bcos_config):
             plain.set_input_size(self, *args, **kwargs)
 
     methods: dict[str, Method] = dict(
@@ -183,7 +184,7 @@ def _overrides(plain: Any) -> dict[str, Method]:
 
 
 def _position_overrides(plain: Any) -> dict[str, Method]:
-    """For positions='attention', pass tokens without constants to the blocks, and the grid of tokens if it varies."""
+    """Methods for positions='attention': blocks get tokens without position embeddings, and the grid if it varies."""
     has_rotary_positions = issubclass(plain, timm_models.Eva)
 
     def _pos_embed(self: Any, x: Tensor, *args: object, **kwargs: object) -> object:
@@ -208,8 +209,8 @@ def _position_overrides(plain: Any) -> dict[str, Method]:
 
 
 @contextmanager
-def _lend_plain_projection(patch_embed: Any, config: BcosConfig) -> Iterator[None]:
-    """Let timm, which creates a plain convolution, resample the patch embedding's weights, and convert the result."""
+def _with_plain_projection(patch_embed: Any, config: BcosConfig) -> Iterator[None]:
+    """Set a plain convolution as the patch embedding's projection, which timm resamples, and convert it afterwards."""
     layer = getattr(patch_embed, "proj", None)
     if not isinstance(layer, BcosConv2d):
         yield
@@ -232,10 +233,10 @@ def _resized(layer: BcosConv2d, plain: nn.Conv2d, config: BcosConfig) -> BcosCon
     return new
 
 
-READING = ("forward", "forward_features", "forward_intermediates")
+METHODS_TAKING_IMAGES = ("forward", "forward_features", "forward_intermediates")
 
 
-def _reads_first(method: Method) -> Method:
+def _with_reader(method: Method) -> Method:
     """A forward method that passes its image through the model's `ImageReader` first.
 
     The method itself runs on `_without_reader(self)`: `forward` calls `forward_features`, which must not read again.
@@ -265,19 +266,19 @@ def _without_reader(model: Any) -> nn.Module:
 
 
 @cache
-def _bcos_class(plain: type, has_reader: bool) -> type:
+def _bcos_class(plain: type, forward_calls_reader: bool) -> type:
     bases: tuple[type, ...] = (BcosModel, plain)
     methods = _overrides(plain)
-    if has_reader:
+    if forward_calls_reader:
         base = _bcos_class(plain, False)
-        bases, methods = (base,), {n: _reads_first(getattr(base, n)) for n in READING if hasattr(base, n)}
+        bases, methods = (base,), {n: _with_reader(getattr(base, n)) for n in METHODS_TAKING_IMAGES if hasattr(base, n)}
         methods["_class_without_reader"] = base
-    own = dict(_plain_class=plain, _has_reader=has_reader, __module__=__name__, **methods)
+    own = dict(_plain_class=plain, _forward_calls_reader=forward_calls_reader, __module__=__name__, **methods)
     return type(f"Bcos{plain.__name__}", bases, own)
 
 
-def _rebuild(plain: type, has_reader: bool) -> nn.Module:
-    new: type[nn.Module] = _bcos_class(plain, has_reader)
+def _rebuild(plain: type, forward_calls_reader: bool) -> nn.Module:
+    new: type[nn.Module] = _bcos_class(plain, forward_calls_reader)
     return new.__new__(new)
 
 
@@ -317,10 +318,13 @@ def bcosify(model: nn.Module, config: BcosConfig | None = None, *, rules: Rules 
     return apply_plan(plan, _set_class)
 
 
-def _set_class(root: nn.Module, has_reader: bool) -> None:
-    """Make a converted model an instance of `BcosModel`."""
+def _set_class(root: nn.Module, forward_calls_reader: bool) -> None:
+    """Make a converted model an instance of `BcosModel`.
+
+    `apply_plan` takes this function as a callback, because methods of `BcosModel` themselves convert again.
+    """
     kind: Any = type(root)
     if not issubclass(kind, BcosModel):
-        root.__class__ = _bcos_class(kind, has_reader)
-        root.register_load_state_dict_post_hook(_make_buffers)
+        root.__class__ = _bcos_class(kind, forward_calls_reader)
+        root.register_load_state_dict_post_hook(_materialize_buffers)
         root.register_state_dict_post_hook(_put_settings_last)

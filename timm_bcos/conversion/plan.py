@@ -32,7 +32,7 @@ from .problems import (
 )
 from .rules import Rule, Rules, RulesByType, keep, keep_leaf, resolve, rule_for
 
-__all__ = ["Plan", "Replacement", "convertible", "plan_conversion"]
+__all__ = ["Plan", "Replacement", "convertible_modules", "plan_conversion"]
 
 
 class Replacement(NamedTuple):
@@ -51,18 +51,19 @@ class Plan:
         root: `converted`, or a Sequential of an `ImageReader` and `converted`.
         replacements: Modules that become others, by path, parents first.
         attributes: Attributes of the root, its config and its `ImageReader` included.
-        has_reader: Whether the root's forward methods call the `ImageReader`; otherwise the reader is a layer of it.
+        forward_calls_reader: Whether the root's forward methods call the `ImageReader`; otherwise the reader is a layer
+            of the root.
         foldable: Modules whose methods would fold norms or branches into the weights of B-cos layers.
-        reference: Reference activations of batch norms, by path in `converted`.
+        reference_activations: Reference activations of batch norms, by path in `converted`.
     """
 
     converted: nn.Module
     root: nn.Module
     replacements: dict[str, Replacement]
     attributes: dict[str, Any]
-    has_reader: bool
+    forward_calls_reader: bool
     foldable: tuple[nn.Module, ...]
-    reference: dict[str, Tensor]
+    reference_activations: dict[str, Tensor]
 
     def __str__(self) -> str:
         table = self.replacements.items()
@@ -88,7 +89,7 @@ def plan_conversion(inspection: Inspection, rules: Rules) -> Plan:
     problems = [*model_problems(inspection), *table.problems]
     problems += lost_hook_problems(inspection.model, [row.old for row in table.rows.values()], modules)
     if needs_reader:
-        problems += input_problems(inspection, table.rows[""].new)
+        problems += input_problems(inspection, table.root)
     positions = _plan_positions(inspection, table, problems)
     if problems:
         raise UnsupportedModuleError(problems)
@@ -99,10 +100,11 @@ def plan_conversion(inspection: Inspection, rules: Rules) -> Plan:
 def _build_plan(
     inspection: Inspection, rules: Rules, table: "_Table", reader: ImageReader | None, positions: Positions | None
 ) -> Plan:
-    model, config, converted = inspection.model, inspection.config, table.rows[""].new
-    is_sequential = type(converted).forward is nn.Sequential.forward  # would run the reader as its last layer
+    model, config, converted = inspection.model, inspection.config, table.root
+    # An attribute set on a Sequential becomes its last layer, so the reader needs a Sequential of its own.
+    is_sequential = type(converted).forward is nn.Sequential.forward
     root = converted if reader is None or not is_sequential else _sequential(reader, converted)
-    optional = dict(image_reader=reader if root is converted else None, positions=positions)
+    root_attributes = dict(image_reader=reader if root is converted else None, positions=positions)
     return Plan(
         converted=converted,
         root=root,
@@ -111,12 +113,12 @@ def _build_plan(
             bcos_config=config,
             bcos_rules=rules,
             head_paths=_head_paths(model, table, prefix="" if root is converted else CONVERTED),
-            **{name: value for name, value in optional.items() if value is not None},
+            **{name: value for name, value in root_attributes.items() if value is not None},
             **_described(converted, inspection.channels, table),
         ),
-        has_reader=optional["image_reader"] is not None and not isinstance(root, IN_ORDER),
+        forward_calls_reader=root_attributes["image_reader"] is not None and not isinstance(root, IN_ORDER),
         foldable=tuple(m for m in table.modules() if _is_foldable(m)),
-        reference=reference_activations(model) if config.bias == "reference" else {},
+        reference_activations=reference_activations(model) if config.bias == "reference" else {},
     )
 
 
@@ -135,9 +137,14 @@ class _Table:
     rows: dict[str, Replacement] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
+    @property
+    def root(self) -> nn.Module:
+        """What the model itself becomes."""
+        return self.rows[""].new
+
     def modules(self) -> list[nn.Module]:
         """All modules of the converted model."""
-        return list({id(m): m for m in self._within("", self.rows[""].new)}.values())
+        return list({id(m): m for m in self._within("", self.root)}.values())
 
     def _within(self, path: str, module: nn.Module) -> Iterator[nn.Module]:
         yield module
@@ -211,7 +218,7 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path and name else path or name
 
 
-def convertible(model: nn.Module, rules: Rules) -> Iterator[nn.Module]:
+def convertible_modules(model: nn.Module, rules: Rules) -> Iterator[nn.Module]:
     """Modules of a model that a conversion would replace, if the config says so."""
     by_type = resolve(rules)
     for _, module, _ in _visit("", model, by_type, lambda _path, kept: kept):

@@ -164,8 +164,8 @@ def input_problems(inspection: Inspection, converted: nn.Module) -> Iterator[str
     """Problems with a model that would read its images through an `ImageReader`.
 
     Args:
-        inspection: Of the model.
-        converted: What the model becomes.
+        inspection: Inspection of the model.
+        converted: Module that the model becomes.
     """
     yield from _several_inputs(converted)
     yield from _first_wrong_dimension(inspection.model, inspection.channels)

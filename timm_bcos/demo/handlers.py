@@ -18,7 +18,7 @@ from . import inference
 from .components import example_props, figures_html, file_url, frame_value, notice
 from .inference import DemoModel, Figure, Prediction
 from .limits import BATCH_SIZE, DECODING_THREADS, GRACE_SECONDS, POLL_SECONDS
-from .scheduler import Batcher, ClosedError, Scheduler, SlowJob
+from .scheduler import DISCONNECTED, Batcher, ClosedError, Scheduler, SlowJob
 from .sessions import ConnectedSessions
 
 __all__ = ["Handlers", "is_slow"]
@@ -26,7 +26,6 @@ __all__ = ["Handlers", "is_slow"]
 T = TypeVar("T")
 
 NO_PHOTO = "choose a photo first"
-DISCONNECTED = "the client has disconnected"
 # Number of images that a method processes with its default options, and the cost of a gradient in forward passes.
 IMAGES = {"rise": 500, "lime": 500, "occlusion": 226, "integrated_gradients": 50, "smoothgrad": 25}
 GRADIENT_COST, GRADIENT_METHODS = 4, ("integrated_gradients", "smoothgrad")
@@ -151,7 +150,7 @@ class Handlers:
         """Run a slow method. The empty updates let Gradio notice that a client has disconnected."""
         try:
             with self.scheduler.slow(lambda before_batch: task(before_batch=before_batch)) as job:
-                while not job.is_done(POLL_SECONDS):
+                while not job.wait(POLL_SECONDS):
                     if self._is_disconnected(request, started):
                         return None, DISCONNECTED
                     progress(*_progress_of(job, method))
@@ -199,10 +198,10 @@ def _duration(seconds: float) -> str:
 
 
 def _progress_of(job: SlowJob, method: str) -> tuple[tuple[int, int | None], str]:
-    """Arguments of `gr.Progress`: the images done and in all, and a description."""
-    if not job.images:
+    """Arguments of `gr.Progress`: the started images and all images, and a description."""
+    if not job.started_images:
         return (0, IMAGES.get(method)), f"{method} is waiting"
-    return (job.images, IMAGES.get(method)), method
+    return (job.started_images, IMAGES.get(method)), method
 
 
 def _attempt(task: Callable[[], T]) -> tuple[T | None, str]:

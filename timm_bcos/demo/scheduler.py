@@ -10,9 +10,10 @@ from typing import Any, Generic, TypeVar
 from ..errors import BcosError
 from .limits import QUICK_THREADS, RENDERING_THREADS, SLOW_QUEUE, SLOW_THREADS, YIELD_SECONDS
 
-__all__ = ["CLOSING", "Batcher", "BusyError", "ClosedError", "Scheduler", "SlowJob", "release_memory"]
+__all__ = ["CLOSING", "DISCONNECTED", "Batcher", "BusyError", "ClosedError", "Scheduler", "SlowJob", "release_memory"]
 
 CLOSING = "the demo is shutting down: try again later"
+DISCONNECTED = "the client has disconnected"
 
 Key = TypeVar("Key")
 Item = TypeVar("Item")
@@ -32,11 +33,11 @@ class SlowJob:
     """A computation in batches on a background thread; it ends by itself or when it is stopped.
 
     Attributes:
-        images: Number of images that it has processed.
+        started_images: Number of images in batches that have started.
     """
 
     def __init__(self) -> None:
-        self.images = 0
+        self.started_images = 0
         self.future: Future[Any] = Future()
         self.stop = threading.Event()
 
@@ -48,7 +49,7 @@ class SlowJob:
         """
         return _result(self.future)
 
-    def is_done(self, timeout: float) -> bool:
+    def wait(self, timeout: float) -> bool:
         """Wait for the job, and return whether it has ended.
 
         Args:
@@ -77,8 +78,8 @@ class Scheduler:
         self._quick = ThreadPoolExecutor(quick, "quick")
         self._rendering = ThreadPoolExecutor(RENDERING_THREADS, "rendering")
         self._slow = ThreadPoolExecutor(SLOW_THREADS, "slow")
-        self._changed = threading.Condition()
-        self._waiting_calls = 0  # calls that slow jobs let go first
+        self._condition = threading.Condition()
+        self._priority_calls = 0  # calls for which slow jobs wait
         self._quick_tasks = 0  # quick tasks that have not ended
         self._jobs: set[SlowJob] = set()
         self._is_closed = False
@@ -98,7 +99,7 @@ class Scheduler:
         Raises:
             ClosedError: If the demo is shutting down.
         """
-        with self._open():
+        with self._accepting():
             self._quick_tasks += 1
             return self._quick.submit(self._run_quick, task)
 
@@ -108,7 +109,7 @@ class Scheduler:
         Raises:
             ClosedError: If the demo is shutting down.
         """
-        with self._open():
+        with self._accepting():
             future = self._rendering.submit(task)
         return _result(future)
 
@@ -133,7 +134,7 @@ class Scheduler:
             ClosedError: If the demo is shutting down.
         """
         job = SlowJob()
-        with self._open():
+        with self._accepting():
             if len(self._jobs) >= SLOW_THREADS + SLOW_QUEUE:
                 raise BusyError(f"{len(self._jobs)} slow methods are running or waiting: try again in a few minutes")
             self._jobs.add(job)
@@ -147,17 +148,17 @@ class Scheduler:
 
     def close(self) -> None:
         """Shut down: running batches end, waiting calls get an error."""
-        with self._changed:
+        with self._condition:
             self._is_closed = True
             for job in self._jobs:
                 job.stop.set()
-            self._changed.notify_all()
+            self._condition.notify_all()
         for pool in (self._quick, self._slow, self._rendering):
             pool.shutdown(wait=True, cancel_futures=True)
 
     @contextmanager
-    def _open(self) -> Iterator[None]:
-        with self._changed:
+    def _accepting(self) -> Iterator[None]:
+        with self._condition:
             if self._is_closed:
                 raise ClosedError(CLOSING)
             yield
@@ -166,18 +167,18 @@ class Scheduler:
         try:
             return task()
         finally:
-            with self._changed:
+            with self._condition:
                 self._quick_tasks -= 1
             if not self._quick_tasks:  # otherwise the next task reuses the memory
                 release_memory()
 
     def _run_slow(self, job: SlowJob, task: Callable[[Callable[[int], None]], T]) -> T:
         def before_batch(images: int) -> None:
-            with self._changed:
-                self._changed.wait_for(lambda: not self._waiting_calls or job.stop.is_set(), YIELD_SECONDS)
+            with self._condition:
+                self._condition.wait_for(lambda: not self._priority_calls or job.stop.is_set(), YIELD_SECONDS)
             if job.stop.is_set():
-                raise ClosedError("the client has disconnected")
-            job.images += images
+                raise ClosedError(CLOSING if self._is_closed else DISCONNECTED)
+            job.started_images += images
 
         try:
             return task(before_batch)
@@ -186,20 +187,20 @@ class Scheduler:
             release_memory()
 
     def _remove(self, job: SlowJob) -> None:
-        with self._changed:
+        with self._condition:
             self._jobs.discard(job)
 
     def _count_call(self, by: int) -> None:
-        with self._changed:
-            self._waiting_calls += by
-            self._changed.notify_all()
+        with self._condition:
+            self._priority_calls += by
+            self._condition.notify_all()
 
 
 class Batcher(Generic[Key, Item, Result]):
     """Computes waiting items of the same key together.
 
     Args:
-        scheduler: Where batches are computed, as quick tasks.
+        scheduler: Scheduler that computes the batches, as quick tasks.
         compute: Function of (key, items) that returns a result per item.
         max_batch: Function of a key that returns the largest batch.
     """
@@ -222,7 +223,9 @@ class Batcher(Generic[Key, Item, Result]):
         """
         entry: _Entry[Key, Item, Result] = _Entry(key, item)
         with self.scheduler.priority():
-            with self._lock:  # one task per entry, in the same order: after its own task, each entry is computed
+            # Each entry submits one task. Tasks take entries in order, so by the time an entry's own task ends, it has
+            # been computed.
+            with self._lock:
                 self._waiting.append(entry)
                 task = self.scheduler.submit(self._compute_next)
             _result(task)
@@ -230,14 +233,15 @@ class Batcher(Generic[Key, Item, Result]):
 
     def _compute_next(self) -> None:
         with self._lock:
+            # `is`, because keys, such as models, need not define equality.
             batch = [one for one in self._waiting if one.key is self._waiting[0].key]
             batch = batch[: self.max_batch(batch[0].key)] if batch else []
-            self._waiting = [one for one in self._waiting if not any(one is taken for taken in batch)]
-        if batch and not self._try(batch) and len(batch) > 1:
+            self._waiting = [one for one in self._waiting if one not in batch]
+        if batch and not self._compute_batch(batch) and len(batch) > 1:
             for one in batch:  # so that an invalid item fails alone
-                self._try([one])
+                self._compute_batch([one])
 
-    def _try(self, batch: Sequence["_Entry[Key, Item, Result]"]) -> bool:
+    def _compute_batch(self, batch: Sequence["_Entry[Key, Item, Result]"]) -> bool:
         try:
             results = self.compute(batch[0].key, [one.item for one in batch])
         except Exception as error:

@@ -124,10 +124,10 @@ class Noted:
     """A constant as it was added.
 
     Attributes:
-        function: What added it.
-        values: What it was made of.
-        place: In which module; None where nobody asked.
-        offset: Where the part begins to which it was added in place.
+        function: Name of the function that added it.
+        values: Tensors and numbers that it was computed from.
+        place: Module that added it; None if places are not recorded.
+        offset: Offset of the part to which it was added in place.
     """
 
     function: str
@@ -169,8 +169,8 @@ class BiasTracker:
     Attributes:
         constants: (N,) factor of all additive constants.
         suspects: A factor and its violation for each place that adds what is no constant, or is not known.
-        boundaries: Where the image is read, in the order of execution.
-        noted: What was booked as a constant, in the order of execution.
+        boundaries: Boundaries at which the image is read, in the order of execution.
+        noted: Recorded constants, in the order of execution.
         has_escaped: Whether a value that depends on the image has left torch, as a number or a shape.
         needs_another_image: Whether something was booked as a constant that only another image can show to be one.
     """
@@ -197,10 +197,10 @@ class BiasTracker:
         """Remember a constant, to be compared with what another image gives.
 
         Args:
-            func: What adds it.
+            func: Function that adds it.
             values: Tensors and numbers that it is made of; nobody changes them later.
             is_given: Whether it is made of parameters and buffers alone, as they are.
-            offset: Of the part that it is added to.
+            offset: Offset of the part that it is added to.
         """
         if not is_given:
             self.needs_another_image = True
@@ -229,8 +229,8 @@ class BiasTracker:
 
         Args:
             y: The result.
-            kind: Of the violation.
-            func: What made it.
+            kind: Kind of the violation.
+            func: Function that computed it.
             addend: The part of y that is added; y itself then changes in place.
         """
         factor = self._factor(len(self.constants), self.constants)
@@ -248,8 +248,8 @@ def changed_constants(one: BiasTracker, other: BiasTracker) -> list[Violation]:
     """What was booked as a constant, but is not the same for two images.
 
     Args:
-        one: Of the forward pass of one image.
-        other: Of another, with `names_places`.
+        one: Tracker of the forward pass of one image.
+        other: Tracker of another image's, with `names_places`.
     """
     here, there = ([noted for noted in tracker.noted if not noted.is_zero()] for tracker in (one, other))
     found: list[Violation] = []

@@ -58,7 +58,7 @@ class DynamicLinearMode(TorchFunctionMode):
     Args:
         leaf: The images that are differentiated by; every other leaf is a constant. None where they are not known:
             then only parameters are.
-        table: How functions are rewritten.
+        table: Handlers of functions that are rewritten.
     """
 
     tracker: Any = None  # of `timm_bcos.dynamic_linear.tracking_mode`, which knows what is added
@@ -184,7 +184,7 @@ def mark_constant(value: Tensor) -> Tensor:
     """Mark an additive constant in a handler of your own, so that `explain` can tell what it contributes.
 
     Args:
-        value: What the handler adds to the linear path, of any shape.
+        value: Constant of any shape that the handler adds to the linear path.
     """
     mode = _ACTIVE.get()
     return value if mode is None or mode.tracker is None else mode.tracker.mark(value)

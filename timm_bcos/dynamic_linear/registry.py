@@ -370,8 +370,8 @@ def as_single_views(source: Tensor, result: Any) -> Any:
     """The parts of a tensor, each as a view of its own.
 
     Args:
-        source: What was taken apart.
-        result: What torch returned.
+        source: Tensor that was taken apart.
+        result: Parts that torch returned.
     """
     if not result or not all(part._is_view() for part in result):
         return result

@@ -47,11 +47,11 @@ class BiasTrackingMode(DynamicLinearMode):
 
     Args:
         leaf: (N, C, H, W) the images.
-        tracker: Where constants and violations are noted.
+        tracker: Record of constants and violations.
 
     Attributes:
-        kinds: How what each tensor's memory holds depends on the image.
-        eps: Of the narrowest type on the path.
+        kinds: Dependence of each tensor's memory on the image.
+        eps: Machine epsilon of the lowest precision on the image's path.
         heeds_hooks: Whether hooks of saved tensors stay; otherwise those of checkpoints are passed over.
     """
 
@@ -226,7 +226,7 @@ class BiasTrackingMode(DynamicLinearMode):
         Args:
             y: The result.
             addend: A tensor that broadcasts to y, or a number.
-            func: What added it.
+            func: Function that added it.
             sources: Tensors and numbers that the addend was made of; none if it is one of the operands itself.
         """
         if on_linear_path(addend) or not on_linear_path(y):

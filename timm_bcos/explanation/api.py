@@ -43,7 +43,7 @@ def explain(
 ) -> Explanation:
     """Explain one output per image, with one forward and one backward pass for the whole batch.
 
-    Nothing of the model is changed, not even for the moment: other threads may use it meanwhile.
+    The model is not changed, not even temporarily: other threads may use it meanwhile.
 
     Args:
         model: A B-cos model in evaluation mode.
@@ -52,11 +52,9 @@ def explain(
             logits. A floating-point tensor (K,) or (N, K): a direction, whose product with the K outputs is explained.
             With `layer`, units (channels) instead of classes; None takes the one that is most active.
         layer: Path of an inner module, as in `model.named_modules()`, to explain one of its neurons.
-        output: Which of several outputs, by key or index, if the model (or the layer) returns more than one; None
-            takes the first.
-        position: Of a layer's or an output's map, the (row, column), or the index for token sequences; or one pair for
-            each image, as in `Explanation.position`. None takes
-            where the target is most active.
+        output: Key or index of the output, if the model (or the layer) returns more than one; None takes the first.
+        position: Position in the map that a layer or the model returns: a (row, column), the index of a token, or a
+            pair for each image, as in `Explanation.position`. None takes the position where the target is largest.
         region: The mean over a part of the map instead: a mask (H, W) or (N, H, W) of weights, at the size of the
             image or of the map; or a box (left, top, right, bottom) in pixels of the image, or N boxes. A tensor (N, 4)
             that is not boolean holds boxes.
@@ -68,9 +66,9 @@ def explain(
         The explanation. Its `violations` are empty if it is exact.
 
     Raises:
-        InputError: For tensors that are no images as above.
+        InputError: For tensors that are not images.
         TargetError: For a class, layer, output, unit, position or region that does not exist.
-        ModelStateError: For a model in training mode, or one that is no B-cos model.
+        ModelStateError: For a model in training mode, or one that is not a B-cos model.
 
     Warns:
         InexactWarning: If the model has parts that are not dynamic linear.
@@ -88,11 +86,11 @@ def explain(
 
 
 def _explain(model: nn.Module, x: Tensor, request: Request, chunk: int | None) -> Explanation:
-    def explain(images: slice) -> list[Explanation]:
+    def run(images: slice) -> list[Explanation]:
         part = request.of_images(images)
         return [LinearizedModel(model, x[images], part).explain(part)]
 
-    return _in_chunks(explain, len(x), chunk, callers=3)[0]
+    return _in_chunks(run, len(x), chunk, callers=3)[0]
 
 
 def explain_targets(
@@ -119,11 +117,11 @@ def explain_targets(
         check_images(x, check_model(model))
         table = None if targets is None else check_table(targets, len(x))
 
-    def explain(images: slice) -> list[Explanation]:
-        run = LinearizedModel(model, x[images])
-        return run.explain_classes(run.best_classes(top) if table is None else table[images])
+    def run(images: slice) -> list[Explanation]:
+        model_run = LinearizedModel(model, x[images])
+        return model_run.explain_classes(model_run.best_classes(top) if table is None else table[images])
 
-    return _in_chunks(explain, len(x), chunk, callers=2)
+    return _in_chunks(run, len(x), chunk, callers=2)
 
 
 T = TypeVar("T")
@@ -131,7 +129,7 @@ Explain = Callable[[slice], list[Explanation]]
 
 
 def _in_chunks(explain: Explain, count: int, chunk: int | None, callers: int) -> list[Explanation]:
-    """Chunk by chunk; warnings name the line that called the function `callers` above."""
+    """Explain chunk by chunk; warnings name the line that called the function `callers` above."""
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise InputError(f"chunk={chunk!r}: give the number of images per pass, at least 1, or None for all")
     size = chunk or count
@@ -162,14 +160,14 @@ def with_single_image_fallback(
     find: Callable[[slice], T], images: range, explanations: Callable[[T], Sequence[Explanation]],
     stack: Callable[[Sequence[T]], T], with_violations: Callable[[T, tuple[Violation, ...]], T],
 ) -> T:  # fmt: skip
-    """All images at once, or one by one where a tensor's layout does not tell what is of which image.
+    """Explain all images at once, or one by one if the layout of a tensor does not show which part is of which image.
 
     Args:
-        find: Finds it for some of the images.
-        images: All of them.
-        explanations: In what is found.
-        stack: Makes one of what is found for single images.
-        with_violations: Adds what only the batch has shown.
+        find: Function that computes a result for some of the images.
+        images: Range of all images.
+        explanations: Function that returns the explanations in a result.
+        stack: Function that joins the results of single images.
+        with_violations: Function that adds violations, which only the batch has shown, to a result.
     """
     violations: tuple[Violation, ...] = ()
     try:
@@ -205,9 +203,9 @@ def contrast(
     Args:
         model: As in `explain`.
         x: As in `explain`.
-        a: The class that is asked for: an int for all images, or N ints; a set of ints for the mean of their logits
+        a: Class whose logit is explained: an int for all images, or N ints; a set of ints for the mean of their logits
             (all dogs), or a direction, as in `explain`.
-        b: The class, set or direction that is asked against, given likewise; another than `a`.
+        b: Class, set or direction whose logit is subtracted, in the same format; different from `a`.
         layer: As in `explain`; a and b are then its units.
         output: As in `explain`.
         position: As in `explain`; None takes where the difference is largest.
@@ -222,7 +220,7 @@ def contrast(
 
     Raises:
         InputError: As in `explain`.
-        TargetError: For classes that do not exist, are no ints, or are the same, and as in `explain`.
+        TargetError: For classes that do not exist, are not ints, or are the same, and as in `explain`.
         ModelStateError: As in `explain`.
 
     Example:

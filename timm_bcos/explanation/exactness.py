@@ -42,9 +42,9 @@ def first_break(model: nn.Module, x: Tensor, extra: Extra, tolerance: float) -> 
 
     Args:
         model: A private copy, on which hooks may be registered.
-        x: Images; the first one is taken.
+        x: Images, of which the first one is used.
         extra: Other arguments of the model.
-        tolerance: Of sums, relative.
+        tolerance: Largest relative error of sums.
 
     Returns:
         Its path, '' for the root; None if there is none.
@@ -65,7 +65,7 @@ def first_break(model: nn.Module, x: Tensor, extra: Extra, tolerance: float) -> 
 
 
 def first_difference(model: nn.Module, x: Tensor, other: Tensor, rows: slice, extra: Extra) -> str | None:
-    """The first module whose outputs for x, of which the rows are taken, are not those for another batch."""
+    """The first module whose outputs for some rows of x differ from those for another batch of these images."""
     found = _traced_outputs(model, _image(model, x), extra)
     again = _traced_outputs(model, _image(model, other), rows_of(extra, rows, len(x)))
     for (name, output), (_, expected) in zip(found, again, strict=False):
@@ -130,12 +130,12 @@ class ExactnessReport:
         completeness_error: Largest |Σ contributions + bias - logit| / |logit - logit bias| over the images.
         logit_shift: Largest change of a logit in explanation mode, relative to the largest logit.
         image_share: Smallest share of (logit - logit bias) that the image explains; the rest comes from constants.
-        tolerance: What both errors are held against.
-        rounding: What a change of the image in its last digit does to the logits, relative to the largest. A deep
-            untrained model may amplify rounding a million times; a logit shift of that size is none.
+        tolerance: Largest completeness error and logit shift of an exact explanation.
+        rounding: Largest change of a logit when the image changes in its last digits, relative to the largest logit. A
+            deep untrained model may amplify rounding a million times; a logit shift of that size is rounding.
         randomness: Largest change of a logit from one run to the next, relative to the largest logit.
-        violations: Functions that are not known to be linear, values that depend on the image and are added, and what
-            else makes explanations inexact.
+        violations: Everything that makes explanations inexact, such as functions that are not known to be linear, and
+            added values that depend on the image.
         breaks_at: Path of the first module whose output is not W(x) · x + constants; None if exact.
     """
 
@@ -176,7 +176,7 @@ def check(
     output: str | int | None = None,
     extra: Mapping[str, object] | None = None,
 ) -> ExactnessReport:
-    """Measure whether a model's explanations sum up to its logits, and look for what they cannot hold.
+    """Measure whether explanations sum up to logits, and find computations that explanations cannot represent.
 
     Measured in float64, on a private copy, wherever the device and the model allow it: the faint signal of an untrained
     model may drown in float32's rounding. Every constant is compared with the one that another image gives, and a batch
@@ -187,15 +187,15 @@ def check(
             in training mode): a model whose signal vanishes proves nothing.
         x: Images (N, C, H, W) in [0, 1]; None makes two random ones of the model's input size.
         tolerance: None is 1e-10 for a model in float64, 1e-4 for one in float32 and 1e-2 for others.
-        output: Which of several outputs, as in `explain`. Of a map, the position with the strongest class is measured.
+        output: Key or index of the output, as in `explain`. In a map, the position with the strongest class is checked.
         extra: Other arguments of the model, by name, as in `explain`.
 
     Returns:
         The verdict; where it is not exact, with the first module, in the order of execution, that breaks it.
 
     Raises:
-        InputError: For what are no images.
-        ModelStateError: For a model in training mode, or one that is no B-cos model.
+        InputError: For tensors that are not images.
+        ModelStateError: For a model in training mode, or one that is not a B-cos model.
     """
     with torch.inference_mode(False):
         return _check(model, x, tolerance, output, dict(extra or {}))
@@ -243,7 +243,7 @@ def _measure(model: nn.Module, x: Tensor, tolerance: float, output: str | int | 
         explanation = explain(model, x, output=output, extra=extra)
         request = Request(output=output, extra=rows_of(extra, slice(0, 1), len(x)))
         first = LinearizedModel(model, x[:1], request, checks=False)
-        changed = first.backward(lambda: compare_with_another_image(first))
+        changed = first.with_inplace_fallback(lambda: compare_with_another_image(first))
     logits = partial(_logits, model, output=output, position=explanation.position, extra=extra)
     image = x[:, : x.shape[1] // 2] if is_encoding(x, check_model(model).image_channels) else x
     plain, again = logits(image), logits(image)
@@ -269,7 +269,7 @@ def _placed(
     model: nn.Module, verdict: ExactnessReport, x: Tensor, output: str | int | None, extra: Extra
 ) -> ExactnessReport:
     """The verdict with the first module that is to blame, in `breaks_at` and in violations that name none."""
-    found = next((d.module for d in verdict.violations if d.kind not in PLACELESS), None)
+    found = next((v.module for v in verdict.violations if v.kind not in PLACELESS), None)
     kinds = {violation.kind for violation in verdict.violations}
     place = found
     if place is None and "dead" in kinds:
@@ -282,7 +282,7 @@ def _placed(
         place = first_break(model, x, extra, verdict.tolerance)
     if place is None and verdict.exact is False:
         place = ""
-    named = [replace(d, module=place or "") if d.kind in PLACELESS else d for d in verdict.violations]
+    named = [replace(v, module=place or "") if v.kind in PLACELESS else v for v in verdict.violations]
     return replace(verdict, violations=tuple(dict.fromkeys(named)), breaks_at=place or "(root)")
 
 

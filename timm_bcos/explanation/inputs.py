@@ -42,7 +42,7 @@ def image_reader(model: nn.Module) -> BcosStem | ImageReader:
 
 
 def check_images(x: object, stem: BcosStem | ImageReader) -> None:
-    """Refuse what are no images in [0, 1], on the model's device.
+    """Refuse anything but images in [0, 1] on the model's device.
 
     Raises:
         InputError: Saying what they are, and what to do.

@@ -24,7 +24,7 @@ class LinearPart:
         weights: (N, 2C, H, W) the row of W(x), by the encoding [x, 1 - x].
         constant_bias: (N,) contribution of constants.
         gate_bias: (N,) contribution of image-dependent values that are added.
-        violations: Where the model is not dynamic linear on the way to this output.
+        violations: Parts of the model before this output that are not dynamic linear.
     """
 
     weights: Tensor
@@ -39,7 +39,7 @@ def linear_part(value: Tensor, leaf: Tensor, tracker: BiasTracker) -> LinearPart
     Args:
         value: A scalar: the sum over images of an output each.
         leaf: (N, C, H, W) the images.
-        tracker: Of the forward pass.
+        tracker: Constants of the forward pass.
     """
     factors = _factors(leaf, tracker)
     grads = torch.autograd.grad(value, factors, retain_graph=True, allow_unused=True)

@@ -1,4 +1,4 @@
-"""The second and third step of an explanation: select numbers of a model's run, and attribute them to its images."""
+"""The second and third step of an explanation: select outputs of a model's run, and attribute them to its images."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -18,7 +18,7 @@ from .regions import PositionGrid
 from .request import Request
 from .result import Explanation
 from .run import ModelRun
-from .self_check import compare_outputs, compare_with_another_image, incomplete
+from .self_check import add_violations, compare_outputs, compare_with_another_image
 
 __all__ = ["LinearizedModel"]
 
@@ -29,16 +29,16 @@ class LinearizedModel(ModelRun):
     """A run of a model, from which any number of outputs are explained.
 
     Args:
-        model: A B-cos model in evaluation mode, as `check_model` wants it. Not changed.
-        x: Images, as `check_images` wants them.
-        request: Of which the layer, the output and the other arguments of the model are taken.
+        model: A B-cos model in evaluation mode, which `check_model` accepts. Not changed.
+        x: Images, which `check_images` accepts.
+        request: Request, of which only the layer, the output and the extra arguments are used.
         checks: Whether the outputs are compared with those of the model outside of explanation mode.
 
     Attributes:
-        violations: What the comparison has found.
+        violations: Violations that the comparison has found.
 
     Raises:
-        TargetError: For a layer that does not exist, does not run once, or whose output has no units.
+        TargetError: For a layer that does not exist, does not run exactly once, or whose output has no units.
         AmbiguousBatch: If constants cannot be told apart by image.
     """
 
@@ -56,19 +56,22 @@ class LinearizedModel(ModelRun):
             except AmbiguousBatch as signal:
                 signal.violations = tuple(compare_outputs(self)) if checks else ()
                 raise
-            self.violations = self.backward(self._compared) if checks else ()
-            self.outputs = self._outputs_of(self.tensor, self.layer)
-            if checks and self.apart.shape == self.tensor.shape:
-                self.outputs.shifts = self.by_position(self.apart - self.tensor.detach())
+            self.violations = self.with_inplace_fallback(self._compare_and_correct) if checks else ()
+            # `run` has set them before, perhaps twice, but the comparison may have corrected the output since.
+            self.outputs = self._outputs_of(self.explained_output, self.layer)
+            if checks and self.plain_output_in_parts.shape == self.explained_output.shape:
+                self.outputs.shifts = self.by_position(self.plain_output_in_parts - self.explained_output.detach())
 
     def run(self) -> None:
         super().run()
-        self.outputs = self._outputs_of(self.tensor, self.layer)
+        self.outputs = self._outputs_of(self.explained_output, self.layer)
 
-    def _compared(self) -> tuple[Violation, ...]:
-        found = compare_outputs(self, self.tensor.detach())
-        if self.is_narrow and not found:
-            self.tensor = self.tensor + (self.plain(self.image) - self.tensor.detach())
+    def _compare_and_correct(self) -> tuple[Violation, ...]:
+        found = compare_outputs(self, self.explained_output.detach())
+        if self.has_reduced_precision and not found:
+            # Low precision rounds differently in explanation mode. The explained value is to be the plain one.
+            rounding = self.plain_output(self.image) - self.explained_output.detach()
+            self.explained_output = self.explained_output + rounding
         if self.tracker.needs_another_image:
             found += compare_with_another_image(self)
         return tuple(found)
@@ -76,7 +79,7 @@ class LinearizedModel(ModelRun):
     @property
     def final(self) -> ModelOutputs:
         """What the model returns, whatever the layer is."""
-        output = first_output(self.whole)
+        output = first_output(self.model_output)
         return self._outputs_of(output, None)
 
     def _outputs_of(self, x: Tensor, layer: str | None) -> ModelOutputs:
@@ -93,7 +96,7 @@ class LinearizedModel(ModelRun):
         return ModelOutputs(maps.flatten(2), grid, what, size, layer is not None or x.ndim > 2)
 
     def by_position(self, x: Tensor) -> Tensor:
-        """(N, C, P), of a tensor in the format of the layer's output."""
+        """A tensor in the format of the layer's output as (N, C, P), with P positions."""
         return self._channels_first(x, self.layer).flatten(2)
 
     def _channels_first(self, x: Tensor, layer: str | None) -> Tensor:
@@ -106,7 +109,7 @@ class LinearizedModel(ModelRun):
         """(N, top) the classes with the highest logits, best first.
 
         Raises:
-            TargetError: For more than there are.
+            TargetError: If the model has fewer classes.
         """
         logits = self.outputs.maps.detach().amax(2)
         if not 1 <= top <= logits.shape[1]:
@@ -114,17 +117,17 @@ class LinearizedModel(ModelRun):
         return logits.topk(top, dim=1).indices
 
     def explain(self, request: Request) -> Explanation:
-        """Select a number of each image and attribute it, with one backward pass.
+        """Select an output of each image and attribute it, with one backward pass.
 
-        Images do not see each other, so that the gradient of the sum holds each one's row of W.
+        Images do not influence each other, so the gradient of the sum contains the row of W of each.
         """
 
-        def explain() -> Explanation:
+        def attribute() -> Explanation:
             selection = self.outputs.select(request)
             part = linear_part(selection.values.sum(), self.leaf, self.tracker)
-            return self.explanation(selection, part, self.layer)
+            return self.build_explanation(selection, part, self.layer)
 
-        return self.backward(explain)
+        return self.with_inplace_fallback(attribute)
 
     def explain_classes(self, table: Tensor) -> list[Explanation]:
         """Explain T classes of each image, as many in one backward pass as memory allows.
@@ -133,17 +136,20 @@ class LinearizedModel(ModelRun):
             table: (N, T) classes.
         """
 
-        def explain() -> list[Explanation]:
+        def attribute() -> list[Explanation]:
             selections = [self.outputs.select(Request(column)) for column in table.T]
             values = torch.stack([selection.values.sum() for selection in selections])
             parts = linear_parts(values, self.leaf, self.tracker)
             found = zip(selections, parts, strict=True)
-            return [self.explanation(selection, part, self.layer) for selection, part in found]
+            return [self.build_explanation(selection, part, self.layer) for selection, part in found]
 
-        return self.backward(explain)
+        return self.with_inplace_fallback(attribute)
 
-    def backward(self, function: Callable[[], T]) -> T:
-        """Run what takes backward passes; a second time, on copies, where the model has written over saved tensors.
+    def with_inplace_fallback(self, function: Callable[[], T]) -> T:
+        """Call a function that runs backward passes.
+
+        If the model has overwritten tensors that autograd saved, it runs again with copies of these, and the function
+        is called again.
 
         Raises:
             ModelStateError: For a model that autograd cannot differentiate.
@@ -160,13 +166,13 @@ class LinearizedModel(ModelRun):
                 self.run()
                 return function()
 
-    def explanation(self, selection: Selection, part: LinearPart, layer: str | None) -> Explanation:
-        """Of what has been taken apart.
+    def build_explanation(self, selection: Selection, part: LinearPart, layer: str | None) -> Explanation:
+        """Build the explanation of selected outputs, with its violations.
 
         Args:
-            selection: The numbers.
-            part: Their weights and constants.
-            layer: Whose numbers they are; None for the model's outputs.
+            selection: Selected outputs, one per image.
+            part: Weights and constants of these.
+            layer: Path of the layer that they belong to; None for the model's outputs.
         """
         has_bias = layer is None and selection.versus is None
         found = Explanation(
@@ -184,7 +190,7 @@ class LinearizedModel(ModelRun):
             direction=selection.direction,
             region=selection.region,
         )
-        return incomplete(self, found, selection.shift, (*part.violations, *self.violations))
+        return add_violations(self, found, selection.shift, (*part.violations, *self.violations))
 
 
 def _logit_bias(model: nn.Module) -> float:

@@ -44,7 +44,7 @@ class ModelOutputs:
         maps: (N, K, P) K units at P positions, on the graph.
         grid: The positions.
         what: The units, in words.
-        size: Of the images, in pixels.
+        size: Height and width of the images in pixels.
         is_placed: Whether positions are told, as those of inner neurons and dense outputs are.
         shifts: (N, K, P) the outputs outside of explanation mode, less `maps`; None where they are not known.
     """

@@ -22,10 +22,10 @@ class PositionGrid:
     """The positions of an output.
 
     Attributes:
-        rows: 1 for vectors and token sequences.
-        columns: Of token sequences, the tokens.
-        prefix: Tokens before the patches (class and register tokens), which are nowhere in the image.
-        patches: (rows, columns) of the patches in a token sequence; None for a map, or where they form no grid.
+        rows: Number of rows; 1 for vectors and token sequences.
+        columns: Number of columns; for token sequences, the number of tokens.
+        prefix: Number of tokens before the patches (class and register tokens), which have no place in the image.
+        patches: Rows and columns of the patches in a token sequence; None for a map, or if they do not form a grid.
     """
 
     rows: int
@@ -157,7 +157,7 @@ def region_weights(masks: Tensor, grid: PositionGrid, size: tuple[int, int]) -> 
     Args:
         masks: (N, H, W), at the image's size or the output's.
         grid: The P positions.
-        size: Of the images.
+        size: Height and width of the images.
 
     Raises:
         TargetError: For masks of another size, or an output without a map.

@@ -28,10 +28,10 @@ class Request:
 
     Attributes:
         target: The class, set of classes or direction, as `check_target` returns it.
-        versus: What is subtracted, likewise; None for nothing.
+        versus: Class, set or direction whose output is subtracted, in the same format; None for nothing.
         layer: Path of the module whose units are explained; None for the model's outputs.
-        output: Which of several outputs, by name or index; None for the first.
-        position: Where in a map, as `timm_bcos.explain` takes it; None for where the target is largest.
+        output: Name or index of the output, if there are several; None for the first.
+        position: Position in a map, as `timm_bcos.explain` takes it; None for the one where the target is largest.
         masks: (N, H, W) weights of the positions instead, as `check_region` returns them.
         extra: Other arguments of the model's forward, by name.
         images: N, or None if no attribute depends on the image.
@@ -58,19 +58,19 @@ class Request:
         extra: Mapping[str, object] | None = None,
         **names: Any,
     ) -> Self:
-        """From the arguments of `timm_bcos.explain`.
+        """Create a request from the arguments of `timm_bcos.explain`.
 
         Args:
-            x: (N, C, H, W) the images.
-            target: As `check_target` returns it.
-            versus: Likewise.
-            position: As the user has given it.
-            region: Likewise.
-            extra: Likewise.
+            x: Images (N, C, H, W).
+            target: Target that `check_target` has returned.
+            versus: Target to subtract, which `check_target` has returned; None for nothing.
+            position: Position that the user has given.
+            region: Region that the user has given.
+            extra: Other arguments of the model that the user has given.
             names: `layer` and `output`.
 
         Raises:
-            TargetError: For a region that is none, or if both a position and a region are given.
+            TargetError: For an invalid region, or if both a position and a region are given.
         """
         if position is not None and region is not None:
             raise TargetError("give a position or a region, not both")
@@ -108,8 +108,8 @@ def check_target(target: object, images: int, name: str = "target") -> Target:
 
     Args:
         target: A class, N classes, a set of classes, a direction (K,) or N of them; None for the strongest class.
-        images: N.
-        name: What errors call it.
+        images: Number of images, N.
+        name: Name of the argument, for errors.
 
     Raises:
         TargetError: For anything else.
@@ -147,10 +147,10 @@ def as_direction(asked: Tensor | frozenset[int], images: int, count: int, what: 
     """(N, K) coefficients of the outputs; a set's are those of the mean of its outputs.
 
     Args:
-        asked: What `check_target` returned.
-        images: N.
-        count: K.
-        what: The K outputs, in words.
+        asked: Target that `check_target` has returned.
+        images: Number of images, N.
+        count: Number of outputs, K.
+        what: Description of the outputs, for errors.
 
     Raises:
         TargetError: For outputs that do not exist, or a direction of another size.
@@ -196,7 +196,7 @@ def _floats(values: object) -> Tensor | None:
 
 
 def _integers(values: object) -> Tensor | None:
-    """As a tensor of int64; None for what are no whole numbers."""
+    """Convert whole numbers to a tensor of int64; None for anything else."""
     tensor = _tensor(values)
     if tensor is None or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool:
         return None

@@ -32,7 +32,7 @@ class Explanation:
             gradient · addend and never as the remainder.
         constant_bias: (N,) how much of `bias` comes from true constants (parameters, buffers, literals): all of it, or
             the explanation is not exact.
-        violations: Where the model is not dynamic linear, so that the explanation is not exact; empty if it is.
+        violations: Parts of the model that are not dynamic linear, which make the explanation inexact; empty if exact.
         logit_bias: The classifier's fixed logit bias, which `bias` contains; 0 for inner neurons.
         layer: The explained neuron's layer, None for a logit.
         probability_kind: 'sigmoid' or 'softmax', as the model's config says.
@@ -160,7 +160,7 @@ class Explanation:
 
         Args:
             class_names: Name of each class.
-            top: How many classes to show.
+            top: Number of classes to show.
         """
         image = self.image.detach().cpu().clamp(0, 1)
         maps = self.contribution_map.detach().cpu()

@@ -20,31 +20,33 @@ __all__ = ["ModelRun"]
 
 
 class ModelRun:
-    """A model at a batch of images.
+    """A forward pass of a model in explanation mode, and plain ones to compare with.
 
     Args:
-        model: A B-cos model in evaluation mode, as `check_model` wants it. Not changed.
-        x: Images, as `check_images` wants them.
-        request: Of which the layer, the output and the other arguments of the model are taken.
+        model: A B-cos model in evaluation mode, which `check_model` accepts. Not changed.
+        x: Images, which `check_images` accepts.
+        request: Request, of which only the layer, the output and the extra arguments are used.
 
     Attributes:
-        image: (N, C, H, W) the images, as the model is given them.
-        inputs: (N, 2C, H, W) their encoding.
-        leaf: The images that outputs are differentiated by.
+        image: Images without encoding (N, C, H, W).
+        inputs: Encoded images (N, 2C, H, W).
+        leaf: Copy of the images with respect to which outputs are differentiated.
         tracker: Constants and violations of the pass in explanation mode.
-        whole: What the model returned in explanation mode.
-        tensor: What is explained: the model's output, or the layer's.
+        model_output: Whatever the model returned in explanation mode.
+        explained_output: Tensor to explain: the output of the model, or of the layer.
+        saves_copies: Whether autograd saves copies of tensors that the model overwrites later
+            (`torch.autograd.graph.allow_mutation_on_saved_tensors`, which uses hooks of saved tensors).
 
     Raises:
-        TargetError: For a layer that does not exist, does not run once, or whose output has no units.
+        TargetError: For a layer that does not exist, does not run exactly once, or whose output has no units.
         AmbiguousBatch: If constants cannot be told apart by image.
     """
 
     leaf: Tensor
     tracker: BiasTracker
     mode: BiasTrackingMode
-    whole: object
-    tensor: Tensor
+    model_output: object
+    explained_output: Tensor
 
     def __init__(self, model: nn.Module, x: Tensor, request: Request) -> None:
         self.model = getattr(model, "_orig_mod", model)  # of `torch.compile`
@@ -63,11 +65,19 @@ class ModelRun:
 
     def run(self) -> None:
         """Run the model in explanation mode."""
-        self.leaf, self.tracker, self.mode, self.whole, outputs = self.trace(self.image)
-        self.tensor = self._checked([self.whole] if self.layer is None else outputs)
+        self.leaf, self.tracker, self.mode, self.model_output, outputs = self.forward(self.image)
+        self.explained_output = self._checked([self.model_output] if self.layer is None else outputs)
 
-    def trace(self, image: Tensor, names_places: bool = False) -> tuple[Any, ...]:
-        """One forward pass in explanation mode: the leaf, the tracker, the mode, what the model and layer return."""
+    def forward(self, image: Tensor, names_places: bool = False) -> tuple[Any, ...]:
+        """Run the model in explanation mode.
+
+        Args:
+            image: Images (N, C, H, W).
+            names_places: Whether the tracker notes where constants arise (`BiasTracker`).
+
+        Returns:
+            The leaf, the tracker, the mode, the model's output, and the list of the layer's outputs.
+        """
         outputs: list[object] = []
         model = _model_to_run(self.model, self.layer, outputs)
         leaf = image.clone().requires_grad_()
@@ -76,38 +86,38 @@ class ModelRun:
         mode.heeds_hooks = self.saves_copies
         try:
             with active(mode):
-                whole = model(leaf.clone(), **self.extra)  # a clone, in which it may write
+                model_output = model(leaf.clone(), **self.extra)  # a clone, which the model may overwrite
         except (BcosError, AmbiguousBatch):
             raise
         except Exception as error:
-            self.plain(image)  # raises the same where the model itself is at fault
+            self.plain_output(image)  # raises the same error if the model itself is at fault
             raise ModelStateError(f"{type(self.model).__name__} cannot be explained: {error}") from error
-        return leaf, tracker, mode, whole, outputs
+        return leaf, tracker, mode, model_output, outputs
 
-    def plain(self, image: Tensor, rows: slice = slice(None)) -> Tensor:
+    def plain_output(self, image: Tensor, images: slice = slice(None)) -> Tensor:
         """The outputs outside of explanation mode, for some of the images."""
         outputs: list[object] = []
         model = _model_to_run(self.model, self.layer, outputs)
         with torch.no_grad():
-            whole = model(image[rows].clone(), **rows_of(self.extra, rows, len(image)))
-        found: Tensor = pick_output(whole if self.layer is None else outputs[0], self.output, "the model")
+            model_output = model(image[images].clone(), **rows_of(self.extra, images, len(image)))
+        found: Tensor = pick_output(model_output if self.layer is None else outputs[0], self.output, "the model")
         return found
 
     @cached_property
-    def apart(self) -> Tensor:
+    def plain_output_in_parts(self) -> Tensor:
         """The plain outputs of the first image alone, and of the others without it."""
         if len(self.image) == 1:
-            return self.plain(self.image)
-        return torch.cat([self.plain(self.image, slice(0, 1)), self.plain(self.image, slice(1, None))])
+            return self.plain_output(self.image)
+        return torch.cat([self.plain_output(self.image, slice(0, 1)), self.plain_output(self.image, slice(1, None))])
 
     @property
     def eps(self) -> float:
-        """Of the narrowest type on the image's path."""
+        """Machine epsilon of the lowest precision on the image's path."""
         return self.mode.eps
 
     @property
-    def is_narrow(self) -> bool:
-        """Whether a part of the model computes in a narrower type than its input's."""
+    def has_reduced_precision(self) -> bool:
+        """Whether a part of the model computes in lower precision than that of its input."""
         return self.eps > torch.finfo(self.image.dtype).eps
 
     @cached_property
@@ -116,12 +126,12 @@ class ModelRun:
 
         A deep untrained model may amplify rounding a million times.
         """
-        plain, again = self.plain(self.image), self.plain(self.image)
+        plain, again = self.plain_output(self.image), self.plain_output(self.image)
         if not torch.equal(plain.nan_to_num(), again.nan_to_num()):
             return None
         up = torch.rand(self.image.shape, generator=torch.Generator().manual_seed(0)).to(self.image) < 0.5
         other = self.image * (1 + self.eps * (2 * up.to(self.image.dtype) - 1))
-        return float((self.plain(other) - plain).abs().max())
+        return float((self.plain_output(other) - plain).abs().max())
 
     def _checked(self, outputs: list[object]) -> Tensor:
         what = "the model" if self.layer is None else f"layer {self.layer!r}"
@@ -156,26 +166,26 @@ def _hint(output: object) -> str:
 
 
 def _model_to_run(model: nn.Module, layer: str | None, outputs: list[object]) -> nn.Module:
-    """The model itself, or a copy whose layer of interest notes its outputs and which has no checkpoints.
+    """The model itself, or a copy that records the layer's outputs, without checkpointing.
 
-    The backward pass would run checkpointed parts again, without explanation mode.
+    With checkpointing, the backward pass would run parts again, outside of explanation mode.
     """
-    changed = [name for name, module in model.named_modules() if _is_checkpointing(module) or _is_program(module)]
+    changed = [name for name, module in model.named_modules() if _is_checkpointing(module) or _is_compiled(module)]
     if layer is None and not any(map(_is_checkpointing, model.modules())):
         return model
     copy = isolate(model, [name for name in (*changed, layer) if name])
     for name in changed:
         own = copy.get_submodule(name)
         own.grad_checkpointing = False  # type: ignore[assignment]
-        if _is_program(own):  # whose program is of the original's layers
+        if _is_compiled(own):  # its compiled program calls the original's layers
             own.__dict__["forward"] = own.get_submodule("_orig_mod").__call__
     if layer is not None:
-        copy.get_submodule(layer).register_forward_hook(lambda module, args, output: _noted(output, outputs))
+        copy.get_submodule(layer).register_forward_hook(lambda module, args, output: _record(output, outputs))
     return copy
 
 
-def _noted(output: object, outputs: list[object]) -> object:
-    """A copy of what is noted is passed on: functions that follow may work in place."""
+def _record(output: object, outputs: list[object]) -> object:
+    """Append the output to the list, and return a copy, which functions that follow may overwrite."""
     outputs.append(_copied(output))
     return _copied(outputs[-1])
 
@@ -188,7 +198,7 @@ def _copied(output: Any) -> Any:
     return tuple(map(_copied, output)) if isinstance(output, list | tuple) else output
 
 
-def _is_program(module: nn.Module) -> bool:
+def _is_compiled(module: nn.Module) -> bool:
     """Whether `torch.compile` has wrapped a part of the model."""
     return type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules
 

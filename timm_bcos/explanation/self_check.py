@@ -1,4 +1,4 @@
-"""An explanation held against itself: does it sum up, and is it of what the model computes?"""
+"""Checks made at each explanation: does it sum up, and is it of what the model computes?"""
 
 from dataclasses import replace
 
@@ -11,10 +11,10 @@ from .result import Explanation
 from .run import ModelRun
 
 __all__ = [
+    "add_violations",
     "another_image",
     "compare_outputs",
     "compare_with_another_image",
-    "incomplete",
     "tolerance",
 ]
 
@@ -25,17 +25,17 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def compare_outputs(run: ModelRun, found: Tensor | None = None) -> list[Violation]:
-    """Hold outputs in explanation mode against those outside of it, and a batch against its images in other company.
+    """Compare outputs in explanation mode with those outside of it, and a batch with the same images in other batches.
 
     Args:
-        run: The model at its images.
-        found: The outputs in explanation mode; None compares the plain outputs of the batch.
+        run: Run of the model on its images.
+        found: Outputs in explanation mode; None compares the plain outputs of the batch only.
     """
-    if found is not None and not _difference(run, found, run.apart, "shifted"):
+    if found is not None and not _difference(run, found, run.plain_output_in_parts, "shifted"):
         return []
-    together = run.plain(run.image)
+    together = run.plain_output(run.image)
     violations = [] if found is None else _difference(run, found, together, "shifted")
-    return violations or _difference(run, together, run.apart, "images")
+    return violations or _difference(run, together, run.plain_output_in_parts, "images")
 
 
 def _difference(run: ModelRun, found: Tensor, expected: Tensor, kind: str) -> list[Violation]:
@@ -56,40 +56,40 @@ def another_image(image: Tensor, darkest: float = 0.0, brightest: float = 1.0) -
 
     Args:
         image: (N, C, H, W).
-        darkest: Of their values in [0, 1].
-        brightest: Likewise.
+        darkest: Smallest value of the new images, in [0, 1].
+        brightest: Largest value of the new images, in [0, 1].
     """
     noise = torch.rand(image.shape, generator=torch.Generator().manual_seed(0)).to(image)
     return darkest + (brightest - darkest) * (image.flip(-2, -1) + noise) / 2
 
 
 def compare_with_another_image(run: ModelRun) -> list[Violation]:
-    """Constants are the same for any image: run another one, and compare what was booked as constant.
+    """Run the model on another image, and find supposed constants that differ: constants are the same for any image.
 
-    With a dark and a bright one, too, where a number, or what changes the image before it is read, may be the same for
-    two by chance. None of them is of one color: a deviation of 0 tells nothing, and slopes at 0 are not those beside
-    it.
+    Where a number taken from the image, or a change of it before it is read, may agree for two images by chance, a dark
+    and a bright image are tried, too. No image is of a single color, because a deviation of 0 and slopes at 0 are
+    special cases.
     """
     others = [another_image(run.image)]
     if run.tracker.has_escaped or not all(boundary.is_direct for boundary in run.tracker.boundaries):
         others += [another_image(run.image, 0.01, 0.2), another_image(run.image, 0.8, 0.99)]
     found: list[Violation] = []
     for image in others:
-        _, tracker, *_ = run.trace(image, names_places=True)
+        _, tracker, *_ = run.forward(image, names_places=True)
         found += changed_constants(run.tracker, tracker)
     return list(dict.fromkeys(found))
 
 
-def incomplete(
+def add_violations(
     run: ModelRun, explanation: Explanation, shift: Tensor | None, violations: tuple[Violation, ...]
 ) -> Explanation:
-    """The explanation with its violations; among them that it does not sum up, where it does not but for rounding.
+    """Add violations to an explanation; among them, that it does not sum up, if more than rounding is missing.
 
     Args:
-        run: The model at its images.
-        explanation: Of it.
-        shift: (N,) what the model gives outside of explanation mode, less what is explained; None where nobody knows.
-        violations: Found so far.
+        run: Run of the model on its images.
+        explanation: Explanation of the run.
+        shift: Output outside of explanation mode minus the explained output (N,); None if it is unknown.
+        violations: Violations found so far.
     """
     size = explanation.contributions.abs().double().sum((1, 2, 3)) + explanation.bias.abs().double()
     allowed = tolerance(explanation.logits.dtype) * (size + explanation.logit.abs().double())
@@ -97,7 +97,7 @@ def incomplete(
     found = _excess(run, explanation.remainder, allowed, "incomplete", figure)
     if shift is not None and not violations:
         found += _excess(run, shift, allowed, "shifted", f"by {shift.abs().max().item():.1e}")
-    narrow = 10 * (run.rounding or 0.0) if run.is_narrow else 0.0
+    narrow = 10 * (run.rounding or 0.0) if run.has_reduced_precision else 0.0
     return replace(explanation, violations=tuple(dict.fromkeys((*violations, *found))), rounding=narrow)
 
 

@@ -43,9 +43,9 @@ def explain_video(
     Args:
         model: A B-cos model in eval mode.
         source: A film or an animated GIF.
-        out: Where to; the suffix says the format. Written whole or not at all.
+        out: Output file, whose suffix selects the format. Written completely or not at all.
         target: A class; None explains the most probable one of each frame.
-        batch_size: Frames at a time.
+        batch_size: Number of frames per batch.
 
     Returns:
         How many frames were explained for each class.

@@ -42,7 +42,7 @@ def weights_to_rgba(weights: Tensor, contribution_map: Tensor, smooth: int = 15,
         weights: (N, 2C, H, W), C being 3, or 1 for gray.
         contribution_map: (N, H, W).
         smooth: Odd side length of the box filter on the opacity, 0 for none.
-        percentile: Of each picture's opacity that becomes 1, in [0, 100].
+        percentile: Percentile of each picture's opacity that is scaled to 1, in [0, 100].
 
     Returns:
         (N, H, W, 4) in [0, 1].
@@ -71,7 +71,7 @@ def map_to_rgba(contribution_map: Tensor, percentile: float = 99.5) -> Tensor:
 
     Args:
         contribution_map: (N, H, W), or a single (H, W).
-        percentile: Of |contribution| at which colors saturate, per map.
+        percentile: Percentile of a map's |contribution| at which its colors saturate, in [0, 100].
 
     Returns:
         (N, H, W, 4) in [0, 1]; (H, W, 4) for a single map.
@@ -92,7 +92,7 @@ def overlay(image: Tensor, contribution_map: Tensor, opacity: float = 0.9) -> Te
     Args:
         image: (N, C, H, W) in [0, 1].
         contribution_map: (N, H, W).
-        opacity: Of the strongest contributions.
+        opacity: Opacity of the strongest contributions, in [0, 1].
 
     Returns:
         (N, H, W, 3) in [0, 1].
@@ -126,11 +126,11 @@ class Bars:
     """A horizontal bar chart.
 
     Attributes:
-        title: Above it.
-        names: Of the bars, from top to bottom.
-        values: Their lengths.
-        marked: The bar in red; None for none.
-        limit: Where the axis ends; None fits it to the bars.
+        title: Title above the bars.
+        names: Names of the bars, from top to bottom.
+        values: Lengths of the bars.
+        marked: Index of the bar in red; None for none.
+        limit: End of the axis; None fits it to the bars.
     """
 
     title: str
@@ -146,7 +146,7 @@ class Row:
 
     Attributes:
         pictures: Title and picture, (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) in [0, 1].
-        bars: What stands at the end of the row.
+        bars: Bar charts at the end of the row.
     """
 
     pictures: Sequence[tuple[str, Tensor]]
@@ -163,7 +163,7 @@ def draw_rows(rows: Sequence[Row]) -> "Figure":
     for row, axes in zip(rows, grid, strict=True):
         for ax, (title, picture) in zip(axes, row.pictures, strict=False):
             ax.imshow(picture.detach().cpu().float().numpy(), cmap="gray", vmin=0, vmax=1)
-            ax.set_title(fill(_drawable(title), 40), fontsize=10, parse_math=False)  # names are no formulas
+            ax.set_title(fill(_drawable(title), 40), fontsize=10, parse_math=False)  # names are not formulas
             ax.axis("off")
         _draw_bars(axes[-1], row.bars)
     return figure
@@ -180,7 +180,7 @@ def _draw_bars(axes: "Axes", bars: Bars) -> None:
 
 
 def _drawable(name: str) -> str:
-    """Names of folders may hold bytes that are no text, which fonts refuse."""
+    """Replace bytes that are not text, which names of directories may contain and fonts refuse."""
     return name.encode(errors="replace").decode()
 
 

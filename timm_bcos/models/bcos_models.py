@@ -180,9 +180,9 @@ class _Conversion:
     """A call of `timm.create_model('bcosify', arch=...)`.
 
     Attributes:
-        arch: The architecture as the user named it.
-        source: Where it comes from.
-        config: How it is converted.
+        arch: Name of the architecture, as given by the user.
+        source: Source of the architecture and its weights.
+        config: Config of the conversion.
         changes: Names of the config's fields that the user chose.
         arch_kwargs: Arguments of the architecture that are named like fields of `BcosConfig`.
         pretrained: Whether to load weights.
@@ -304,7 +304,8 @@ def _find(name: str, cache_dir: str | Path | None) -> _Source:
         source = _read_config(name, kind, place, cache_dir)
     if not timm.is_model(source.name):
         near = difflib.get_close_matches(source.name, timm.list_models(), n=3)
-        raise TargetError(f"timm knows no model {source.name!r}; close names: {', '.join(near) or 'none'}")
+        hint = f"close names: {', '.join(near)}" if near else "see `timm-bcos models` or timm.list_models()"
+        raise TargetError(f"timm knows no model {source.name!r}; {hint}")
     return source
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .._compat import private
+from ..errors import InputError
 from ..nn.module_utils import Factory
 
 __all__ = [
@@ -105,9 +106,12 @@ class PooledCnn(nn.Module):
 
         Returns:
             (final features, maps), or the maps alone.
+
+        Raises:
+            InputError: For another format of the maps than NCHW.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt={output_fmt!r}: this model's maps are NCHW")
+            raise InputError(f"output_fmt={output_fmt!r}: this model's maps are NCHW")
         stages = self._stages()
         take, last = private.feature_take_indices(len(stages), indices)
         maps = []
@@ -238,7 +242,7 @@ class CifarResNet(PooledCnn):
     Shape: (N, in_chans, 32, 32) to (N, num_classes).
 
     Raises:
-        ValueError: For a depth that is not 6n + 2.
+        InputError: For a depth that is not 6n + 2.
     """
 
     classifier = "linear"
@@ -255,7 +259,7 @@ class CifarResNet(PooledCnn):
     ) -> None:
         super().__init__()
         if depth < 8 or depth % 6 != 2:
-            raise ValueError(f"depth={depth}: a CIFAR ResNet has 6n + 2 layers")
+            raise InputError(f"depth={depth}: a CIFAR ResNet has 6n + 2 layers")
         dd = Factory(device=device, dtype=dtype)
         self.num_classes, self.in_chans, self.num_features = num_classes, in_chans, WIDTHS[-1]
         self.conv1 = nn.Conv2d(in_chans, WIDTHS[0], 3, 1, 1, bias=False, **dd)

@@ -1,10 +1,10 @@
-"""What B-cos convolutions and linear layers have in common: how they respond, and how they are fused for inference."""
+"""Base class of B-cos convolutions and linear layers: their response, and their fusion for inference."""
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..errors import ModelStateError
+from ..errors import InputError, ModelStateError
 from . import autograd
 from .execution import records_gradients
 from .module_utils import clone
@@ -17,26 +17,26 @@ def refuse_fused(module: nn.Module) -> None:
     """Refuse to train a layer that has been fused for inference.
 
     Raises:
-        ModelStateError: If it has been.
+        ModelStateError: If the layer is fused.
     """
     if getattr(module, "is_fused", False):
         raise ModelStateError("this model has been fused for inference: train the one that it was made from")
 
 
 def check_units(b: float, max_out: int, normalize_weight: bool) -> None:
-    """Refuse settings of units that make no sense.
+    """Refuse invalid settings of a B-cos layer.
 
     Raises:
-        ValueError: Naming them.
+        InputError: For b or max_out below 1, and for max_out above 1 without normalized weights.
     """
     if b < 1 or max_out < 1:
-        raise ValueError(f"B-cos layers need b >= 1 and max_out >= 1, got b={b}, max_out={max_out}")
+        raise InputError(f"B-cos layers need b >= 1 and max_out >= 1, got b={b}, max_out={max_out}")
     if max_out > 1 and not normalize_weight:
-        raise ValueError(f"max_out={max_out} compares units by their cosine: it needs normalize_weight=True")
+        raise InputError(f"max_out={max_out} compares units by their cosine: it needs normalize_weight=True")
 
 
 class BcosLayer(nn.Module):
-    """What B-cos convolutions and linear layers have in common; torch's layer is the next base class.
+    """Base class of B-cos convolutions and linear layers; torch's layer is the next base class.
 
     Attributes:
         b: Exponent B.
@@ -56,10 +56,10 @@ class BcosLayer(nn.Module):
     normalize_weight: bool
     is_fused: bool
 
-    def _set_units(
+    def _init_bcos(
         self, outputs: int, bias: bool, b: float, max_out: int, gamma: float, normalize_weight: bool
     ) -> None:
-        """Complete torch's layer, which has max_out · outputs rows and no bias."""
+        """Add bias and settings to torch's layer, which has max_out · outputs rows and no bias."""
         if bias:
             self.bias = nn.Parameter(self.weight.new_zeros(outputs))
         self.b = float(b)
@@ -75,10 +75,10 @@ class BcosLayer(nn.Module):
     def respond(self, x: Tensor) -> Tensor:
         """The B-cos response; a method of its own because TorchScript has no `super()`."""
         x = self.prepare(x)
-        if torch.jit.is_scripting() or not self._is_recorded(x):  # noqa: SIM108 (TorchScript needs the statement)
+        if torch.jit.is_scripting() or not self._needs_custom_backward(x):
             y = self.formula(x)
         else:
-            y = self._respond_by_hand(x)
+            y = self._respond_custom_backward(x)
         return y if self.bias is None else y + self.per_output(self.bias)
 
     def prepare(self, x: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class BcosLayer(nn.Module):
         raise NotImplementedError
 
     def transform(self) -> autograd.Transform:
-        """The linear transform, for the backward pass by hand."""
+        """The linear transform, for the custom backward pass."""
         raise NotImplementedError
 
     def per_output(self, values: Tensor) -> Tensor:
@@ -98,12 +98,12 @@ class BcosLayer(nn.Module):
         raise NotImplementedError
 
     @torch.jit.unused
-    def _is_recorded(self, x: Tensor) -> bool:
+    def _needs_custom_backward(self, x: Tensor) -> bool:
         return not self.is_fused and self.b != 1.0 and records_gradients(x, self.weight)
 
     @torch.jit.unused
-    def _respond_by_hand(self, x: Tensor) -> Tensor:
-        """`formula` with a backward pass by hand, which is faster and needs less memory."""
+    def _respond_custom_backward(self, x: Tensor) -> Tensor:
+        """`formula` with a custom backward pass, which is faster and needs less memory."""
         unit = autograd.Unit(self.b, self.gamma, self.max_out, self.normalize_weight)
         return autograd.bcos_response(x, self.weight, self.transform(), unit)
 

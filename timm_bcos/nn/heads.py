@@ -27,6 +27,9 @@ class BcosConvClassifier(BcosConv2d):
         pool: Whether to average; without it the layer returns a map of logits (N, K, H, W).
 
     Shape: (N, in_features, H, W) to (N, K).
+
+    Raises:
+        InputError: For settings that `BcosConv2d` refuses.
     """
 
     __jit_unused_properties__ = ("in_features", "out_features")
@@ -64,6 +67,9 @@ class BcosLinearClassifier(BcosLinear):
     """Classifier on feature vectors: logits = response / T + logit bias. See `BcosConvClassifier` for the arguments.
 
     Shape: (..., in_features) to (..., K).
+
+    Raises:
+        InputError: For settings that `BcosLinear` refuses.
     """
 
     def __init__(

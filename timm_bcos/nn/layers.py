@@ -88,6 +88,9 @@ class BcosConv2d(BcosLayer, nn.Conv2d):
         channel_squares: The squared scale of a norm that was fused with the layer behind it, (C,); or None.
 
     Shape: (N, in_channels, H, W) to (N, out_channels, H', W').
+
+    Raises:
+        InputError: For b or max_out below 1, or for max_out above 1 with normalize_weight=False.
     """
 
     amplitude: Tensor | None
@@ -121,7 +124,7 @@ class BcosConv2d(BcosLayer, nn.Conv2d):
             device=device, dtype=dtype,
         )  # fmt: skip
         self.out_channels = out_channels
-        self._set_units(out_channels, bias, b, max_out, gamma, normalize_weight)
+        self._init_bcos(out_channels, bias, b, max_out, gamma, normalize_weight)
         self.pad_same = pad_same
         self.eps = eps
         self.register_buffer("channel_squares", None)
@@ -182,6 +185,9 @@ class BcosLinear(BcosLayer, nn.Linear):  # type: ignore[misc]
         amplitude: See `BcosLayer`; (O,).
 
     Shape: (..., in_features) to (..., out_features).
+
+    Raises:
+        InputError: For b or max_out below 1, or for max_out above 1 with normalize_weight=False.
     """
 
     amplitude: Tensor | None
@@ -202,7 +208,7 @@ class BcosLinear(BcosLayer, nn.Linear):  # type: ignore[misc]
         check_units(b, max_out, normalize_weight)
         super().__init__(in_features, out_features * max_out, False, device=device, dtype=dtype)
         self.out_features = out_features
-        self._set_units(out_features, bias, b, max_out, gamma, normalize_weight)
+        self._init_bcos(out_features, bias, b, max_out, gamma, normalize_weight)
 
     def formula(self, x: Tensor) -> Tensor:
         if self.is_fused:

@@ -31,6 +31,9 @@ class BcosStem(BcosConv2d):
     layer then equals the original convolution of the normalized image, at the borders too.
 
     Shape: (N, image_channels, H, W) in [0, 1], or encoded (N, 2 · image_channels, H, W), to (N, out_channels, H', W').
+
+    Raises:
+        InputError: For settings that `BcosConv2d` refuses.
     """
 
     input_scale: Tensor

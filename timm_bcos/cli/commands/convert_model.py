@@ -6,20 +6,24 @@ from typing import Annotated, Literal
 import typer
 
 from ..exceptions import quiet_libraries
-from ..options import Checkpoint
+from ..options import MODEL_PANEL, Checkpoint
 
 __all__ = ["convert"]
 
 
 def convert(
-    model: Annotated[str | None, typer.Option(help="Name of a timm model.")] = None,
+    model: Annotated[str | None, typer.Option(help="Name of a timm model.", rich_help_panel=MODEL_PANEL)] = None,
     checkpoint: Checkpoint = None,
     b: Annotated[
         float, typer.Option(min=1, help="Exponent B. With 1 and --bias the model computes the same as before.")
     ] = 2.0,
     bias: Annotated[bool, typer.Option(help="Keep biases, which explanations do not attribute to the image.")] = False,
     reference: Annotated[
-        bool, typer.Option("--reference", help="Keep biases of batch norms as references of their activations only.")
+        bool,
+        typer.Option(
+            "--reference",
+            help="Turn biases of batch norms with a built-in activation into reference biases; remove the others.",
+        ),
     ] = False,
     positions: Annotated[
         Literal["keep", "attention"],
@@ -35,7 +39,7 @@ def convert(
     ] = False,
     out: Annotated[Path, typer.Option(help="Directory for config.json and model.safetensors.")] = Path("converted"),
 ) -> None:
-    """Convert a model with its weights into a folder that timm loads as `local-dir:FOLDER`.
+    """Convert a model with its weights, and write a directory that timm loads as `local-dir:DIRECTORY`.
 
     Unless B is 1 and biases are kept, the converted model needs fine-tuning.
     """

@@ -23,7 +23,7 @@ def demo(
         bool, typer.Option("--share", help="Also serve at a public address for a week, through Gradio's servers.")
     ] = False,
 ) -> None:
-    """Serve a demo in the browser that explains photos, until Ctrl-C.
+    """Start the demo app, which explains photos in the browser. Stop it with Ctrl-C.
 
     The demo offers the given model and the three embedded models.
     """

@@ -11,13 +11,14 @@ from ..options import (
     AnyModelOptions,
     DataOptions,
     Device,
-    Disconnect,
-    Disconnection,
+    DisconnectMode,
+    DisconnectOption,
     Methods,
     Reuse,
     Seed,
     expand_groups,
     find_device,
+    method_option,
 )
 
 __all__ = ["aggatt", "compare", "metrics", "pointing_game"]
@@ -27,6 +28,7 @@ QUICK = (
     "gradcam", "lrp", "chefer", "attnlrp",
 )  # fmt: skip
 ALL = (*QUICK, "attention_rollout", "occlusion", "lime", "rise")
+SHOWN = ("bcos", "input_x_gradient", "gradcam")
 
 
 @expand_groups
@@ -44,7 +46,7 @@ def pointing_game(
     smooth: Annotated[
         list[int] | None, typer.Option(min=1, help="Window of the mean filter in pixels; repeatable. (default: 1, 15)")
     ] = None,
-    disconnect: Disconnection = Disconnect.NONE,
+    disconnect: DisconnectOption = DisconnectMode.NONE,
     seed: Seed = 0,
     batch_size: Annotated[
         int | None,
@@ -55,7 +57,6 @@ def pointing_game(
     """Play the grid pointing game: measure how much attribution of a class lies in its own cell.
 
     Writes values.csv, summary.csv, gains.csv (paired differences to the other methods), summary.md and boxes.png.
-    Without --method, all methods that support the model are evaluated.
     """
     from ...attribution.registry import method_names
     from ...evaluation.pointing_game import sample_grids
@@ -84,7 +85,9 @@ def metrics(
     data_options: DataOptions,
     model_options: AnyModelOptions,
     device: Device = "cpu",
-    method: Methods = None,
+    method: Annotated[
+        list[str] | None, method_option(f"all fast ones that support the model: {', '.join(QUICK)}")
+    ] = None,
     metric: Annotated[
         list[str] | None,
         typer.Option(
@@ -93,14 +96,14 @@ def metrics(
     ] = None,
     regions: Annotated[
         Path | None,
-        typer.Option(help="Object regions for the metric energy: a folder of masks, or a CSV file of boxes."),
+        typer.Option(help="Object regions for the metric energy: a directory of masks, or a CSV file of boxes."),
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="Number of images, evenly spread over the data set.")] = 20,
     out: Annotated[Path, typer.Option(help="Directory for the results; a run resumes there.")] = Path("metrics"),
 ) -> None:
     """Measure deletion, insertion, faithfulness, sensitivity, randomization and more of attribution methods.
 
-    Writes metrics.csv and metrics.md. Without --method, all fast methods that support the model are evaluated.
+    Writes metrics.csv and metrics.md.
     """
     from ...attribution.registry import method_names
     from ...errors import MethodError
@@ -124,11 +127,11 @@ def aggatt(
     data_options: DataOptions,
     model_options: AnyModelOptions,
     device: Device = "cpu",
-    method: Methods = None,
+    method: Annotated[list[str] | None, method_option(", ".join(SHOWN))] = None,
     n: Annotated[int, typer.Option(min=1, help="Cells per side of the grids.")] = 2,
     grids: Annotated[int, typer.Option(min=1, help="Number of grids.")] = 100,
     smooth: Annotated[int, typer.Option(min=1, help="Window of the mean filter in pixels; 1 for no smoothing.")] = 15,
-    disconnect: Disconnection = Disconnect.NONE,
+    disconnect: DisconnectOption = DisconnectMode.NONE,
     reuse: Reuse = False,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="Image file to write.")] = Path("aggatt.png"),
@@ -141,10 +144,8 @@ def aggatt(
     model = model_options.load(device)
     images = data_options.load(model.num_classes)
     chosen = sample_grids(list(confidences(model, images)), n, grids, seed=seed, reuse=reuse)
-    player = model if disconnect is Disconnect.NONE else Disconnected(model, n, disconnect.value)
-    figure, left_out = plot_aggatt(
-        player, images, chosen, list(method or ("bcos", "input_x_gradient", "gradcam")), smooth
-    )
+    player = model if disconnect is DisconnectMode.NONE else Disconnected(model, n, disconnect.value)
+    figure, left_out = plot_aggatt(player, images, chosen, list(method or SHOWN), smooth)
     save_figure(figure, out)
     typer.echo("\n".join([*(f"left out: {reason}" for reason in left_out), f"wrote {out}"]))
 

@@ -24,8 +24,8 @@ def export(
 ) -> None:
     """Export a model as one program for torch.export (with its explanation) or ONNX (logits); any batch size.
 
-    A .pt2 program takes images (N, C, H, W) in [0, 1] and classes (N,), -1 for the predicted one, and gives logits,
-    weights and contribution map.
+    A .pt2 program takes images (N, C, H, W) in [0, 1] and classes (N,), -1 for the predicted one, and returns
+    logits, weights and contribution map.
     """
     import torch
 

@@ -19,6 +19,8 @@ def models(
 ) -> None:
     """List the B-cos models: name and tag, parameters in millions, published top-1 in percent, image size in pixels.
 
+    An image size such as 256 → 224 means: resize the shorter side to 256 pixels, then crop 224.
+
     Other timm models become B-cos models with `timm-bcos convert`, or in Python with `bcosify`.
     """
     from ...errors import TargetError

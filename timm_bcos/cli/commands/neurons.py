@@ -20,7 +20,7 @@ def neurons(
     units: Annotated[int, typer.Option(min=1, help="Number of units in the figures.")] = 6,
     images: Annotated[int, typer.Option(min=1, help="Number of images per unit in wall.png.")] = 6,
     strongest: Annotated[
-        int, typer.Option(min=1, help="Number of strongest images per unit, whose class entropy is computed.")
+        int, typer.Option(min=1, help="Number of images per unit over which its class entropy is computed.")
     ] = 500,
     out: Annotated[Path, typer.Option(help="Directory for the figures and units.csv.")] = Path("neurons"),
 ) -> None:

@@ -102,7 +102,7 @@ def publish(
 
     After `import timm_bcos`, load it with `timm.create_model("hf-hub:ORG/NAME", pretrained=True)`.
 
-    With --folder, the Space's files are in its subfolder `space`.
+    With --folder, the Space's files are in its subdirectory `space`.
     """
     import torch
 
