@@ -29,7 +29,7 @@ def looked_up() -> Iterator[str]:
     yield from (name for name in _compat.PRIVATE.values() if name.startswith("timm."))
     for path in PACKAGE.rglob("*.py"):
         source = path.read_text(encoding="utf-8")
-        libraries = dict(timm_layers="timm.layers", timm_models="timm.models", layers="timm.layers")
+        libraries = dict(timm_layers="timm.layers", timm_models="timm.models")
         libraries = {name: library for name, library in libraries.items() if re.search(rf"import .*\b{name}\b", source)}
         libraries |= dict(re.findall(r'(\w+): Any = Library\("(.*?)"\)', source))
         for node in ast.walk(ast.parse(source)):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..dynamic_linear.bias_tracker import AmbiguousBatch
 from ..dynamic_linear.mode import ordinary_autograd
 from ..dynamic_linear.violations import Violation
-from ..errors import ModelStateError, TargetError
+from ..errors import BcosError, ModelStateError, TargetError
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
 from ..nn.module_utils import channel_axis, converted_part, first_output, get_classifiers
 from .linear_parts import LinearPart, linear_part, linear_parts
@@ -158,7 +158,9 @@ class LinearizedModel(ModelRun):
             if not self.saves_copies:
                 try:
                     return function()
-                except RuntimeError as error:
+                except BcosError:
+                    raise
+                except Exception as error:
                     if "modified by an inplace operation" not in str(error):
                         raise ModelStateError(f"{type(self.model).__name__} cannot be explained: {error}") from error
             with torch.autograd.graph.allow_mutation_on_saved_tensors():

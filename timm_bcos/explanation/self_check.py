@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..dynamic_linear.bias_tracker import changed_constants
@@ -63,16 +64,29 @@ def another_image(image: Tensor, darkest: float = 0.0, brightest: float = 1.0) -
     return darkest + (brightest - darkest) * (image.flip(-2, -1) + noise) / 2
 
 
+SPOTS = 4
+
+
+def _spots(image: Tensor, seed: int) -> Tensor:
+    """Images of the same shape with large spots of random colors, which differ from each other as photos do."""
+    coarse = torch.rand(*image.shape[:2], 3, 3, generator=torch.Generator().manual_seed(seed))
+    tint = torch.rand(*image.shape[:2], 1, 1, generator=torch.Generator().manual_seed(seed))
+    spots = F.interpolate((coarse + tint) / 2, image.shape[2:], mode="bilinear")
+    return (0.02 + 0.96 * spots).to(image)
+
+
 def compare_with_another_image(run: ModelRun) -> list[Violation]:
     """Run the model on another image, and find supposed constants that differ: constants are the same for any image.
 
     Where a number taken from the image, or a change of it before it is read, may agree for two images by chance, a dark
-    and a bright image are tried, too. No image is of a single color, because a deviation of 0 and slopes at 0 are
-    special cases.
+    and a bright image and several of large colored spots are tried, too. No image is of a single color, because a
+    deviation of 0 and slopes at 0 are special cases.
     """
     others = [another_image(run.image)]
     if run.tracker.has_escaped or not all(boundary.is_direct for boundary in run.tracker.boundaries):
         others += [another_image(run.image, 0.01, 0.2), another_image(run.image, 0.8, 0.99)]
+    if run.tracker.has_escaped:
+        others += [_spots(run.image, seed) for seed in range(SPOTS)]
     found: list[Violation] = []
     for image in others:
         _, tracker, *_ = run.forward(image, names_places=True)

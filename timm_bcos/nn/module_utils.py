@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from .._compat import timm_layers as layers
+from .._compat import timm_layers
 from ..errors import TargetError
 from .norms import UncenteredBatchNorm2d
 
@@ -208,9 +208,10 @@ def hooked(modules: Iterable[nn.Module], hook: Hook) -> Iterator[None]:
 # Axis of the channels by type of module; the first row that a module is an instance of counts.
 CHANNEL_AXES: tuple[tuple[int, tuple[type[nn.Module], ...]], ...] = (
     (1, (
-        layers.LayerNorm2d, layers.LayerNorm2dFp32, layers.LayerNormAct2d, layers.LayerNormAct2dFp32,
-        layers.RmsNorm2d, layers.RmsNorm2dFp32, layers.SimpleNorm2d, layers.SimpleNorm2dFp32,
-        layers.FrozenBatchNormAct2d, UncenteredBatchNorm2d, nn.GroupNorm, nn.SyncBatchNorm,
+        timm_layers.LayerNorm2d, timm_layers.LayerNorm2dFp32,
+        timm_layers.LayerNormAct2d, timm_layers.LayerNormAct2dFp32,
+        timm_layers.RmsNorm2d, timm_layers.RmsNorm2dFp32, timm_layers.SimpleNorm2d, timm_layers.SimpleNorm2dFp32,
+        timm_layers.FrozenBatchNormAct2d, UncenteredBatchNorm2d, nn.GroupNorm, nn.SyncBatchNorm,
         nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
         nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
         nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.LPPool2d,
@@ -219,7 +220,7 @@ CHANNEL_AXES: tuple[tuple[int, tuple[type[nn.Module], ...]], ...] = (
     )),
     (-1, (
         nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.MultiheadAttention, nn.RNNBase,
-        layers.RmsNorm, layers.RmsNormFp32, layers.SimpleNorm, layers.SimpleNormFp32,
+        timm_layers.RmsNorm, timm_layers.RmsNormFp32, timm_layers.SimpleNorm, timm_layers.SimpleNormFp32,
     )),
 )  # fmt: skip
 
