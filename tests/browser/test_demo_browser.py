@@ -225,6 +225,8 @@ def test_a_new_photo_ends_a_comparison(chromium: "Browser", address: str) -> Non
         demo.upload(CLOTHES / "pants.jpg")
         demo.wait_for("pants")
         demo.page.locator("#maps figure").first.wait_for(state="detached")
+        assert next(iter(demo.probabilities())) == "pants"
+        assert demo.page.locator("#maps figure").count() == 0
 
 
 def test_no_other_host_is_contacted_and_nothing_is_stored(

@@ -64,6 +64,7 @@ EXACT: dict[str, Block] = {
     "lists, products": lambda z: sum(torch._foreach_mul([z, z * 2], [z.sigmoid(), z.tanh()])),  # type: ignore[arg-type,return-value]
     "lists, a constant": lambda z: sum(torch._foreach_add([z, z], [C.expand_as(z), 0 * z.sigmoid()])),  # type: ignore[arg-type,return-value]
     "lists, in place": in_place_lists,
+    "norms of lists as gates": lambda z: torch.stack([image * torch._foreach_norm([image])[0] for image in z]),
     "sparse values": as_diagonals,
     "sparse and dense again": lambda z: z.mean((2, 3)).to_sparse().to_dense(),
     "sparse.addmm": lambda z: torch.sparse.addmm(C.flatten(), z.mean((2, 3)), EYE.flip(0)),

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tests.helpers import LOADING, command, real_image
-from timm_bcos import BcosConfig, InputError, MethodError, bcosify
+from tests.helpers import LOADING, command, four_photos, real_image
+from timm_bcos import InputError, MethodError, bcosify
 from timm_bcos.data.datasets import load_dataset
 from timm_bcos.data.regions import cell_masks, cut_cells, join_cells, region_loader, without_cell
 from timm_bcos.evaluation.metrics import energy_shares, evaluate
@@ -31,16 +31,6 @@ def test_cells_by_hand() -> None:
     hidden = without_cell(x.expand(2, -1, -1, -1), torch.tensor([1, -1]), 2)
     assert (hidden[0, 0, :2, 3:] == x.mean()).all() and (hidden[0, 0, 2:] == x[0, 0, 2:]).all()
     assert (hidden[1] == x[0]).all()
-
-
-def four(size: int) -> Tensor:
-    x = real_image(size, 3)
-    return torch.cat([x, x[:1].flip(3)])
-
-
-@pytest.fixture(scope="module")
-def network() -> nn.Module:
-    return bcosify(timm.create_model("test_resnet", num_classes=5), BcosConfig.finetune(b=1.5)).eval()
 
 
 def test_energy_by_hand() -> None:
@@ -99,7 +89,7 @@ def photos(tmp_path: Path) -> Path:
         for number in range(2):
             path = tmp_path / "photos" / str(label) / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            image = (four(32)[2 * label + number] * 255).byte().permute(1, 2, 0).numpy()
+            image = (four_photos(32)[2 * label + number] * 255).byte().permute(1, 2, 0).numpy()
             Image.fromarray(image).resize((80, 40)).save(path)
     return tmp_path / "photos"
 

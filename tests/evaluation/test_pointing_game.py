@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tests.helpers import LOADING, PHOTOS, command, normalized, real_image
+from tests.helpers import LOADING, PHOTOS, command, four_photos, normalized
 from timm_bcos import BcosConfig, InputError, MethodError, bcosify, explain
 from timm_bcos.attribution.registry import attribute
 from timm_bcos.data.datasets import image_loader, load_dataset
@@ -327,19 +327,9 @@ def test_the_command_resumes(
     assert read_values(out) == values
 
 
-def four(size: int) -> Tensor:
-    x = real_image(size, 3)
-    return torch.cat([x, x[:1].flip(3)])
-
-
-@pytest.fixture(scope="module")
-def network() -> nn.Module:
-    return bcosify(timm.create_model("test_resnet", num_classes=5), BcosConfig.finetune(b=1.5)).eval()
-
-
 @pytest.fixture(scope="module")
 def grid() -> Tensor:
-    return join_cells(four(64), 2)
+    return join_cells(four_photos(64), 2)
 
 
 @pytest.mark.parametrize(("name", "options"), [("bcos", {}), ("test_resnet", {}), ("test_vit", {"img_size": 64})])

@@ -27,3 +27,9 @@ def normalized(x: Tensor, cfg: dict) -> Tensor:
 
 def smooth_noise(batch: int, channels: int, size: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return F.interpolate(torch.rand(batch, channels, 8, 8, dtype=dtype), size, mode="bilinear")
+
+
+def four_photos(size: int) -> Tensor:
+    """Three photos and the first one mirrored, (4, 3, size, size)."""
+    x = real_image(size, 3)
+    return torch.cat([x, x[:1].flip(3)])

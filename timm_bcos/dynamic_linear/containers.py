@@ -11,12 +11,10 @@ from .registry import Function, Mode, detached, rule
 __all__: list[str] = []
 
 PREFIX = "_foreach_"
-OTHER_NAMES = {"norm": "linalg_vector_norm"}
 
 
 def _single(name: str) -> Function | None:
     """The function that `torch._foreach_<name>` applies to each tensor of its lists."""
-    name = OTHER_NAMES.get(name, name)
     found: Function | None = getattr(Tensor if name.endswith("_") else torch, name, None)
     return found
 

@@ -337,7 +337,7 @@ LINEAR = """
     cartesian_prod combinations view_copy permute_copy expand_copy t_copy transpose_copy select_copy slice_copy
     squeeze_copy unsqueeze_copy unbind_copy split_copy split_with_sizes_copy alias_copy diagonal_copy as_strided_copy
     unfold_copy view_as_real_copy view_as_complex_copy _pack_padded_sequence narrow_copy chalf __reversed__ pin_memory
-    hfft2 ihfft2 hfftn ihfftn unsafe_chunk native_dropout
+    hfft2 ihfft2 hfftn ihfftn native_dropout
     to_sparse to_sparse_coo to_sparse_csr to_sparse_csc _to_dense values _values _sparse_sum
 """
 # Piecewise: which input an output takes, or its sign, is a constant of the linear map. Homogeneous of degree 1.

@@ -62,10 +62,10 @@ class BiasTrackingMode(DynamicLinearMode):
         self.tracker, self.kinds = tracker, Kinds()
         self.eps, self.heeds_hooks = torch.finfo(leaf.dtype).eps, False
         self._replaced: dict[int, tuple[Tensor, Tensor]] = {}
+        self._own: dict[int, int] = {}  # number of elements of each parameter and buffer
         for tensor in (*tracker.model.parameters(), *tracker.model.buffers()):
             self.kinds.set(tensor, Kind.CONSTANT)
-        own = (*tracker.model.parameters(), *tracker.model.buffers())
-        self._own = {memory_key(tensor): tensor.numel() for tensor in own}
+            self._own[memory_key(tensor)] = tensor.numel()
         self.kinds.set(leaf, Kind.IMAGE)
 
     def __torch_function__(
