@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..dynamic_linear.violations import Violation
 from ..errors import InputError
+from .photo import Photo
 from .visualization import Bars, Row, draw_rows, faded, map_to_rgba, on_white, overlay, save_figure, weights_to_rgba
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ class Explanation:
             means over the region. None without one.
         rounding: Measured bound of the output's rounding errors, if a part of the model computes in a narrower data
             type than its input's (`x.float()` in float64); otherwise 0.
+        class_names: Name of each class; empty if unknown.
+        photos: The photo of each image and the part of it that the model's image shows; empty if images were given as
+            tensors.
     """
 
     logits: Tensor
@@ -60,6 +64,8 @@ class Explanation:
     direction: Tensor | None = None
     region: Tensor | None = None
     rounding: float = 0.0
+    class_names: tuple[str, ...] = ()
+    photos: tuple[Photo, ...] = ()
 
     @property
     def logit(self) -> Tensor:
