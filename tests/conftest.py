@@ -1,6 +1,4 @@
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +7,7 @@ import torch
 
 from tests.helpers import PHOTOS, ROOT, hub_server
 from tests.helpers.memory import free_memory
+from tests.processes import run_python
 
 
 @pytest.fixture(autouse=True)
@@ -45,12 +44,4 @@ def hub_client(hub: hub_server.Hub, tmp_path: Path) -> dict[str, str]:
 @pytest.fixture
 def python(hub_client: dict[str, str], tmp_path: Path) -> Callable[..., str]:
     """Runs code, in `tmp_path`, in a process of its own whose Hub is ours: what it prints."""
-
-    def run(code: str, **environment: str) -> str:
-        result = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code], env={**hub_client, **environment},
-            cwd=tmp_path, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        return result.stdout + result.stderr
-
-    return run
+    return lambda code, **environment: run_python(code, {**hub_client, **environment}, tmp_path)[1]
