@@ -6,17 +6,20 @@ import pytest
 import torch
 
 from tests.helpers import PHOTOS, ROOT, hub_server
-from tests.helpers.memory import free_memory
+from tests.helpers.memory import free_memory, has_scripted
 from tests.processes import run_python
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _each_test() -> Iterator[None]:
     torch.manual_seed(0)
+    yield
+    if has_scripted():
+        free_memory()
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _free_memory() -> Iterator[None]:
+def _each_module() -> Iterator[None]:
     """A module's models leave nothing behind."""
     yield
     free_memory()
