@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attribution.registry import AttributionModel, attribute, check_counts
-from ..data.datasets import LabeledImages, image_batches, image_loader
+from ..data.datasets import LabeledImages, image_loader, map_batches
 from ..data.regions import cell_of_pixels, cut_cells, join_cells
 from ..errors import InputError, MethodError
 
 __all__ = [
-    "Confidence", "Disconnected", "Disconnection", "Grid", "cell_shares", "compose", "confidences", "grid_shares",
-    "grid_targets", "localization", "sample_grids",
+    "Confidence", "Disconnected", "Disconnection", "Grid", "cell_shares", "compose", "confidence_batches",
+    "confidences", "grid_shares", "grid_targets", "localization", "sample_grids",
 ]  # fmt: skip
 
 
@@ -65,7 +65,7 @@ class Grid:
 def confidences(
     model: nn.Module, dataset: LabeledImages, *, start: int = 0, batch_size: int = 32, progress: bool = True
 ) -> Iterator[Confidence]:
-    """Iterate over the predictions for all images of a labeled data set.
+    """Iterate over the predictions for all images of a labeled data set. Several processes share its batches.
 
     Args:
         model: A B-cos model or a plain timm model, in eval mode.
@@ -77,18 +77,32 @@ def confidences(
     Raises:
         InputError: If the data set has no labels, or a label is not a class of the model.
     """
+    for batch in confidence_batches(model, dataset, start=start, batch_size=batch_size, progress=progress):
+        yield from batch
+
+
+def confidence_batches(
+    model: nn.Module, dataset: LabeledImages, *, start: int = 0, batch_size: int = 32, progress: bool = True
+) -> Iterator[list[Confidence]]:
+    """Iterate over the same predictions batch by batch.
+
+    Batches are counted from the first image of the data set, so that a resumed run computes the same numbers.
+    """
     check_counts(batch_size=batch_size)
-    subject, indices = AttributionModel(model), range(start, len(dataset))
-    bar = "confidences" if progress else None
-    for some, images, labels in image_batches(model, dataset, indices, batch_size, bar):
+    subject, first = AttributionModel(model), start - start % batch_size
+
+    def predict(indices: Sequence[int], images: Tensor, labels: Tensor) -> list[Confidence]:
         probability = subject.probability(images).cpu()
         count = probability.shape[1]
         wrong = labels[(labels < 0) | (labels >= count)]
         if len(wrong):
             raise InputError(f"the data set has class {int(wrong[0])}, the model {count} classes from 0")
         predicted = probability.argmax(1).tolist()
-        for i, label, guess, p in zip(some, labels.tolist(), predicted, probability, strict=True):
-            yield Confidence(i, label, guess, p[label].item())
+        rows = zip(indices, labels.tolist(), predicted, probability, strict=True)
+        return [Confidence(i, label, guess, p[label].item()) for i, label, guess, p in rows if i >= start]
+
+    bar = "confidences" if progress else None
+    return map_batches(predict, model, dataset, range(first, len(dataset)), batch_size, bar)
 
 
 def sample_grids(

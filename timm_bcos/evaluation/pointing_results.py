@@ -5,7 +5,8 @@ Rows are appended to `confidences.csv` (predictions for all images) and `values.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from tqdm import tqdm
 
 from ..attribution.registry import method_name, method_names
 from ..data.datasets import LabeledImages
+from ..distributed import distributed_map, on_main
 from ..errors import InputError, MethodError
 from ..explanation.visualization import save_figure
 from ..files import atomic_path, write_csv
 from ..prefetch import prefetch
 from .paired import Gain, gains_table, paired_gains
-from .pointing_game import Confidence, Disconnected, Disconnection, Grid, compose, confidences, grid_shares
+from .pointing_game import Confidence, Disconnected, Disconnection, Grid, compose, confidence_batches, grid_shares
 from .results import append_rows, drop_torn_line, read_rows
 
 __all__ = ["play", "play_all", "read_confidences", "read_values", "summarize", "write_summary"]
@@ -47,11 +49,13 @@ Panels = dict[Panel, dict[str, np.ndarray]]
 def read_confidences(model: nn.Module, dataset: LabeledImages, folder: Path) -> list[Confidence]:
     """Predictions for all images, read from the directory's file; missing ones are computed first."""
     path = folder / "confidences.csv"
-    drop_torn_line(path)
-    done = len(path.read_text().splitlines()) - 1 if path.exists() else 0
+    read = partial(read_rows, path, CONFIDENCES)
+    on_main(partial(drop_torn_line, path))
+    done = len(on_main(read))
     if done < len(dataset):
-        append_rows(path, list(CONFIDENCES), map(dataclasses.astuple, confidences(model, dataset, start=done)))
-    return [Confidence(**row) for row in read_rows(path, CONFIDENCES)]
+        for batch in confidence_batches(model, dataset, start=done):
+            on_main(partial(append_rows, path, list(CONFIDENCES), map(dataclasses.astuple, batch)))
+    return [Confidence(**row) for row in on_main(read)]
 
 
 def read_values(folder: Path) -> dict[Key, list[float]]:
@@ -89,7 +93,7 @@ def play_all(
     Raises:
         InputError: If no method supports the model.
     """
-    drop_torn_line(folder / "values.csv")
+    on_main(partial(drop_torn_line, folder / "values.csv"))
     left_out: dict[str, str] = {}
     methods = method_names(methods)
     for grids in samples:
@@ -99,7 +103,7 @@ def play_all(
                 play(player, dataset, grids, method, folder, **options)
             except MethodError as error:
                 left_out[method] = str(error)
-        write_summary(folder, methods, left_out)
+        on_main(partial(write_summary, folder, methods, left_out))
     return list(left_out.values())
 
 
@@ -127,23 +131,29 @@ def play(
     Raises:
         MethodError: If the method does not support the model.
     """
-    (method,), done = method_names([method]), read_values(folder)
+    (method,), done = method_names([method]), on_main(partial(read_values, folder))
     todo = [
         (number, grid, missing)
         for number, grid in enumerate(grids)
         if (missing := [window for window in smooth if (grid.n, window, method, number) not in done])
     ]
-    pictures = prefetch(compose(model, dataset, grid) for _, grid, _ in todo)
-    progress = tqdm(
-        zip(todo, pictures, strict=True), f"{method} {grids[0].n}×{grids[0].n}", len(grids), disable=None,
-        initial=len(grids) - len(todo),
-    )  # fmt: skip
-    for (number, grid, missing), picture in progress:
-        shares = grid_shares(model, picture, grid, method, smooth=missing, batch_size=batch_size).tolist()
-        for window, values in zip(missing, shares, strict=True):
-            cells = zip(range(len(values)), grid.classes, grid.indices, values, strict=True)
-            rows = ((grid.n, window, method, number, cell, c, i, f"{v:.6f}") for cell, c, i, v in cells)
-            append_rows(folder / "values.csv", list(FIELDS), rows)
+
+    def compute(own: Sequence[tuple[int, Grid, list[int]]]) -> Iterator[list[tuple[object, ...]]]:
+        pictures = prefetch(compose(model, dataset, grid) for _, grid, _ in own)
+        title, done_before = f"{method} {grids[0].n}×{grids[0].n}", len(grids) - len(todo)
+        progress = tqdm(
+            zip(own, pictures, strict=True), title, done_before + len(own), initial=done_before, disable=None
+        )
+        for (number, grid, missing), picture in progress:
+            shares = grid_shares(model, picture, grid, method, smooth=missing, batch_size=batch_size).tolist()
+            yield [
+                (grid.n, window, method, number, cell, c, i, f"{v:.6f}")
+                for window, values in zip(missing, shares, strict=True)
+                for cell, c, i, v in zip(range(len(values)), grid.classes, grid.indices, values, strict=True)
+            ]
+
+    for rows in distributed_map(compute, todo):
+        on_main(partial(append_rows, folder / "values.csv", list(FIELDS), rows))
 
 
 def summarize(folder: Path, methods: Iterable[str]) -> Panels:
