@@ -71,7 +71,10 @@ def test_gray_images_have_colors() -> None:
     assert titles(figure)[:2] == ["image", "for class 0"]
 
 
-def test_no_image_is_refused() -> None:
+def test_what_cannot_be_plotted() -> None:
+    assert random_explanation(2)[:0]._repr_png_() is None
+    with pytest.raises(InputError, match="top=0: give the number of classes"):
+        random_explanation().plot(top=0)
     with pytest.raises(InputError, match="no images has nothing to plot"):
         random_explanation(2)[:0].plot()
 

@@ -60,9 +60,9 @@ class Explanation(Rows):
     def __repr__(self) -> str:
         return one_line(self)
 
-    def _repr_png_(self) -> bytes:
+    def _repr_png_(self) -> bytes | None:
         """A small figure of the first images, for notebooks."""
-        return figures.png_bytes(self)
+        return figures.png_bytes(self) if len(self) else None
 
     def at_scale(self, scale: int) -> Tensor:
         """Contributions of cells of scale × scale pixels: sums, which are as exact as the pixels' contributions.

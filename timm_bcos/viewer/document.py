@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..explanation.result import Explanation
-from ..explanation.titles import unit_name
+from ..explanation.titles import class_name
 from ..explanation.visualization import EPS, weights_to_rgba
 from ..files import AUTHOR, atomic_path
 
@@ -42,7 +42,7 @@ def viewer_html(
     Args:
         explanation: Explanation of one image, with a row per class to choose from, best first:
             `Explanation.stack(explain_targets(model, image, top=5))`.
-        class_names: Names of all classes of the model.
+        class_names: Names of all classes of the model; None for those of the explanation.
         title: Heading, for instance the names of photo and model.
         versus: Class, one of those explained, that is subtracted at first; None for none.
 
@@ -146,7 +146,7 @@ def _class(one: Explanation, class_names: Sequence[str] | None) -> dict[str, Any
     strength = one.weights[0].norm(dim=0)
     return {
         "index": target,
-        "name": unit_name("class", target, class_names),
+        "name": class_name(one, target, class_names),
         "probability": float(one.probability[0, target]),
         "logit": float(one.logit),
         "bias": float(one.bias),
