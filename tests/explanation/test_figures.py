@@ -5,9 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from torch import nn
 
+import timm_bcos
+from tests.helpers import enliven, real_image
 from tests.helpers.random_explanation import random_explanation
 from timm_bcos import InputError
 from timm_bcos.explanation.scale import cell_means
@@ -32,6 +36,19 @@ def test_names_of_the_explanation_are_the_default() -> None:
     other = explanation.plot(["a", "b", "c", "d"])
     assert titles(other)[1] == "for a" and set(labels(other)) == set("abcd")
     assert titles(random_explanation(size=(32, 32)).plot())[1] == "for class 0"
+
+
+def test_the_models_own_names_are_shown() -> None:
+    x = real_image(32)
+    model = enliven(timm.create_model("bcos_cnn9", num_classes=4), x)
+    assert timm_bcos.explain(model, x).class_names == ()
+    model.pretrained_cfg["label_names"] = NAMES
+    for wrapped in (model, timm_bcos.ShiftAveraged(model, 2).eval(), nn.DataParallel(model).eval()):
+        assert timm_bcos.explain(wrapped, x, 2).class_names == NAMES
+    assert titles(timm_bcos.explain(model, x, 2).plot())[1] == "for shoes"
+    assert timm_bcos.explain(model, x, 2, layer="features.4").class_names == ()
+    model.pretrained_cfg["label_names"] = NAMES[:3]
+    assert timm_bcos.explain(model, x).class_names == ()
 
 
 def test_two_scales_beside_each_other() -> None:
