@@ -103,6 +103,14 @@ def test_stacking_takes_photos_and_names_along(four: Explanation) -> None:
         Explanation.stack([random_explanation(), random_explanation(size=(5, 5))])
 
 
+def test_names_and_photos_may_be_lists() -> None:
+    listed = random_explanation(4, class_names=["a", "b", "c", "d"], photos=list(PHOTOS))
+    assert listed.class_names == ("a", "b", "c", "d") and listed.photos == PHOTOS
+    assert len(Explanation.stack([listed, listed]).photos) == 8
+    with pytest.raises(InputError, match="class_names='abcd': give a name for each class"):
+        random_explanation(class_names="abcd")
+
+
 def test_a_photo_for_each_image() -> None:
     with pytest.raises(InputError, match="4 photos for 2 images: give one per image, or none"):
         random_explanation(2, photos=PHOTOS)

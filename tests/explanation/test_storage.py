@@ -68,6 +68,11 @@ def test_the_least_comes_back(images: int, tmp_path: Path) -> None:
     assert_same(Explanation.load(tmp_path / "why.npz"), explanation)
 
 
+def test_names_are_written(tmp_path: Path) -> None:
+    random_explanation().save(tmp_path / "why.npz", ["a", "b", "c", "d"])
+    assert Explanation.load(tmp_path / "why.npz").class_names == ("a", "b", "c", "d")
+
+
 def test_layouts_in_memory_do_not_matter(tmp_path: Path) -> None:
     plain = random_explanation(2)
     values = {field.name: getattr(plain, field.name) for field in fields(plain)}

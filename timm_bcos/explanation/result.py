@@ -1,7 +1,7 @@
 """The result of explaining: one row of W(x) for each image, in numbers, pictures, words and files."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -230,14 +230,14 @@ class Explanation(Rows):
         Args:
             path: With the suffix .npz, everything is written as arrays and JSON, for `load`. With that of a picture,
                 `plot` is written.
-            class_names: As in `plot`.
+            class_names: Name of each class; None for those of the explanation.
             scale: As in `plot`.
 
         Raises:
             InputError: For any other suffix.
         """
         if storage.is_archive(path):
-            storage.write(self, path)
+            storage.write(self if class_names is None else replace(self, class_names=tuple(class_names)), path)
         else:
             storage.check_picture_suffix(path)
             save_figure(self.plot(class_names, scale=scale), path)
