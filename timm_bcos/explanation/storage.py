@@ -108,7 +108,7 @@ def read(kind: type[E], path: str | PathLike[str]) -> E:
         raise InputError(f"{path}: {error}") from error
     except KeyError as error:
         raise InputError(f"{path} is damaged: {error} is missing in it") from error
-    except (Exception, MemoryError) as error:  # decoders of damaged files raise errors of every kind
+    except Exception as error:  # decoders of damaged files raise errors of every kind
         raise InputError(f"{path} is damaged, or not an explanation: {first_line(error)}") from error
 
 
