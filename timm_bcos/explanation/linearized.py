@@ -1,6 +1,6 @@
 """The second and third step of an explanation: select outputs of a model's run, and attribute them to its images."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -211,7 +211,7 @@ def _class_names(model: nn.Module, count: int) -> tuple[str, ...]:
     """The names in the config of a model with this number of classes; empty without names."""
     for part in (model, converted_part(model)):
         config = getattr(part, "pretrained_cfg", None)
-        names = config.get("label_names") if isinstance(config, Mapping) else None
+        names = config.get("label_names") if isinstance(config, dict) else None
         if names and len(names) == count:
             return tuple(names)
     return ()

@@ -42,7 +42,7 @@ def viewer_html(
     Args:
         explanation: Explanation of one image, with a row per class to choose from, best first:
             `Explanation.stack(explain_targets(model, image, top=5))`.
-        class_names: Names of all classes of the model; None for those of the explanation.
+        class_names: Names of all classes of the model.
         title: Heading, for instance the names of photo and model.
         versus: Class, one of those explained, that is subtracted at first; None for none.
 
