@@ -15,8 +15,9 @@ PACKAGE = Path(timm_bcos.__file__).parent
 MODULES = {path: path.relative_to(PACKAGE.parent).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")}
 # from the lowest layer to the highest: a package imports from those before it
 LAYERS = (
-    "errors", "_compat", "files", "prefetch", "nn", "dynamic_linear", "explanation", "conversion", "integrations",
-    "weights", "models", "data", "training", "attribution", "evaluation", "concepts", "hub", "viewer", "demo", "cli",
+    "errors", "_compat", "files", "prefetch", "distributed", "nn", "dynamic_linear", "explanation", "conversion",
+    "integrations", "weights", "models", "data", "training", "attribution", "evaluation", "concepts", "hub", "viewer",
+    "demo", "cli",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import typer
 
 from ..exceptions import one_line, quiet_libraries, stop_if_interrupted
 from ..options import Classes, Device, ModelOptions, expand_groups
+from ..processes import map_with_outputs
 
 if TYPE_CHECKING:
     from ..photo_explainer import PhotoExplainer
@@ -90,13 +91,17 @@ def _explain_all(explainer: "PhotoExplainer", paths: Sequence[Path]) -> list[Pat
     """Explain all photos; failures are reported, and the remaining photos are explained."""
     from tqdm import tqdm
 
-    failures = []
-    for path in tqdm(paths, unit="photo", disable=True if len(paths) < 2 else None):
+    def attempt(path: Path) -> tuple[str, bool]:
         stop_if_interrupted()
         try:
-            report = explainer.explain(path)
+            return explainer.explain(path), True
         except Exception as error:
-            failures.append(path)
-            report = f"{path}: {one_line(error)}"
+            return f"{path}: {one_line(error)}", False
+
+    failures = []
+    reports = map_with_outputs(attempt, paths, explainer.outputs)
+    progress = tqdm(reports, total=len(paths), unit="photo", disable=True if len(paths) < 2 else None)
+    for path, (report, is_explained) in zip(paths, progress, strict=True):
+        failures += [] if is_explained else [path]
         tqdm.write(report)
     return failures
