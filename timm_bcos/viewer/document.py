@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..explanation.result import Explanation
+from ..explanation.scale import default_scale
 from ..explanation.titles import class_name
 from ..explanation.visualization import EPS, weights_to_rgba
 from ..files import AUTHOR, atomic_path
@@ -129,6 +130,7 @@ def _data(
         "title": title,
         "height": height,
         "width": width,
+        "scale": default_scale(height, width),
         "photo": _png(image),
         "probability": explanation.probability_kind,
         "classCount": explanation.logits.shape[1],
