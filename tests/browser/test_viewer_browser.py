@@ -171,7 +171,8 @@ def test_opens_at_the_scale_of_figures(viewer: Viewer, hat: Path, explanation: E
     cells = explanation[0].at_scale(side)[0]
     best = int(cells.abs().argmax())
     row, column = best // cells.shape[1] * side, best % cells.shape[1] * side
-    assert viewer.text("#place").startswith(f"Rows {row} to {row + side - 1}, columns {column} to {column + side - 1} (")
+    place = f"Rows {row} to {row + side - 1}, columns {column} to {column + side - 1} (the strongest)"
+    assert viewer.text("#place") == place
     assert_close(viewer.text("#contribution"), cells.flatten()[best])
     viewer.page.focus("#scale")
     for _ in range(9):
