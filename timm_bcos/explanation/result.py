@@ -118,7 +118,7 @@ class Explanation(Rows):
 
         Args:
             scale: Side of the cells that are shown, in pixels of the model's image, as in `at_scale`; 1 for single
-                pixels. Default: a power of two near 1 / 14 of the image's shorter side, 16 for 224 × 224 pixels.
+                pixels. Default: a power of two near 1 / 11 of the image's shorter side, 16 for 224 × 224 pixels.
 
         Returns:
             RGB image of Pillow, at the size of the photo, or of the image if there is no photo. What the model does not
