@@ -29,7 +29,16 @@ if TYPE_CHECKING:
 
     from .result import Explanation
 
-__all__ = ["RGB_KINDS", "check_not_empty", "color_picture", "overlay_picture", "photo_map", "plot", "png_bytes", "to_rgb"]
+__all__ = [
+    "RGB_KINDS",
+    "check_not_empty",
+    "color_picture",
+    "overlay_picture",
+    "photo_map",
+    "plot",
+    "png_bytes",
+    "to_rgb",
+]
 
 COLOR_CHANNELS = (1, 3)  # of images whose weights can be read as colors
 PNG_ROWS, PNG_DPI = 4, 50  # of the small figure in notebooks
