@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.datasets import LabeledImages, image_batches
-from ..explanation.result import unit_name
+from ..explanation.titles import unit_name
 from ..explanation.visualization import Bars, Row, draw_rows, on_white
 from ..files import write_csv
 from .decomposition import ConceptDecomposition, explain_concepts

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..explanation.result import Explanation, unit_name
+from ..explanation.result import Explanation
+from ..explanation.titles import unit_name
 from ..explanation.visualization import EPS, weights_to_rgba
 from ..files import AUTHOR, atomic_path
 
