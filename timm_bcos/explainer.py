@@ -234,7 +234,8 @@ class Explainer:
 
     def _transform(self, photo: NamedPhoto) -> tuple[Tensor, Photo]:
         try:
-            image, box = transform_photo(photo.image.convert(self._mode), self._steps)
+            seen = photo.image if self._mode == "RGB" else photo.image.convert(self._mode)
+            image, box = transform_photo(seen, self._steps)
         except InputError as error:
             raise InputError(f"{photo.label}: {error}") from error
         return image, Photo(photo.image, box, photo.name)

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import timm
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from ..errors import InputError
@@ -62,7 +62,7 @@ def is_own_picture(path: Path) -> bool:
     """Whether this package wrote an image."""
     try:
         with _quiet(), Image.open(path) as image:
-            return image.info.get("Software") == AUTHOR
+            return AUTHOR in (image.info.get("Software"), image.getexif().get(ExifTags.Base.Software))
     except Exception:  # `open_photo` reports what is wrong with it
         return False
 

@@ -10,7 +10,8 @@ from ..options import Classes, DataOptions, Device, Layer, ModelOptions, expand_
 
 if TYPE_CHECKING:
     from ...concepts.dictionary import Concepts
-    from ..photo_explainer import PhotoExplainer
+    from ...explainer import Explainer
+    from ..outputs import OutputPaths
 
 __all__ = ["concepts"]
 
@@ -41,10 +42,10 @@ def concepts(
     from ...concepts.learning import learn_concepts
     from ...data.photos import find_photos
     from ...evaluation.neurons import find_strongest, plot_wall
+    from ...explainer import Explainer
     from ...explanation.visualization import save_figure
     from ...models.class_names import class_names, find_class
     from ..outputs import OutputPaths
-    from ..photo_explainer import PhotoExplainer
 
     with quiet_libraries():
         given = list(find_photos(photos)) if photos else []
@@ -54,7 +55,7 @@ def concepts(
         names = class_names(model, classes)
         asked = None if target is None else find_class(target, names, model.num_classes)
         found = learn_concepts(model, labeled, layer, count, method)
-    reader = PhotoExplainer(model, names, (), top, outputs)
+    reader = Explainer(model, class_names=names)
     found.save(out / "concepts.safetensors")
     strongest = find_strongest(model, labeled, layer, images, encode=found.encode)
     shown = strongest.most_active(count, images)
@@ -62,21 +63,23 @@ def concepts(
     save_figure(wall, outputs.claim("wall", ".png"))
     save_shares(class_shares(model, labeled, found, model.num_classes), names, out / "shares.csv")
     for path in given:
-        typer.echo(_explain(path, reader, found, asked, top))
+        typer.echo(_explain(path, reader, outputs, found, asked, top))
     typer.echo(f"wrote {out}")
 
 
-def _explain(path: Path, reader: "PhotoExplainer", found: "Concepts", target: int | None, top: int) -> str:
+def _explain(
+    path: Path, reader: "Explainer", outputs: "OutputPaths", found: "Concepts", target: int | None, top: int
+) -> str:
     from ...concepts.decomposition import explain_concepts
     from ...concepts.figures import plot_decomposition
     from ...explanation.visualization import save_figure
 
-    decomposition = explain_concepts(reader.model, reader.read(path), found, target, top=top)
-    save_figure(plot_decomposition(decomposition, reader.names), reader.outputs.claim(path.stem, ".png"))
+    decomposition = explain_concepts(reader.model, reader.read(path).images, found, target, top=top)
+    save_figure(plot_decomposition(decomposition, reader.class_names), outputs.claim(path.stem, ".png"))
     parts = zip(decomposition.strongest[0].tolist(), decomposition.pixels, strict=True)
     shares = ", ".join(f"concept {concept} {float(one.logit):+.3f}" for concept, one in parts)
     whole = decomposition.explanation
     return (
-        f"{path}: {reader.names[int(whole.target)]}, logit {float(whole.logit):.3f}, of which {shares}   "
+        f"{path}: {reader.class_names[int(whole.target)]}, logit {float(whole.logit):.3f}, of which {shares}   "
         f"completeness error {float(decomposition.completeness_error):.1e}"
     )
