@@ -215,5 +215,7 @@ def photo_mode(model: nn.Module) -> str:
     channels = image_channels(model) or 3
     mode = next((mode for mode, count in CHANNELS.items() if count == channels), None)
     if mode is None:
-        raise InputError(f"photos have 1 or 3 channels, {type(model).__name__} takes {channels}")
+        raise InputError(
+            f"the model takes {channels} channels, photos have 1 or 3 channels: pass images to timm_bcos.explain"
+        )
     return mode
