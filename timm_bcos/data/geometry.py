@@ -92,7 +92,7 @@ def _steps(transform: Any) -> Iterator[Any]:
     name = _name(transform)
     if name == "Compose":
         transform = transform.transforms
-    if isinstance(transform, Sequence | nn.Sequential):
+    if isinstance(transform, list | tuple | nn.Sequential):
         for step in transform:
             yield from _steps(step)
     elif name in ("ImageClassification", "SemanticSegmentation", "ObjectDetection"):  # presets of torchvision's weights
@@ -128,8 +128,8 @@ def transform_photo(photo: Image.Image, steps: Sequence[Any]) -> tuple[Tensor, B
         steps: Steps that `flatten_transform` returns.
 
     Returns:
-        Image (C, H, W) in [0, 1], and (left, top, right, bottom) of its edges in pixels of the photo; padding lies
-        outside the photo.
+        Image (C, H, W) in [0, 1], and (left, top, right, bottom) of its edges in pixels of the photo. Padding lies
+        outside the photo, unless it follows a crop: then it covers what was cropped.
 
     Raises:
         InputError: If a step fails, for instance because a side of the image would have no pixels.
