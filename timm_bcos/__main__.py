@@ -14,9 +14,9 @@ def main() -> None:
 
 
 def _command() -> None:
-    from .cli.app import app
+    from .cli.app import start
 
-    app()
+    start()
 
 
 if __name__ == "__main__":

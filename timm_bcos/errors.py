@@ -46,6 +46,10 @@ class MethodError(BcosError, ValueError):
     """An attribution method or metric that does not exist, lacks its library, or does not suit the architecture."""
 
 
+class DistributedError(BcosError, RuntimeError):
+    """Processes that were started together cannot connect to each other, or one of them has ended."""
+
+
 class MissingError(BcosError, ImportError):
     """A part of timm, torch or another library that is needed, and that the installed version does not have."""
 

@@ -3,7 +3,7 @@
 No module that this one imports may import torch or timm, which takes seconds: commands import them when they run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -23,8 +23,9 @@ from .commands.models import models
 from .commands.neurons import neurons
 from .commands.publish_model import publish
 from .commands.run import run
+from .processes import in_one_process, in_shared_processes, print_in_all, print_in_first
 
-__all__ = ["app"]
+__all__ = ["app", "start"]
 
 SUMMARY = "B-cos models for timm, with exact explanations."
 
@@ -36,29 +37,36 @@ class Command:
     Attributes:
         function: Function that runs the command.
         example: Arguments of an example call.
+        processes: What torchrun's processes do: `in_shared_processes`, `in_one_process` or `print_in_all`.
         name: Name of the command, if it is not the function's.
         settings: Click's context settings.
     """
 
     function: Callable[..., None]
     example: str
+    processes: Callable[[Callable[..., None]], Callable[..., None]] = in_one_process
     name: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
 
 COMMANDS = (
-    Command(explain, "explain photo.jpg --model bcosv2_resnet50 --top 2 --out explanations"),
+    Command(explain, "explain photo.jpg --model bcosv2_resnet50 --top 2 --out explanations", in_shared_processes),
     Command(check, "check --model starnet_s1"),
     Command(convert, "convert --model resnet50 --b 2 --out converted"),
     Command(models, "models 'bcosv2_*' --pretrained"),
-    Command(neurons, "neurons --layer blocks.4 --data-dir photos --split test --out neurons"),
-    Command(concepts, "concepts photo.jpg --layer blocks.4 --data-dir photos --split test --method nmf --count 6"),
+    Command(neurons, "neurons --layer blocks.4 --data-dir photos --split test --out neurons", in_shared_processes),
+    Command(
+        concepts,
+        "concepts photo.jpg --layer blocks.4 --data-dir photos --split test --method nmf --count 6",
+        in_shared_processes,
+    ),
     Command(publish, "publish ORG/NAME --checkpoint model_best.pth.tar --classes photos/train --photo cat.jpg --space"),
     Command(export, "export --model bcos_cifar_resnet20 --out cifar.pt2"),
     Command(demo, "demo --model bcosv2_resnet50 --port 8080"),
     Command(
         run,
         "run validate.py --model bcos_densenet121 --data-dir imagenet",
+        print_in_all,
         settings=dict(allow_interspersed_args=False, ignore_unknown_options=True),
     ),
 )
@@ -67,16 +75,35 @@ GROUPS = {
         Command(
             pointing_game,
             "evaluate pointing-game --data-dir photos --split test --method bcos --method gradcam --n 2 --grids 100",
+            in_shared_processes,
         ),
-        Command(metrics, "evaluate metrics --data-dir photos --split test --metric deletion --images 20"),
-        Command(aggatt, "evaluate aggatt --data-dir photos --split test --method bcos --method gradcam"),
-        Command(compare, "evaluate compare plain.pth.tar bcos.pth.tar --data-dir photos --split test"),
+        Command(
+            metrics,
+            "evaluate metrics --data-dir photos --split test --metric deletion --images 20",
+            in_shared_processes,
+        ),
+        Command(
+            aggatt,
+            "evaluate aggatt --data-dir photos --split test --method bcos --method gradcam",
+            in_shared_processes,
+        ),
+        Command(
+            compare,
+            "evaluate compare plain.pth.tar bcos.pth.tar --data-dir photos --split test",
+            in_shared_processes,
+        ),
     ),
     ("gallery", "Plot explanations of many images in one figure."): (
-        Command(of_classes, "gallery classes --data-dir photos --split test --show hat --out classes.png", "classes"),
+        Command(
+            of_classes,
+            "gallery classes --data-dir photos --split test --show hat --out classes.png",
+            in_shared_processes,
+            "classes",
+        ),
         Command(
             of_methods,
             "gallery methods --data-dir photos --split test --method bcos --method lrp",
+            in_shared_processes,
             "methods",
         ),
     ),
@@ -101,7 +128,9 @@ def _group(summary: str, commands: tuple[Command, ...]) -> typer.Typer:
     group = typer.Typer(help=summary, no_args_is_help=True, pretty_exceptions_enable=False)
     for command in commands:
         epilog = f"Example: timm-bcos {command.example}"
-        group.command(command.name, epilog=epilog, context_settings=command.settings)(command.function)
+        group.command(command.name, epilog=epilog, context_settings=command.settings)(
+            command.processes(command.function)
+        )
     return group
 
 
@@ -109,3 +138,13 @@ app = _group(SUMMARY, COMMANDS)
 app.callback()(_options)
 for (name, summary), commands in GROUPS.items():
     app.add_typer(_group(summary, commands), name=name)
+
+
+def start(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line. Of several processes, only process 0 prints.
+
+    Args:
+        arguments: Arguments; None for those of the process.
+    """
+    with print_in_first():
+        app(arguments)

@@ -1,7 +1,9 @@
 """Names of output files. No input file, no other file of the user, and no file of the same run is overwritten."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from ..explanation.video import VIDEO_SUFFIXES, is_own_film
 from ..files import AUTHOR, atomic_path
 from ..viewer.document import is_own_page
 
-__all__ = ["OutputPaths", "is_own", "is_video", "save_photo", "slug"]
+__all__ = ["Claim", "OutputPaths", "is_own", "is_video", "save_photo", "slug"]
 
 LONGEST_NAME = 255  # bytes, the limit of most file systems
 
@@ -27,6 +29,16 @@ def is_own(path: Path) -> bool:
     """Whether this package wrote an image, HTML file or video."""
     known = is_own_film if is_video(path) else is_own_page if path.suffix == ".html" else is_own_picture
     return os.path.isfile(path) and known(path)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Arguments of `OutputPaths.claim`, and a temporary path."""
+
+    stem: str
+    suffix: str
+    label: str
+    path: Path
 
 
 class OutputPaths:
@@ -45,6 +57,7 @@ class OutputPaths:
         self.folder = folder
         self.inputs = {identity for path in inputs if (identity := _identity(path)) is not None}
         self.taken: set[str] = set()
+        self._temporary: tuple[Path, list[Claim]] | None = None
 
     def claim(self, stem: str, suffix: str, label: str = "") -> Path:
         """Choose a path that does not exist, or that an earlier run wrote.
@@ -54,10 +67,23 @@ class OutputPaths:
             suffix: Suffix, with its dot.
             label: Part between stem and suffix, never truncated; followed by a number if necessary.
         """
+        if self._temporary is not None:
+            folder, claims = self._temporary
+            claims.append(Claim(stem, suffix, label, folder / f"{len(claims)}{suffix}"))
+            return claims[-1].path
         names = (_fitted(stem, label + ("" if k == 1 else f"_{k}") + suffix) for k in count(1))
         name = next(n for n in names if n.casefold() not in self.taken and self._is_free(self.folder / n))
         self.taken.add(name.casefold())  # some file systems do not distinguish a.png from A.png
         return self.folder / name
+
+    @contextmanager
+    def temporarily_in(self, folder: Path) -> Iterator[list[Claim]]:
+        """Context manager in which `claim` returns temporary paths, and records what they stand for."""
+        self._temporary = (folder, [])
+        try:
+            yield self._temporary[1]
+        finally:
+            self._temporary = None
 
     def _is_free(self, path: Path) -> bool:
         return not os.path.lexists(path) or (_identity(path) not in self.inputs and is_own(path))

@@ -1,12 +1,13 @@
 """A dictionary of concepts: directions of a layer's features, and the coefficients of features along them."""
 
+import json
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import InputError
@@ -105,7 +106,7 @@ class Concepts:
         notes = dict(layer=self.layer, gate=self.gate, active=str(self.active), method=self.method)
         tensors = dict(decoder=self.decoder.contiguous().cpu(), encoder=self.encoder.contiguous().cpu())
         with atomic_path(path) as temporary:
-            save_file(tensors, temporary, notes)
+            temporary.write_bytes(_with_sorted_header(save(tensors, notes)))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Concepts":
@@ -122,3 +123,11 @@ class Concepts:
             return cls(notes["layer"], **matrices, gate=notes["gate"], active=active, method=notes["method"])
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise InputError(f"{path} is not a file of concepts from timm-bcos ({error})") from error
+
+
+def _with_sorted_header(contents: bytes) -> bytes:
+    """The contents of a safetensors file with a sorted header, so that equal concepts are equal files."""
+    end = 8 + int.from_bytes(contents[:8], "little")
+    header = json.dumps(json.loads(contents[8:end]), sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors are aligned
+    return len(header).to_bytes(8, "little") + header + contents[end:]

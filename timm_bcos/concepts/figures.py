@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..data.datasets import LabeledImages, image_batches
-from ..explanation.titles import unit_name
+from ..data.datasets import LabeledImages, map_batches
+from ..explanation.titles import class_name
 from ..explanation.visualization import Bars, Row, draw_rows, on_white
 from ..files import write_csv
 from .decomposition import ConceptDecomposition, explain_concepts
@@ -25,14 +25,14 @@ def plot_decomposition(decomposition: ConceptDecomposition, class_names: Sequenc
 
     Args:
         decomposition: Result of `explain_concepts`.
-        class_names: Name of each class.
+        class_names: Name of each class; None for those of the explanation.
     """
     whole = decomposition.explanation
     columns = [whole, *decomposition.pixels]
     pictures = [whole.image.movedim(1, -1), *(on_white(one.to_rgba()) for one in columns)]
     rows = []
     for i in range(len(whole)):
-        name = unit_name("class", int(whole.target[i]), class_names)
+        name = class_name(whole, int(whole.target[i]), class_names)
         titles = [f"concept {int(one.target[i])}: {float(one.logit[i]):+.2f}" for one in decomposition.pixels]
         titles = ["image", f"{name}: logit {float(whole.logit[i]):.2f}", *titles]
         shown = [(title, picture[i]) for title, picture in zip(titles, pictures, strict=True)]
@@ -62,6 +62,8 @@ def class_shares(
 ) -> Tensor:
     """Mean contribution of each concept to the logit of the labeled class, over each class's images.
 
+    Several processes share the batches (`timm_bcos.distributed`).
+
     Args:
         model: A B-cos model in eval mode.
         dataset: Data set from `timm.data.create_dataset`.
@@ -75,11 +77,15 @@ def class_shares(
         without images.
     """
     total, count = torch.zeros(num_classes, len(concepts) + 2, dtype=torch.float64), torch.zeros(num_classes)
-    bar = "shares" if progress else None
-    for _, images, labels in image_batches(model, dataset, range(len(dataset)), batch_size, bar):
+
+    def shares(indices: Sequence[int], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         decomposition = explain_concepts(model, images, concepts, labels, top=0)
         rows = torch.cat([decomposition.shares, decomposition.rest[:, None], decomposition.other[:, None]], 1)
-        total.index_add_(0, labels, rows.double().cpu())
+        return rows.double().cpu(), labels
+
+    bar = "shares" if progress else None
+    for rows, labels in map_batches(shares, model, dataset, range(len(dataset)), batch_size, bar):
+        total.index_add_(0, labels, rows)
         count += labels.bincount(minlength=num_classes)
     return total / count[:, None]
 

@@ -1,14 +1,17 @@
 """Learning the concepts of a layer from a data set: by NMF, clustering, or a sparse autoencoder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..attribution.registry import AttributionModel, check_counts
-from ..data.datasets import LabeledImages, image_batches
+from ..data.datasets import LabeledImages, map_batches
+from ..distributed import on_main
 from ..errors import InputError
 from ..evaluation.neurons import layer_maps
 from .dictionary import Concepts
@@ -29,6 +32,8 @@ def learn_concepts(
     progress: bool = True,
 ) -> Concepts:
     """Learn concepts from feature vectors of a layer.
+
+    Several processes share the images (`timm_bcos.distributed`); process 0 learns the concepts.
 
     Args:
         model: A B-cos model in eval mode.
@@ -54,7 +59,7 @@ def learn_concepts(
     features = collect_features(model, dataset, layer, vectors, batch_size=batch_size, seed=seed, progress=progress)
     if method != "channels" and count > len(features):
         raise InputError(f"{count} concepts from {len(features)} feature vectors: give more images, or fewer concepts")
-    return METHODS[method](layer, features, count, seed)
+    return on_main(partial(METHODS[method], layer, features, count, seed))
 
 
 def collect_features(
@@ -67,18 +72,26 @@ def collect_features(
     seed: int = 0,
     progress: bool = True,
 ) -> Tensor:
-    """At most `vectors` feature vectors (M, C) at random positions of random images."""
+    """At most `vectors` feature vectors (M, C) at random positions of random images.
+
+    Positions depend on the seed and the image alone, so that processes can share the images.
+    """
     if len(dataset) == 0:
         raise InputError("the data set has no images")
     generator, subject = torch.Generator().manual_seed(seed), AttributionModel(model)
     order = torch.randperm(len(dataset), generator=generator).tolist()
     each = max(1, -(-vectors // len(order)))
     found: list[Tensor] = []
-    for _, images, _ in image_batches(model, dataset, order, batch_size, layer if progress else None):
-        maps = layer_maps(subject, layer, images)
-        for one in maps:
-            picked = torch.randperm(one.shape[1], generator=generator)[:each]
-            found.append(one[:, picked.to(one.device)].T.cpu())
+
+    def pick(indices: Sequence[int], images: Tensor, labels: Tensor) -> Tensor:
+        picked = []
+        for index, features in zip(indices, layer_maps(subject, layer, images), strict=True):
+            positions = np.random.default_rng((seed % 2**64, index)).permutation(features.shape[1])[:each]
+            picked.append(features[:, torch.from_numpy(positions).to(features.device)].T.cpu())
+        return torch.cat(picked)
+
+    for features in map_batches(pick, model, dataset, order, batch_size, layer if progress else None):
+        found.append(features)
         if sum(map(len, found)) >= vectors:
             break
     return torch.cat(found)[:vectors]

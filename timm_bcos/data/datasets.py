@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol, TypeVar, cast
 
 import timm
 import torch
@@ -11,11 +11,14 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..distributed import distributed_map
 from ..errors import InputError
 from ..prefetch import prefetch
 from .photos import photo_transform
 
-__all__ = ["LabeledImages", "image_batches", "image_loader", "load_dataset"]
+__all__ = ["LabeledImages", "image_batches", "image_loader", "load_dataset", "map_batches"]
+
+R = TypeVar("R")
 
 # names of splits' directories. timm treats the names of a group as synonyms, and loads all images if there are none
 SPLITS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"), ("test", "testing"))
@@ -65,8 +68,46 @@ def image_batches(
     Yields:
         Indices, images (N, C, H, W) in [0, 1] on the model's device, and classes (N,) on the CPU.
     """
+    return _load_batches(model, dataset, _batches(indices, batch_size), bar)
+
+
+def map_batches(
+    function: Callable[[Sequence[int], Tensor, Tensor], R],
+    model: nn.Module,
+    dataset: LabeledImages,
+    indices: Sequence[int],
+    batch_size: int,
+    bar: str | None = None,
+) -> Iterator[R]:
+    """Apply a function to each batch of a data set. Several processes share the batches (`timm_bcos.distributed`).
+
+    Args:
+        function: Function of what `image_batches` yields. Its results must be picklable, and tensors on the CPU.
+        model: Model that the images are prepared for.
+        dataset: Labeled images.
+        indices: Indices of the images.
+        batch_size: Number of images per batch.
+        bar: Title of the progress bar; None for no bar.
+
+    Yields:
+        The result of each batch, in order.
+    """
+
+    def compute(parts: Sequence[Sequence[int]]) -> Iterator[R]:
+        for batch in _load_batches(model, dataset, parts, bar):
+            yield function(*batch)
+
+    return distributed_map(compute, _batches(indices, batch_size))
+
+
+def _batches(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:
+    return [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+
+
+def _load_batches(
+    model: nn.Module, dataset: LabeledImages, parts: Sequence[Sequence[int]], bar: str | None
+) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
     load, device = image_loader(model, dataset), next(model.parameters()).device
-    parts = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     batches = zip(parts, prefetch([load(i) for i in part] for part in parts), strict=True)
     for some, loaded in tqdm(batches, bar, len(parts), disable=True if bar is None else None):
         images, labels = zip(*loaded, strict=True)

@@ -5,7 +5,7 @@ averaged in ranges of percentiles, which are narrow for the best and the worst m
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..attribution.registry import attribute, method_names
 from ..data.datasets import LabeledImages
+from ..distributed import distributed_map
 from ..errors import InputError, MethodError
 from ..prefetch import prefetch
 from .pointing_game import Grid, cell_shares, compose, grid_targets
@@ -88,13 +89,16 @@ def _play(
     model: nn.Module, dataset: LabeledImages, grids: Sequence[Grid], method: str, smooth: int
 ) -> tuple[Tensor, Tensor]:
     """Maps (G, h, w) of the classes of the first cells, and their shares (G,) in these cells."""
-    maps, shares = [], []
-    pictures = prefetch(compose(model, dataset, grid) for grid in grids)
-    for grid, picture in tqdm(zip(grids, pictures, strict=True), method, len(grids), disable=None):
-        found = attribute(model, picture, int(grid_targets(model, grid)[0]), method)
-        shares.append(cell_shares(found, grid.n, smooth)[0, 0, 0].cpu())
-        even = F.avg_pool2d(found[:, None], smooth, 1, smooth // 2)
-        maps.append(F.adaptive_avg_pool2d(even.clamp_min(0), SIDE)[0, 0].cpu())
+
+    def compute(own: Sequence[Grid]) -> Iterator[tuple[Tensor, Tensor]]:
+        pictures = prefetch(compose(model, dataset, grid) for grid in own)
+        for grid, picture in tqdm(zip(own, pictures, strict=True), method, len(own), disable=None):
+            found = attribute(model, picture, int(grid_targets(model, grid)[0]), method)
+            even = F.avg_pool2d(found[:, None], smooth, 1, smooth // 2)
+            small = F.adaptive_avg_pool2d(even.clamp_min(0), SIDE)
+            yield small[0, 0].cpu(), cell_shares(found, grid.n, smooth)[0, 0, 0].cpu()
+
+    maps, shares = zip(*distributed_map(compute, grids), strict=True)
     return torch.stack(maps), torch.stack(shares)
 
 

@@ -4,12 +4,13 @@ Figures A1 to A4 of the supplement of arXiv 2205.10268.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from ..attribution.registry import attribute, check_counts, method_names
+from ..distributed import distributed_map
 from ..errors import InputError, MethodError
 from ..explanation.api import explain
 from ..explanation.visualization import map_to_rgba, on_white
@@ -55,7 +56,8 @@ def plot_methods(
 ) -> "Figure":
     """Plot a row per image and a column per method. The model's own explanation is also shown in color.
 
-    Methods that do not support the model, or whose library is missing, are left out with a warning.
+    Methods that do not support the model, or whose library is missing, are left out with a warning. Several processes
+    share the methods (`timm_bcos.distributed`).
 
     Args:
         model: A B-cos model or a plain timm model, in eval mode.
@@ -64,16 +66,20 @@ def plot_methods(
         methods: Attribution methods, names in `timm_bcos.attribution.registry.METHODS`.
         class_names: Names of all classes, for the titles.
     """
+
+    def compute(own: Sequence[str]) -> Iterator[list[tuple[str, Tensor]] | MethodError]:
+        for method in own:
+            try:
+                yield _columns(model, x, targets, method)
+            except MethodError as error:
+                yield error
+
     columns: list[tuple[str, Tensor]] = [("image", _colors(x))]
-    for method in method_names(methods):
-        try:
-            maps = attribute(model, x, list(targets), method)
-        except MethodError as error:
-            warnings.warn(f"left out: {error}", stacklevel=2)
-            continue
-        if method == "bcos":
-            columns.append(("B-cos in color", on_white(explain(model, x, list(targets)).to_rgba())))
-        columns.append((method, map_to_rgba(maps)[..., :3]))
+    for found in distributed_map(compute, method_names(methods)):
+        if isinstance(found, MethodError):
+            warnings.warn(f"left out: {found}", stacklevel=2)
+        else:
+            columns += found
     figure, axes = _figure(len(x), len(columns))
     for column, (title, pictures) in enumerate(columns):
         for row, picture in enumerate(pictures):
@@ -84,6 +90,14 @@ def plot_methods(
             axes[row, 0].text(-0.05, 0.5, class_names[target], fontsize=8, rotation=90, ha="right", va="center",
                               transform=axes[row, 0].transAxes)  # fmt: skip
     return figure
+
+
+def _columns(model: nn.Module, x: Tensor, targets: Sequence[int], method: str) -> list[tuple[str, Tensor]]:
+    """Titles and pictures (N, H, W, 3) of a method."""
+    columns = [(method, map_to_rgba(attribute(model, x, list(targets), method))[..., :3].cpu())]
+    if method == "bcos":
+        columns.insert(0, ("B-cos in color", on_white(explain(model, x, list(targets)).to_rgba()).detach().cpu()))
+    return columns
 
 
 def plot_classes(model: nn.Module, x: Tensor, targets: Sequence[int], class_names: Sequence[str]) -> "Figure":

@@ -18,8 +18,9 @@ does not rank pixels, and a constant probability has no correlation.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from ..attribution.registry import (
 )
 from ..data.datasets import LabeledImages, image_loader
 from ..data.regions import cell_masks, region_loader, region_masks, without_cell
+from ..distributed import distributed_map, on_main
 from ..errors import InputError, MethodError
 from ..files import atomic_path
 from .results import append_rows, drop_torn_line, read_rows
@@ -316,7 +318,7 @@ def evaluate_all(
     images: int = 20,
     regions: Path | None = None,
 ) -> list[str]:
-    """Compute all metrics of all methods that are not in the directory yet.
+    """Compute all metrics of all methods that are not in the directory yet. Several processes share the pairs.
 
     Args:
         model: A B-cos model or a plain timm model, in eval mode.
@@ -334,22 +336,33 @@ def evaluate_all(
     indices = np.linspace(0, len(dataset) - 1, min(images, len(dataset))).round().astype(int).tolist()
     x, targets = _load(model, dataset, indices)
     masks = None if regions is None else region_masks(region_loader(model, dataset, regions), indices).to(x.device)
-    drop_torn_line(folder / "metrics.csv")
-    done, left_out = read_values(folder, len(indices)), {}
     methods = method_names(methods)
-    for metric, method in tqdm([(m, a) for m in metrics for a in methods], "metrics", disable=None):
-        if (metric, method) in done:
+    on_main(partial(drop_torn_line, folder / "metrics.csv"))
+    read = partial(read_values, folder, len(indices))
+    done = on_main(read)
+    todo = [(metric, method) for metric in metrics for method in methods if (metric, method) not in done]
+
+    def compute(own: Sequence[tuple[str, str]]) -> Iterator[list[float] | MethodError]:
+        for metric, method in tqdm(own, "metrics", disable=None):
+            try:
+                yield evaluate(model, x, targets, metric, method, masks=masks).tolist()
+            except MethodError as error:
+                yield error
+
+    left_out: dict[str, str] = {}
+    for (metric, method), values in zip(todo, distributed_map(compute, todo), strict=True):
+        if isinstance(values, MethodError):
+            left_out[method] = str(values)
             continue
-        try:
-            values = evaluate(model, x, targets, metric, method, masks=masks).tolist()
-        except MethodError as error:
-            left_out[method] = str(error)
-            continue
-        rows = ((metric, method, i, f"{v:.6g}") for i, v in zip(indices, values, strict=True))
-        append_rows(folder / "metrics.csv", list(FIELDS), rows)
-    with atomic_path(folder / "metrics.md") as path:
-        path.write_text(_table(read_values(folder, len(indices)), methods, metrics))
+        rows = [(metric, method, i, f"{v:.6g}") for i, v in zip(indices, values, strict=True)]
+        on_main(partial(append_rows, folder / "metrics.csv", list(FIELDS), rows))
+    on_main(lambda: _write_table(folder / "metrics.md", read(), methods, metrics))
     return list(left_out.values())
+
+
+def _write_table(path: Path, values: Values, methods: Sequence[str], metrics: Sequence[str]) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(_table(values, methods, metrics))
 
 
 def _load(model: nn.Module, dataset: LabeledImages, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

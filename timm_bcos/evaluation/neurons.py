@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attribution.registry import AttributionModel, check_counts
-from ..data.datasets import LabeledImages, image_batches, image_loader
+from ..data.datasets import LabeledImages, image_loader, map_batches
 from ..errors import InputError, TargetError
 from ..explanation.api import explain
 from ..explanation.result import Explanation
@@ -78,6 +78,8 @@ def find_strongest(
 ) -> Strongest:
     """Find the images that activate each unit of a layer most, in one pass over a data set.
 
+    Several processes share the batches (`timm_bcos.distributed`).
+
     Args:
         model: A B-cos model or a plain timm model, in eval mode.
         dataset: Data set from `timm.data.create_dataset`.
@@ -98,12 +100,16 @@ def find_strongest(
     _find_layer(subject, layer)
     if len(dataset) == 0:
         raise InputError("the data set has no images")
-    best: tuple[Tensor, ...] = ()
-    bar = layer if progress else None
-    for indices, images, labels in image_batches(model, dataset, range(len(dataset)), batch_size, bar):
+
+    def activations(indices: Sequence[int], images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         maps = layer_maps(subject, layer, images)
         peaks = (maps if encode is None else encode(maps)).amax(2).T.cpu()
-        new = (peaks, torch.tensor(indices).expand_as(peaks), labels.expand_as(peaks))
+        return peaks, torch.tensor(indices), labels
+
+    best: tuple[Tensor, ...] = ()
+    bar = layer if progress else None
+    for peaks, *same in map_batches(activations, model, dataset, range(len(dataset)), batch_size, bar):
+        new = (peaks, *(values.expand_as(peaks) for values in same))
         both = new if not best else tuple(torch.cat(pair, 1) for pair in zip(best, new, strict=True))
         kept = both[0].topk(min(k, both[0].shape[1]), dim=1).indices
         best = tuple(values.gather(1, kept) for values in both)

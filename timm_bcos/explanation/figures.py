@@ -9,7 +9,8 @@ from torch import Tensor
 from ..errors import InputError
 from .photo import Photo
 from .scale import cell_means, default_scale
-from .titles import title, unit_name
+from .summary import check_top
+from .titles import class_name, title, unit_name
 from .visualization import (
     Bars,
     Row,
@@ -44,12 +45,12 @@ def plot(explanation: "Explanation", names: Sequence[str] | None, top: int, scal
     """What `Explanation.plot` draws."""
     if len(explanation) == 0:
         raise InputError("an explanation of no images has nothing to plot")
+    check_top(top)
     scale = _scale_of(explanation, scale)
-    names = explanation.class_names if names is None else names
     return draw_rows([Row(_pictures(one, names, scale), _bars(one, names, top)) for one in explanation])
 
 
-def _pictures(one: "Explanation", names: Sequence[str], scale: int) -> list[tuple[str, Tensor]]:
+def _pictures(one: "Explanation", names: Sequence[str] | None, scale: int) -> list[tuple[str, Tensor]]:
     """Pictures of one image with their titles."""
     image, maps = _shown(one), one.contribution_map.detach().cpu()
     coarse = cell_means(maps, scale)
@@ -77,13 +78,13 @@ def _shown(explanation: "Explanation") -> Tensor:
     return image if _has_colors(explanation) else image.mean(1, keepdim=True)
 
 
-def _bars(one: "Explanation", names: Sequence[str], top: int) -> Bars:
+def _bars(one: "Explanation", names: Sequence[str] | None, top: int) -> Bars:
     """The most probable classes of one image, or the most active units."""
     is_logit = one.layer is None
     values = (one.probability if is_logit else one.logits)[0]
     best = values.topk(min(top, len(values)))
     units, target = best.indices.tolist(), int(one.target[0])
-    labels = [unit_name("class", unit, names) if is_logit else unit_name("unit", unit) for unit in units]
+    labels = [class_name(one, unit, names) if is_logit else unit_name("unit", unit) for unit in units]
     heading = f"probability ({one.probability_kind})" if is_logit else "activation"
     marked = units.index(target) if target in units and one.direction is None else None
     return Bars(heading, labels, best.values.tolist(), marked, 1.0 if is_logit else None)

@@ -1,7 +1,7 @@
 """The result of explaining: one row of W(x) for each image, in numbers, pictures, words and files."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -60,9 +60,9 @@ class Explanation(Rows):
     def __repr__(self) -> str:
         return one_line(self)
 
-    def _repr_png_(self) -> bytes:
+    def _repr_png_(self) -> bytes | None:
         """A small figure of the first images, for notebooks."""
-        return figures.png_bytes(self)
+        return figures.png_bytes(self) if len(self) else None
 
     def at_scale(self, scale: int) -> Tensor:
         """Contributions of cells of scale × scale pixels: sums, which are as exact as the pixels' contributions.
@@ -118,7 +118,7 @@ class Explanation(Rows):
 
         Args:
             scale: Side of the cells that are shown, in pixels of the model's image, as in `at_scale`; 1 for single
-                pixels. Default: a power of two near 1 / 14 of the image's shorter side, 16 for 224 × 224 pixels.
+                pixels. Default: a power of two near 1 / 11 of the image's shorter side, 16 for 224 × 224 pixels.
 
         Returns:
             RGB image of Pillow, at the size of the photo, or of the image if there is no photo. What the model does not
@@ -230,14 +230,14 @@ class Explanation(Rows):
         Args:
             path: With the suffix .npz, everything is written as arrays and JSON, for `load`. With that of a picture,
                 `plot` is written.
-            class_names: As in `plot`.
+            class_names: Name of each class; None for those of the explanation.
             scale: As in `plot`.
 
         Raises:
             InputError: For any other suffix.
         """
         if storage.is_archive(path):
-            storage.write(self, path)
+            storage.write(self if class_names is None else replace(self, class_names=tuple(class_names)), path)
         else:
             storage.check_picture_suffix(path)
             save_figure(self.plot(class_names, scale=scale), path)

@@ -39,6 +39,10 @@ class Rows:
     photos: tuple[Photo, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.class_names, str):
+            raise InputError(f"class_names={self.class_names!r}: give a name for each class")
+        object.__setattr__(self, "class_names", tuple(map(str, self.class_names)))  # lists are not hashable
+        object.__setattr__(self, "photos", tuple(self.photos))
         if self.photos and len(self.photos) != len(self):
             raise InputError(f"{len(self.photos)} photos for {len(self)} images: give one per image, or none")
 

@@ -33,6 +33,7 @@ SUFFIX = ".npz"
 FORMAT, VERSION = "timm_bcos.Explanation", 1
 # How NumPy holds numbers that it has no type for, such as bfloat16: as integers of the same size.
 BITS = {1: torch.uint8, 2: torch.int16}
+DTYPES = {str(kind).removeprefix("torch."): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)}
 
 
 def is_archive(path: str | PathLike[str]) -> bool:
@@ -105,7 +106,9 @@ def read(kind: type[E], path: str | PathLike[str]) -> E:
         raise InputError(f"no file at {path}") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except (Exception, MemoryError) as error:  # decoders of damaged files raise errors of every kind
+    except KeyError as error:
+        raise InputError(f"{path} is damaged: {error} is missing in it") from error
+    except Exception as error:  # decoders of damaged files raise errors of every kind
         raise InputError(f"{path} is damaged, or not an explanation: {first_line(error)}") from error
 
 
@@ -131,7 +134,7 @@ def _fields(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     notes, kinds = _header(arrays)
     tensors = {name: _to_tensor(name, arrays[name], kind) for name, kind in kinds.items()}
     _check_tensors(tensors)
-    _check_notes({name: value for name, value in notes.items() if name not in SHAPES})
+    _check_notes(notes)
     found = notes | tensors
     found["violations"] = tuple(Violation(*one) for one in notes["violations"])
     found["class_names"] = tuple(notes["class_names"])
@@ -150,18 +153,21 @@ def _header(arrays: dict[str, np.ndarray]) -> tuple[dict[str, Any], dict[str, st
 
 
 def _to_tensor(name: str, array: np.ndarray, kind: str) -> Tensor:
-    dtype = getattr(torch, kind)
-    if not isinstance(dtype, torch.dtype) or name not in SHAPES:
-        raise InputError(f"{name} of type {kind} is not part of an explanation")
+    if name not in SHAPES or kind not in DTYPES:
+        raise InputError(f"{name!r} of type {kind!r} is not part of an explanation")
+    dtype = DTYPES[kind]
     tensor = torch.from_numpy(array)
     if tensor.dtype != dtype and tensor.dtype == BITS.get(dtype.itemsize):
         tensor = tensor.view(dtype)
     if tensor.dtype != dtype or tensor.is_floating_point() is (name in INDICES):
-        raise InputError(f"{name} is of type {tensor.dtype}, not {kind}")
+        raise InputError(f"{name} cannot be of type {tensor.dtype} (the file says {kind})")
     return tensor
 
 
 def _check_tensors(tensors: dict[str, Tensor]) -> None:
+    missing = [name for name in REQUIRED if name not in tensors]
+    if missing:
+        raise InputError(f"damaged: {', '.join(missing)} is missing in it")
     sizes = {"2": 2}
     for name, tensor in tensors.items():
         letters = SHAPES[name]
@@ -177,10 +183,10 @@ def _check_tensors(tensors: dict[str, Tensor]) -> None:
 
 def _check_notes(notes: dict[str, Any]) -> None:
     for name, value in notes.items():
-        if name not in NOTES:
+        if name not in NOTES and name not in SHAPES:
             raise InputError(f"{name!r} is not part of an explanation")
-        if not NOTES[name](value):
-            raise InputError(f"{name} is {str(value)[:100]!r}")
+        if not (value is None if name in SHAPES else NOTES[name](value)):
+            raise InputError(f"damaged: {name} is {str(value)[:100]!r}")
 
 
 def _photo(notes: dict[str, Any], data: np.ndarray) -> Photo:
@@ -216,6 +222,7 @@ SHAPES = dict(
     logits="NK", target="N", weights="NCHW", inputs="NCHW", bias="N", constant_bias="N", position="N2", versus="N",
     direction="NK", region="NRS",
 )  # fmt: skip
+REQUIRED = ("logits", "target", "weights", "inputs", "bias", "constant_bias")
 INDICES = ("target", "position", "versus")
 NOTES: dict[str, Callable[[Any], bool]] = dict(
     violations=lambda value: all(map(_is_violation, value)),

@@ -1,18 +1,19 @@
 """An explanation in numbers and words, for logs: predictions, sums by region, and how exact it is."""
 
 import math
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .titles import title, unit_name
+from .titles import class_name, title, unit_name
 
 if TYPE_CHECKING:
     from .result import Explanation
 
-__all__ = ["REGIONS", "Json", "predictions", "region_sums", "summary"]
+__all__ = ["REGIONS", "Json", "check_top", "predictions", "region_sums", "summary"]
 
 Json = dict[str, Any]
 REGIONS = (
@@ -66,16 +67,25 @@ def region_sums(values: Tensor) -> dict[str, float]:
     return dict(zip((name for row in REGIONS for name in row), sums.tolist(), strict=True))
 
 
-def _strongest(explanation: "Explanation", top: int) -> list[Json]:
-    if not isinstance(top, int) or isinstance(top, bool) or top < 1:
+def check_top(top: object) -> None:
+    """Refuse what is not a number of classes.
+
+    Raises:
+        InputError: If it is not an integer of at least 1.
+    """
+    if not isinstance(top, Integral) or isinstance(top, bool) or top < 1:
         raise InputError(f"top={top!r}: give the number of classes, a whole number from 1")
+
+
+def _strongest(explanation: "Explanation", top: int) -> list[Json]:
+    check_top(top)
     values = _values(explanation)
     return [_unit(explanation, unit) for unit in values.topk(min(top, len(values))).indices.tolist()]
 
 
 def _unit(explanation: "Explanation", unit: int) -> Json:
     is_class = explanation.layer is None
-    name = unit_name("class", unit, explanation.class_names) if is_class else unit_name("unit", unit)
+    name = class_name(explanation, unit) if is_class else unit_name("unit", unit)
     value = float(_values(explanation)[unit])
     return {"index": unit, "name": name, "probability" if is_class else "activation": value}
 

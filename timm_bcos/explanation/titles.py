@@ -8,7 +8,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .result import Explanation
 
-__all__ = ["one_line", "title", "unit_name"]
+__all__ = ["class_name", "one_line", "title", "unit_name"]
 
 Names = Sequence[str] | None
 SHOWN = 3  # images that the one line names
@@ -17,6 +17,17 @@ SHOWN = 3  # images that the one line names
 def unit_name(kind: str, index: int, names: Names = None) -> str:
     """The name of a class, or what stands for one: its kind and number."""
     return names[index] if names is not None and index < len(names) else f"{kind} {index}"
+
+
+def class_name(explanation: "Explanation", index: int, names: Names = None) -> str:
+    """The name of a class.
+
+    Args:
+        explanation: Explanation of a class.
+        index: Index of the class.
+        names: Name of each class; None for those of the explanation.
+    """
+    return unit_name("class", index, explanation.class_names if names is None else names)
 
 
 def title(explanation: "Explanation", index: int, names: Names = None) -> str:

@@ -1,5 +1,6 @@
 """`timm-bcos concepts`: the concepts of a layer, and logits as sums of concepts."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,6 +8,7 @@ import typer
 
 from ..exceptions import quiet_libraries
 from ..options import Classes, DataOptions, Device, Layer, ModelOptions, expand_groups
+from ..processes import map_with_outputs
 
 if TYPE_CHECKING:
     from ...concepts.dictionary import Concepts
@@ -41,6 +43,7 @@ def concepts(
     from ...concepts.figures import class_shares, save_shares
     from ...concepts.learning import learn_concepts
     from ...data.photos import find_photos
+    from ...distributed import on_main
     from ...evaluation.neurons import find_strongest, plot_wall
     from ...explainer import Explainer
     from ...explanation.visualization import save_figure
@@ -56,14 +59,20 @@ def concepts(
         asked = None if target is None else find_class(target, names, model.num_classes)
         found = learn_concepts(model, labeled, layer, count, method)
     reader = Explainer(model, class_names=names)
-    found.save(out / "concepts.safetensors")
+    on_main(lambda: found.save(out / "concepts.safetensors"))
     strongest = find_strongest(model, labeled, layer, images, encode=found.encode)
-    shown = strongest.most_active(count, images)
-    wall = plot_wall(model, labeled, strongest, shown, images, directions=found.encoder, noun="concept")
-    save_figure(wall, outputs.claim("wall", ".png"))
-    save_shares(class_shares(model, labeled, found, model.num_classes), names, out / "shares.csv")
-    for path in given:
-        typer.echo(_explain(path, reader, outputs, found, asked, top))
+
+    def draw_wall() -> None:
+        shown = strongest.most_active(count, images)
+        wall = plot_wall(model, labeled, strongest, shown, images, directions=found.encoder, noun="concept")
+        save_figure(wall, outputs.claim("wall", ".png"))
+
+    on_main(draw_wall)
+    shares = class_shares(model, labeled, found, model.num_classes)
+    on_main(lambda: save_shares(shares, names, out / "shares.csv"))
+    decompose = partial(_explain, reader=reader, outputs=outputs, found=found, target=asked, top=top)
+    for report in map_with_outputs(decompose, given, outputs):
+        typer.echo(report)
     typer.echo(f"wrote {out}")
 
 

@@ -46,6 +46,14 @@ def pointing_game(
     smooth: Annotated[
         list[int] | None, typer.Option(min=1, help="Window of the mean filter in pixels; repeatable. (default: 1, 15)")
     ] = None,
+    scale: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="Side of the square cells, in pixels, that maps are summed over before negative sums "
+            "are set to 0; repeatable. (default: 1)",
+        ),
+    ] = None,
     disconnect: DisconnectOption = DisconnectMode.NONE,
     seed: Seed = 0,
     batch_size: Annotated[
@@ -59,6 +67,7 @@ def pointing_game(
     Writes values.csv, summary.csv, gains.csv (paired differences to the other methods), summary.md and boxes.png.
     """
     from ...attribution.registry import method_names
+    from ...distributed import on_main
     from ...evaluation.pointing_game import sample_grids
     from ...evaluation.pointing_results import play_all, read_confidences
     from ...evaluation.results import remember_settings
@@ -67,7 +76,7 @@ def pointing_game(
     model = model_options.load(device)
     images = data_options.load(model.num_classes)
     settings = dict(reuse=reuse, seed=seed, threshold=threshold, disconnect=disconnect.value)
-    remember_settings(out, vars(model_options) | vars(data_options) | settings)
+    on_main(lambda: remember_settings(out, vars(model_options) | vars(data_options) | settings))
     found = read_confidences(model, images, out)
     right = sum(item.predicted == item.label for item in found)
     typer.echo(f"{right} of {len(found)} images are classified correctly")
@@ -75,7 +84,7 @@ def pointing_game(
     samples = [sample(cells) for cells in n or (2, 3)]  # all at once: a lack of images shows before the first game
     left_out = play_all(
         model, images, samples, methods, out, disconnect=disconnect.value, smooth=smooth or (1, 15),
-        batch_size=batch_size,
+        scale=scale or (1,), batch_size=batch_size,
     )  # fmt: skip
     _report(left_out, out / "summary.md")
 
@@ -106,6 +115,7 @@ def metrics(
     Writes metrics.csv and metrics.md.
     """
     from ...attribution.registry import method_names
+    from ...distributed import on_main
     from ...errors import MethodError
     from ...evaluation.metrics import METRICS, NEEDING_MASKS, check_metrics, evaluate_all
     from ...evaluation.results import remember_settings
@@ -117,7 +127,8 @@ def metrics(
         raise MethodError(f"{lacking[0]} needs the regions of the objects: give --regions")
     model = model_options.load(device)
     labeled = data_options.load(model.num_classes)
-    remember_settings(out, vars(model_options) | vars(data_options) | dict(images=images, regions=regions))
+    settings = dict(images=images, regions=regions)
+    on_main(lambda: remember_settings(out, vars(model_options) | vars(data_options) | settings))
     left_out = evaluate_all(model, labeled, measured, methods, out, images=images, regions=regions)
     _report(left_out, out / "metrics.md")
 
@@ -137,6 +148,7 @@ def aggatt(
     out: Annotated[Path, typer.Option(help="Image file to write.")] = Path("aggatt.png"),
 ) -> None:
     """Plot mean attribution maps of pointing-game grids, from the best localized to the worst (AggAtt)."""
+    from ...distributed import on_main
     from ...evaluation.aggatt import plot_aggatt
     from ...evaluation.pointing_game import Disconnected, confidences, sample_grids
     from ...explanation.visualization import save_figure
@@ -146,7 +158,7 @@ def aggatt(
     chosen = sample_grids(list(confidences(model, images)), n, grids, seed=seed, reuse=reuse)
     player = model if disconnect is DisconnectMode.NONE else Disconnected(model, n, disconnect.value)
     figure, left_out = plot_aggatt(player, images, chosen, list(method or SHOWN), smooth)
-    save_figure(figure, out)
+    on_main(lambda: save_figure(figure, out))
     typer.echo("\n".join([*(f"left out: {reason}" for reason in left_out), f"wrote {out}"]))
 
 
@@ -175,6 +187,7 @@ def compare(
 
     Writes comparison.csv (a row per model), clusters.csv (accuracy by cluster) and images.csv (correct predictions).
     """
+    from ...distributed import on_main
     from ...evaluation import comparison
 
     loaded = _named_models(models)
@@ -186,9 +199,13 @@ def compare(
     for position, (name, load) in enumerate(loaded):
         model = first if position == 0 else load()
         right.setdefault(name, []).append(comparison.correct(model.eval().to(find_device(device)), images))
-    comparison.write_table(out / "comparison.csv", comparison.compare(right, clusters))
-    comparison.write_clusters(out / "clusters.csv", right, clusters)
-    comparison.write_images(out / "images.csv", names, clusters, right)
+
+    def write() -> None:
+        comparison.write_table(out / "comparison.csv", comparison.compare(right, clusters))
+        comparison.write_clusters(out / "clusters.csv", right, clusters)
+        comparison.write_images(out / "images.csv", names, clusters, right)
+
+    on_main(write)
     typer.echo(comparison.report(right, clusters))
 
 
@@ -209,5 +226,7 @@ def _named_models(arguments: Sequence[str]) -> list[tuple[str, Callable[[], Any]
 
 
 def _report(left_out: Sequence[str], table: Path) -> None:
+    from ...distributed import on_main
+
     lines: Iterable[str] = (f"left out: {reason}" for reason in left_out)
-    typer.echo("\n".join([*lines, table.read_text()]))
+    typer.echo("\n".join([*lines, on_main(table.read_text)]))

@@ -10,6 +10,7 @@ import typer
 
 from ..exceptions import one_line, quiet_libraries, stop_if_interrupted
 from ..options import Classes, Device, ModelOptions, expand_groups
+from ..processes import map_with_outputs
 
 if TYPE_CHECKING:
     from ..photo_writer import PhotoWriter
@@ -131,7 +132,8 @@ def _write_all(writer: "PhotoWriter", paths: Sequence[Path]) -> list[Path]:
             return message if message.startswith(str(path)) else f"{path}: {message}", False
 
     failures = []
-    progress = tqdm(map(attempt, paths), total=len(paths), unit="photo", disable=True if len(paths) < 2 else None)
+    reports = map_with_outputs(attempt, paths, writer.outputs)
+    progress = tqdm(reports, total=len(paths), unit="photo", disable=True if len(paths) < 2 else None)
     for path, (report, is_explained) in zip(paths, progress, strict=True):
         failures += [] if is_explained else [path]
         tqdm.write(report, None if is_explained or not writer.as_json else sys.stderr)

@@ -27,12 +27,13 @@ def of_classes(
     out: Out = Path("classes.png"),
 ) -> None:
     """Plot each class's images of highest confidence with their explanations in color."""
+    from ...distributed import on_main
     from ...evaluation.galleries import plot_classes
     from ...explanation.visualization import save_figure
 
     model = model_options.load(device)
     names, x, targets = _most_confident(model, data_options, classes, show, images)
-    save_figure(plot_classes(model, x, targets, names), out)
+    on_main(lambda: save_figure(plot_classes(model, x, targets, names), out))
     typer.echo(f"wrote {out}")
 
 
@@ -48,13 +49,15 @@ def of_methods(
 ) -> None:
     """Plot one image per class, explained by every attribution method that supports the model."""
     from ...attribution.registry import METHODS, method_names
+    from ...distributed import on_main
     from ...evaluation.galleries import plot_methods
     from ...explanation.visualization import save_figure
 
     methods = method_names(method or METHODS)
     model = model_options.load(device)
     names, x, targets = _most_confident(model, data_options, classes, show, 1)
-    save_figure(plot_methods(model, x, targets, methods, names), out)
+    figure = plot_methods(model, x, targets, methods, names)
+    on_main(lambda: save_figure(figure, out))
     typer.echo(f"wrote {out}")
 
 

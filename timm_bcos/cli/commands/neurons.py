@@ -29,6 +29,7 @@ def neurons(
     Writes wall.png (crops of the most active units' images, and their explanations), classes.png (the classes of the
     units with the lowest class entropy) and units.csv (every unit).
     """
+    from ...distributed import on_main
     from ...evaluation.neurons import find_strongest, label_entropy, plot_label_counts, plot_wall, save_units
     from ...explanation.visualization import save_figure
     from ...models.class_names import class_names
@@ -37,11 +38,15 @@ def neurons(
     labeled = data_options.load(model.num_classes)
     names = class_names(model, classes)
     found = find_strongest(model, labeled, layer, strongest)
-    save_units(found, names, out / "units.csv")
-    save_figure(plot_wall(model, labeled, found, found.most_active(units), images), out / "wall.png")
     selective = found.most_one_sided(units, len(names))
-    if selective:
-        save_figure(plot_label_counts(found, selective, names), out / "classes.png")
+
+    def write() -> None:
+        save_units(found, names, out / "units.csv")
+        save_figure(plot_wall(model, labeled, found, found.most_active(units), images), out / "wall.png")
+        if selective:
+            save_figure(plot_label_counts(found, selective, names), out / "classes.png")
+
+    on_main(write)
     entropy = label_entropy(found.labels, len(names)).tolist()
     for unit in selective:
         top = names[int(found.labels[unit].mode().values)]
