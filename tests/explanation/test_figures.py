@@ -92,8 +92,9 @@ def test_what_cannot_be_plotted() -> None:
     assert random_explanation(2)[:0]._repr_png_() is None
     with pytest.raises(InputError, match="top=0: give the number of classes"):
         random_explanation().plot(top=0)
-    with pytest.raises(InputError, match="no images has nothing to plot"):
-        random_explanation(2)[:0].plot()
+    for method in ("plot", "to_rgb", "to_rgba"):
+        with pytest.raises(InputError, match="no images has nothing to show"):
+            getattr(random_explanation(2)[:0], method)()
 
 
 def test_pictures_for_loggers() -> None:

@@ -186,6 +186,7 @@ class Explanation(Rows):
     def to_rgba(self, smooth: int = 15, percentile: float = 99.5) -> Tensor:
         """(N, H, W, 4) pictures in [0, 1]: each pixel in the color that its weights look for, opaque where they are
         strong and speak for the target; see `timm_bcos.explanation.visualization.weights_to_rgba`."""
+        figures.check_not_empty(self)
         return weights_to_rgba(self.weights, self.contribution_map, smooth, percentile)
 
     def to_rgb(self, kind: str = "color", scale: int | None = None) -> Tensor:
