@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALONE",
+    "KEPT",
     "Processes",
     "current_processes",
     "distributed_map",
+    "has_joined",
     "on_main",
     "process_group",
     "signed_once",
@@ -39,10 +41,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 TIMEOUT = timedelta(days=1)  # processes wait for the slowest item of each round
-LOST = (
-    "the connection to another process was lost, probably because it has failed (see its message) or was killed; "
-    "results written so far are kept"
-)
+KEPT = "results written so far are kept; evaluations resume, with any number of processes"
+LOST = f"the connection to another process was lost, which has failed (see its message) or was killed; {KEPT}"
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,11 @@ def _join(processes: Processes) -> None:
     _joined = store
 
 
+def has_joined() -> bool:
+    """Whether this process has connected to others."""
+    return _joined is not None
+
+
 def signed_once(message: str, error: BaseException | None = None) -> str | None:
     """The message of an error with the process that raised it; None if another process has asked for it before.
 
@@ -149,12 +154,15 @@ def signed_once(message: str, error: BaseException | None = None) -> str | None:
         message: Text without the process.
         error: Error that `distributed_map` or `on_main` may have passed on from another process.
     """
-    if _joined is None:
+    try:
+        process = getattr(error, "process", started_processes())
+    except InputError:  # which is the message
         return message
-    with contextlib.suppress(RuntimeError):  # the process that keeps the store may have ended
-        if _joined.add(f"timm_bcos says {message}", 1) > 1:
-            return None
-    return f"{getattr(error, 'process', started_processes())}: {message}"
+    if _joined is not None:
+        with contextlib.suppress(RuntimeError):  # the process that keeps the store may have ended
+            if _joined.add(f"timm_bcos says {message}", 1) > 1:
+                return None
+    return message if process.size == 1 else f"{process}: {message}"
 
 
 @dataclass

@@ -37,7 +37,9 @@ def pointing_game(
     model_options: AnyModelOptions,
     device: Device = "cpu",
     method: Methods = None,
-    n: Annotated[list[int] | None, typer.Option(min=1, help="Cells per side; repeatable. (default: 2, 3)")] = None,
+    n: Annotated[
+        list[int] | None, typer.Option("--cells", "--n", min=1, help="Cells per side; repeatable. (default: 2, 3)")
+    ] = None,
     grids: Annotated[int, typer.Option(min=1, help="Number of grids per grid size.")] = 500,
     threshold: Annotated[
         float, typer.Option(min=0, max=1, help="Minimum confidence for an image to be used in a grid.")
@@ -131,7 +133,7 @@ def aggatt(
     model_options: AnyModelOptions,
     device: Device = "cpu",
     method: Annotated[list[str] | None, method_option(", ".join(SHOWN))] = None,
-    n: Annotated[int, typer.Option(min=1, help="Cells per side of the grids.")] = 2,
+    n: Annotated[int, typer.Option("--cells", "--n", min=1, help="Cells per side of the grids.")] = 2,
     grids: Annotated[int, typer.Option(min=1, help="Number of grids.")] = 100,
     smooth: Annotated[int, typer.Option(min=1, help="Window of the mean filter in pixels; 1 for no smoothing.")] = 15,
     disconnect: DisconnectOption = DisconnectMode.NONE,
