@@ -74,7 +74,7 @@ GROUPS = {
     ("evaluate", "Evaluate attribution methods and models on labeled images."): (
         Command(
             pointing_game,
-            "evaluate pointing-game --data-dir photos --split test --method bcos --method gradcam --cells 2 --grids 100",
+            "evaluate pointing-game --data-dir photos --split test --method bcos --method gradcam --cells 2 --grids 50",
             in_shared_processes,
         ),
         Command(
