@@ -152,17 +152,27 @@ def signed_once(message: str, error: BaseException | None = None) -> str | None:
 
     Args:
         message: Text without the process.
-        error: Error that `distributed_map` or `on_main` may have passed on from another process.
+        error: Error that `distributed_map` or `on_main` may have passed on from another process; None for a signal.
     """
     try:
         process = getattr(error, "process", started_processes())
     except InputError:  # which is the message
         return message
-    if _joined is not None:
-        with contextlib.suppress(RuntimeError):  # the process that keeps the store may have ended
-            if _joined.add(f"timm_bcos says {message}", 1) > 1:
-                return None
+    with contextlib.suppress(RuntimeError):  # the process that keeps the store may have ended
+        store = _joined or (_store_of_torchrun() if error is not None and process.size > 1 else None)
+        if store is not None and store.add(f"timm_bcos says {message}", 1) > 1:
+            return None
     return message if process.size == 1 else f"{process}: {message}"
+
+
+def _store_of_torchrun() -> "Store | None":
+    """The key-value store that torchrun keeps, for processes that do not compute together; None without torchrun."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    from torch.distributed import TCPStore
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
 
 
 @dataclass

@@ -150,7 +150,12 @@ class DataOptions:
 
     data_dir: DataDir
     dataset: Annotated[
-        str, typer.Option(help="Type of data set, as in timm's scripts.", rich_help_panel=DATA_PANEL)
+        str,
+        typer.Option(
+            help="Type of data set, as in timm's scripts: hfds/NAME for Hugging Face's datasets, torch/cifar10, ... "
+            "(default: a folder per class)",
+            rich_help_panel=DATA_PANEL,
+        ),
     ] = ""
     split: Annotated[str, typer.Option(help="Split of the data set.", rich_help_panel=DATA_PANEL)] = "validation"
     class_map: Annotated[
@@ -158,6 +163,14 @@ class DataOptions:
         typer.Option(
             help="File with the class names in index order, as in timm's scripts.", rich_help_panel=DATA_PANEL
         ),
+    ] = ""
+    input_key: Annotated[
+        str,
+        typer.Option(help="Column of the images in an hfds/ data set. (default: image)", rich_help_panel=DATA_PANEL),
+    ] = ""
+    target_key: Annotated[
+        str,
+        typer.Option(help="Column of the classes in an hfds/ data set. (default: label)", rich_help_panel=DATA_PANEL),
     ] = ""
 
     def load(self, num_classes: int) -> "LabeledImages":
@@ -168,7 +181,10 @@ class DataOptions:
         """
         from ..data.datasets import load_dataset
 
-        return load_dataset(self.data_dir, num_classes, kind=self.dataset, split=self.split, class_map=self.class_map)
+        return load_dataset(
+            self.data_dir, num_classes, kind=self.dataset, split=self.split, class_map=self.class_map,
+            input_key=self.input_key, target_key=self.target_key,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

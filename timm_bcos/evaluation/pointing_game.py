@@ -25,8 +25,8 @@ from ..data.regions import cell_of_pixels, cut_cells, join_cells
 from ..errors import InputError, MethodError
 
 __all__ = [
-    "Confidence", "Disconnected", "Disconnection", "Grid", "cell_shares", "compose", "confidence_batches",
-    "confidences", "grid_shares", "grid_targets", "localization", "sample_grids",
+    "Confidence", "Disconnected", "Disconnection", "Grid", "cell_shares", "compose", "confidences", "grid_shares",
+    "grid_targets", "localization", "sample_grids",
 ]  # fmt: skip
 
 
@@ -67,6 +67,8 @@ def confidences(
 ) -> Iterator[Confidence]:
     """Iterate over the predictions for all images of a labeled data set. Several processes share its batches.
 
+    Batches are counted from the first image of the data set, so that a resumed run computes the same numbers.
+
     Args:
         model: A B-cos model or a plain timm model, in eval mode.
         dataset: Data set from `timm.data.create_dataset`.
@@ -76,17 +78,6 @@ def confidences(
 
     Raises:
         InputError: If the data set has no labels, or a label is not a class of the model.
-    """
-    for batch in confidence_batches(model, dataset, start=start, batch_size=batch_size, progress=progress):
-        yield from batch
-
-
-def confidence_batches(
-    model: nn.Module, dataset: LabeledImages, *, start: int = 0, batch_size: int = 32, progress: bool = True
-) -> Iterator[list[Confidence]]:
-    """Iterate over the same predictions batch by batch.
-
-    Batches are counted from the first image of the data set, so that a resumed run computes the same numbers.
     """
     check_counts(batch_size=batch_size)
     subject, first = AttributionModel(model), start - start % batch_size
@@ -102,7 +93,8 @@ def confidence_batches(
         return [Confidence(i, label, guess, p[label].item()) for i, label, guess, p in rows if i >= start]
 
     bar = "confidences" if progress else None
-    return map_batches(predict, model, dataset, range(first, len(dataset)), batch_size, bar)
+    for batch in map_batches(predict, model, dataset, range(first, len(dataset)), batch_size, bar):
+        yield from batch
 
 
 def sample_grids(

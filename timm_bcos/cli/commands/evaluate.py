@@ -181,13 +181,14 @@ def compare(
 
     Writes comparison.csv (a row per model), clusters.csv (accuracy by cluster) and images.csv (correct predictions).
     """
+    from ...data.datasets import image_names
     from ...distributed import on_main
     from ...evaluation import comparison
 
     loaded = _named_models(models)
     first = loaded[0][1]()
     images: Any = data_options.load(first.num_classes)
-    names = [images.filename(i) for i in range(len(images))]
+    names = image_names(images)
     clusters = comparison.contributors(contributors, names) if contributors else comparison.series(names)
     right: dict[str, list[Any]] = {}
     for position, (name, load) in enumerate(loaded):
