@@ -1,6 +1,9 @@
 """How torch and timm train: DDP, FSDP2, moving averages, shared memory, every optimizer."""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -20,8 +23,10 @@ from timm_bcos import (
     BcosLinear,
     ExplanationDistillationTask,
     GuidedClassificationTask,
+    ModelStateError,
     UncenteredBatchNorm2d,
     bcosify,
+    dynamic_weights,
 )
 
 STEPS = 3
@@ -73,10 +78,33 @@ def explained_gradients(task: nn.Module, rank: slice) -> dict[str, Tensor]:
     return {name.rpartition("module.")[2]: p.grad for name, p in task.trainable_module.named_parameters()}
 
 
+def compiled(norm: bool) -> GuidedClassificationTask:
+    """Of which torch compiles the evaluation."""
+    task = guided(norm)
+    task.compile(backend="eager")
+    return task
+
+
+def transformer() -> nn.Module:
+    torch.manual_seed(0)
+    return bcosify(timm.create_model("test_vit", num_classes=3, img_size=32), BcosConfig.finetune(b=1.5))
+
+
+def losses(model: nn.Module, x: Tensor, labels: Tensor) -> list[float]:
+    """Of each step of a training."""
+    optimizer, found = torch.optim.AdamW(model.parameters(), 1e-2), []
+    for _ in range(STEPS):
+        loss = nn.functional.cross_entropy(model(x), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
 EXPLAINED = {
     f"{kind.__name__}, {'synchronized norms' if norm else 'running statistics'}": (kind, norm)
-    for kind in (guided, distilled)
-    for norm in (False, True)
+    for kind, norm in ((guided, False), (guided, True), (distilled, False), (distilled, True), (compiled, False))
 }
 
 
@@ -84,7 +112,7 @@ def _work(rank: int, folder: str) -> None:
     """All that two processes compute in this module."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    found: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, Any] = {}
     for name, (kind, norm) in EXPLAINED.items():
         task = kind(norm)
         task.prepare_distributed()
@@ -100,13 +128,17 @@ def _work(rank: int, folder: str) -> None:
             train(fully_shard(model), x)
         state = model.state_dict()
         found[kind] = {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in state.items()}
+    whole, own = transformer(), slice(2 * rank, 2 * rank + 2)
+    for block in whole.blocks:
+        fully_shard(block)
+    found["losses"] = torch.tensor(losses(fully_shard(whole), four_photos(32)[own], torch.tensor([0, 2, 1, 0])[own]))
     torch.save(found, f"{folder}/found{rank}.pt")
     dist.destroy_process_group()
     os._exit(0)  # without the interpreter's shutdown, in which FSDP2 of plain layers aborts now and then, too
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process has computed."""
     folder = tmp_path_factory.mktemp("distributed")
     multiprocessing.spawn(_work, (str(folder),), 2)
@@ -118,7 +150,7 @@ needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 
 @needs_gloo
 @pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
-def test_two_processes_train_as_one_does(kind: str, found: list[dict[str, dict[str, Tensor]]]) -> None:
+def test_two_processes_train_as_one_does(kind: str, found: list[dict[str, Any]]) -> None:
     alone = network()
     train(alone, images())
     start = network().state_dict()
@@ -128,8 +160,16 @@ def test_two_processes_train_as_one_does(kind: str, found: list[dict[str, dict[s
 
 
 @needs_gloo
+def test_sharded_model(found: list[dict[str, Any]]) -> None:
+    """FSDP2 of a converted transformer; the mean of the processes' losses is that of the joint batch."""
+    alone = torch.tensor(losses(transformer(), four_photos(32), torch.tensor([0, 2, 1, 0])))
+    assert alone[-1] < alone[0] - 0.01
+    torch.testing.assert_close((found[0]["losses"] + found[1]["losses"]) / 2, alone, rtol=1e-4, atol=1e-5)
+
+
+@needs_gloo
 @pytest.mark.parametrize("name", EXPLAINED)
-def test_losses_on_explanations_in_two_processes(name: str, found: list[dict[str, dict[str, Tensor]]]) -> None:
+def test_losses_on_explanations_in_two_processes(name: str, found: list[dict[str, Any]]) -> None:
     """Gradients of each process are those of one process by the joint batch."""
     kind, norm = EXPLAINED[name]
     alone = explained_gradients(kind(norm), slice(0, 4))
@@ -139,6 +179,29 @@ def test_losses_on_explanations_in_two_processes(name: str, found: list[dict[str
         assert own.keys() == alone.keys()
         for parameter, gradient in alone.items():
             torch.testing.assert_close(own[parameter], gradient, rtol=1e-8, atol=1e-12)
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@needs_gloo
+@pytest.mark.usefixtures("process_group")
+def test_options_of_distributed_data_parallel() -> None:
+    alone = explained_gradients(guided(False), slice(0, 2))
+    task = guided(False)
+    task.prepare_distributed(find_unused_parameters=True)
+    task.trainable_module.module.register_parameter("unused", nn.Parameter(torch.zeros(1)))
+    found = explained_gradients(task, slice(0, 2))
+    assert found.pop("unused") is None
+    for name, gradient in alone.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-8, atol=1e-12)
+    fixed = DistributedDataParallel(guided(False).trainable_module, static_graph=True)
+    with pytest.raises(ModelStateError, match="static_graph=True"):
+        dynamic_weights(fixed, four_photos(32).double())
 
 
 def _change(layer: nn.Module) -> None:
