@@ -202,6 +202,8 @@ def test_options_of_distributed_data_parallel() -> None:
     fixed = DistributedDataParallel(guided(False).trainable_module, static_graph=True)
     with pytest.raises(ModelStateError, match="static_graph=True"):
         dynamic_weights(fixed, four_photos(32).double())
+    with pytest.raises(ModelStateError, match="FSDP2"):
+        dynamic_weights(fully_shard(guided(False).trainable_module), four_photos(32).double())
 
 
 def _change(layer: nn.Module) -> None:

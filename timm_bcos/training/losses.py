@@ -1,5 +1,6 @@
 """W(x) as a function of the parameters, for losses on explanations."""
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -58,8 +59,8 @@ def dynamic_weights(model: nn.Module, x: Tensor, target: Targets = None) -> Dyna
 
     Raises:
         InputError: If x is not a batch of images for this model.
-        ModelStateError: If the model is not a B-cos model, uses gradient checkpointing, or is wrapped by `DataParallel`
-            or by `DistributedDataParallel` with `static_graph`.
+        ModelStateError: If the model is not a B-cos model, uses gradient checkpointing, is sharded (FSDP2), or is
+            wrapped by `DataParallel` or by `DistributedDataParallel` with `static_graph`.
         TargetError: If a class does not exist, or if the model does not return logits (N, K).
 
     Example:
@@ -117,6 +118,9 @@ def _check_trainable(model: nn.Module, x: Tensor) -> None:
         raise InputError(f"expected images (N, C, H, W) of floating point, got {found}")
     if torch.is_inference_mode_enabled() or x.is_inference():
         raise InputError("W(x) needs autograd, which torch.inference_mode() rules out")
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # without it, no model is sharded
+    if fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
+        raise ModelStateError("W(x) cannot be trained with fully_shard (FSDP2): use DistributedDataParallel")
     if any(getattr(module, "grad_checkpointing", False) is True for module in model.modules()):
         raise ModelStateError("gradient checkpointing is on: call model.set_grad_checkpointing(False) first")
 
