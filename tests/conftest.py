@@ -1,6 +1,4 @@
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,16 +6,20 @@ import pytest
 import torch
 
 from tests.helpers import PHOTOS, ROOT, hub_server
-from tests.helpers.memory import free_memory
+from tests.helpers.memory import free_memory, has_scripted
+from tests.processes import run_python
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _each_test() -> Iterator[None]:
     torch.manual_seed(0)
+    yield
+    if has_scripted():
+        free_memory()
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _free_memory() -> Iterator[None]:
+def _each_module() -> Iterator[None]:
     """A module's models leave nothing behind."""
     yield
     free_memory()
@@ -45,12 +47,4 @@ def hub_client(hub: hub_server.Hub, tmp_path: Path) -> dict[str, str]:
 @pytest.fixture
 def python(hub_client: dict[str, str], tmp_path: Path) -> Callable[..., str]:
     """Runs code, in `tmp_path`, in a process of its own whose Hub is ours: what it prints."""
-
-    def run(code: str, **environment: str) -> str:
-        result = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code], env={**hub_client, **environment},
-            cwd=tmp_path, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        return result.stdout + result.stderr
-
-    return run
+    return lambda code, **environment: run_python(code, {**hub_client, **environment}, tmp_path)[1]

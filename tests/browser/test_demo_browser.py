@@ -21,7 +21,11 @@ pytest.importorskip("gradio")
 pytestmark = needs_browser
 
 CLOTHES = PHOTOS / "clothes"
-WIDTHS = {"desk": 1280, "phone": 390}
+DESK, PHONE = 1280, 390  # widths
+ON_BOTH = pytest.mark.parametrize("width", [DESK, PHONE], ids=["desk", "phone"])
+ON_PHONE_IF_SLOW = pytest.mark.parametrize(
+    "width", [DESK, pytest.param(PHONE, marks=pytest.mark.slow)], ids=["desk", "phone"]
+)
 
 
 class Demo:
@@ -109,7 +113,7 @@ def chromium() -> Iterator["Browser"]:
 
 
 @contextmanager
-def opened(chromium: "Browser", address: str, width: int = 1280) -> Iterator[Demo]:
+def opened(chromium: "Browser", address: str, width: int = DESK) -> Iterator[Demo]:
     is_phone = width < 600
     context = chromium.new_context(
         viewport=dict(width=width, height=900), has_touch=is_phone, is_mobile=is_phone, accept_downloads=True
@@ -118,12 +122,13 @@ def opened(chromium: "Browser", address: str, width: int = 1280) -> Iterator[Dem
     context.close()
 
 
-@pytest.fixture(params=WIDTHS.values(), ids=list(WIDTHS))
-def demo(request: pytest.FixtureRequest, chromium: "Browser", address: str) -> Iterator[Demo]:
-    with opened(chromium, address, request.param) as demo:
+@pytest.fixture
+def demo(width: int, chromium: "Browser", address: str) -> Iterator[Demo]:
+    with opened(chromium, address, width) as demo:
         yield demo
 
 
+@ON_BOTH
 def test_from_a_photo_to_a_rectangle(demo: Demo, tmp_path: Path) -> None:
     demo.upload(CLOTHES / "hat.jpg")
     demo.wait_for("hat")
@@ -154,6 +159,7 @@ def test_from_a_photo_to_a_rectangle(demo: Demo, tmp_path: Path) -> None:
     assert demo.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "as wide as the window"
 
 
+@ON_PHONE_IF_SLOW
 def test_examples_models_and_further_classes(demo: Demo) -> None:
     demo.page.locator("#photo .examples button[title=shoes]").click()
     demo.wait_for("shoes")
@@ -172,6 +178,7 @@ def choose(menu: "Locator", name: str) -> None:
     menu.page.get_by_role("option", name=re.compile(name)).click()
 
 
+@ON_PHONE_IF_SLOW
 def test_other_methods_and_inner_units(demo: Demo) -> None:
     demo.press("#compare")
     demo.page.locator("#maps figure").nth(3).wait_for()
@@ -187,6 +194,7 @@ def test_other_methods_and_inner_units(demo: Demo) -> None:
     assert all(title.startswith("unit ") for title in demo.page.locator("#units figcaption").all_inner_texts())
 
 
+@ON_PHONE_IF_SLOW
 def test_broken_files_get_a_message(demo: Demo, tmp_path: Path) -> None:
     broken, huge = tmp_path / "cut.jpg", tmp_path / "huge.jpg"
     broken.write_bytes((CLOTHES / "hat.jpg").read_bytes()[:9000])
@@ -207,8 +215,8 @@ def test_broken_files_get_a_message(demo: Demo, tmp_path: Path) -> None:
 
 def test_two_pages_at_once(chromium: "Browser", address: str) -> None:
     """Each shows its own photo, also if their requests overlap."""
-    with opened(chromium, address) as first, opened(chromium, address, 390) as second:
-        for mine, yours in (("hat", "pants"), ("shoes", "jacket")) * 2:
+    with opened(chromium, address) as first, opened(chromium, address, PHONE) as second:
+        for mine, yours in (("hat", "pants"), ("shoes", "jacket")):
             first.upload(CLOTHES / f"{mine}.jpg")
             second.upload(CLOTHES / f"{yours}.jpg")
             first.wait_for(mine)

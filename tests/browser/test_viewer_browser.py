@@ -16,6 +16,7 @@ from torch import Tensor
 from tests.helpers.browser import launch_chromium, needs_browser
 from tests.helpers.explained_photos import HOSTILE, NAMES, clothes_network, explained_hat, photo_of_a_hat, small
 from timm_bcos import Explanation, Violation, contrast
+from timm_bcos.explanation.scale import default_scale
 from timm_bcos.explanation.visualization import on_white
 from timm_bcos.viewer.document import save_viewer
 
@@ -52,9 +53,12 @@ class Viewer:
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
 
-    def open(self, path: Path) -> None:
+    def open(self, path: Path, scale: int | None = 0) -> None:
+        """`scale` is the binary logarithm of the side of the cells; None for that with which the page opens."""
         self.page.goto(path.as_uri())
         self.page.wait_for_selector("html[data-ready]")
+        if scale is not None:
+            self.page.locator("#scale").fill(str(scale))
 
     def frame(self, number: int) -> dict[str, float]:
         """Where a picture lies in the window."""
@@ -136,6 +140,48 @@ def test_opens_with_the_best_class_and_its_pictures(viewer: Viewer, hat: Path, e
     assert viewer.page.locator("#violations").is_hidden()
     at = explanation.contribution_map[0].abs().argmax().item()
     assert viewer.text("#place") == f"Row {at // 160}, column {at % 160} (the strongest)"
+
+
+@pytest.mark.parametrize("scale", [2, 4, 5])
+def test_cells_are_sums_of_their_pixels(viewer: Viewer, hat: Path, explanation: Explanation, scale: int) -> None:
+    viewer.open(hat, scale)
+    side, (row, column) = 2**scale, (121, 47)
+    assert viewer.text("#cells") == f"{side} × {side} pixels"
+    viewer.hover(2, row, column, 160)
+    top, left = row // side * side, column // side * side
+    assert viewer.text("#pixel-title") == "Cell"
+    assert viewer.text("#place") == f"Rows {top} to {top + side - 1}, columns {left} to {left + side - 1}"
+    cells = explanation[:2].at_scale(side)
+    assert_close(viewer.text("#contribution"), cells[0, row // side, column // side])
+    assert viewer.page.locator(".tip:visible").all_inner_texts() == [viewer.text("#contribution")]
+    viewer.page.select_option("#against", "1")
+    assert_close(viewer.text("#contribution"), (cells[0] - cells[1])[row // side, column // side])
+    box, frame = viewer.page.locator(".pixel").nth(2).bounding_box(), viewer.frame(2)
+    assert box is not None
+    assert box["width"] / frame["width"] == pytest.approx(side / 160, rel=0.1)
+    assert sum(viewer.sums()[kind][2] for kind in ("outside", "constants")) == pytest.approx(
+        viewer.sums()["logit"][2], abs=3e-4
+    )
+
+
+def test_opens_at_the_scale_of_figures(viewer: Viewer, hat: Path, explanation: Explanation) -> None:
+    viewer.open(hat, None)
+    side = default_scale(160, 160)
+    assert viewer.text("#cells") == f"{side} × {side} pixels"
+    cells = explanation[0].at_scale(side)[0]
+    best = int(cells.abs().argmax())
+    row, column = best // cells.shape[1] * side, best % cells.shape[1] * side
+    place = f"Rows {row} to {row + side - 1}, columns {column} to {column + side - 1} (the strongest)"
+    assert viewer.text("#place") == place
+    assert_close(viewer.text("#contribution"), cells.flatten()[best])
+    viewer.page.focus("#scale")
+    for _ in range(9):
+        viewer.page.keyboard.press("ArrowRight")
+    assert viewer.text("#cells") == "32 × 32 pixels"
+    for _ in range(9):
+        viewer.page.keyboard.press("ArrowLeft")
+    assert viewer.text("#cells") == "single pixels"
+    assert viewer.text("#pixel-title") == "Pixel"
 
 
 def test_a_click_explains_another_class(viewer: Viewer, hat: Path, explanation: Explanation) -> None:

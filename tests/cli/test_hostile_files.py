@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tests.helpers import PHOTOS, command
+from tests.helpers.slow import slow_but_for
 from timm_bcos.cli import exceptions
 from timm_bcos.cli.outputs import OutputPaths, slug
 from timm_bcos.data.photos import is_own_picture, open_photo
@@ -278,7 +279,10 @@ def test_nobody_reads_what_a_run_prints(small: list[str], folder: Path, monkeypa
         assert command("explain", "a.png", "--out", "out", *small) == status
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+INTERRUPTS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+
+
+@pytest.mark.parametrize(("number", "status"), slow_but_for(INTERRUPTS[:1], INTERRUPTS))
 def test_interrupted_runs_leave_nothing_half_done(
     number: signal.Signals, status: int, small: list[str], folder: Path
 ) -> None:
@@ -368,12 +372,15 @@ WORDS = ["explain", "check", "models", "nonsense", "--model", "--checkpoint", "-
          "0", "nan", "1e999", "\udcff", "--", "cpu", "99999999999999999999", "x.pth", "status"]  # fmt: skip
 
 
-def test_random_arguments_never_show_a_traceback(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    chance = random.Random(1)
+@pytest.mark.parametrize(("seed", "count"), [(1, 10), pytest.param(2, 60, marks=pytest.mark.slow)])
+def test_random_arguments_never_show_a_traceback(
+    seed: int, count: int, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chance = random.Random(seed)
     photo(folder / "x.png")
     torch.save({"a": torch.zeros(2)}, folder / "x.pth")
     shutil.copy(folder / "x.pth", folder / "none.pth")
-    for _ in range(40):
+    for _ in range(count):
         arguments = chance.choices(WORDS[:3], k=1) + chance.choices(WORDS[3:], k=chance.randrange(6))
         assert command(*arguments) in (0, 1, 2), arguments
         output = capsys.readouterr()

@@ -127,7 +127,7 @@ def test_the_strongest_units_are_the_strongest(models: list[DemoModel], hat: Pre
 @pytest.mark.parametrize(
     ("name", "kwargs"),
     [
-        ("bcos_efficientnet_lite0.clothing", {}),
+        pytest.param("bcos_efficientnet_lite0.clothing", {}, marks=pytest.mark.slow),
         ("bcosv2_vit_tiny_patch16_224", dict(depth=2)),
         pytest.param("bcosv2_vit_tiny_patch16_224", {}, marks=pytest.mark.slow),
         ("bcos_cnn9", {}),

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.helpers import PHOTOS, load_script
+from tests.helpers.slow import slow_but_for
 
 pytest.importorskip("gradio")
 
@@ -250,7 +251,7 @@ def test_sessions_that_nobody_listens_to_shut_nobody_out(app: App, port: int) ->
 # ---- the end --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", slow_but_for([signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]))
 def test_a_signal_ends_in_order_and_tells_who_waits(number: signal.Signals) -> None:
     with load.demo(OMP_NUM_THREADS="1") as (process, port):
         client = load.Client(port)

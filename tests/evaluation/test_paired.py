@@ -28,24 +28,24 @@ def test_intervals_of_independent_values() -> None:
 def test_gains_compare_what_both_have_played() -> None:
     """Grid 2 is the own explanation's alone, grid 3 the other's."""
     values = {
-        (2, 1, "bcos", 0): [0.5, 0.7],
-        (2, 1, "bcos", 1): [0.8, 0.8],
-        (2, 1, "bcos", 2): [0.0, 0.0],
-        (2, 1, "gradcam", 0): [0.2, 0.4],
-        (2, 1, "gradcam", 1): [0.9, 0.5],
-        (2, 1, "gradcam", 3): [1.0, 1.0],
-        (2, 15, "gradcam", 0): [1.0, 1.0],
+        (2, 1, 1, "bcos", 0): [0.5, 0.7],
+        (2, 1, 1, "bcos", 1): [0.8, 0.8],
+        (2, 1, 1, "bcos", 2): [0.0, 0.0],
+        (2, 1, 1, "gradcam", 0): [0.2, 0.4],
+        (2, 1, 1, "gradcam", 1): [0.9, 0.5],
+        (2, 1, 1, "gradcam", 3): [1.0, 1.0],
+        (2, 15, 1, "gradcam", 0): [1.0, 1.0],
     }
     (gain,) = paired_gains(values, ["bcos", "gradcam", "input_x_gradient"])
-    assert (gain.method, gain.cells, gain.window, gain.grids) == ("gradcam", 2, 1, 2)
+    assert (gain.method, gain.cells, gain.window, gain.scale, gain.grids) == ("gradcam", 2, 1, 1, 2)
     assert (gain.low, gain.mean, gain.high) == pytest.approx((0.1, 0.2, 0.3))  # the grids' gains: 0.3 and 0.1
     assert gain.verdict == "ahead"
-    assert "| gradcam | 2×2 | 1×1 | 2 | +0.200 (+0.100 to +0.300) | ahead |" in gains_table([gain])
+    assert "| gradcam | 2×2 | raw | 2 | +0.200 (+0.100 to +0.300) | ahead |" in gains_table([gain])
 
 
 @pytest.mark.parametrize(("shares", "verdict"), [((0.0, 0.1), "ahead"), ((0.9, 1.0), "behind"), ((0.0, 1.0), "open")])
 def test_verdicts(shares: tuple[float, float], verdict: str) -> None:
-    own = {(3, 15, "bcos", grid): [0.5] for grid in range(20)}
-    other = {(3, 15, "gradcam", grid): [shares[grid % 2]] for grid in range(20)}
+    own = {(3, 15, 1, "bcos", grid): [0.5] for grid in range(20)}
+    other = {(3, 15, 1, "gradcam", grid): [shares[grid % 2]] for grid in range(20)}
     (gain,) = paired_gains(own | other, ["gradcam"])
     assert gain.verdict == verdict

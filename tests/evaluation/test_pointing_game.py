@@ -76,6 +76,24 @@ def test_smoothing_comes_before_the_sign() -> None:
         cell_shares(maps, 2, 4)
 
 
+@pytest.mark.parametrize("scale", [1, 2, 3, 5, 12])
+def test_sums_come_before_the_sign(scale: int) -> None:
+    """Positive sums of pixels' cells; a cell across the border counts on both sides, by its area."""
+    maps = torch.randn(2, 12, 12, dtype=torch.float64)
+    expected = torch.zeros(2, 2, 2, dtype=torch.float64)
+    for image in range(2):
+        for top in range(0, 12, scale):
+            for left in range(0, 12, scale):
+                cell = maps[image, top : top + scale, left : left + scale]
+                for i in range(top, top + cell.shape[0]):
+                    for j in range(left, left + cell.shape[1]):
+                        expected[image, i // 6, j // 6] += max(cell.sum().item(), 0) / cell.numel()
+    expected /= expected.sum((1, 2), keepdim=True).where(expected.sum((1, 2), keepdim=True) > 0, 1)
+    torch.testing.assert_close(cell_shares(maps, 2, scale=scale), expected, rtol=1e-10, atol=1e-12)
+    with pytest.raises(InputError, match="scale=0: give the side of a cell"):
+        cell_shares(maps, 2, scale=0)
+
+
 def test_smoothing_spreads_over_the_border_of_cells() -> None:
     maps = torch.zeros(1, 8, 8)
     maps[0, 3, 0:4] = 1.0
@@ -169,6 +187,9 @@ def test_localization_asks_for_the_class_of_each_cell(
     monkeypatch.setattr("timm_bcos.evaluation.pointing_game.attribute", perfect)
     assert localization(model, dataset, grid, smooth=[1]).tolist() == [[1, 1, 1, 1]]
     assert localization(model, dataset, grid, smooth=[1, 3]).shape == (2, 4)
+    both = localization(model, dataset, grid, smooth=[1, 3], scale=[1, 4])
+    single = [localization(model, dataset, grid, smooth=[w], scale=[s])[0] for w in (1, 3) for s in (1, 4)]
+    assert torch.equal(both, torch.stack(single))
 
 
 def test_it_is_said_why_no_method_suits_a_model(model: nn.Module, photos: Path, tmp_path: Path) -> None:
@@ -300,14 +321,14 @@ def test_the_command_resumes(
         assert values == complete
     assert len((out / "confidences.csv").read_text().splitlines()) == 1 + 18
     assert sorted(values) == [
-        (2, window, method, k) for window in (1, 15) for method in ("bcos", "input_x_gradient") for k in (0, 1)
+        (2, window, 1, method, k) for window in (1, 15) for method in ("bcos", "input_x_gradient") for k in (0, 1)
     ]
     assert "left out: attention_rollout is for vision transformers" in capsys.readouterr().out
     assert "| method | 2×2, raw | 2×2, smoothed 15×15 |" in (out / "summary.md").read_text()
     assert Image.open(out / "boxes.png").width > 100
     with (out / "summary.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    raw = np.concatenate([values[2, 1, "bcos", k] for k in (0, 1)])
+    raw = np.concatenate([values[2, 1, 1, "bcos", k] for k in (0, 1)])
     (out / "values.csv").write_text(whole.replace("input_x_gradient", "ixg"))  # as earlier versions wrote it
     assert read_values(out) == complete
     (row,) = (row for row in rows if (row["method"], row["cells"], row["smooth"]) == ("bcos", "2", "1"))
@@ -318,9 +339,9 @@ def test_the_command_resumes(
         ("input_x_gradient", "1", "2"),
         ("input_x_gradient", "15", "2"),
     ]
-    ahead = np.mean([np.subtract(values[2, 1, "bcos", k], values[2, 1, "input_x_gradient", k]) for k in (0, 1)])
+    ahead = np.mean([np.subtract(values[2, 1, 1, "bcos", k], values[2, 1, 1, "input_x_gradient", k]) for k in (0, 1)])
     assert float(gains[0]["mean"]) == pytest.approx(float(ahead))
-    assert "| input_x_gradient | 2×2 | 15×15 | 2 |" in (out / "summary.md").read_text()
+    assert "| input_x_gradient | 2×2 | smoothed 15×15 | 2 |" in (out / "summary.md").read_text()
     assert summarize(out, ["gradcam"]) == {}  # which has not been played
     assert command(*PLAY, "--data-dir", photos, *options, "--method", "bcos", "--seed", 1) == 2
     assert "has results for seed=0, not 1" in capsys.readouterr().err
@@ -378,3 +399,28 @@ def test_maps_of_the_whole_grid_are_seen_by_gradcam(grid: Tensor) -> None:
     torch.testing.assert_close(found, expected.detach(), rtol=1e-4, atol=1e-7)
     shares = grid_shares(apart, grid, Grid(2, (0, 1, 2, 3), (3, 1, 4, 0)), "input_x_gradient")
     torch.testing.assert_close(shares[0], torch.ones(4))
+
+
+def test_the_command_sums_over_cells(
+    model: nn.Module, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A scale that is asked for later is added to what has been played."""
+    monkeypatch.setattr(LOADING, lambda *_: model)
+    right = [Confidence(i, i // 2, i // 2, 0.5) for i in range(18)]
+    monkeypatch.setattr(CONFIDENCES, lambda *_, start: iter(right[start:]))
+    options = ["--data-dir", photos, "--split", "test", "--grids", 1, "--n", 2, "--method", "bcos", "--method", "ixg"]
+    scales = ["--smooth", 1, "--scale", 1, "--scale", 8]
+    assert command(*PLAY, *options, *scales[:4], "--out", tmp_path / "out") == 0
+    assert command(*PLAY, *options, *scales, "--out", tmp_path / "out") == 0
+    assert command(*PLAY, *options, *scales, "--out", tmp_path / "whole") == 0
+    values = read_values(tmp_path / "whole")
+    assert values == read_values(tmp_path / "out")
+    assert sorted(values) == [(2, 1, s, method, 0) for s in (1, 8) for method in ("bcos", "input_x_gradient")]
+    assert "| method | 2×2, raw | 2×2, cells of 8×8 |" in (tmp_path / "out" / "summary.md").read_text()
+    assert "| input_x_gradient | 2×2 | cells of 8×8 | 1 |" in (tmp_path / "out" / "summary.md").read_text()
+    with (tmp_path / "out" / "summary.csv").open(newline="") as file:
+        rows = [(row["method"], row["smooth"], row["scale"]) for row in csv.DictReader(file)]
+    assert rows == [(m, "1", s) for s in "18" for m in ("bcos", "input_x_gradient")]
+    capsys.readouterr()
+    assert command(*PLAY, *options, "--scale", 0, "--out", tmp_path / "out") == 2
+    assert "--scale" in capsys.readouterr().err

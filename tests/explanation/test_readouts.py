@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tests.helpers import enliven, normalized, real_image
 from timm_bcos import BcosConfig, Explanation, InputError, TargetError, bcosify, check, contrast, explain
 from timm_bcos.explanation.regions import PositionGrid
+from timm_bcos.explanation.titles import title
 
 SIZE = 96
 
@@ -126,7 +127,7 @@ def test_units_of_a_layer_against_each_other(model: nn.Module, x: Tensor) -> Non
     torch.testing.assert_close(found.logit, difference.flatten(1).amax(1))
     assert found.position is not None and found.completeness_error.max() <= 1e-10
     row, column = found.position[0].tolist()
-    assert found._title(0, None) == f"layer2, unit 3, not unit 5 at ({row}, {column})"
+    assert title(found, 0) == f"layer2, unit 3, not unit 5 at ({row}, {column})"
     direction = torch.randn(maps[0].shape[1], dtype=torch.float64)
     placed = explain(model, x, direction, layer="layer2", position=(1, 2))
     torch.testing.assert_close(placed.logit, maps[0][:, :, 1, 2] @ direction)
@@ -150,7 +151,7 @@ def test_a_region_is_the_mean_of_its_positions(model: nn.Module, x: Tensor) -> N
     torch.testing.assert_close(explain(model, x, 3, layer="layer2", region=of_pixels).weights, box.weights)
     expected = (singles[0].weights + singles[1].weights) / 2
     torch.testing.assert_close(box.weights, expected, rtol=1e-10, atol=1e-14)
-    assert box._title(0, None) == "layer2, unit 3 in the region"
+    assert title(box, 0) == "layer2, unit 3 in the region"
 
 
 def test_regions_of_tokens(x: Tensor) -> None:
@@ -186,7 +187,7 @@ def test_outputs_by_name_with_regions(dense: nn.Module, x: Tensor) -> None:
     torch.testing.assert_close(first.weights, explain(dense, x, 1, output="out", region=box).weights)
     placed = explain(dense, x, 1, position=(0, 1))
     torch.testing.assert_close(placed.logit, outputs["out"][:, 1, 0, 1])
-    assert placed._title(0, None) == "for class 1 at (0, 1)"
+    assert title(placed, 0) == "for class 1 at (0, 1)"
     pair = contrast(dense, x, 1, 2, output="out", region=box)
     torch.testing.assert_close(pair.weights, first.weights - explain(dense, x, 2, region=box).weights)
     assert "for class 1, not class 2 in the region" in [axes.get_title() for axes in pair.plot().axes]

@@ -72,17 +72,18 @@ def test_grey_images_and_others() -> None:
 def test_figure_and_files(explanation: timm_bcos.Explanation, tmp_path: Path) -> None:
     figure = explanation.plot([f"name {i}" for i in range(10)])
     titles = [axes.get_title() for axes in figure.axes]
-    assert titles[:5] == [
+    assert titles[:6] == [
         "image",
         f"for name {explanation.target[0]}",
-        "contributions",
+        "contributions of pixels",
+        "contributions of cells of 2 × 2 pixels",
         "overlay",
         "probability (sigmoid)",
     ]
-    assert len(figure.axes) == 10
+    assert len(figure.axes) == 12
     explanation.save(tmp_path / "new" / "figure.png")
     save_image(explanation.to_rgba()[0], tmp_path / "picture.png")
-    assert Image.open(tmp_path / "new" / "figure.png").size == (1700, 680)
+    assert Image.open(tmp_path / "new" / "figure.png").size == (2040, 680)
     assert Image.open(tmp_path / "picture.png").mode == "RGBA"
     assert stat.S_IMODE((tmp_path / "picture.png").stat().st_mode) & 0o444 == 0o444
 
@@ -92,7 +93,7 @@ def test_figure_of_a_neuron() -> None:
     neuron = timm_bcos.explain(enliven(timm.create_model("bcos_cnn9"), x), x, 7, layer="features.4")
     titles = [axes.get_title() for axes in neuron.plot().axes]
     assert titles[1].startswith("features.4, unit 7 at (")
-    assert titles[4] == "activation"
+    assert titles[5] == "activation"
 
 
 def test_failed_writes_leave_the_old_file(tmp_path: Path, explanation: timm_bcos.Explanation) -> None:

@@ -1,8 +1,6 @@
 """Libraries that take B-cos layers for linear ones: PEFT, torchao, thop."""
 
 import copy
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 
 import timm_bcos
 from tests.helpers import enliven, real_image
+from tests.processes import run_python
 from timm_bcos import BcosConv2d, BcosError, BcosLinear, InputError, ModelStateError
 from timm_bcos.conversion.positions import PositionedQkv
 from timm_bcos.nn.heads import BcosConvClassifier, BcosLinearClassifier
@@ -278,8 +277,8 @@ print(type(adapted.base_model.model[0]).__name__)
 def test_the_order_of_imports_does_not_matter(first: str, second: str) -> None:
     pytest.importorskip("peft")
     code = ORDER.format(first=first, second=second)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip().endswith("BcosLoraLinear")
+    status, output = run_python(code)
+    assert status == 0 and "BcosLoraLinear\n" in output, output
 
 
 def test_an_unknown_version_is_a_warning() -> None:

@@ -2,7 +2,6 @@ import copy
 import functools
 import math
 import pickle
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 import timm_bcos
 from tests.helpers import ROOT, assert_exact, enliven, load_script, normalized, real_image, timm_vits_trace
 from tests.helpers.slow import slow_but_for
+from tests.processes import run_python
 from timm_bcos import CheckpointError, InputError, NotFineTunedWarning, TargetError
 from timm_bcos.models.architectures import ARCHITECTURES
 from timm_bcos.models.bcos_models import ENTRY_POINTS
@@ -429,7 +429,7 @@ def test_import_leaves_timm_alone_and_is_light() -> None:
         "assert set(timm.list_modules()) - modules == {'bcos_models'};"
         "assert not {'matplotlib', 'typer', 'captum'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    assert run_python(code) == (0, "")
     assert timm.list_models("bcos_densenet*") == [f"bcos_densenet{size}" for size in (121, 161, 169, 201)]
 
 

@@ -8,6 +8,8 @@ import torch
 from skimage.segmentation import quickshift
 from torch import Tensor
 
+from ..explanation.superpixels import segment
+
 __all__ = ["local_weights", "mean_colors", "quickshift_segments"]
 
 KERNEL_WIDTH = 0.25
@@ -15,11 +17,8 @@ RIDGE = 1.0
 
 
 def quickshift_segments(image: Tensor, kernel_size: float) -> Tensor:
-    """(H, W) segment of each pixel of an image (C, H, W). Gray images are segmented as color images."""
-    image = image.expand(3, -1, -1) if len(image) == 1 else image
-    pixels = image.movedim(0, -1).double().cpu().numpy()
-    segments = quickshift(pixels, ratio=0.2, kernel_size=kernel_size, max_dist=200, convert2lab=len(image) == 3)
-    return torch.from_numpy(segments).unique(return_inverse=True)[1].to(image.device)
+    """(H, W) segment of each pixel of an image (C, H, W)."""
+    return segment(quickshift, image, ratio=0.2, kernel_size=kernel_size, max_dist=200)
 
 
 def mean_colors(image: Tensor, segments: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.datasets import LabeledImages, map_batches
-from ..explanation.result import unit_name
+from ..explanation.titles import class_name
 from ..explanation.visualization import Bars, Row, draw_rows, on_white
 from ..files import write_csv
 from .decomposition import ConceptDecomposition, explain_concepts
@@ -25,14 +25,14 @@ def plot_decomposition(decomposition: ConceptDecomposition, class_names: Sequenc
 
     Args:
         decomposition: Result of `explain_concepts`.
-        class_names: Name of each class.
+        class_names: Name of each class; None for those of the explanation.
     """
     whole = decomposition.explanation
     columns = [whole, *decomposition.pixels]
     pictures = [whole.image.movedim(1, -1), *(on_white(one.to_rgba()) for one in columns)]
     rows = []
     for i in range(len(whole)):
-        name = unit_name("class", int(whole.target[i]), class_names)
+        name = class_name(whole, int(whole.target[i]), class_names)
         titles = [f"concept {int(one.target[i])}: {float(one.logit[i]):+.2f}" for one in decomposition.pixels]
         titles = ["image", f"{name}: logit {float(whole.logit[i]):.2f}", *titles]
         shown = [(title, picture[i]) for title, picture in zip(titles, pictures, strict=True)]

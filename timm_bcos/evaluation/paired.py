@@ -11,6 +11,7 @@ __all__ = [
     "bootstrap_interval",
     "gains_table",
     "paired_gains",
+    "view_name",
 ]
 
 
@@ -51,6 +52,7 @@ class Gain:
         method: Name of the other method.
         cells: Number of cells per side of a grid.
         window: Smoothing window in pixels.
+        scale: Side of the cells of pixels over which maps are summed.
         grids: Number of grids.
         mean: Mean over the grids of the mean difference of their cells.
         low: Lower end of the 95 % interval (bootstrap over grids).
@@ -60,6 +62,7 @@ class Gain:
     method: str
     cells: int
     window: int
+    scale: int
     grids: int
     mean: float
     low: float
@@ -71,36 +74,44 @@ class Gain:
         return "ahead" if self.low > 0 else "behind" if self.high < 0 else "open"
 
 
-def paired_gains(values: Mapping[tuple[int, int, str, int], Sequence[float]], methods: Iterable[str]) -> list[Gain]:
-    """Compute the gain for each grid size, window and method that has grids in common with the own explanation.
+def view_name(window: int, scale: int) -> str:
+    """How maps are smoothed or summed before they are scored, for instance 'raw' or 'smoothed 15×15'."""
+    parts = [f"smoothed {window}×{window}"] * (window > 1) + [f"cells of {scale}×{scale}"] * (scale > 1)
+    return ", ".join(parts) or "raw"
+
+
+def paired_gains(
+    values: Mapping[tuple[int, int, int, str, int], Sequence[float]], methods: Iterable[str]
+) -> list[Gain]:
+    """Compute the gain for each grid size, window, scale and method that has grids in common with the own explanation.
 
     Args:
-        values: Shares of the cells, by cells per side, window, method and number of the grid.
+        values: Shares of the cells, by cells per side, window, scale, method and number of the grid.
         methods: Methods to compare with.
     """
-    means: dict[tuple[int, int], dict[str, dict[int, float]]] = {}
-    for (cells, window, method, grid), shares in sorted(values.items()):
-        means.setdefault((cells, window), {}).setdefault(method, {})[grid] = float(np.mean(shares))
+    means: dict[tuple[int, int, int], dict[str, dict[int, float]]] = {}
+    for (cells, window, scale, method, grid), shares in sorted(values.items()):
+        means.setdefault((cells, window, scale), {}).setdefault(method, {})[grid] = float(np.mean(shares))
     found = []
-    for (cells, window), played in means.items():
+    for panel, played in means.items():
         own = played.get(OWN, {})
         for method in methods:
             both = sorted(own.keys() & played.get(method, {}).keys())
             if method != OWN and both:
                 differences = np.array([own[grid] - played[method][grid] for grid in both])
                 low, high = bootstrap_interval(differences)
-                found.append(Gain(method, cells, window, len(both), float(differences.mean()), low, high))
+                found.append(Gain(method, *panel, len(both), float(differences.mean()), low, high))
     return found
 
 
 def gains_table(gains: Sequence[Gain]) -> str:
     """Markdown table of the gains."""
     lines = [
-        f"| {OWN} minus | cells | smoothing | grids | mean (95 %) | {OWN} is |",
-        "| --- |" + " ---: |" * 4 + " --- |",
+        f"| {OWN} minus | cells | maps | grids | mean (95 %) | {OWN} is |",
+        "| --- | ---: | --- | ---: | ---: | --- |",
     ]
     for gain in gains:
         interval = f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})"
-        size, window = f"{gain.cells}×{gain.cells}", f"{gain.window}×{gain.window}"
-        lines.append(f"| {gain.method} | {size} | {window} | {gain.grids} | {interval} | {gain.verdict} |")
+        size, maps = f"{gain.cells}×{gain.cells}", view_name(gain.window, gain.scale)
+        lines.append(f"| {gain.method} | {size} | {maps} | {gain.grids} | {interval} | {gain.verdict} |")
     return "\n".join(lines) + "\n"

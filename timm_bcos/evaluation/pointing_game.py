@@ -12,6 +12,7 @@ only receptive fields across the border connect cells.
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
 import timm
@@ -23,6 +24,7 @@ from ..attribution.registry import AttributionModel, attribute, check_counts
 from ..data.datasets import LabeledImages, image_loader, map_batches
 from ..data.regions import cell_of_pixels, cut_cells, join_cells
 from ..errors import InputError, MethodError
+from ..explanation.scale import cell_means
 
 __all__ = [
     "Confidence", "Disconnected", "Disconnection", "Grid", "cell_shares", "compose", "confidences", "grid_shares",
@@ -142,24 +144,27 @@ def sample_grids(
     return grids
 
 
-def cell_shares(maps: Tensor, n: int, smooth: int = 1) -> Tensor:
+def cell_shares(maps: Tensor, n: int, smooth: int = 1, scale: int = 1) -> Tensor:
     """Share of the positive attribution in each cell of an n×n grid.
 
     Args:
         maps: Signed maps (N, H, W). If n does not divide a side, a pixel belongs to the cell that contains its center.
         n: Number of cells per side.
         smooth: Window of a mean filter over the signed map, odd; 1 for no smoothing. The paper's code uses 15.
+        scale: Side of the square cells of pixels over which the signed map is summed before the positive part is taken,
+            as in `Explanation.at_scale`; 1 for single pixels.
 
     Returns:
         Shares (N, n, n). They sum to 1, or are 0 for a map without positive attribution.
 
     Raises:
-        InputError: If the window is even, which would shift the map.
+        InputError: If the window is even, which would shift the map, or the scale is not an integer of at least 1.
     """
     check_counts(n=n)
     if smooth < 1 or smooth % 2 == 0:
         raise InputError(f"smooth={smooth}: give an odd window, 1 for no smoothing")
-    positive = F.avg_pool2d(maps[:, None], smooth, 1, smooth // 2).clamp(min=0)
+    smoothed = F.avg_pool2d(maps[:, None], smooth, 1, smooth // 2)
+    positive = cell_means(smoothed, scale).to(maps).clamp(min=0)
     rows, columns = (cell_of_pixels(side, n).to(positive) for side in maps.shape[1:])
     sums = torch.einsum("ih,bhw,jw->bij", rows, positive[:, 0], columns)
     total = sums.sum((1, 2), keepdim=True)
@@ -178,6 +183,7 @@ def grid_shares(
     method: str = "bcos",
     *,
     smooth: Sequence[int] = (1, 15),
+    scale: Sequence[int] = (1,),
     **options: Any,
 ) -> Tensor:
     """Play one grid: for each cell's class, the share of its positive attribution that lies in the cell.
@@ -188,14 +194,15 @@ def grid_shares(
         grid: Grid from `sample_grids`.
         method: Attribution method, a name in `timm_bcos.attribution.registry.METHODS`.
         smooth: Smoothing windows, as in `cell_shares`. The maps are computed once.
+        scale: Scales, as in `cell_shares`. Each is combined with each window.
         options: Options of `attribute`.
 
     Returns:
-        Shares (windows, n²) in [0, 1].
+        Shares (windows · scales, n²) in [0, 1]; all scales of the first window come first.
     """
     classes = grid_targets(model, grid).to(image.device)
     maps = attribute(model, image.expand(len(classes), -1, -1, -1), classes, method, **options)
-    return torch.stack([cell_shares(maps, grid.n, window).flatten(1).diagonal() for window in smooth])
+    return torch.stack([cell_shares(maps, grid.n, *pair).flatten(1).diagonal() for pair in product(smooth, scale)])
 
 
 def grid_targets(model: nn.Module, grid: Grid) -> Tensor:

@@ -7,7 +7,7 @@ Rows are appended to `confidences.csv` (predictions for all images) and `values.
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..errors import InputError, MethodError
 from ..explanation.visualization import save_figure
 from ..files import atomic_path, write_csv
 from ..prefetch import prefetch
-from .paired import Gain, gains_table, paired_gains
+from .paired import Gain, gains_table, paired_gains, view_name
 from .pointing_game import Confidence, Disconnected, Disconnection, Grid, compose, confidences, grid_shares
 from .results import append_rows, drop_torn_line, read_rows
 
@@ -31,6 +31,7 @@ __all__ = ["play", "play_all", "read_confidences", "read_values", "summarize", "
 FIELDS: dict[str, Callable[[str], Any]] = {
     "n": int,
     "smooth": int,
+    "scale": int,
     "method": method_name,
     "grid": int,
     "cell": int,
@@ -40,11 +41,12 @@ FIELDS: dict[str, Callable[[str], Any]] = {
 }
 CONFIDENCES: dict[str, Callable[[str], Any]] = dict(index=int, label=int, predicted=int, confidence=float)
 ROWS = 32  # predictions that are written together
-SUMMARY = ("method", "cells", "smooth", "values", "median", "q25", "q75")
+SUMMARY = ("method", "cells", "smooth", "scale", "values", "median", "q25", "q75")
 GAINS = [field.name for field in dataclasses.fields(Gain)]
 
-Key = tuple[int, int, str, int]  # cells per side, smoothing window, method, grid
-Panel = tuple[int, int]  # cells per side, smoothing window
+Key = tuple[int, int, int, str, int]  # cells per side, smoothing window, scale, method, grid
+View = tuple[int, int]  # smoothing window, scale
+Panel = tuple[int, View]  # cells per side, view of the maps
 Panels = dict[Panel, dict[str, np.ndarray]]
 
 
@@ -65,7 +67,8 @@ def read_values(folder: Path) -> dict[Key, list[float]]:
     """Shares of complete grids, in the order of their cells. Grids that an interruption cut off are left out."""
     found: dict[Key, dict[int, float]] = {}
     for row in read_rows(folder / "values.csv", FIELDS):
-        found.setdefault((row["n"], row["smooth"], row["method"], row["grid"]), {})[row["cell"]] = row["value"]
+        key = (row["n"], row["smooth"], row["scale"], row["method"], row["grid"])
+        found.setdefault(key, {})[row["cell"]] = row["value"]
     return {key: list(cells.values()) for key, cells in found.items() if len(cells) == key[0] ** 2}
 
 
@@ -118,6 +121,7 @@ def play(
     folder: Path,
     *,
     smooth: Sequence[int] = (1, 15),
+    scale: Sequence[int] = (1,),
     batch_size: int | None = None,
 ) -> None:
     """Play all grids whose shares are not in the directory yet.
@@ -129,29 +133,34 @@ def play(
         method: Attribution method, a name in `timm_bcos.attribution.registry.METHODS`.
         folder: Directory of the results.
         smooth: Smoothing windows, as in `timm_bcos.evaluation.pointing_game.cell_shares`.
+        scale: Scales, each of which is combined with each window.
         batch_size: Number of classes per pass, as in `attribute`; None for as many as memory allows.
 
     Raises:
         MethodError: If the method does not support the model.
     """
     (method,), done = method_names([method]), on_main(partial(read_values, folder))
+    views = list(product(smooth, scale))
     todo = [
         (number, grid, missing)
         for number, grid in enumerate(grids)
-        if (missing := [window for window in smooth if (grid.n, window, method, number) not in done])
+        if (missing := [view for view in views if (grid.n, *view, method, number) not in done])
     ]
 
-    def compute(own: Sequence[tuple[int, Grid, list[int]]]) -> Iterator[list[tuple[object, ...]]]:
+    def compute(own: Sequence[tuple[int, Grid, list[View]]]) -> Iterator[list[tuple[object, ...]]]:
         pictures = prefetch(compose(model, dataset, grid) for _, grid, _ in own)
         title, done_before = f"{method} {grids[0].n}×{grids[0].n}", len(grids) - len(todo)
         progress = tqdm(
             zip(own, pictures, strict=True), title, done_before + len(own), initial=done_before, disable=None
         )
         for (number, grid, missing), picture in progress:
-            shares = grid_shares(model, picture, grid, method, smooth=missing, batch_size=batch_size).tolist()
+            shares = grid_shares(
+                model, picture, grid, method, smooth=smooth, scale=scale, batch_size=batch_size
+            ).tolist()
             yield [
-                (grid.n, window, method, number, cell, c, i, f"{v:.6f}")
-                for window, values in zip(missing, shares, strict=True)
+                (grid.n, *view, method, number, cell, c, i, f"{v:.6f}")
+                for view, values in zip(views, shares, strict=True)
+                if view in missing
                 for cell, c, i, v in zip(range(len(values)), grid.classes, grid.indices, values, strict=True)
             ]
 
@@ -160,10 +169,10 @@ def play(
 
 
 def summarize(folder: Path, methods: Iterable[str]) -> Panels:
-    """Shares by grid size and window, then by method, in the order of the methods."""
+    """Shares by grid size and view of the maps, then by method, in the order of the methods."""
     found: dict[Panel, dict[str, list[float]]] = {}
-    for (n, window, method, _), values in sorted(read_values(folder).items()):
-        found.setdefault((n, window), {}).setdefault(method, []).extend(values)
+    for (n, window, scale, method, _), values in sorted(read_values(folder).items()):
+        found.setdefault((n, (window, scale)), {}).setdefault(method, []).extend(values)
     asked = {
         panel: {method: np.array(values[method]) for method in methods if method in values}
         for panel, values in sorted(found.items())
@@ -199,15 +208,15 @@ def _quartiles(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def _rows(panels: Panels) -> Iterable[tuple[object, ...]]:
-    for (n, window), methods in panels.items():
+    for (n, view), methods in panels.items():
         for method, values in methods.items():
             low, middle, high = _quartiles(values)
-            yield method, n, window, len(values), f"{middle:.4f}", f"{low:.4f}", f"{high:.4f}"
+            yield method, n, *view, len(values), f"{middle:.4f}", f"{low:.4f}", f"{high:.4f}"
 
 
 def _table(panels: Panels) -> str:
-    """Markdown table of medians and quartiles: a row per method, a column per grid size and window."""
-    titles = [f"{n}×{n}, {_smoothing(window)}" for n, window in panels]
+    """Markdown table of medians and quartiles: a row per method, a column per grid size and view of the maps."""
+    titles = [f"{n}×{n}, {view_name(*view)}" for n, view in panels]
     lines = ["| method | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(titles)]
     for method in dict.fromkeys(method for values in panels.values() for method in values):
         cells = [_cell(values[method]) if method in values else "" for values in panels.values()]
@@ -220,24 +229,20 @@ def _cell(values: np.ndarray) -> str:
     return f"**{middle:.2f}** ({low:.2f} to {high:.2f}; {len(values)})"
 
 
-def _smoothing(window: int) -> str:
-    return "raw" if window == 1 else f"smoothed {window}×{window}"
-
-
 def _box_plots(panels: Panels, path: Path) -> None:
-    """Box plots: a row per grid size, a column per window, a box per method, and the score of a uniform map."""
+    """Box plots: a row per grid size, a column per view, a box per method, and the score of a uniform map."""
     from matplotlib.figure import Figure
 
-    sizes, windows = (sorted(set(values)) for values in zip(*panels, strict=True))
-    figure = Figure(figsize=(1 + 4 * len(windows), 3.6 * len(sizes)), layout="constrained")
-    axes = figure.subplots(len(sizes), len(windows), squeeze=False)
+    sizes, views = (sorted(set(values)) for values in zip(*panels, strict=True))
+    figure = Figure(figsize=(1 + 4 * len(views), 3.6 * len(sizes)), layout="constrained")
+    axes = figure.subplots(len(sizes), len(views), squeeze=False)
     for ax in axes.flat:
         ax.set_visible(False)
-    for (n, window), values in panels.items():
-        ax = axes[sizes.index(n), windows.index(window)]
+    for (n, view), values in panels.items():
+        ax = axes[sizes.index(n), views.index(view)]
         ax.set_visible(True)
         ax.boxplot(list(values.values()), tick_labels=list(values), showfliers=False)
         ax.axhline(1 / n**2, color="gray", linestyle="--", linewidth=1)
-        ax.set(title=f"{n}×{n}, {_smoothing(window)}", ylabel="share in the cell", ylim=(0, 1))
+        ax.set(title=f"{n}×{n}, {view_name(*view)}", ylabel="share in the cell", ylim=(0, 1))
         ax.tick_params(axis="x", rotation=90)
     save_figure(figure, path)

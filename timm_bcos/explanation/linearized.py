@@ -191,6 +191,7 @@ class LinearizedModel(ModelRun):
             versus=selection.versus,
             direction=selection.direction,
             region=selection.region,
+            class_names=_class_names(self.model, selection.activations.shape[1]) if layer is None else (),
         )
         return add_violations(self, found, selection.shift, (*part.violations, *self.violations))
 
@@ -204,3 +205,13 @@ def _logit_bias(model: nn.Module) -> float:
 def _probability_kind(model: nn.Module) -> str:
     config = getattr(converted_part(model), "bcos_config", None)
     return config.probability if config is not None else "sigmoid"
+
+
+def _class_names(model: nn.Module, count: int) -> tuple[str, ...]:
+    """The names in the config of a model with this number of classes; empty without names."""
+    for part in (model, converted_part(model)):
+        config = getattr(part, "pretrained_cfg", None)
+        names = config.get("label_names") if isinstance(config, dict) else None
+        if names and len(names) == count:
+            return tuple(names)
+    return ()

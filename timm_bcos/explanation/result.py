@@ -1,27 +1,35 @@
-"""The result of explaining: one row of W(x) for each image, and what follows from it."""
+"""The result of explaining: one row of W(x) for each image, in numbers, pictures, words and files."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from ..dynamic_linear.violations import Violation
 from ..errors import InputError
-from .photo import Photo
-from .visualization import Bars, Row, draw_rows, faded, map_to_rgba, on_white, overlay, save_figure, weights_to_rgba
+from . import figures, storage
+from .rows import Rows
+from .scale import cell_sums, check_scale
+from .summary import Json, predictions, summary
+from .superpixels import Superpixels, superpixel_sums
+from .titles import one_line
+from .visualization import save_figure, weights_to_rgba
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from PIL.Image import Image
 
-__all__ = ["Explanation", "unit_name"]
+__all__ = ["Explanation"]
 
 
-@dataclass(frozen=True, eq=False)
-class Explanation:
+@dataclass(frozen=True, eq=False, repr=False)
+class Explanation(Rows):
     """Why each image got its logit (or neuron its activation): exact, no approximation.
+
+    It holds N images, and can be indexed like a tensor. Methods that return one picture or one summary are of a single
+    image: call them on `explanation[0]` if there are more.
 
     Attributes:
         logits: (N, K) outputs; for an inner neuron its layer's activations at the neuron's position.
@@ -49,196 +57,202 @@ class Explanation:
             tensors.
     """
 
-    logits: Tensor
-    target: Tensor
-    weights: Tensor
-    inputs: Tensor
-    bias: Tensor
-    constant_bias: Tensor
-    violations: tuple[Violation, ...] = ()
-    logit_bias: float = 0.0
-    layer: str | None = None
-    position: Tensor | None = None
-    probability_kind: str = "sigmoid"
-    versus: Tensor | None = None
-    direction: Tensor | None = None
-    region: Tensor | None = None
-    rounding: float = 0.0
-    class_names: tuple[str, ...] = ()
-    photos: tuple[Photo, ...] = ()
+    def __repr__(self) -> str:
+        return one_line(self)
 
-    @property
-    def logit(self) -> Tensor:
-        """(N,) the explained outputs; with `versus`, the differences of two, with `direction`, the weighted sums."""
-        if self.direction is not None:
-            return (self.logits * self.direction).sum(1)
-        logit = self.logits.gather(1, self.target[:, None])[:, 0]
-        return logit if self.versus is None else logit - self.logits.gather(1, self.versus[:, None])[:, 0]
+    def _repr_png_(self) -> bytes | None:
+        """A small figure of the first images, for notebooks."""
+        return figures.png_bytes(self) if len(self) else None
 
-    @property
-    def image(self) -> Tensor:
-        """(N, C, H, W) the images, in [0, 1]."""
-        return self.inputs[:, : self.inputs.shape[1] // 2]
+    def at_scale(self, scale: int) -> Tensor:
+        """Contributions of cells of scale × scale pixels: sums, which are as exact as the pixels' contributions.
 
-    @property
-    def contributions(self) -> Tensor:
-        """(N, 2C, H, W) what each encoded pixel value adds to the logit: weights · inputs."""
-        return self.weights * self.inputs
+        Args:
+            scale: Side of a cell in pixels; 1 for single pixels. Cells are counted from the top left; those at the
+                right and bottom edge have fewer pixels if the scale does not divide the image.
 
-    @property
-    def contribution_map(self) -> Tensor:
-        """(N, H, W) what each pixel adds to the logit, in units of the logit."""
-        return self.contributions.sum(1)
-
-    @property
-    def probability(self) -> Tensor:
-        """(N, K) probabilities of the classes.
-
-        Sigmoids, as B-cos models train with binary cross-entropy, so they need not sum to 1; softmax for a
-        conversion that preserves a model trained with it.
-        """
-        return self.logits.softmax(1) if self.probability_kind == "softmax" else self.logits.sigmoid()
-
-    @property
-    def remainder(self) -> Tensor:
-        """(N,) logit - Σ contributions - bias in float64."""
-        return self.logit.double() - self.contributions.double().sum((1, 2, 3)) - self.bias.double()
-
-    @property
-    def completeness_error(self) -> Tensor:
-        """(N,) |Σ contributions + bias - logit| / |logit - logit bias|. Expect rounding error only: about 1e-7 in
-        float32. What lies within `rounding` counts as 0."""
-        error = (self.remainder.abs() - self.rounding).clamp_min(0)
-        share = self.logit_bias if self.direction is None else self.logit_bias * self.direction.double().sum(1)
-        scale = (self.logit.double() - share).abs()
-        return torch.where(error == 0, error, error / scale)
-
-    def __len__(self) -> int:
-        return len(self.target)
-
-    def __getitem__(self, index: int) -> "Explanation":
-        """The explanation of one image, as a batch of one."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")
-        one = slice(index % len(self), index % len(self) + 1)
-        own: dict[str, Any] = {name: value[one] for name, value in self._tensors().items()}
-        return replace(self, **own)
-
-    @classmethod
-    def stack(cls, explanations: Sequence["Explanation"]) -> "Explanation":
-        """One batch of the explanations of several, for instance of different targets of one image.
+        Returns:
+            (N, ⌈H / scale⌉, ⌈W / scale⌉) in float64, with the same total as the contribution map.
 
         Raises:
-            InputError: For none at all, or for explanations of different layers or kinds of output.
+            InputError: For a scale that is not an integer of at least 1.
         """
-        if not explanations:
-            raise InputError("no explanations to stack")
-        kinds = {(e.layer, e.probability_kind, e.logit_bias, e.logits.shape[1:], *e._extras()) for e in explanations}
-        if len(kinds) > 1:
+        return cell_sums(self.contribution_map, scale)
+
+    def superpixels(self, count: int = 50) -> Superpixels:
+        """Contributions of superpixels, i.e. segments that follow the edges of the image (SLIC).
+
+        Args:
+            count: Approximate number of superpixels per image.
+
+        Returns:
+            `labels` (N, H, W), the superpixel of each pixel, and `sums` (N, S) in float64, the contribution of each.
+
+        Raises:
+            InputError: For a count that is not an integer of at least 1.
+            MissingError: If scikit-image is not installed.
+        """
+        return superpixel_sums(self.image, self.contribution_map, count)
+
+    def photo_map(self, scale: int = 1) -> Tensor:
+        """Contributions of the pixels of the original photo.
+
+        Contributions of the model's pixels are spread evenly over the area that each shows, so the sum over a part of
+        the photo is the sum over the same part of the model's image. Of one image.
+
+        Args:
+            scale: Side of the cells, in pixels of the model's image, over which contributions are summed first.
+
+        Returns:
+            (height, width) in float64, at the size of the photo, or of the image if there is no photo. Pixels that the
+            model does not see are 0; contributions of padding are left out.
+
+        Raises:
+            InputError: For several images, or an invalid scale.
+        """
+        self._check_single("photo_map")
+        return figures.photo_map(self, check_scale(scale))
+
+    def overlay(self, scale: int | None = None) -> "Image":
+        """The contribution map over the original photo in gray: red for, blue against. Of one image.
+
+        Args:
+            scale: Side of the cells that are shown, in pixels of the model's image, as in `at_scale`; 1 for single
+                pixels. Default: a power of two near 1 / 14 of the image's shorter side, 16 for 224 × 224 pixels.
+
+        Returns:
+            RGB image of Pillow, at the size of the photo, or of the image if there is no photo. What the model does not
+            see is pale.
+
+        Raises:
+            InputError: For several images, or an invalid scale.
+        """
+        self._check_single("overlay")
+        return figures.overlay_picture(self, scale)
+
+    def color_picture(self) -> "Image":
+        """The explanation in color, as in `to_rgba`, at its place on the original photo. Of one image.
+
+        Returns:
+            RGBA image of Pillow, at the size of the photo, or of the image if there is no photo; transparent where the
+            model does not see the photo.
+
+        Raises:
+            InputError: For several images, or images without colors.
+        """
+        self._check_single("color_picture")
+        return figures.color_picture(self)
+
+    def _check_single(self, method: str) -> None:
+        if len(self) != 1:
             raise InputError(
-                f"cannot stack explanations of different outputs: {', '.join(map(str, sorted(kinds, key=str)))}"
+                f"{method} is of one image, and this explanation has {len(self)}: choose one, as in "
+                f"explanation[0].{method}(...)"
             )
-        stacked: dict[str, Any] = {
-            name: torch.cat([getattr(e, name) for e in explanations]) for name in explanations[0]._tensors()
-        }
-        violations = tuple(dict.fromkeys(violation for e in explanations for violation in e.violations))
-        return replace(explanations[0], **stacked, violations=violations)
 
-    def _extras(self) -> list[str]:
-        """What it has that others lack."""
-        return [name for name in ("versus", "direction", "position", "region") if getattr(self, name) is not None]
+    def predictions(self, top: int = 5) -> list[tuple[str, float]]:
+        """The most probable classes of the image and their probabilities, best first. Of one image.
 
-    def _tensors(self) -> dict[str, Tensor]:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        Args:
+            top: Number of classes.
+
+        Raises:
+            InputError: For several images, the explanation of a hidden unit, or a `top` below 1.
+        """
+        self._check_single("predictions")
+        return predictions(self, top)
+
+    def summary(self, top: int = 5) -> Json:
+        """The explanation in numbers and words, ready for `json.dumps`. Of one image.
+
+        Args:
+            top: Number of classes.
+
+        Returns:
+            `title`: what is explained. `target`, `versus`: index, name and probability of the class (activation of the
+            unit) explained, and of the one subtracted. `classes` (`units`): the most probable (active) ones. `logit`,
+            `bias`. `positive`, `negative`: sums of the positive and the negative contributions. `regions`: sums over
+            the nine parts of a 3 × 3 grid on the model's image, from 'top left' to 'bottom right'.
+            `completeness_error`, `exact`, `violations`. `image`: its size. `photo`: name, size, the box that the model
+            sees, the share of padding in the model's image and its contribution; None without a photo. Numbers that are
+            not finite are None.
+
+        Raises:
+            InputError: For several images, or a `top` below 1.
+        """
+        self._check_single("summary")
+        return summary(self, top)
 
     def to_rgba(self, smooth: int = 15, percentile: float = 99.5) -> Tensor:
         """(N, H, W, 4) pictures in [0, 1]: each pixel in the color that its weights look for, opaque where they are
         strong and speak for the target; see `timm_bcos.explanation.visualization.weights_to_rgba`."""
         return weights_to_rgba(self.weights, self.contribution_map, smooth, percentile)
 
-    def plot(self, class_names: Sequence[str] | None = None, top: int = 5) -> "Figure":
-        """A matplotlib figure: a row per image with the image, its explanation, the contribution map, both overlaid and
-        the most probable classes (or the most active units).
-
-        Outside a region the image is pale. A difference has a second picture, of what speaks for the other side. In the
-        contribution map, what speaks for the target is red, and what speaks against it (for the other side) is blue.
+    def to_rgb(self, kind: str = "color", scale: int | None = None) -> Tensor:
+        """Pictures for TensorBoard's `add_images` and other loggers.
 
         Args:
-            class_names: Name of each class.
-            top: Number of classes to show.
-        """
-        image = self.image.detach().cpu().clamp(0, 1)
-        maps = self.contribution_map.detach().cpu()
-        own = [self] if not self._is_difference() else [self, self.opposite()]
-        colors = [on_white(one.to_rgba()) for one in own]
-        shown = image if self.region is None else faded(image, self.region.cpu() > 0)
-        pictures = (shown.movedim(1, -1), *colors, map_to_rgba(maps), overlay(image, maps))
-        rows = []
-        for i in range(len(self)):
-            titles = ("image", *(one._title(i, class_names) for one in own), "contributions", "overlay")
-            row = [(title, picture[i]) for title, picture in zip(titles, pictures, strict=True)]
-            rows.append(Row(row, self._bars(i, class_names, top)))
-        return draw_rows(rows)
+            kind: 'color' for the explanation in color on white, 'map' for the contribution map, 'overlay' for the map
+                over the image in gray.
+            scale: Side of the cells of a map or overlay in pixels, as in `overlay`.
 
-    def _is_difference(self) -> bool:
-        return self.versus is not None or (self.direction is not None and bool((self.direction < 0).any()))
-
-    def opposite(self) -> "Explanation":
-        """The explanation of the negative: of "why b, not a", where this one is of "why a, not b".
+        Returns:
+            (N, 3, H, W) in [0, 1], in float32 on the CPU.
 
         Raises:
-            InputError: For the explanation of a class, which has no opposite.
+            InputError: For another kind, an invalid scale, or images without colors.
         """
-        negated = {name: -getattr(self, name) for name in ("weights", "bias", "constant_bias")}
-        if self.versus is not None:
-            return replace(self, **negated, target=self.versus, versus=self.target)
-        if self.direction is not None and self._is_difference():
-            return replace(self, **negated, direction=-self.direction, target=self.direction.argmin(1))
-        raise InputError("the explanation of a single output has no opposite: see timm_bcos.contrast")
+        return figures.to_rgb(self, kind, scale)
 
-    def _title(self, index: int, class_names: Sequence[str] | None) -> str:
-        place = ""
-        if self.position is not None:
-            place = f" at {tuple(self.position[index].tolist())}"
-        elif self.region is not None:
-            place = " in the region"
-        if self.layer is None:
-            return self._subject(index, "class", class_names) + place
-        return f"{self.layer}, {self._subject(index, 'unit', None).removeprefix('for ')}{place}"
+    def plot(self, class_names: Sequence[str] | None = None, top: int = 5, scale: int | None = None) -> "Figure":
+        """A matplotlib figure: a row per image with the image, its explanation in color, the contributions of pixels
+        and of cells of pixels, these over the image, and the most probable classes (or the most active units).
 
-    def _subject(self, index: int, kind: str, names: Sequence[str] | None) -> str:
-        if self.direction is not None:
-            return _of_direction(self.direction[index], kind, names)
-        own = f"for {unit_name(kind, int(self.target[index]), names)}"
-        return own if self.versus is None else f"{own}, not {unit_name(kind, int(self.versus[index]), names)}"
+        Outside a region the image is pale. A difference has a second picture, of what speaks for the other side. In the
+        contribution maps, what speaks for the target is red, and what speaks against it (for the other side) is blue.
+        Images of neither one nor three channels are shown as the mean of their channels, without a picture in color.
 
-    def _bars(self, index: int, class_names: Sequence[str] | None, top: int) -> Bars:
-        is_logit = self.layer is None
-        values = self.probability[index] if is_logit else self.logits[index]
-        best = values.topk(min(top, len(values)))
-        units = best.indices.tolist()
-        names = [unit_name("class", unit, class_names) if is_logit else unit_name("unit", unit) for unit in units]
-        target = int(self.target[index])
-        title = f"probability ({self.probability_kind})" if is_logit else "activation"
-        marked = units.index(target) if target in units and self.direction is None else None
-        return Bars(title, names, best.values.tolist(), marked, 1.0 if is_logit else None)
+        Args:
+            class_names: Name of each class; None for those of the explanation.
+            top: Number of classes to show.
+            scale: Side of the cells in pixels, as in `overlay`; 1 for pixels only.
 
-    def save(self, path: str | PathLike[str], class_names: Sequence[str] | None = None) -> None:
-        """Write `plot` to a picture file, whole or not at all; the suffix says the format."""
-        save_figure(self.plot(class_names), path)
+        Raises:
+            InputError: For an explanation of no images, or an invalid scale.
+        """
+        return figures.plot(self, class_names, top, scale)
 
+    def save(
+        self, path: str | PathLike[str], class_names: Sequence[str] | None = None, scale: int | None = None
+    ) -> None:
+        """Write a file, whole or not at all; the suffix says the format.
 
-def _of_direction(direction: Tensor, kind: str, names: Sequence[str] | None, shown: int = 2) -> str:
-    """The outputs that a direction weighs most, for and against."""
-    sides = []
-    for values in (direction, -direction):
-        count = int((values > 0).sum())
-        units = values.topk(min(count, shown)).indices.tolist()
-        sides.append(" + ".join([unit_name(kind, unit, names) for unit in units] + ["…"] * (count > shown)))
-    return ", ".join(f"{word} {side}" for word, side in zip(("for", "not"), sides, strict=True) if side)
+        Args:
+            path: With the suffix .npz, everything is written as arrays and JSON, for `load`. With that of a picture,
+                `plot` is written.
+            class_names: Name of each class; None for those of the explanation.
+            scale: As in `plot`.
 
+        Raises:
+            InputError: For any other suffix.
+        """
+        if storage.is_archive(path):
+            storage.write(self if class_names is None else replace(self, class_names=tuple(class_names)), path)
+        else:
+            storage.check_picture_suffix(path)
+            save_figure(self.plot(class_names, scale=scale), path)
 
-def unit_name(kind: str, index: int, names: Sequence[str] | None = None) -> str:
-    """The name of a class, or what stands for one: its kind and number."""
-    return names[index] if names is not None and index < len(names) else f"{kind} {index}"
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Self:
+        """Read what `save` has written with the suffix .npz. Nothing is unpickled, so files of others are safe.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The explanation, on the CPU.
+
+        Raises:
+            InputError: For a file that is missing, damaged, or not an explanation.
+        """
+        return storage.read(cls, path)

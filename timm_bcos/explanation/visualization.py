@@ -17,15 +17,18 @@ from ..files import AUTHOR, atomic_path
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from PIL.Image import Image
 
 __all__ = [
     "Bars",
     "Row",
+    "color_layer",
     "draw_rows",
     "map_to_rgba",
     "overlay",
     "save_figure",
     "save_image",
+    "to_pil",
     "weights_to_rgba",
 ]
 
@@ -86,6 +89,20 @@ def map_to_rgba(contribution_map: Tensor, percentile: float = 99.5) -> Tensor:
     return torch.from_numpy(colormaps["bwr"](unit.detach().cpu().numpy()))
 
 
+def color_layer(contribution_map: Tensor, opacity: float = 0.9) -> Tensor:
+    """Contribution maps as layers in diverging colors, which are as opaque as the contributions are strong.
+
+    Args:
+        contribution_map: (N, H, W).
+        opacity: Opacity of the strongest contributions, in [0, 1].
+
+    Returns:
+        (N, H, W, 4) in [0, 1].
+    """
+    colors = map_to_rgba(contribution_map)[..., :3]
+    return torch.cat([colors, (1 - colors.amin(-1, keepdim=True)) * opacity], -1)
+
+
 def overlay(image: Tensor, contribution_map: Tensor, opacity: float = 0.9) -> Tensor:
     """Contribution maps over the images in gray; the color is as strong as the contribution.
 
@@ -97,8 +114,7 @@ def overlay(image: Tensor, contribution_map: Tensor, opacity: float = 0.9) -> Te
     Returns:
         (N, H, W, 3) in [0, 1].
     """
-    colors = map_to_rgba(contribution_map)[..., :3]
-    strength = (1 - colors.amin(-1, keepdim=True)) * opacity
+    colors, strength = color_layer(contribution_map, opacity).split([3, 1], -1)
     gray = 0.5 + image.detach().cpu().double().mean(1)[..., None] / 2  # light enough for blue to show
     return gray * (1 - strength) + colors * strength
 
@@ -109,16 +125,21 @@ def faded(image: Tensor, region: Tensor, opacity: float = 0.35) -> Tensor:
     return 1 - (1 - image) * (opacity + (1 - opacity) * inside)
 
 
+def to_pil(picture: Tensor) -> "Image":
+    """Convert a picture (H, W, 3 or 4) in [0, 1] to an RGB or RGBA image of Pillow."""
+    from PIL import Image
+
+    return Image.fromarray((picture.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy())
+
+
 def save_image(picture: Tensor, path: str | os.PathLike[str]) -> None:
     """Write one picture (H, W, 3 or 4) in [0, 1], whole or not at all; a PNG names this package as its maker."""
-    from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    array = (picture.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     notes = PngInfo()
     notes.add_text("Software", AUTHOR)
     with atomic_path(path) as temporary:
-        Image.fromarray(array).save(temporary, pnginfo=notes)
+        to_pil(picture).save(temporary, pnginfo=notes)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..explanation.result import Explanation, unit_name
+from ..explanation.result import Explanation
+from ..explanation.scale import default_scale
+from ..explanation.titles import class_name
 from ..explanation.visualization import EPS, weights_to_rgba
 from ..files import AUTHOR, atomic_path
 
@@ -128,6 +130,7 @@ def _data(
         "title": title,
         "height": height,
         "width": width,
+        "scale": default_scale(height, width),
         "photo": _png(image),
         "probability": explanation.probability_kind,
         "classCount": explanation.logits.shape[1],
@@ -145,7 +148,7 @@ def _class(one: Explanation, class_names: Sequence[str] | None) -> dict[str, Any
     strength = one.weights[0].norm(dim=0)
     return {
         "index": target,
-        "name": unit_name("class", target, class_names),
+        "name": class_name(one, target, class_names),
         "probability": float(one.probability[0, target]),
         "logit": float(one.logit),
         "bias": float(one.bias),

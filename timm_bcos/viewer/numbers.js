@@ -11,8 +11,28 @@ function explained() {
     map: a.map.map((value, i) => value - b.map[i]),
     logit: minus("logit"), bias: minus("bias"), constantBias: minus("constantBias"), logitBias: 0,
   };
-  const scale = quantile(whole.map.map(Math.abs), SATURATION) || 1e-12;
-  return { ...whole, scale, decimals: decimalsFor(scale, 4), strongest: strongest(whole.map) };
+  const cells = cellSums(whole.map), full = quantile(cells.map(Math.abs), SATURATION) || 1e-12;
+  return { ...whole, cells, full, decimals: decimalsFor(full, 4), strongest: strongest(cells) };
+}
+
+const cellsPerRow = () => Math.ceil(width / state.scale);
+const cellOf = (row, column) => Math.floor(row / state.scale) * cellsPerRow() + Math.floor(column / state.scale);
+const cellAt = (i) => cellOf(Math.floor(i / width), i % width);
+
+/** Sums of a map over cells of scale × scale pixels, counted from the top left. */
+function cellSums(map) {
+  const sums = new Float64Array(cellsPerRow() * Math.ceil(height / state.scale));
+  for (let i = 0; i < map.length; i++) sums[cellAt(i)] += map[i];
+  return sums;
+}
+
+/** The pixels of the cell around a pixel. */
+function cellAround({ row, column }) {
+  const top = row - (row % state.scale), left = column - (column % state.scale);
+  return {
+    top, left,
+    bottom: Math.min(top + state.scale, height) - 1, right: Math.min(left + state.scale, width) - 1,
+  };
 }
 
 function isInside({ top, bottom, left, right }, row, column) {
@@ -35,10 +55,11 @@ function quantile(values, share) {
   return sorted[low] + (at - low) * ((sorted[low + 1] ?? sorted[low]) - sorted[low]);
 }
 
-function strongest(map) {
+/** The first pixel of the strongest cell. */
+function strongest(cells) {
   let best = 0;
-  for (let i = 1; i < map.length; i++) if (Math.abs(map[i]) > Math.abs(map[best])) best = i;
-  return { row: Math.floor(best / width), column: best % width };
+  for (let i = 1; i < cells.length; i++) if (Math.abs(cells[i]) > Math.abs(cells[best])) best = i;
+  return { row: Math.floor(best / cellsPerRow()) * state.scale, column: (best % cellsPerRow()) * state.scale };
 }
 
 /** Number of decimals that show `digits` significant digits of a number of this size. */

@@ -34,9 +34,9 @@ function overlayOf(mapColor, strengthAt) {
 
 /** The images: title, name of the file, colors, and the note below. */
 function views() {
-  const { map, scale } = current, ends = isContrast() ? A_AND_B : FOR_AND_AGAINST;
-  const mapColor = (i) => diverging(map[i] / scale, ends);
-  const overlay = overlayOf(mapColor, (i) => Math.min(1, Math.abs(map[i]) / scale));
+  const { cells, full } = current, ends = isContrast() ? A_AND_B : FOR_AND_AGAINST;
+  const mapColor = (i) => diverging(cells[cellAt(i)] / full, ends);
+  const overlay = overlayOf(mapColor, (i) => Math.min(1, Math.abs(cells[cellAt(i)]) / full));
   const rows = shownClasses().map((one) => ({
     title: isContrast() ? `For ${one.name}` : "Explanation", file: `explanation ${one.name}`, colors: rowOf(one),
     below: "Pixels that contribute, in the colors of their weights",
@@ -47,14 +47,14 @@ function views() {
     ...rows,
     {
       title: isContrast() ? "Difference" : "Contributions", file: `contributions ${file}`, colors: mapColor,
-      below: legend(scale, ends),
+      below: legend(full, ends),
     },
     { title: "Overlay", file: `overlay ${file}`, colors: overlay, below: "Contributions over the photo" },
   ];
 }
 
-function legend(scale, ends) {
-  const bar = element("div", "legend"), limit = scale.toPrecision(2);
+function legend(full, ends) {
+  const bar = element("div", "legend"), limit = full.toPrecision(2);
   const colors = [-1, 0, 1].map((t) => `rgb(${diverging(t, ends).join(" ")})`);
   bar.style.background = `linear-gradient(to right, ${colors.join(", ")})`;
   const meaning = isContrast() ? [`for ${againstClass().name}`, `for ${targetClass().name}`] : ["against", "for"];

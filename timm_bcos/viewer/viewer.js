@@ -2,7 +2,8 @@
 
 const page = JSON.parse(document.getElementById("data").textContent);
 const { width, height, classes } = page;
-const state = { target: 0, against: null, pixel: null, rectangle: null, isDragging: false, active: null };
+const state = { target: 0, against: null, scale: 1, pixel: null, rectangle: null, isDragging: false, active: null };
+const LARGEST_CELL = 5; // binary logarithm of the side in pixels
 const pictures = []; // the marks on each: {pixel, rectangle, tip}
 let current; // the explained quantity, see `explained`
 const by = (id) => document.getElementById(id);
@@ -90,7 +91,8 @@ function onKey(event) {
   else if (!step) return;
   else {
     const from = shownPixel();
-    state.pixel = { row: clamp(from.row + step[0], height), column: clamp(from.column + step[1], width) };
+    const length = event.shiftKey ? 1 : state.scale;
+    state.pixel = { row: clamp(from.row + length * step[0], height), column: clamp(from.column + length * step[1], width) };
     corner = event.shiftKey ? corner ?? from : null;
     if (corner) state.rectangle = between(corner, state.pixel);
   }
@@ -115,7 +117,9 @@ function showMarks() {
   const { row, column } = shownPixel();
   const top = `${(100 * (row + 0.5)) / height}%`, left = `${(100 * (column + 0.5)) / width}%`;
   pictures.forEach(({ pixel, rectangle, tip }, i) => {
-    Object.assign(pixel.style, { display: "block", top, left });
+    pixel.classList.toggle("cell", state.scale > 1);
+    if (state.scale > 1) place(pixel, cellAround({ row, column }));
+    else Object.assign(pixel.style, { display: "block", top, left, width: "", height: "" });
     if (state.rectangle) place(rectangle, state.rectangle);
     else rectangle.style.display = "none";
     tip.hidden = i !== state.active;
@@ -123,21 +127,32 @@ function showMarks() {
   });
 }
 
-/** The number beside the pointer: the pixel's contribution, or the rectangle's sum while it is drawn. */
+/** The number beside the pointer: the contribution of the cell, or the rectangle's sum while it is drawn. */
 function showTip(tip, row, column) {
-  const { map, decimals } = current;
+  const { map, cells, decimals } = current;
   const sum = () => `Σ ${signed(split(map, state.rectangle).inside, decimalsFor(current.logit, 5))}`;
-  tip.textContent = state.isDragging ? sum() : signed(map[row * width + column], decimals);
+  tip.textContent = state.isDragging ? sum() : signed(cells[cellOf(row, column)], decimals);
   tip.classList.toggle("low", row < height / 4);
   const share = (100 * (column + 0.5)) / width;
   Object.assign(tip.style, { top: `${(100 * (row + 0.5)) / height}%`, left: `${Math.min(82, Math.max(18, share))}%` });
 }
 
 function showPixel() {
-  const { map, decimals } = current, { row, column } = shownPixel(), at = row * width + column;
-  by("place").textContent = `Row ${row}, column ${column}${state.pixel ? "" : " (the strongest)"}`;
-  Object.assign(by("contribution"), { value: map[at], textContent: signed(map[at], decimals) });
-  by("swatches").replaceChildren(...shownClasses().map((one) => swatch(one, at)));
+  const { cells, decimals } = current, { row, column } = shownPixel(), cell = cellOf(row, column);
+  const where = state.scale > 1 ? placeOfCell(cellAround({ row, column })) : `Row ${row}, column ${column}`;
+  by("pixel-title").textContent = state.scale > 1 ? "Cell" : "Pixel";
+  by("place").textContent = `${where}${state.pixel ? "" : " (the strongest)"}`;
+  Object.assign(by("contribution"), { value: cells[cell], textContent: signed(cells[cell], decimals) });
+  const parts = state.scale > 1 ? (isContrast() ? shownClasses().map((one) => cellLine(one, cell)) : [])
+    : shownClasses().map((one) => swatch(one, row * width + column));
+  by("swatches").replaceChildren(...parts);
+}
+
+const placeOfCell = ({ top, bottom, left, right }) => `Rows ${top} to ${bottom}, columns ${left} to ${right}`;
+
+/** A class's contribution of a cell, whose pixels have different colors. */
+function cellLine(one, cell) {
+  return element("div", "", `${one.name} ${signed(cellSums(one.map)[cell], current.decimals)}`);
 }
 
 function swatch(one, at) {
@@ -257,6 +272,20 @@ function addOptions() {
   for (const id of ["target", "against"]) by(id).addEventListener("change", onChange);
 }
 
+/** The slider's values are powers of two, up to half of the image's shorter side. */
+function addScales() {
+  const slider = by("scale"), largest = Math.floor(Math.log2(Math.min(width, height) / 2));
+  slider.max = Math.max(0, Math.min(LARGEST_CELL, largest));
+  slider.value = Math.log2(page.scale);
+  const onChange = () => {
+    state.scale = 2 ** Number(slider.value);
+    by("cells").textContent = state.scale > 1 ? `${state.scale} × ${state.scale} pixels` : "single pixels";
+    slider.setAttribute("aria-valuetext", by("cells").textContent);
+  };
+  slider.addEventListener("input", () => { onChange(); show(); });
+  onChange();
+}
+
 function showNotes() {
   const shown = classes.length < page.classCount ? `${classes.length} of ${page.classCount} classes` : "All classes";
   const kind = page.probability === "softmax" ? "softmax" : "sigmoid, so they need not add up to 100 %";
@@ -285,6 +314,7 @@ function postHeight() {
 async function start() {
   await load();
   addOptions();
+  addScales();
   classes.forEach(addBar);
   showNotes();
   state.against = page.against;

@@ -48,6 +48,14 @@ def pointing_game(
     smooth: Annotated[
         list[int] | None, typer.Option(min=1, help="Window of the mean filter in pixels; repeatable. (default: 1, 15)")
     ] = None,
+    scale: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="Side of the square cells, in pixels, that maps are summed over before negative sums "
+            "are set to 0; repeatable. (default: 1)",
+        ),
+    ] = None,
     disconnect: DisconnectOption = DisconnectMode.NONE,
     seed: Seed = 0,
     batch_size: Annotated[
@@ -78,7 +86,7 @@ def pointing_game(
     samples = [sample(cells) for cells in n or (2, 3)]  # all at once: a lack of images shows before the first game
     left_out = play_all(
         model, images, samples, methods, out, disconnect=disconnect.value, smooth=smooth or (1, 15),
-        batch_size=batch_size,
+        scale=scale or (1,), batch_size=batch_size,
     )  # fmt: skip
     _report(left_out, out / "summary.md")
 

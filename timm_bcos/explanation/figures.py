@@ -1,0 +1,151 @@
+"""Pictures of an explanation: the figure, and layers over the images or the original photos."""
+
+from collections.abc import Sequence
+from io import BytesIO
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..errors import InputError
+from .photo import Photo
+from .scale import cell_means, default_scale
+from .summary import check_top
+from .titles import class_name, title, unit_name
+from .visualization import (
+    Bars,
+    Row,
+    color_layer,
+    draw_rows,
+    faded,
+    map_to_rgba,
+    on_white,
+    overlay,
+    to_pil,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+    from .result import Explanation
+
+__all__ = ["RGB_KINDS", "color_picture", "overlay_picture", "photo_map", "plot", "png_bytes", "to_rgb"]
+
+COLOR_CHANNELS = (1, 3)  # of images whose weights can be read as colors
+PNG_ROWS, PNG_DPI = 4, 50  # of the small figure in notebooks
+
+
+def _scale_of(explanation: "Explanation", scale: int | None) -> int:
+    """The given scale, or the default for the size of the images."""
+    height, width = explanation.inputs.shape[-2:]
+    return default_scale(height, width) if scale is None else scale
+
+
+def plot(explanation: "Explanation", names: Sequence[str] | None, top: int, scale: int | None) -> "Figure":
+    """What `Explanation.plot` draws."""
+    if len(explanation) == 0:
+        raise InputError("an explanation of no images has nothing to plot")
+    check_top(top)
+    scale = _scale_of(explanation, scale)
+    return draw_rows([Row(_pictures(one, names, scale), _bars(one, names, top)) for one in explanation])
+
+
+def _pictures(one: "Explanation", names: Sequence[str] | None, scale: int) -> list[tuple[str, Tensor]]:
+    """Pictures of one image with their titles."""
+    image, maps = _shown(one), one.contribution_map.detach().cpu()
+    coarse = cell_means(maps, scale)
+    shown = (image if one.region is None else faded(image, one.region.cpu() > 0)).movedim(1, -1)
+    if _has_colors(one):
+        sides = [one, one.opposite()] if one.is_difference else [one]
+        found = [("image", shown), *((title(side, 0, names), on_white(side.to_rgba())) for side in sides)]
+        pixels = "contributions of pixels"
+    else:
+        found = [(f"image (mean of {one.image.shape[1]} channels)", shown)]
+        pixels = f"{title(one, 0, names)}: contributions of pixels"
+    found.append((pixels, map_to_rgba(maps)))
+    if scale > 1:
+        found.append((f"contributions of cells of {scale} × {scale} pixels", map_to_rgba(coarse)))
+    return [(name, pictures[0]) for name, pictures in (*found, ("overlay", overlay(image, coarse)))]
+
+
+def _has_colors(explanation: "Explanation") -> bool:
+    return explanation.image.shape[1] in COLOR_CHANNELS
+
+
+def _shown(explanation: "Explanation") -> Tensor:
+    """(N, 1 or 3, H, W) images on the CPU; the mean of the channels where they are no colors."""
+    image = explanation.image.detach().cpu().float().clamp(0, 1)
+    return image if _has_colors(explanation) else image.mean(1, keepdim=True)
+
+
+def _bars(one: "Explanation", names: Sequence[str] | None, top: int) -> Bars:
+    """The most probable classes of one image, or the most active units."""
+    is_logit = one.layer is None
+    values = (one.probability if is_logit else one.logits)[0]
+    best = values.topk(min(top, len(values)))
+    units, target = best.indices.tolist(), int(one.target[0])
+    labels = [class_name(one, unit, names) if is_logit else unit_name("unit", unit) for unit in units]
+    heading = f"probability ({one.probability_kind})" if is_logit else "activation"
+    marked = units.index(target) if target in units and one.direction is None else None
+    return Bars(heading, labels, best.values.tolist(), marked, 1.0 if is_logit else None)
+
+
+def png_bytes(explanation: "Explanation") -> bytes:
+    """A small figure of the first images, as a PNG file."""
+    buffer = BytesIO()
+    plot(explanation[:PNG_ROWS], None, 5, None).savefig(buffer, format="png", dpi=PNG_DPI)
+    return buffer.getvalue()
+
+
+def overlay_picture(explanation: "Explanation", scale: int | None) -> "Image":
+    """The contribution map of one image over the photo in gray."""
+    photo = _photo_of(explanation)
+    layer = photo.enlarge(to_pil(color_layer(_coarse(explanation, scale))[0]))
+    picture = photo.gray().convert("RGB")
+    picture.paste(layer, mask=layer)
+    return picture
+
+
+def color_picture(explanation: "Explanation") -> "Image":
+    """The explanation of one image in color, at its place on the photo."""
+    return _photo_of(explanation).enlarge(to_pil(explanation.to_rgba()[0]))
+
+
+def _photo_of(explanation: "Explanation") -> Photo:
+    """The photo of one image; the image itself if there is none."""
+    if explanation.photos:
+        return explanation.photos[0]
+    image = _shown(explanation)[0]
+    height, width = image.shape[-2:]
+    return Photo(to_pil(image.expand(3, -1, -1).movedim(0, -1)), (0, 0, width, height))
+
+
+def photo_map(explanation: "Explanation", scale: int) -> Tensor:
+    """Contributions of the pixels of the photo of one image."""
+    return _photo_of(explanation).spread(cell_means(explanation.contribution_map[0], scale))
+
+
+def to_rgb(explanation: "Explanation", kind: str, scale: int | None) -> Tensor:
+    """What `Explanation.to_rgb` returns."""
+    if kind not in RGB_KINDS:
+        raise InputError(f"kind={kind!r}: choose one of {', '.join(RGB_KINDS)}")
+    return RGB_KINDS[kind](explanation, scale).cpu().float().clamp(0, 1).movedim(-1, 1)
+
+
+def _rgb_color(explanation: "Explanation", scale: int | None) -> Tensor:
+    return on_white(explanation.to_rgba())
+
+
+def _rgb_map(explanation: "Explanation", scale: int | None) -> Tensor:
+    return map_to_rgba(_coarse(explanation, scale))[..., :3]
+
+
+def _rgb_overlay(explanation: "Explanation", scale: int | None) -> Tensor:
+    return overlay(_shown(explanation), _coarse(explanation, scale))
+
+
+def _coarse(explanation: "Explanation", scale: int | None) -> Tensor:
+    return cell_means(explanation.contribution_map.detach().cpu(), _scale_of(explanation, scale))
+
+
+RGB_KINDS = {"color": _rgb_color, "map": _rgb_map, "overlay": _rgb_overlay}
