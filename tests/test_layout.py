@@ -16,8 +16,8 @@ MODULES = {path: path.relative_to(PACKAGE.parent).with_suffix("").as_posix() for
 # from the lowest layer to the highest: a package imports from those before it
 LAYERS = (
     "errors", "_compat", "files", "prefetch", "distributed", "nn", "dynamic_linear", "explanation", "conversion",
-    "integrations", "weights", "models", "data", "training", "attribution", "evaluation", "concepts", "hub", "viewer",
-    "demo", "cli",
+    "integrations", "weights", "models", "data", "explainer", "training", "attribution", "evaluation", "concepts",
+    "hub", "viewer", "demo", "cli",
 )  # fmt: skip
 
 

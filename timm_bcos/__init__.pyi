@@ -17,6 +17,7 @@ from .errors import (
     TargetError,
     UnsupportedModuleError,
 )
+from .explainer import Explainer
 from .explanation.api import contrast, explain, explain_targets
 from .explanation.exactness import ExactnessReport, calibrate, check
 from .explanation.export import export_explainer
@@ -46,6 +47,7 @@ __all__ = [
     "DynamicWeights",
     "Evaluation",
     "ExactnessReport",
+    "Explainer",
     "Explanation",
     "ExplanationDistillationTask",
     "GuidedClassificationTask",

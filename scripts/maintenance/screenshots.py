@@ -14,14 +14,14 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+import timm_bcos
 from timm_bcos.cli.outputs import OutputPaths
-from timm_bcos.cli.photo_explainer import PhotoExplainer
+from timm_bcos.cli.photo_writer import PhotoWriter
 from timm_bcos.demo.app import build_app, demo_models, serving
 from timm_bcos.files import atomic_path
-from timm_bcos.models.class_names import class_names
-from timm_bcos.models.loading import load_model
 
 ROOT = Path(__file__).parents[2]
+MODEL = "bcos_efficientnet_lite0.clothing"
 PHOTO = ROOT / "scripts" / "photos" / "coffee.jpg"
 CLOTHES = ROOT / "scripts" / "photos" / "clothes" / "shoes.jpg"
 WINDOWS = {"desktop": (1280, 1240), "phone": (390, 2090)}  # as high as the explanation, which scrolling would cut
@@ -58,10 +58,8 @@ def demo(browser: Any) -> None:
 
 def viewer(browser: Any) -> None:
     """The HTML file that `timm-bcos explain --html` writes, with two classes, a rectangle and a pixel."""
-    model = load_model("bcos_efficientnet_lite0.clothing").eval()
     with tempfile.TemporaryDirectory() as folder:
-        explainer = PhotoExplainer(model, class_names(model), (), 3, OutputPaths(Path(folder)), html=True)
-        explainer.explain(CLOTHES)
+        PhotoWriter(timm_bcos.Explainer(MODEL), OutputPaths(Path(folder)), html=True).write(CLOTHES)
         page = browser.new_page(viewport=dict(width=1280, height=980), device_scale_factor=1.5)
         page.goto(next(Path(folder).glob("*.html")).as_uri())
         page.locator("#against").select_option(index=2)

@@ -44,9 +44,10 @@ def test_explains_a_photo(weights: Path, photo: Path, tmp_path: Path) -> None:
     assert str(photo) in text
     assert text.count("completeness error") == 2
     pictures = sorted(p.name for p in out.iterdir())
-    assert len(pictures) == 3
+    assert len(pictures) == 5
     assert pictures[0] == "coffee.png"
     assert Image.open(out / pictures[1]).mode == "RGBA"
+    assert Image.open(out / pictures[2]).size == Image.open(photo).size
 
 
 def test_named_targets(weights: Path, photo: Path, tmp_path: Path) -> None:
@@ -55,7 +56,8 @@ def test_named_targets(weights: Path, photo: Path, tmp_path: Path) -> None:
     arguments = (photo, "--model", "bcos_cnn9", "--checkpoint", weights, "--classes", names, "--out", tmp_path / "out")
     code, text = run(*arguments, "--target", "frog", "--target", 3)
     assert code == 0, text
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["coffee.png", "coffee_cat.png", "coffee_frog.png"]
+    endings = [".png", "_cat.png", "_cat_overlay.jpg", "_frog.png", "_frog_overlay.jpg"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"coffee{end}" for end in endings]
     code, text = run(*arguments, "--target", "forg")
     assert code == 2
     assert "no class is called 'forg'; close names: frog; or give an index, 0 to 9" in text
@@ -69,8 +71,8 @@ def test_one_class_against_others(weights: Path, photo: Path, tmp_path: Path) ->
     for unit in (3, 4):
         assert re.search(rf"class {unit}, not class 5 +difference of logits +[+-][\d.]+ +completeness error", text)
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
-    ends = ["_class-3_versus_class-5", "_class-4_versus_class-5", "_versus_class-5"]
-    assert names == [f"coffee{end}.png" for end in ends]
+    both = [f"_class-{unit}_versus_class-5{end}" for unit in (3, 4) for end in (".png", "_overlay.jpg")]
+    assert names == [f"coffee{end}" for end in [*both, "_versus_class-5.png"]]
     before = {name: (tmp_path / "out" / name).read_bytes() for name in names}
     assert run(*arguments, "--target", 3)[0] == 0  # overwrites none of them
     assert before == {name: (tmp_path / "out" / name).read_bytes() for name in names}

@@ -14,12 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import InputError
-from ..files import first_line
+from ..models.devices import find_device
 
 if TYPE_CHECKING:
-    import torch
-
     from ..data.datasets import LabeledImages
 
 __all__ = [
@@ -228,25 +225,3 @@ def _parameters_of(group: Any) -> list[inspect.Parameter]:
 def _load(load: Callable[..., Any], options: ModelOptions, device: str) -> Any:
     found = find_device(device)  # first, so that a wrong name fails before a download
     return load(options.model, options.checkpoint).eval().to(found)
-
-
-def find_device(name: str) -> "torch.device":
-    """Find a device by torch's name.
-
-    Raises:
-        InputError: If the device is not available.
-    """
-    import torch
-
-    try:
-        device = torch.device(name)
-        float(torch.zeros((), device=device))  # fails on 'meta', which holds no numbers
-    except Exception as error:  # each backend raises its own
-        raise InputError(f"no device {name!r} here ({first_line(error)}): choose {', '.join(_devices())}") from error
-    return device
-
-
-def _devices() -> list[str]:
-    import torch
-
-    return ["cpu", *(name for name in ("cuda", "mps", "xpu") if getattr(torch, name).is_available())]

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+from PIL import ExifTags, Image
+
 from ..data.photos import is_own_picture
 from ..errors import InputError
 from ..explanation.video import VIDEO_SUFFIXES, is_own_film
+from ..files import AUTHOR, atomic_path
 from ..viewer.document import is_own_page
 
-__all__ = ["Claim", "OutputPaths", "is_own", "is_video", "slug"]
+__all__ = ["Claim", "OutputPaths", "is_own", "is_video", "save_photo", "slug"]
 
 LONGEST_NAME = 255  # bytes, the limit of most file systems
 
@@ -84,6 +87,14 @@ class OutputPaths:
 
     def _is_free(self, path: Path) -> bool:
         return not os.path.lexists(path) or (_identity(path) not in self.inputs and is_own(path))
+
+
+def save_photo(image: Image.Image, path: Path) -> None:
+    """Write a picture of a photo's size as a JPEG file that names this package as its maker."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = AUTHOR
+    with atomic_path(path) as temporary:
+        image.convert("RGB").save(temporary, "JPEG", quality=90, exif=exif)
 
 
 def slug(name: str) -> str:

@@ -6,23 +6,27 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import timm
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from ..errors import InputError
 from ..explanation.inputs import refuse_stripes
 from ..files import AUTHOR, first_line
 from ..nn.stems import image_channels
+from .geometry import flatten_transform
 
 __all__ = [
     "find_photos",
     "is_own_picture",
     "open_photo",
+    "photo_mode",
+    "photo_steps",
     "photo_transform",
+    "to_photo",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -58,7 +62,7 @@ def is_own_picture(path: Path) -> bool:
     """Whether this package wrote an image."""
     try:
         with _quiet(), Image.open(path) as image:
-            return image.info.get("Software") == AUTHOR
+            return AUTHOR in (image.info.get("Software"), image.getexif().get(ExifTags.Base.Software))
     except Exception:  # `open_photo` reports what is wrong with it
         return False
 
@@ -78,12 +82,10 @@ def open_photo(file: Path | BinaryIO, mode: str = "RGB", formats: tuple[str, ...
         raise InputError("no regular file")
     try:
         with _quiet(), Image.open(file, formats=formats) as image:
-            refuse_stripes(image.size)
             is_animated = getattr(image, "is_animated", False) and image.format != "MPO"
             if is_animated and isinstance(file, str | os.PathLike):
                 _logger.warning("%s is animated: only its first frame is used", file)
-            image.load()
-            return _in_eight_bits(_upright(image)).convert(mode)
+            return _to_photo(image, mode)
     except InputError:
         raise
     except FileNotFoundError:
@@ -94,6 +96,33 @@ def open_photo(file: Path | BinaryIO, mode: str = "RGB", formats: tuple[str, ...
         raise InputError(f"too large an image ({first_line(error)})") from error
     except Exception as error:  # decoders raise errors of every family
         raise InputError(f"broken image ({first_line(error)})") from error
+
+
+def to_photo(image: Image.Image, mode: str = "RGB") -> Image.Image:
+    """Convert a Pillow image of any mode, and rotate it as its EXIF data says; the image itself is not changed.
+
+    Args:
+        image: The image.
+        mode: Mode of the result: 'RGB', or 'L' for gray.
+
+    Raises:
+        InputError: If it is empty, its pixels cannot be read, or one side is more than 100 times the other.
+    """
+    try:
+        with _quiet():
+            return _to_photo(image, mode)
+    except InputError:
+        raise
+    except Exception as error:  # decoders raise errors of every family
+        raise InputError(f"broken image ({first_line(error)})") from error
+
+
+def _to_photo(image: Image.Image, mode: str) -> Image.Image:
+    if 0 in image.size:
+        raise InputError(f"an image of {image.width} × {image.height} pixels is empty")
+    refuse_stripes(image.size)
+    image.load()
+    return _in_eight_bits(_upright(image)).convert(mode)
 
 
 @contextmanager
@@ -130,7 +159,14 @@ def _in_eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(gray)
 
 
-MODES = {1: "L", 3: "RGB"}  # Pillow modes by number of channels
+CHANNELS = {"L": 1, "RGB": 3}  # of Pillow modes
+# How photos that are not square get the shape of the model's image: changes of the arguments of timm's transform.
+CROPS: dict[str, dict[str, object]] = {
+    "center": {},
+    "none": dict(crop_mode="border", crop_pct=1.0),
+    "squash": dict(crop_mode="squash", crop_pct=1.0),
+}
+PADDING = 0.5  # gray, of photos that are not cropped
 
 
 def photo_transform(model: nn.Module) -> tuple[str, Callable[[Image.Image], Tensor]]:
@@ -142,9 +178,44 @@ def photo_transform(model: nn.Module) -> tuple[str, Callable[[Image.Image], Tens
     Raises:
         InputError: If the model takes neither gray nor color images.
     """
+    return photo_mode(model), _create_transform(model, "center")
+
+
+def photo_steps(model: nn.Module, crop: str = "center") -> tuple[Any, ...]:
+    """The steps of the same transform, or of another one that shows the whole photo.
+
+    Args:
+        model: The model.
+        crop: 'center' for the transform that the model's pretrained cfg describes, which resizes the shorter side and
+            crops the center unless the cfg says otherwise. The whole photo is shown by 'none', which resizes the longer
+            side and pads the shorter one with gray, and by 'squash', which changes the aspect ratio.
+
+    Raises:
+        InputError: If the model takes neither gray nor color images, or `crop` is something else.
+    """
+    if crop not in CROPS:
+        raise InputError(f"crop={crop!r}: choose one of {', '.join(CROPS)}")
+    return flatten_transform(_create_transform(model, crop))
+
+
+def _create_transform(model: nn.Module, crop: str) -> Callable[[Image.Image], Tensor]:
+    channels = CHANNELS[photo_mode(model)]
+    mean = 0.0 if crop == "center" else PADDING  # timm pads with the mean color
+    cfg = timm.data.resolve_model_data_config(model) | CROPS[crop]
+    cfg |= dict(mean=(mean,) * channels, std=(1.0,) * channels, is_training=False)
+    return timm.data.create_transform(**cfg)
+
+
+def photo_mode(model: nn.Module) -> str:
+    """Pillow mode of the photos that a model takes: 'RGB', or 'L' for gray.
+
+    Raises:
+        InputError: If the model takes neither gray nor color images.
+    """
     channels = image_channels(model) or 3
-    if channels not in MODES:
-        raise InputError(f"photos have 1 or 3 channels, {type(model).__name__} takes {channels}")
-    cfg = timm.data.resolve_model_data_config(model)
-    cfg |= dict(mean=(0.0,) * channels, std=(1.0,) * channels, is_training=False)
-    return MODES[channels], timm.data.create_transform(**cfg)
+    mode = next((mode for mode, count in CHANNELS.items() if count == channels), None)
+    if mode is None:
+        raise InputError(
+            f"the model takes {channels} channels, photos have 1 or 3 channels: pass images to timm_bcos.explain"
+        )
+    return mode

@@ -14,7 +14,7 @@ import torch
 from ..attribution.registry import METHODS
 from ..errors import InputError
 from ..models.class_names import class_names
-from ..models.loading import load_model
+from ..models.loading import TimmModel, load_model
 from .components import file_url, frame, photo_input, static, theme
 from .handlers import Handlers, is_slow
 from .inference import MAX_CLASSES, DemoModel, embedded_models
@@ -100,12 +100,18 @@ def demo_models(
     models = embedded_models()
     if (model, checkpoint, classes) != (None, None, None):
         module = load_model(model, checkpoint).eval()
-        label = model or (checkpoint.name if checkpoint else f"{models[0].label} with {classes}")
+        label = _label(module, model, checkpoint) or f"{models[0].label} with {classes}"
         photos = examples or [photo for embedded in models for photo in embedded.examples]
         models.insert(0, DemoModel(label, module, class_names(module, classes), photos))
     for one in models:
         one.module.to(device)
     return models
+
+
+def _label(module: TimmModel, model: str | None, checkpoint: Path | None) -> str:
+    """Name of a model in the menu. The files of checkpoints have the same few names, unlike their directories."""
+    name = model or (module.pretrained_cfg["architecture"] if checkpoint else "")
+    return f"{checkpoint.resolve().parent.name}: {name}" if checkpoint else name.removeprefix("local-dir:")
 
 
 def build_app(models: Sequence[DemoModel]) -> App:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..attribution.registry import AttributionModel, attribute
-from ..data.photos import photo_transform
 from ..errors import InputError
 from ..evaluation.neurons import peak_activations
-from ..explanation.api import explain, explain_targets
+from ..explainer import Explainer, PreparedPhotos
+from ..explanation.api import explain
 from ..explanation.result import Explanation
 from ..explanation.visualization import map_to_rgba
 from ..models.class_names import class_names
@@ -64,6 +64,7 @@ class DemoModel:
         examples: Example photos.
 
     Attributes:
+        explainer: Explainer of the model.
         layers: Paths of the layers whose units can be explained.
         layer: The layer that is selected first; None if there is none.
         seconds_per_image: Duration of the last forward pass; None before the first.
@@ -74,14 +75,14 @@ class DemoModel:
 
     def __init__(self, label: str, module: TimmBcosModel, names: Sequence[str], examples: Sequence[Path] = ()) -> None:
         self.label, self.module, self.names, self.examples = label, module, list(names), list(examples)
-        self.mode, self.transform = photo_transform(module)
+        self.explainer = Explainer(module, class_names=self.names)
         self.seconds_per_image: float | None = None
         self.layers = _spatial_layers(module)
         stages = [stage["module"] for stage in getattr(module, "feature_info", None) or [] if "module" in stage]
         self.layer = next((name for name in reversed([*self.layers, *stages[:-1]]) if name in self.layers), None)
 
     def read(self, url: object) -> Tensor:
-        """Decode a photo and transform it to an input of the model.
+        """Decode a photo and transform it to an input of the model. The photo itself is not kept.
 
         Args:
             url: Data URL, as in `decode_photo`.
@@ -92,8 +93,7 @@ class DemoModel:
         Raises:
             InputError: If it is not a photo.
         """
-        image = self.transform(decode_photo(url, self.mode))
-        return image[None].to(self.device)
+        return self.explainer.read(decode_photo(url)).images
 
     @property
     def device(self) -> torch.device:
@@ -195,8 +195,8 @@ def explain_photos(model: DemoModel, images: Sequence[Tensor]) -> list[tuple[Pre
     """
     predictions = _predictions(model, images)
     targets = [prediction.classes for prediction in predictions]
-    ranks = explain_targets(model.module, torch.cat(list(images)), targets)
-    return [(one, Explanation.stack([rank[i] for rank in ranks])) for i, one in enumerate(predictions)]
+    batch = PreparedPhotos(torch.cat(list(images)))
+    return list(zip(predictions, model.explainer.explain_targets(batch, targets, chunk=None), strict=True))
 
 
 def explain_classes(prediction: Prediction, more: Sequence[int] = ()) -> str:
@@ -214,13 +214,13 @@ def explain_classes(prediction: Prediction, more: Sequence[int] = ()) -> str:
     if len(classes) > MAX_CLASSES:
         limit = MAX_CLASSES - len(prediction.classes)
         raise InputError(f"{len(classes)} classes are too many: choose up to {limit} further ones")
-    found = explain_targets(prediction.model.module, prediction.image, [classes])
-    return render_explanation(prediction, Explanation.stack(found))
+    [found] = prediction.model.explainer.explain_targets(PreparedPhotos(prediction.image), classes)
+    return render_explanation(prediction, found)
 
 
 def render_explanation(prediction: Prediction, explanation: Explanation) -> str:
     """An interactive HTML document of an explanation with a row per class."""
-    return viewer_html(explanation, prediction.model.names, prediction.model.label)
+    return viewer_html(explanation, title=prediction.model.label)
 
 
 @torch.no_grad()

@@ -50,6 +50,21 @@ class Photo:
         across = _shares(width, left, right, columns).to(values.device)
         return down @ values.detach().double() @ across.T
 
+    def average(self, values: Tensor, size: tuple[int, int]) -> Tensor:
+        """Average values of the photo's pixels over the pixels of the model's image, for instance a mask.
+
+        Args:
+            values: (height, width) values of the photo's pixels.
+            size: Rows and columns of the model's image.
+
+        Returns:
+            (rows, columns) averages in float64. Padding counts as 0.
+        """
+        left, top, right, bottom = self.box
+        height, width = values.shape
+        down, across = _shares(height, top, bottom, size[0]), _shares(width, left, right, size[1])
+        return down.T @ values.detach().cpu().double() @ across
+
     def coverage(self, rows: int, columns: int) -> Tensor:
         """(rows, columns) share of each part of the model's image that shows the photo; the rest is padding."""
         left, top, right, bottom = self.box

@@ -30,7 +30,7 @@ from .._compat import private
 from ..conversion.config import BcosConfig
 from ..errors import CheckpointError, NotFineTunedWarning, TargetError
 from ..files import first_line
-from ..weights.catalog import EMBEDDED, PUBLISHED, hub_addresses
+from ..weights.catalog import EMBEDDED, PUBLISHED, hub_addresses, imagenet_names
 from .architectures import ARCHITECTURES, FINETUNED, SECOND_PAPER, Architecture
 
 if TYPE_CHECKING:
@@ -94,6 +94,8 @@ def _create(
     row = ARCHITECTURES[name]
     changes, kwargs = BcosConfig.split(kwargs)
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay).to_dict()
+    if str(cfg.get("tag")).endswith("in1k"):
+        cfg.setdefault("label_names", list(imagenet_names()))
     config = row.tagged.get(cfg.get("tag") or "", row.config).change(**changes)
 
     def build(**model_kwargs: object) -> nn.Module:

@@ -43,8 +43,8 @@ def viewer_html(
     Args:
         explanation: Explanation of one image, with a row per class to choose from, best first:
             `Explanation.stack(explain_targets(model, image, top=5))`.
-        class_names: Names of all classes of the model.
-        title: Heading, for instance the names of photo and model.
+        class_names: Names of all classes of the model. Default: those of the explanation.
+        title: Heading, for instance the names of photo and model. Default: the name of the photo.
         versus: Class, one of those explained, that is subtracted at first; None for none.
 
     Returns:
@@ -56,6 +56,8 @@ def viewer_html(
             itself), has numbers that are not finite, or images do not have 1 or 3 channels.
     """
     _check(explanation)
+    class_names = class_names or explanation.class_names or None
+    title = title or (explanation.photos[0].name if explanation.photos else "")
     style, script = _part("viewer.css"), "\n".join(map(_part, SCRIPTS))
     values = {
         "title": html.escape(_text(title) or TITLE),

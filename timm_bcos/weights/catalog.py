@@ -7,6 +7,7 @@ Hub, which are preferred; `scripts/maintenance/publish_official.py` writes it.
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "PUBLISHED",
     "Published",
     "hub_addresses",
+    "imagenet_names",
 ]
 
 V1 = "https://nextcloud.mpi-klsb.mpg.de/index.php/s/{}/download"
@@ -32,6 +34,15 @@ def hub_addresses() -> dict[str, str]:
     """Repositories on the Hugging Face Hub, by name and tag of the model."""
     addresses: dict[str, str] = json.loads(HUB_FILE.read_text())
     return addresses
+
+
+@cache
+def imagenet_names() -> tuple[str, ...]:
+    """Names of the 1,000 classes of ImageNet-1k: the first synonym of each, from timm's tables."""
+    import timm
+
+    info = timm.data.ImageNetInfo()
+    return tuple(info.index_to_description(i).split(",")[0] for i in range(1000))
 
 
 @dataclass(frozen=True)

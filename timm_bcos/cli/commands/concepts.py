@@ -12,7 +12,8 @@ from ..processes import map_with_outputs
 
 if TYPE_CHECKING:
     from ...concepts.dictionary import Concepts
-    from ..photo_explainer import PhotoExplainer
+    from ...explainer import Explainer
+    from ..outputs import OutputPaths
 
 __all__ = ["concepts"]
 
@@ -44,10 +45,10 @@ def concepts(
     from ...data.photos import find_photos
     from ...distributed import on_main
     from ...evaluation.neurons import find_strongest, plot_wall
+    from ...explainer import Explainer
     from ...explanation.visualization import save_figure
     from ...models.class_names import class_names, find_class
     from ..outputs import OutputPaths
-    from ..photo_explainer import PhotoExplainer
 
     with quiet_libraries():
         given = list(find_photos(photos)) if photos else []
@@ -57,7 +58,7 @@ def concepts(
         names = class_names(model, classes)
         asked = None if target is None else find_class(target, names, model.num_classes)
         found = learn_concepts(model, labeled, layer, count, method)
-    reader = PhotoExplainer(model, names, (), top, outputs)
+    reader = Explainer(model, class_names=names)
     on_main(lambda: found.save(out / "concepts.safetensors"))
     strongest = find_strongest(model, labeled, layer, images, encode=found.encode)
 
@@ -69,23 +70,25 @@ def concepts(
     on_main(draw_wall)
     shares = class_shares(model, labeled, found, model.num_classes)
     on_main(lambda: save_shares(shares, names, out / "shares.csv"))
-    decompose = partial(_explain, reader=reader, found=found, target=asked, top=top)
+    decompose = partial(_explain, reader=reader, outputs=outputs, found=found, target=asked, top=top)
     for report in map_with_outputs(decompose, given, outputs):
         typer.echo(report)
     typer.echo(f"wrote {out}")
 
 
-def _explain(path: Path, reader: "PhotoExplainer", found: "Concepts", target: int | None, top: int) -> str:
+def _explain(
+    path: Path, reader: "Explainer", outputs: "OutputPaths", found: "Concepts", target: int | None, top: int
+) -> str:
     from ...concepts.decomposition import explain_concepts
     from ...concepts.figures import plot_decomposition
     from ...explanation.visualization import save_figure
 
-    decomposition = explain_concepts(reader.model, reader.read(path), found, target, top=top)
-    save_figure(plot_decomposition(decomposition, reader.names), reader.outputs.claim(path.stem, ".png"))
+    decomposition = explain_concepts(reader.model, reader.read(path).images, found, target, top=top)
+    save_figure(plot_decomposition(decomposition, reader.class_names), outputs.claim(path.stem, ".png"))
     parts = zip(decomposition.strongest[0].tolist(), decomposition.pixels, strict=True)
     shares = ", ".join(f"concept {concept} {float(one.logit):+.3f}" for concept, one in parts)
     whole = decomposition.explanation
     return (
-        f"{path}: {reader.names[int(whole.target)]}, logit {float(whole.logit):.3f}, of which {shares}   "
+        f"{path}: {reader.class_names[int(whole.target)]}, logit {float(whole.logit):.3f}, of which {shares}   "
         f"completeness error {float(decomposition.completeness_error):.1e}"
     )
