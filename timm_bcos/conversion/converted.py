@@ -158,8 +158,10 @@ def _overrides(plain: Any) -> dict[str, Method]:
         return plain.forward(self, *args, **kwargs)
 
     def reset_classifier(self: Any, num_classes: int, *args: object, **kwargs: object) -> None:
+        is_same = num_classes in (0, self.num_classes)
+        config = self.bcos_config if is_same else self.bcos_config.for_new_classifier()
         plain.reset_classifier(self, num_classes, *args, **kwargs)  # builds a plain head
-        bcosify(self, self.bcos_config, rules=self.bcos_rules)
+        bcosify(self, config, rules=self.bcos_rules)
 
     def forward_head(self: Any, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         link_heads(self)

@@ -95,6 +95,7 @@ def _create(
     changes, kwargs = BcosConfig.split(kwargs)
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay).to_dict()
     config = row.tagged.get(cfg.get("tag") or "", row.config).change(**changes)
+    config = _for_classes(config, kwargs.get("num_classes"), cfg, changes)
 
     def build(**model_kwargs: object) -> nn.Module:
         model = row.build(config, **model_kwargs)
@@ -103,6 +104,14 @@ def _create(
         return model
 
     return build_model_with_cfg(build, name, False, pretrained_cfg=cfg, feature_cfg=dict(row.feature_cfg), **kwargs)
+
+
+def _for_classes(
+    config: BcosConfig, num_classes: int | None, cfg: dict[str, Any], chosen: Collection[str]
+) -> BcosConfig:
+    """The config, changed for a new classifier if the number of classes is not that of the pretrained cfg."""
+    is_same = num_classes in (None, 0, cfg.get("num_classes"))
+    return config if is_same else config.for_new_classifier(chosen)
 
 
 BACKBONE_ARGUMENTS = ("features_only", "out_indices", "feature_cls")  # of timm's create_model
@@ -142,11 +151,12 @@ def _create_converted(
         >>> timm.create_model("bcosify", arch="test_resnet", arch_kwargs=dict(norm_layer="groupnorm"))
     """
     changes, kwargs = BcosConfig.split(kwargs)
-    config = BcosConfig.finetune(**changes)
     source = _find(arch, cache_dir)
     plain_cfg = _plain_cfg(arch, source)
     given = pretrained_cfg if isinstance(pretrained_cfg, dict) else {}
     overlay = pretrained_cfg_overlay or {}
+    cfg = resolve_pretrained_cfg("bcosify", _converted_cfg(plain_cfg, given), overlay).to_dict()
+    config = _for_classes(BcosConfig.finetune(**changes), kwargs.get("num_classes"), cfg, changes)
     conversion = _Conversion(
         arch=arch,
         source=source,
@@ -156,7 +166,7 @@ def _create_converted(
         pretrained=pretrained,
         has_other_weights=_names_weights({**given, **overlay}),
         has_own_weights=_names_weights(plain_cfg),
-        cfg=resolve_pretrained_cfg("bcosify", _converted_cfg(plain_cfg, given), overlay).to_dict(),
+        cfg=cfg,
         cache_dir=cache_dir,
     )
     is_traced = kwargs.get("feature_cls") == "fx"  # timm traces the converted model
