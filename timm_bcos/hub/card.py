@@ -25,6 +25,7 @@ from ..explanation.result import Explanation
 from ..models.class_names import class_names
 from ..models.loading import TimmBcosModel, TimmModel
 from ..weights.readers import read_training_arguments
+from ..weights.terms import started_from
 
 __all__ = [
     "Card",
@@ -34,8 +35,6 @@ __all__ = [
     "measure_stats",
     "write_card",
 ]
-
-OTHER_WEIGHTS = ("pretrained_path", "initial_checkpoint")  # arguments of train.py for files of unknown origin
 
 
 def find_base_model(name: str | None = None, checkpoint: Path | None = None) -> str | None:
@@ -50,11 +49,8 @@ def find_base_model(name: str | None = None, checkpoint: Path | None = None) -> 
     """
     if checkpoint is None:
         return _address(name) if name else None
-    trained = read_training_arguments(checkpoint) or {}
-    if not trained.get("pretrained") or any(trained.get(key) for key in OTHER_WEIGHTS):
-        return None
-    kwargs = trained.get("model_kwargs") or {}
-    return _address(str(kwargs.get("arch", trained.get("model"))))
+    origin = started_from(read_training_arguments(checkpoint) or {})
+    return _address(origin) if origin else None
 
 
 def _address(name: str) -> str | None:

@@ -84,7 +84,7 @@ def _create(
     name: str,
     pretrained: bool = False,
     pretrained_cfg: str | dict[str, object] | None = None,
-    pretrained_cfg_overlay: dict[str, object] | None = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: str | Path | None = None,
     **kwargs: Any,
 ) -> nn.Module:
@@ -95,7 +95,8 @@ def _create(
     changes, kwargs = BcosConfig.split(kwargs)
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay).to_dict()
     config = row.tagged.get(cfg.get("tag") or "", row.config).change(**changes)
-    config = _for_classes(config, kwargs.get("num_classes"), cfg, changes)
+    if _has_new_classifier(kwargs, pretrained_cfg_overlay, resolve_pretrained_cfg(name, pretrained_cfg).num_classes):
+        config = config.for_new_classifier(changes)
 
     def build(**model_kwargs: object) -> nn.Module:
         model = row.build(config, **model_kwargs)
@@ -106,12 +107,10 @@ def _create(
     return build_model_with_cfg(build, name, False, pretrained_cfg=cfg, feature_cfg=dict(row.feature_cfg), **kwargs)
 
 
-def _for_classes(
-    config: BcosConfig, num_classes: int | None, cfg: dict[str, Any], chosen: Collection[str]
-) -> BcosConfig:
-    """The config, changed for a new classifier if the number of classes is not that of the pretrained cfg."""
-    is_same = num_classes in (None, 0, cfg.get("num_classes"))
-    return config if is_same else config.for_new_classifier(chosen)
+def _has_new_classifier(kwargs: dict[str, Any], overlay: dict[str, Any] | None, published: int | None) -> bool:
+    """Whether the model has another number of classes than its published weights."""
+    num_classes = kwargs.get("num_classes", (overlay or {}).get("num_classes"))
+    return num_classes not in (None, 0, published)
 
 
 BACKBONE_ARGUMENTS = ("features_only", "out_indices", "feature_cls")  # of timm's create_model
@@ -155,8 +154,9 @@ def _create_converted(
     plain_cfg = _plain_cfg(arch, source)
     given = pretrained_cfg if isinstance(pretrained_cfg, dict) else {}
     overlay = pretrained_cfg_overlay or {}
-    cfg = resolve_pretrained_cfg("bcosify", _converted_cfg(plain_cfg, given), overlay).to_dict()
-    config = _for_classes(BcosConfig.finetune(**changes), kwargs.get("num_classes"), cfg, changes)
+    config = BcosConfig.finetune(**changes)
+    if _has_new_classifier(kwargs, overlay, given.get("num_classes", plain_cfg.get("num_classes"))):
+        config = config.for_new_classifier(changes)
     conversion = _Conversion(
         arch=arch,
         source=source,
@@ -166,7 +166,7 @@ def _create_converted(
         pretrained=pretrained,
         has_other_weights=_names_weights({**given, **overlay}),
         has_own_weights=_names_weights(plain_cfg),
-        cfg=cfg,
+        cfg=resolve_pretrained_cfg("bcosify", _converted_cfg(plain_cfg, given), overlay).to_dict(),
         cache_dir=cache_dir,
     )
     is_traced = kwargs.get("feature_cls") == "fx"  # timm traces the converted model
