@@ -5,10 +5,10 @@ from typing import Any
 import timm
 from timm.models import parse_model_name
 
-__all__ = ["derived_cfg", "started_from", "weights_name"]
+__all__ = ["derived_cfg", "origin_of", "started_from", "weights_name"]
 
 OTHER_WEIGHTS = ("pretrained_path", "initial_checkpoint")  # arguments of train.py for files of unknown origin
-ORIGIN = "fine-tuned from "  # start of the note that names the published weights
+ORIGIN = "base model: "  # start of the note that names the published weights
 DROPPED = (
     "tag", "description", "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source",
 )  # fmt: skip
@@ -40,6 +40,12 @@ def started_from(trained: dict[str, Any]) -> str | None:
     return str(kwargs.get("arch", trained.get("model")))
 
 
+def origin_of(cfg: dict[str, Any]) -> str | None:
+    """The name of the published weights that a model was trained from, as `derived_cfg` noted it; None if unknown."""
+    notes = [str(note) for note in cfg.get("notes") or ()]
+    return next((note.removeprefix(ORIGIN) for note in notes if note.startswith(ORIGIN)), None)
+
+
 def derived_cfg(cfg: dict[str, Any], origin: str | None) -> dict[str, Any]:
     """The pretrained cfg of weights after training: with the terms of the published weights, but not their description.
 
@@ -50,9 +56,9 @@ def derived_cfg(cfg: dict[str, Any], origin: str | None) -> dict[str, Any]:
     Returns:
         A new cfg. Its license is None if the terms are unknown.
     """
-    notes = tuple(cfg.get("notes") or ()) if origin else ()
-    is_named = any(note.startswith(ORIGIN) for note in notes)
-    if origin and not is_named:
-        notes = (ORIGIN + origin, *notes)
-    license = cfg.get("license") if origin else None
-    return {**cfg, **dict.fromkeys(DROPPED), "license": license, "notes": notes}
+    if origin is None:
+        terms = dict(license=None, notes=())
+    else:
+        notes = tuple(cfg.get("notes") or ())
+        terms = dict(license=cfg.get("license"), notes=notes if origin_of(cfg) else (ORIGIN + origin, *notes))
+    return {**cfg, **dict.fromkeys(DROPPED), **terms}
