@@ -319,9 +319,7 @@ def bcosify(model: nn.Module, config: BcosConfig | None = None, *, rules: Rules 
     return apply_plan(plan, _set_class)
 
 
-def replace_classifier(
-    model: Any, num_classes: int, config: BcosConfig, *args: object, **kwargs: object
-) -> None:
+def replace_classifier(model: Any, num_classes: int, config: BcosConfig, *args: object, **kwargs: object) -> None:
     """Give a converted model of timm a new classifier, as its method `reset_classifier` does, but with another config.
 
     Args:

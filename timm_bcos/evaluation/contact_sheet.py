@@ -32,7 +32,8 @@ def plot_class(model: nn.Module, x: Tensor, target: int, name: str, probabilitie
     maps = F.avg_pool2d(explain(model, x, target).contribution_map[:, None], WINDOW, 1, WINDOW // 2)[:, 0]
     photos = x.detach().cpu().expand(-1, 3, -1, -1).movedim(1, -1)
     figure = Figure(figsize=(max(1.8 * len(x), 3.6), 4.0), layout="constrained")
-    figure.suptitle(f"{name}: photos, and their contributions for (red) and against (blue)", fontsize=10, parse_math=False)
+    title = f"{name}: photos with their probability, and contributions for (red) and against (blue) the class"
+    figure.suptitle(title, fontsize=10, parse_math=False)
     axes = figure.subplots(2, len(x), squeeze=False)
     for row, pictures in zip(axes, (photos, overlay(x, maps.detach().cpu())), strict=True):
         for ax, picture in zip(row, pictures, strict=True):

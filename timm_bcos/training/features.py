@@ -56,7 +56,7 @@ def find_classifier(model: nn.Module) -> tuple[str, nn.Module]:
     paths = [path for path, module in model.named_modules() if any(module is head for head in heads)]
     if len(heads) != 1 or len(paths) != 1:
         raise ModelStateError(
-            f"{type(model).__name__} has {len(heads)} classifiers in `get_classifier`: a model of timm with one is needed"
+            f"{type(model).__name__} has {len(heads)} classifiers, one is needed: use a model of timm with a single one"
         )
     return paths[0], heads[0]
 
@@ -70,10 +70,13 @@ def pooled_features(model: nn.Module, x: Tensor) -> Tensor:
         model(x)
     if len(seen) != 1:
         raise ModelStateError(f"the classifier of {type(model).__name__} ran {len(seen)} times in a forward pass")
-    width = getattr(classifier, "in_features", None)
     features = seen[0].float()
-    is_last = features.ndim == 3 or (features.ndim == 4 and features.shape[1] != width and features.shape[-1] == width)
-    return features.flatten(1, -2).mean(1) if is_last else features.flatten(2).mean(2) if features.ndim > 2 else features
+    if features.ndim == 2:
+        return features
+    is_channels_first = features.ndim == 4 and features.shape[1] == getattr(
+        classifier, "in_features", features.shape[1]
+    )
+    return features.flatten(2).mean(2) if is_channels_first else features.flatten(1, -2).mean(1)
 
 
 class FeatureCache:
@@ -120,7 +123,8 @@ def _fingerprint(model: Any) -> str:
     digest.update(repr(sorted(timm.data.resolve_model_data_config(model).items())).encode())
     for name, value in model.state_dict().items():
         if not name.startswith(f"{head}."):
-            digest.update(name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            contents = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(name.encode() + contents.numpy().tobytes())
     return digest.hexdigest()[:32]
 
 

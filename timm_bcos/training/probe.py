@@ -21,7 +21,7 @@ from ..models.loading import TimmBcosModel, load_model
 from ..nn.module_utils import first_output
 from ..weights.terms import derived_cfg, weights_name
 from .features import FeatureCache, Features, compute_features, find_classifier, pooled_features
-from .logistic import cross_validate
+from .logistic import LogisticFit, cross_validate
 from .probe_result import ProbeResult
 
 __all__ = ["fit_probe"]
@@ -88,12 +88,23 @@ def fit_probe(
     fit = cross_validate(train.values, train.labels, len(names), seed=seed)
     probe = _with_classifier(backbone, fit.weight, names)
     _check_logits(probe, backbone, fit.weight, train_set[train.indices[0]][0])
-    held_out, logits = (train, fit.held_out) if test is None else (test, test.values.double() @ fit.weight.T)
-    result = ProbeResult(
-        tuple(names), held_out.labels, logits, tuple(held_out.indices), "cross-validation" if test is None else "validation",
-        tuple(torch.bincount(train.labels, minlength=len(names)).tolist()), fit.decay, remarks,
-    )  # fmt: skip
-    return probe, result
+    return probe, _result(names, train, test, fit, remarks)
+
+
+def _result(
+    names: Sequence[str], train: Features, test: Features | None, fit: LogisticFit, remarks: tuple[str, ...]
+) -> ProbeResult:
+    held_out = train if test is None else test
+    return ProbeResult(
+        class_names=tuple(names),
+        labels=held_out.labels,
+        logits=fit.held_out if test is None else test.values.double() @ fit.weight.T,
+        indices=tuple(held_out.indices),
+        held_out="cross-validation" if test is None else "validation",
+        training_counts=tuple(torch.bincount(train.labels, minlength=len(names)).tolist()),
+        decay=fit.decay,
+        warnings=remarks,
+    )
 
 
 def _data_sets(

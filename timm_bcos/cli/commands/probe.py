@@ -21,7 +21,7 @@ SHOWN = 6  # photos of each class in its figure
 def probe(
     photos: Annotated[
         Path,
-        typer.Argument(help="Directory with a folder of photos per class, or with folders train and validation of these."),
+        typer.Argument(help="Directory with a folder per class, or with folders train and validation that have these."),
     ],
     model_options: ModelOptions,
     device: Device = "cpu",
@@ -49,13 +49,13 @@ def probe(
     from ...training.probe import fit_probe
 
     _refuse_inside(out, photos)
-    with quiet_libraries(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # they are in the result
+    with quiet_libraries():
         train, validation = read_splits(photos)
         store = cache or Path(torch.hub.get_dir()) / "timm_bcos" / "features"
-        model, result = fit_probe(
-            model_options.load(device), train, validation, cache=store, batch_size=batch_size, seed=seed
-        )
+        backbone = model_options.load(device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # they are in the result
+            model, result = fit_probe(backbone, train, validation, cache=store, batch_size=batch_size, seed=seed)
         for remark in result.warnings:
             typer.echo(f"warning: {remark}", err=True)
         typer.echo(_counts(result))
