@@ -107,7 +107,7 @@ def _create(
     return build_model_with_cfg(build, name, False, pretrained_cfg=cfg, feature_cfg=dict(row.feature_cfg), **kwargs)
 
 
-def _has_new_classifier(kwargs: dict[str, Any], overlay: dict[str, Any] | None, published: int | None) -> bool:
+def _has_new_classifier(kwargs: dict[str, Any], overlay: dict[str, Any] | None, published: object) -> bool:
     """Whether the model has another number of classes than its published weights."""
     num_classes = kwargs.get("num_classes", (overlay or {}).get("num_classes"))
     return num_classes not in (None, 0, published)

@@ -160,11 +160,11 @@ def _with_classifier(backbone: TimmBcosModel, weight: Tensor, names: Sequence[st
     linear = tuple(dict.fromkeys((*model.bcos_config.linear, path)))
     config = model.bcos_config.change(linear=linear, temperature=1.0, logit_bias=0.0, probability="softmax")
     replace_classifier(model, len(names), config)
-    _, classifier = find_classifier(model)
+    classifier: Any = find_classifier(model)[1]
     with torch.no_grad():
-        classifier.weight.copy_(weight.reshape(classifier.weight.shape))  # type: ignore[operator, union-attr]
+        classifier.weight.copy_(weight.reshape(classifier.weight.shape))
         if classifier.bias is not None:
-            classifier.bias.zero_()  # type: ignore[operator, union-attr]
+            classifier.bias.zero_()
     cfg = backbone.pretrained_cfg
     arch = getattr(model, "_model_args", {}).get("arch")
     own = ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))
