@@ -165,14 +165,19 @@ def _with_classifier(backbone: TimmBcosModel, weight: Tensor, names: Sequence[st
         classifier.weight.copy_(weight.reshape(classifier.weight.shape))
         if classifier.bias is not None:
             classifier.bias.zero_()
-    cfg = backbone.pretrained_cfg
-    arch = getattr(model, "_model_args", {}).get("arch")
-    own = ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))
-    description = f"linear probe of {len(names)} classes on features of {own}"
-    derived = derived_cfg(cfg, weights_name(arch) if arch else own)
-    model.pretrained_cfg = derived | dict(num_classes=len(names), label_names=tuple(names), description=description)
+    model.pretrained_cfg = _cfg(backbone, names)
     model.default_cfg = model.pretrained_cfg
     return model.to(next(backbone.parameters()).device).eval()
+
+
+def _cfg(backbone: Any, names: Sequence[str]) -> dict[str, Any]:
+    """The pretrained cfg of the probe, with the terms of the weights that its features come from."""
+    cfg = getattr(backbone, "pretrained_cfg", None) or {}
+    arch = (getattr(backbone, "_model_args", None) or {}).get("arch")  # of a model that `bcosify` created by name
+    tagged = ".".join(filter(None, (cfg.get("architecture"), cfg.get("tag"))))
+    own = weights_name(arch) if arch else tagged or type(backbone).__name__
+    description = f"linear probe of {len(names)} classes on features of {own}"
+    return derived_cfg(cfg, own) | dict(num_classes=len(names), label_names=tuple(names), description=description)
 
 
 @torch.no_grad()
