@@ -187,6 +187,13 @@ def test_timms_data_sets_give_the_same_probe(photos: Path) -> None:
     torch.testing.assert_close(*weights)
 
 
+def test_data_sets_of_tensors_are_refused(photos: Path) -> None:
+    data = timm.data.create_dataset("", str(photos))
+    data.transform = timm.data.create_transform(32)
+    with pytest.raises(InputError, match="returns Tensor, not Pillow images: remove its transform"):
+        fit_probe(SMALL, data, progress=False)
+
+
 def test_trains_may_be_a_class(photos: Path) -> None:
     shutil.move(photos / "red", photos / "train")
     train, validation = read_splits(photos)

@@ -191,6 +191,7 @@ def save_repository(
     if not isinstance(model, nn.Module):
         loaded = load_model(None, Path(model))
         card = dataclasses.replace(card, base_model=card.base_model or find_base_model(checkpoint=Path(model)))
+    _architecture(loaded)  # first, to refuse models that timm cannot create
     card = with_terms(card, cast(TimmBcosModel, loaded))
 
     def add(again: TimmBcosModel, unfinished: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -152,13 +153,14 @@ def compute_features(
 
     Args:
         model: A B-cos model in eval mode.
-        dataset: Photos with their classes. Photos that raise an `InputError` or `OSError` are left out.
+        dataset: Photos with their classes. Photos without a class, or that cannot be read, are left out.
         cache: Cache of this model.
         batch_size: Number of photos per batch.
         bar: Title of the progress bar; None for no bar.
 
     Raises:
-        InputError: If no photo can be read, or a photo has no class.
+        InputError: If no photo can be read.
+        ModelStateError: If features are not finite.
     """
     read, device = _reader(model, dataset, cache), next(model.parameters()).device
     parts = [range(i, min(i + batch_size, len(dataset))) for i in range(0, len(dataset), batch_size)]
@@ -187,7 +189,10 @@ def _fill_in(model: nn.Module, items: Sequence[_Item], cache: FeatureCache, devi
     if not missing:
         return
     images = torch.stack([item.image for item in missing if item.image is not None])
-    for item, values in zip(missing, pooled_features(model, images.to(device)).cpu(), strict=True):
+    features = pooled_features(model, images.to(device)).cpu()
+    if not bool(features.isfinite().all()):
+        raise ModelStateError(f"the features of {type(model).__name__} are not finite: its weights are damaged")
+    for item, values in zip(missing, features, strict=True):
         item.features, item.image = values.clone(), None
         cache.put(item.digest, item.features)
 
@@ -214,5 +219,8 @@ def _open(dataset: LabeledImages, index: int) -> tuple[int, str, Iterator[Any]]:
     if isinstance(dataset, ClassFolders):
         return dataset.labels[index], dataset.digest(index), (dataset[i][0] for i in [index])
     image, label = dataset[index]
-    pixels = repr((image.mode, image.size)).encode() + image.tobytes()
+    if not isinstance(image, Image.Image):
+        raise InputError(f"the data set returns {type(image).__name__}, not Pillow images: remove its transform")
+    photo = image.convert("RGB")
+    pixels = repr(photo.size).encode() + photo.tobytes()
     return int(label), hashlib.sha256(pixels).hexdigest(), iter([image])
