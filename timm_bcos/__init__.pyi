@@ -31,6 +31,8 @@ from .nn.functional import encode_image
 from .nn.layers import BcosConv2d, BcosLinear
 from .nn.norms import UncenteredBatchNorm2d, UncentredBatchNorm2d
 from .training.losses import DynamicWeights, cosine_loss, dynamic_weights, energy_loss
+from .training.probe import fit_probe
+from .training.probe_result import ProbeResult
 from .training.tasks import DeletionClassificationTask, ExplanationDistillationTask, GuidedClassificationTask
 
 __version__: str
@@ -57,6 +59,7 @@ __all__ = [
     "MethodError",
     "ModelStateError",
     "NotFineTunedWarning",
+    "ProbeResult",
     "PublishError",
     "ShiftAveraged",
     "TargetError",
@@ -79,6 +82,7 @@ __all__ = [
     "explain_targets",
     "explanation_mode",
     "export_explainer",
+    "fit_probe",
     "fuse",
     "keep",
     "keep_leaf",

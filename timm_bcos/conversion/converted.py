@@ -30,7 +30,7 @@ from .replacements.base import BIASES
 from .rules import RULES, Rules
 from .settings import SETTINGS, encode_settings, refuse_contradictions
 
-__all__ = ["BcosModel", "bcosify"]
+__all__ = ["BcosModel", "bcosify", "replace_classifier"]
 
 Method = Callable[..., Any]
 
@@ -158,8 +158,9 @@ def _overrides(plain: Any) -> dict[str, Method]:
         return plain.forward(self, *args, **kwargs)
 
     def reset_classifier(self: Any, num_classes: int, *args: object, **kwargs: object) -> None:
-        plain.reset_classifier(self, num_classes, *args, **kwargs)  # builds a plain head
-        bcosify(self, self.bcos_config, rules=self.bcos_rules)
+        is_same = num_classes in (0, self.num_classes)
+        config = self.bcos_config if is_same else self.bcos_config.for_new_classifier()
+        replace_classifier(self, num_classes, config, *args, **kwargs)
 
     def forward_head(self: Any, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         link_heads(self)
@@ -316,6 +317,21 @@ def bcosify(model: nn.Module, config: BcosConfig | None = None, *, rules: Rules 
     inspection = inspect_model(model, config)
     plan = plan_conversion(inspection, rules)
     return apply_plan(plan, _set_class)
+
+
+def replace_classifier(model: Any, num_classes: int, config: BcosConfig, *args: object, **kwargs: object) -> None:
+    """Give a converted model of timm a new classifier, as its method `reset_classifier` does, but with another config.
+
+    Args:
+        model: The model, which is changed.
+        num_classes: Number of classes.
+        config: Config that the classifier is converted with, and that the model has afterwards.
+        args: Further arguments of `reset_classifier`.
+        kwargs: Further keyword arguments of `reset_classifier`.
+    """
+    model._plain_class.reset_classifier(model, num_classes, *args, **kwargs)  # builds a plain head
+    model.bcos_config = config  # first, because `bcosify` refuses a config that is not the model's own
+    bcosify(model, config, rules=model.bcos_rules)
 
 
 def _set_class(root: nn.Module, forward_calls_reader: bool) -> None:
