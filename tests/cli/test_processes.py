@@ -104,6 +104,7 @@ COMMANDS = {
     "concepts": ["concepts", "own/a.png", "own/b.png", *USED, "--layer", "layer3", "--method", "kmeans", "--count", "2",
                  "--images", "2"],
     "explain": ["explain", "own", "again/a.png", "broken.png", "--model", MODEL, "--top", "1"],
+    "probe": ["probe", "kinds", "--model", MODEL, "--batch-size", "4"],
     "html": ["explain", "own", "again/a.png", "--model", MODEL, "--html"],
 }  # fmt: skip
 REFUSED = [
@@ -114,7 +115,8 @@ REFUSED = [
 
 
 def lines(out: str) -> list[list[str]]:
-    return [[*line, "--out", f"{out}/{name}"] for name, line in COMMANDS.items()]
+    own = {"probe": ["--cache", f"features_{out}"]}
+    return [[*line, *own.get(name, []), "--out", f"{out}/{name}"] for name, line in COMMANDS.items()]
 
 
 def start_worker(rank: int, port: int, arguments: list[list[str]], folder: Path) -> subprocess.Popen[str]:
@@ -203,6 +205,10 @@ def write_photos(folder: Path) -> None:
             target = folder / "photos" / names[label] / f"{path.stem}_{k}.png"
             target.parent.mkdir(parents=True, exist_ok=True)
             crop.save(target)
+    for name in ("class2", "class3"):
+        (folder / "kinds" / name).mkdir(parents=True)
+        for path in sorted((folder / "photos" / name).iterdir())[:5]:
+            shutil.copy(path, folder / "kinds" / name)
     for name in ("own/a.png", "own/b.png", "again/a.png"):
         (folder / name).parent.mkdir(exist_ok=True)
         crop.rotate(len(name) * 90).save(folder / name)

@@ -54,7 +54,7 @@ COMMANDS = (
     Command(explain, "explain photo.jpg --model bcosv2_resnet50 --top 2 --out explanations", in_shared_processes),
     Command(check, "check --model starnet_s1"),
     Command(convert, "convert --model resnet50 --b 2 --out converted"),
-    Command(probe, "probe photos --out mine"),
+    Command(probe, "probe photos --out mine", in_shared_processes),
     Command(models, "models 'bcosv2_*' --pretrained"),
     Command(neurons, "neurons --layer blocks.4 --data-dir photos --split test --out neurons", in_shared_processes),
     Command(

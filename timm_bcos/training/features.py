@@ -18,6 +18,7 @@ from .. import __version__
 from ..data.class_folders import ClassFolders
 from ..data.datasets import LabeledImages
 from ..data.photos import photo_transform
+from ..distributed import distributed_map
 from ..errors import InputError, ModelStateError
 from ..files import atomic_path
 from ..nn.module_utils import get_classifiers, hooked
@@ -151,6 +152,8 @@ def compute_features(
 ) -> Features:
     """Compute the features of all photos. An interrupted run continues where it stopped if there is a cache.
 
+    Several processes share the batches (`timm_bcos.distributed`).
+
     Args:
         model: A B-cos model in eval mode.
         dataset: Photos with their classes. Photos without a class, or that cannot be read, are left out.
@@ -164,12 +167,14 @@ def compute_features(
     """
     read, device = _reader(model, dataset, cache), next(model.parameters()).device
     parts = [range(i, min(i + batch_size, len(dataset))) for i in range(0, len(dataset), batch_size)]
-    done: list[_Item] = []
-    with tqdm(total=len(dataset), desc=bar, unit="photo", disable=True if bar is None else None) as progress:
-        for items in prefetch([read(i) for i in part] for part in parts):
+
+    def compute(own: Sequence[range]) -> Iterator[list[_Item]]:
+        batches = prefetch([read(i) for i in part] for part in own)
+        for items in tqdm(batches, bar, len(own), unit="batch", disable=True if bar is None else None):
             _fill_in(model, items, cache, device)
-            done += items
-            progress.update(len(items))
+            yield items
+
+    done = [item for items in distributed_map(compute, parts) for item in items]
     good = [item for item in done if item.features is not None]
     failures = [item.failure for item in done if item.failure]
     if not good:

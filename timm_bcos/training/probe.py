@@ -16,6 +16,7 @@ from ..conversion.converted import BcosModel, replace_classifier
 from ..data.class_folders import ClassFolders, read_splits
 from ..data.datasets import LabeledImages
 from ..data.photos import photo_transform
+from ..distributed import on_main
 from ..errors import InputError, ModelStateError
 from ..models.loading import TimmBcosModel, load_model
 from ..nn.module_utils import first_output
@@ -85,7 +86,7 @@ def fit_probe(
     test = None if test_set is None else compute(test_set, bar="validation photos" if progress else None)
     _refuse_unknown(test, names)
     remarks = _remarks((train_set, train), (test_set, test))
-    fit = cross_validate(train.values, train.labels, len(names), seed=seed)
+    fit = on_main(partial(cross_validate, train.values, train.labels, len(names), seed=seed))
     probe = _with_classifier(backbone, fit.weight, names)
     _check_logits(probe, backbone, fit.weight, train_set[train.indices[0]][0])
     return probe, _result(names, train, test, fit, remarks)

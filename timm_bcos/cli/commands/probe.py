@@ -45,6 +45,7 @@ def probe(
     import torch
 
     from ...data.class_folders import read_splits
+    from ...distributed import on_main
     from ...hub.repository import save_model
     from ...training.probe import fit_probe
 
@@ -60,9 +61,13 @@ def probe(
             typer.echo(f"warning: {remark}", err=True)
         typer.echo(_counts(result))
         typer.echo(str(result))
-        save_model(model, out, label_names=list(result.class_names))
-        _write_report(out, result)
-        figures = _write_figures(out, model, result, validation or train)
+
+        def write() -> int:
+            save_model(model, out, label_names=list(result.class_names))
+            _write_report(out, result)
+            return _write_figures(out, model, result, validation or train)
+
+        figures = on_main(write)
     typer.echo(f"wrote {out}, with {figures} figures of what speaks for each class: class_*.png")
     typer.echo(f"next: timm-bcos explain PHOTO --model local-dir:{out}, or timm-bcos demo --model local-dir:{out}")
 
