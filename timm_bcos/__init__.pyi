@@ -20,6 +20,7 @@ from .errors import (
 from .explanation.api import contrast, explain, explain_targets
 from .explanation.exactness import ExactnessReport, calibrate, check
 from .explanation.export import export_explainer
+from .explanation.patches import fold_patches
 from .explanation.result import Explanation
 from .hub.card import Card, Evaluation
 from .hub.repository import publish, save_repository
@@ -77,6 +78,7 @@ __all__ = [
     "explain_targets",
     "explanation_mode",
     "export_explainer",
+    "fold_patches",
     "fuse",
     "keep",
     "keep_leaf",

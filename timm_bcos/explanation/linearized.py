@@ -1,6 +1,7 @@
 """The second and third step of an explanation: select outputs of a model's run, and attribute them to its images."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -105,15 +106,21 @@ class LinearizedModel(ModelRun):
         module = self.model if layer is None else self.model.get_submodule(layer)
         return x.movedim(channel_axis(module, x, converted_part(self.model)), 1)
 
-    def best_classes(self, top: int) -> Tensor:
+    def best_classes(self, top: int, request: Request = Request()) -> Tensor:  # noqa: B008  (frozen)
         """(N, top) the classes with the highest logits, best first.
+
+        Args:
+            top: Number of classes.
+            request: Request, of which only the position and the region are used; without them, classes are ranked by
+                their largest value in the map.
 
         Raises:
             TargetError: If the model has fewer classes.
         """
-        logits = self.outputs.maps.detach().amax(2)
-        if not 1 <= top <= logits.shape[1]:
-            raise TargetError(f"top={top}: the model has {logits.shape[1]} classes")
+        is_placed = request.position is not None or request.masks is not None
+        logits = self.outputs.select(request).activations if is_placed else self.outputs.maps.detach().amax(2)
+        if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= logits.shape[1]:
+            raise TargetError(f"top={top!r}: the model has {logits.shape[1]} {self.outputs.what}")
         return logits.topk(top, dim=1).indices
 
     def explain(self, request: Request) -> Explanation:
@@ -129,15 +136,16 @@ class LinearizedModel(ModelRun):
 
         return self.with_inplace_fallback(attribute)
 
-    def explain_classes(self, table: Tensor) -> list[Explanation]:
+    def explain_classes(self, table: Tensor, request: Request = Request()) -> list[Explanation]:  # noqa: B008
         """Explain T classes of each image, as many in one backward pass as memory allows.
 
         Args:
             table: (N, T) classes.
+            request: Request, of which only the position and the region are used.
         """
 
         def attribute() -> list[Explanation]:
-            selections = [self.outputs.select(Request(column)) for column in table.T]
+            selections = [self.outputs.select(replace(request, target=column)) for column in table.T]
             values = torch.stack([selection.values.sum() for selection in selections])
             parts = linear_parts(values, self.leaf, self.tracker)
             found = zip(selections, parts, strict=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..errors import TargetError
+from ..nn.patches import PatchLayout
 from .inputs import rows_of
 from .regions import Position, Region, check_region, position_pairs
 
@@ -34,6 +35,7 @@ class Request:
         position: Position in a map, as `timm_bcos.explain` takes it; None for the one where the target is largest.
         masks: (N, H, W) weights of the positions instead, as `check_region` returns them.
         extra: Other arguments of the model's forward, by name.
+        patches: Layout of the patches that the model takes instead of images; None for images.
         images: N, or None if no attribute depends on the image.
     """
 
@@ -44,6 +46,7 @@ class Request:
     position: Position = None
     masks: Tensor | None = None
     extra: Mapping[str, object] = field(default_factory=dict)
+    patches: PatchLayout | None = None
     images: int | None = None
 
     @classmethod
@@ -67,7 +70,7 @@ class Request:
             position: Position that the user has given.
             region: Region that the user has given.
             extra: Other arguments of the model that the user has given.
-            names: `layer` and `output`.
+            names: `layer`, `output` and `patches`.
 
         Raises:
             TargetError: For an invalid region, or if both a position and a region are given.
@@ -131,15 +134,17 @@ def check_target(target: object, images: int, name: str = "target") -> Target:
 
 
 def check_table(targets: object, images: int) -> Tensor:
-    """(N, T) classes.
+    """(N, T) classes, from N rows of T classes, or T classes for all images.
 
     Raises:
         TargetError: For anything else.
     """
     table = _integers(targets)
-    if table is None or table.ndim != 2 or len(table) != images:
+    if table is not None and table.ndim == 1 and len(table):
+        return table.expand(images, -1)
+    if table is None or table.ndim != 2 or len(table) != images or not table.numel():
         shape = f"of shape {tuple(table.shape)}" if table is not None else repr(targets)
-        raise TargetError(f"targets {shape}: give {images} rows (one per image) of classes")
+        raise TargetError(f"targets {shape}: give {images} rows (one per image) of classes, or classes for all images")
     return table
 
 
