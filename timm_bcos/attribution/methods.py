@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._compat import private, timm_layers
-from ..errors import MethodError, ModelStateError
+from ..errors import MethodError
 from ..explanation.api import explain, explain_targets
 from ..nn.module_utils import channel_axis, first_output, get_classifiers, hooked
 from .deep_lift import multiplied_contributions
@@ -54,17 +54,15 @@ def bcos(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
         raise MethodError(
             f"{subject.kind} is not a B-cos model and has no explanation of its own: convert it with bcosify"
         )
+    given = subject.request.arguments()
     if len(x) > 1 and bool((x[1:] == x[:1]).all()):  # several classes of one image share a forward pass
-        image = subject.prepare(x[:1])
-        parts = [explain_targets(subject.model, image, some[None]) for some in targets.split(images_at_once(x))]
-        found = [explanation for part in parts for explanation in part]
+        image = subject.model_input(subject.prepare(x[:1]))
+        some = targets.split(images_at_once(x))
+        found = [e for part in some for e in explain_targets(subject.model, image, part[None], **given)]
     else:
-        found = [explain(subject.model, subject.prepare(x), targets)]
-    if found[0].position is not None:
-        raise ModelStateError(
-            f"{subject.kind} returns maps: attribution needs logits (N, K). Explain one position with "
-            f"timm_bcos.explain(model, x, target, position=(row, column))"
-        )
+        found = [explain(subject.model, subject.model_input(subject.prepare(x)), targets, **given)]
+    if found[0].position is not None and not subject.request.is_placed:
+        raise subject.no_logits(subject.output(x))
     return torch.cat([explanation.contribution_map for explanation in found])
 
 

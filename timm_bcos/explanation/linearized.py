@@ -12,10 +12,9 @@ from ..dynamic_linear.mode import ordinary_autograd
 from ..dynamic_linear.violations import Violation
 from ..errors import BcosError, ModelStateError, TargetError
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
-from ..nn.module_utils import channel_axis, converted_part, first_output, get_classifiers
+from ..nn.module_utils import converted_part, first_output, get_classifiers
 from .linear_parts import LinearPart, linear_part, linear_parts
-from .outputs import ModelOutputs, Selection
-from .regions import PositionGrid
+from .outputs import ModelOutputs, Selection, channels_first, model_outputs
 from .request import Request
 from .result import Explanation
 from .run import ModelRun
@@ -84,27 +83,11 @@ class LinearizedModel(ModelRun):
         return self._outputs_of(output, None)
 
     def _outputs_of(self, x: Tensor, layer: str | None) -> ModelOutputs:
-        size = (self.leaf.shape[2], self.leaf.shape[3])
-        what = "classes" if layer is None else f"units in layer {layer!r}"
-        maps = self._channels_first(x, layer)
-        if x.ndim == 2:
-            grid = PositionGrid(1, 1)
-        elif x.ndim == 4:
-            grid = PositionGrid(maps.shape[2], maps.shape[3])
-        else:
-            prefix = getattr(converted_part(self.model), "num_prefix_tokens", 0)
-            grid = PositionGrid.of_tokens(maps.shape[2], prefix, size)
-        return ModelOutputs(maps.flatten(2), grid, what, size, layer is not None or x.ndim > 2)
+        return model_outputs(x, self.model, layer, (self.leaf.shape[2], self.leaf.shape[3]))
 
     def by_position(self, x: Tensor) -> Tensor:
         """A tensor in the format of the layer's output as (N, C, P), with P positions."""
-        return self._channels_first(x, self.layer).flatten(2)
-
-    def _channels_first(self, x: Tensor, layer: str | None) -> Tensor:
-        if x.ndim == 2:
-            return x[:, :, None]
-        module = self.model if layer is None else self.model.get_submodule(layer)
-        return x.movedim(channel_axis(module, x, converted_part(self.model)), 1)
+        return channels_first(x, self.model, self.layer).flatten(2)
 
     def best_classes(self, top: int, request: Request = Request()) -> Tensor:  # noqa: B008  (frozen)
         """(N, top) the classes with the highest logits, best first.
@@ -117,8 +100,8 @@ class LinearizedModel(ModelRun):
         Raises:
             TargetError: If the model has fewer classes.
         """
-        is_placed = request.position is not None or request.masks is not None
-        logits = self.outputs.select(request).activations if is_placed else self.outputs.maps.detach().amax(2)
+        maps = self.outputs.maps.detach()
+        logits = self.outputs.at(request).detach() if request.is_placed else maps.amax(2)
         if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= logits.shape[1]:
             raise TargetError(f"top={top!r}: the model has {logits.shape[1]} {self.outputs.what}")
         return logits.topk(top, dim=1).indices

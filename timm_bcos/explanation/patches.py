@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..nn.patches import PatchLayout, find_embeds
-from .inputs import check_model
+from ..nn.stems import image_channels
 from .result import Explanation
 
 __all__ = ["fold_patches", "split_input"]
@@ -24,7 +24,7 @@ def split_input(
     """The image in an input, the other arguments of the model, and the layout of the patches if there are any.
 
     Args:
-        model: A B-cos model.
+        model: A B-cos model, or a plain one.
         x: Images; or the input of a NaFlex model, a dict with `patches`, `patch_coord` and `patch_valid`; or patches
             alone, with the rest in `extra`.
         extra: Other arguments of the model, by name.
@@ -46,7 +46,7 @@ def split_input(
         return x, rest, None
     if not isinstance(x, Tensor):
         raise InputError(f"expected a tensor of patches, got {type(x).__name__}")
-    layout = PatchLayout.of(model, x, check_model(model).image_channels)
+    layout = PatchLayout.of(model, x, image_channels(model) or 3)
     for name, shape in zip(NEEDED, ((*x.shape[:2], 2), tuple(x.shape[:2])), strict=True):
         value = rest[name]
         if not isinstance(value, Tensor) or value.shape != shape:

@@ -101,6 +101,42 @@ class Request:
             images=len(range(self.images)[images]),
         )
 
+    @property
+    def varies(self) -> bool:
+        """Whether a position, a region or another argument may differ from image to image."""
+        rows = (isinstance(v, Tensor) and v.ndim > 0 and len(v) == self.images for v in self.extra.values())
+        return self.position is not None or self.masks is not None or any(rows)
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether a position or a region is given."""
+        return self.position is not None or self.masks is not None
+
+    def repeated(self, count: int) -> "Request":
+        """The request of one image for `count` copies of it."""
+        if self.images != 1 or count == 1:
+            return self
+        rows = torch.zeros(count, dtype=torch.long)
+        return replace(
+            self,
+            position=self.position[rows] if isinstance(self.position, Tensor) else self.position,
+            masks=None if self.masks is None else self.masks[rows.to(self.masks.device)],
+            extra={name: _first_row(value, count) for name, value in self.extra.items()},
+            images=count,
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `timm_bcos.explain`, apart from the target, that this request stands for."""
+        return dict(
+            layer=self.layer, output=self.output, position=self.position, region=self.masks, extra=dict(self.extra)
+        )
+
+
+def _first_row(value: object, count: int) -> object:
+    """`count` copies of the row of a tensor that has one."""
+    is_row = isinstance(value, Tensor) and value.ndim > 0 and len(value) == 1
+    return value.repeat_interleave(count, 0) if is_row else value  # type: ignore[attr-defined]
+
 
 def _rows(target: Target, images: slice) -> Target:
     return target[images] if isinstance(target, Tensor) else target

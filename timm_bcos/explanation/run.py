@@ -1,5 +1,6 @@
 """The first step of an explanation: run the model at its images, in explanation mode and outside of it."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..nn.module_utils import isolate, pick_output
 from .inputs import check_model, is_encoding, layer_path, rows_of
 from .request import Request
 
-__all__ = ["ModelRun"]
+__all__ = ["ModelRun", "only_output"]
 
 
 class ModelRun:
@@ -140,12 +141,7 @@ class ModelRun:
 
     def _checked(self, outputs: list[object]) -> Tensor:
         what = "the model" if self.layer is None else f"layer {self.layer!r}"
-        if len(outputs) != 1:
-            times = f"runs {len(outputs)} times in a forward pass: pick the module around it" if outputs else (
-                "did not run for this input"
-            )  # fmt: skip
-            raise TargetError(f"{what} {times}")
-        output = pick_output(outputs[0], self.output, what)
+        output = pick_output(only_output(outputs, what), self.output, what)
         if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4) or len(output) != len(self.leaf):
             found = _described(output)
             raise TargetError(f"{what} returns {found}; one row of units per image is needed{_hint(output)}")
@@ -156,6 +152,22 @@ class ModelRun:
                 f"timm_bcos.register_function"
             )
         return self.mode.seen(output)
+
+
+def only_output(outputs: Sequence[object], what: str) -> object:
+    """The output of a module that has run once.
+
+    Args:
+        outputs: What the module returned, each time it ran in a forward pass.
+        what: Description of the module, for errors.
+
+    Raises:
+        TargetError: If the module did not run, or ran more than once.
+    """
+    if len(outputs) == 1:
+        return outputs[0]
+    times = f"runs {len(outputs)} times in a forward pass: pick the module around it"
+    raise TargetError(f"{what} {times if outputs else 'did not run for this input'}")
 
 
 def _described(output: object) -> str:

@@ -18,7 +18,7 @@ class PatchLayout:
     """The format of patches.
 
     Attributes:
-        channels: Number of image channels, C.
+        channels: Number of image channels, C, or 2C if the patches are encoded.
         size: Height and width of a patch in pixels, (P_h, P_w).
         channels_last: Whether the channels of a pixel lie next to each other, as by default in timm.
         is_flat: Whether patches are vectors, (N, L, P_h · P_w · C); else they are (N, L, P_h, P_w, C), or
@@ -51,10 +51,11 @@ class PatchLayout:
         height, width = embeds.patch_size  # type: ignore[misc]
         last = bool(embeds.channels_last)
         shape = tuple(patches.shape)
-        if patches.ndim == 3 and shape[2] == height * width * channels:
-            return cls(channels, (int(height), int(width)), last)
-        if patches.ndim == 5 and shape[4 if last else 2] == channels:
-            return cls(channels, (shape[2], shape[3]) if last else (shape[3], shape[4]), last, is_flat=False)
+        for own in (channels, 2 * channels):
+            if patches.ndim == 3 and shape[2] == height * width * own:
+                return cls(own, (int(height), int(width)), last)
+            if patches.ndim == 5 and shape[4 if last else 2] == own:
+                return cls(own, (shape[2], shape[3]) if last else (shape[3], shape[4]), last, is_flat=False)
         raise InputError(
             f"patches of shape {shape}: {type(model).__name__} takes (N, L, {height * width * channels}), which is "
             f"{height} × {width} pixels of {channels} channels"
