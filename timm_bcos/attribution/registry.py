@@ -6,6 +6,7 @@
 `timm_bcos.attribution.methods` and `.transformers` define the methods; `@register("name")` adds one.
 """
 
+import importlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..dynamic_linear.mode import ordinary_autograd
-from ..errors import InputError, MethodError
+from ..errors import InputError, MethodError, MissingExtraError
 from ..explanation.inputs import Layer, layer_path
 from ..explanation.patches import split_input
 from ..explanation.regions import Position, Region
@@ -31,9 +32,11 @@ __all__ = [
     "Method",
     "Targets",
     "attribute",
+    "available_methods",
     "check_counts",
     "checked_images",
     "images_at_once",
+    "library",
     "method_name",
     "method_names",
     "register",
@@ -56,12 +59,14 @@ class Method:
         slow: Whether the method runs the model on many modified copies of an image. Slow methods get one image at a
             time, with all its classes.
         aliases: Other names that `attribute` accepts.
+        needs: Module that the method imports, which needs the extra `attribution`; None for none.
     """
 
     name: str
     function: Attribute
     slow: bool = False
     aliases: tuple[str, ...] = ()
+    needs: str | None = None
 
     @property
     def options(self) -> list[str]:
@@ -94,8 +99,46 @@ def method_names(names: Iterable[str]) -> list[str]:
     return found
 
 
+def available_methods(chosen: Sequence[str] | None, default: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The methods of a command, and the reasons why others of its default are left out.
+
+    Args:
+        chosen: Names or aliases that a user has chosen; None or empty for the default.
+        default: Names or aliases of the default methods, which are left out if their library is not installed.
+
+    Raises:
+        MethodError: If there is no method of a name.
+        MissingExtraError: If the library of a chosen method is not installed.
+    """
+    names, missing = method_names(chosen or default), dict[str, list[str]]()
+    for name in names:
+        try:
+            library(METHODS[name].needs)
+        except MissingExtraError as error:
+            if chosen:
+                raise MissingExtraError(f"{name}: {error}") from error
+            missing.setdefault(str(error), []).append(name)
+    left_out = [name for some in missing.values() for name in some]
+    reasons = [f"{', '.join(some)}: {reason}" for reason, some in missing.items()]
+    return [name for name in names if name not in left_out], reasons
+
+
+def library(name: str | None) -> Any:
+    """Import a library of the extra `attribution`, or a module of this package that needs one; None for None.
+
+    Raises:
+        MissingExtraError: If it is not installed.
+    """
+    if name is None:
+        return None
+    try:
+        return importlib.import_module(name, __package__)
+    except ImportError as error:
+        raise MissingExtraError(f"{error.name} is not installed: pip install 'timm_bcos[attribution]'") from error
+
+
 def register(
-    name: str, *, aliases: Sequence[str] = (), slow: bool = False, replace: bool = False
+    name: str, *, aliases: Sequence[str] = (), slow: bool = False, needs: str | None = None, replace: bool = False
 ) -> Callable[[Attribute], Attribute]:
     """Add a method: a function of (subject, images (N, C, H, W) in [0, 1], targets (N,), **options) to (N, H, W).
 
@@ -108,6 +151,7 @@ def register(
         aliases: Other names that `attribute` accepts.
         slow: Whether the method runs the model on many modified copies of an image. It then gets one image at a time,
             repeated for each of its targets, and needs to modify only the first.
+        needs: Module that the function imports, if it comes with the extra `attribution`.
         replace: Replace the method that has this name.
 
     Raises:
@@ -119,7 +163,7 @@ def register(
         if known in METHODS and not replace:
             raise MethodError(f"there is a method {name!r}: choose another name, or pass register(..., replace=True)")
         others = tuple(aliases) or (METHODS[known].aliases if known in METHODS else ())
-        METHODS[known] = Method(known, function, slow, others)
+        METHODS[known] = Method(known, function, slow, others, needs)
         return function
 
     return add
