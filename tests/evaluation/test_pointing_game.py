@@ -303,7 +303,7 @@ def test_a_game_that_failed_may_be_played_with_other_settings(
     (out / "values.csv").unlink()
     assert command(*play, "--grids", 5, "--reuse") == 0
     assert calls == [0] and len(read_values(out)) == 2 * 5
-    (photos / "test" / "more.png").write_bytes(b"other data")
+    (photos / "more.txt").write_text("other data")
     assert command(*play, "--grids", 5, "--reuse") == 2
     assert "has results for contents of data_dir=" in capsys.readouterr().err
 
