@@ -1,5 +1,6 @@
 """NaFlex inputs: patches with coordinates, beside the images that they come from."""
 
+import copy
 import re
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import real_image
-from timm_bcos import BcosConfig, InputError, bcosify, contrast, explain, explain_targets, fold_patches
+from timm_bcos import BcosConfig, InputError, bcosify, check, contrast, explain, explain_targets, fold_patches
 
 pytest.importorskip("timm.models.naflexvit")
 SIZE = 16  # of a patch
@@ -133,6 +134,22 @@ def test_patches_that_are_not_flat(model: nn.Module, x: Tensor) -> None:
     inputs = patches_of(x)
     square = inputs | dict(patches=inputs["patches"].unflatten(2, (SIZE, SIZE, 3)))
     torch.testing.assert_close(explain(model, square, 1).weights, explain(model, inputs, 1).weights)
+
+
+def test_check_takes_patches(model: Any, x: Tensor) -> None:
+    report = check(model, patches_of(x))
+    assert report.exact and report.completeness_error <= 1e-10, report
+    broken = copy.deepcopy(model)
+    broken.blocks[1].norm1 = Shifted().eval()
+    found = check(broken, patches_of(x))
+    assert not found.exact and found.breaks_at == "blocks.1.norm1"
+    assert found.breaks_at == check(broken, x).breaks_at
+    assert all(not violation.module.startswith("model") for violation in found.violations)
+
+
+class Shifted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.cos(x)  # which no rule knows
 
 
 def wrong(x: Tensor, **changes: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ..nn.patches import PatchLayout, find_embeds
 from ..nn.stems import image_channels
 from .result import Explanation
 
-__all__ = ["fold_patches", "split_input"]
+__all__ = ["StripModel", "fold_patches", "split_input"]
 
 NEEDED = ("patch_coord", "patch_valid")
 Values = TypeVar("Values", Tensor, Explanation)
@@ -53,6 +53,25 @@ def split_input(
             found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InputError(f"{name}: expected shape {shape} for {x.shape[1]} patches per image, got {found}")
     return layout.to_image(x), rest, layout
+
+
+class StripModel(nn.Module):
+    """A NaFlex model as a model of images: strips of patches.
+
+    Args:
+        model: The model.
+        layout: Layout of its patches.
+
+    Shape: (N, C, L · P_h, P_w) to the model's output. Other arguments are passed on.
+    """
+
+    def __init__(self, model: nn.Module, layout: PatchLayout) -> None:
+        super().__init__()
+        self.model, self.layout = model, layout
+        self.train(model.training)
+
+    def forward(self, strips: Tensor, **extra: object) -> object:
+        return self.model(self.layout.to_patches(strips), **extra)
 
 
 def fold_patches(values: Values, patch_coord: Tensor, patch_valid: Tensor | None = None) -> Values:
