@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import timm_bcos
 from tests.helpers import enliven, real_image
-from timm_bcos import TargetError, contrast, explain, explain_targets
+from timm_bcos import InputError, TargetError, contrast, explain, explain_targets
 from timm_bcos.concepts.learning import learn_concepts
 from timm_bcos.evaluation.neurons import find_strongest
 
@@ -152,3 +152,19 @@ def test_several_classes_of_an_output_or_a_layer(model: nn.Module, x: Tensor) ->
     assert each[0].position.tolist() == [[0, 1], [2, 3]]  # type: ignore[union-attr]
     with pytest.raises(TargetError, match=r"top=129: the model has 128 units in layer 'features\.4'"):
         explain_targets(model, x, top=129, layer="features.4")
+
+
+@pytest.mark.parametrize(
+    ("extra", "text"),
+    [
+        (3, "extra=3: give the model's other arguments by name, as dict(name=value)"),
+        ([("shift", 1)], "give the model's other arguments by name"),
+        (dict(shifts=1), "extra has 'shifts': besides the image, BcosCnn9 takes no other argument"),
+        ({4: 5}, "extra has 4: besides the image"),
+    ],
+)
+def test_other_arguments_that_the_model_does_not_take(model: nn.Module, x: Tensor, extra: Any, text: str) -> None:
+    calls: list[Any] = [explain, explain_targets, lambda *given, **more: contrast(*given, 1, 2, **more)]
+    for call in [*calls, timm_bcos.attribute, timm_bcos.check]:
+        with pytest.raises(InputError, match=re.escape(text)):
+            call(model, x, extra=extra)

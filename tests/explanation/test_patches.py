@@ -119,6 +119,8 @@ def test_everything_else_takes_patches_too(model: Any, x: Tensor) -> None:
     torch.testing.assert_close(fold(contrast(model, inputs, 1, 2).weights), contrast(model, x, 1, 2).weights, **given)
     for one, target in zip(explain_targets(model, inputs, [0, 4]), (0, 4), strict=True):
         torch.testing.assert_close(fold(one.weights), explain(model, x, target).weights, **given)
+    more = inputs | dict(seq_len=12, target=torch.zeros(2))  # which a loader may add, and the model ignores
+    torch.testing.assert_close(explain(model, more, 1).weights, explain(model, inputs, 1).weights)
     patches = inputs["patches"]
     rest = {name: value for name, value in inputs.items() if name != "patches"}
     torch.testing.assert_close(explain(model, patches, 1, extra=rest).weights, explain(model, inputs, 1).weights)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from inspect import Parameter, signature
 from typing import TypeVar
 
 import torch
@@ -30,9 +31,10 @@ def split_input(
         extra: Other arguments of the model, by name.
 
     Raises:
-        InputError: For a dict without these names, or tensors that do not fit together.
+        InputError: For a dict without these names, tensors that do not fit together, or arguments that the model does
+            not take.
     """
-    rest = dict(extra or {})
+    rest = _checked_extra(model, extra)
     if isinstance(x, Mapping):
         missing = [name for name in ("patches", *NEEDED) if name not in x and name not in rest]
         if missing:
@@ -40,7 +42,8 @@ def split_input(
                 f"an input with {', '.join(map(repr, x)) or 'no entries'}: {', '.join(map(repr, missing))} is missing; "
                 f"NaFlex models take dict(patches=..., patch_coord=..., patch_valid=...)"
             )
-        rest = {name: value for name, value in x.items() if name != "patches"} | rest
+        known = _argument_names(model)  # a loader's dict may hold more, which the model ignores
+        rest = {name: value for name, value in x.items() if name != "patches" and name in (known or x)} | rest
         x = x["patches"]
     elif not (isinstance(x, Tensor) and x.ndim in (3, 5) and find_embeds(model) and set(NEEDED) <= rest.keys()):
         return x, rest, None
@@ -53,6 +56,27 @@ def split_input(
             found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InputError(f"{name}: expected shape {shape} for {x.shape[1]} patches per image, got {found}")
     return layout.to_image(x), rest, layout
+
+
+def _checked_extra(model: nn.Module, extra: object) -> dict[str, object]:
+    """Other arguments of a model, by name."""
+    if extra is None:
+        return {}
+    if not isinstance(extra, Mapping):
+        raise InputError(f"extra={extra!r}: give the model's other arguments by name, as dict(name=value)")
+    known = _argument_names(model) if extra else None
+    for name in extra:
+        if known is not None and name not in known:
+            others = ", ".join(known[1:]) or "no other argument"
+            raise InputError(f"extra has {name!r}: besides the image, {type(model).__name__} takes {others}")
+    return dict(extra)
+
+
+def _argument_names(model: nn.Module) -> list[str] | None:
+    """Names of the arguments of a model's forward; None if it takes any name."""
+    parameters = signature(model.forward).parameters.values()
+    is_open = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters)
+    return None if is_open else [parameter.name for parameter in parameters]
 
 
 class StripModel(nn.Module):
