@@ -11,6 +11,7 @@ from .errors import (
     InexactWarning,
     InputError,
     MethodError,
+    MissingExtraError,
     ModelStateError,
     NotFineTunedWarning,
     PublishError,
@@ -21,6 +22,7 @@ from .explainer import Explainer
 from .explanation.api import contrast, explain, explain_targets
 from .explanation.exactness import ExactnessReport, calibrate, check
 from .explanation.export import export_explainer
+from .explanation.patches import fold_patches
 from .explanation.result import Explanation
 from .hub.card import Card, Evaluation
 from .hub.repository import publish, save_repository
@@ -57,6 +59,7 @@ __all__ = [
     "InputError",
     "LayerRole",
     "MethodError",
+    "MissingExtraError",
     "ModelStateError",
     "NotFineTunedWarning",
     "ProbeResult",
@@ -83,6 +86,7 @@ __all__ = [
     "explanation_mode",
     "export_explainer",
     "fit_probe",
+    "fold_patches",
     "fuse",
     "keep",
     "keep_leaf",

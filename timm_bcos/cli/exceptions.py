@@ -91,7 +91,18 @@ def one_line(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return f"{type(error).__name__}: {first_line(error)}"
+    return f"{type(error).__name__}: {first_line(error)}{_timm_hint(error)}"
+
+
+def _timm_hint(error: Exception) -> str:
+    """For a part of timm that cannot be imported, which timm was found where: a clone may hide the installed one."""
+    if not isinstance(error, ImportError) or (error.name or "").partition(".")[0] != "timm":
+        return ""
+    try:
+        from .._compat import describe_timm
+    except BcosError as cause:
+        return f"; {cause}"
+    return f"; {describe_timm()}"
 
 
 def stop_if_interrupted() -> None:
@@ -110,9 +121,9 @@ def as_python_does() -> Iterator[None]:
         yield
     except BcosError:
         raise
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
-        raise SystemExit(1) from None
+        raise SystemExit(_timm_hint(error).removeprefix("; ") or 1) from None
 
 
 @contextlib.contextmanager

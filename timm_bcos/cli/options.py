@@ -6,7 +6,7 @@ an option of the command line.
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -34,6 +34,7 @@ __all__ = [
     "OptionalDataOptions",
     "Reuse",
     "Seed",
+    "chosen_methods",
     "expand_groups",
     "find_device",
     "method_option",
@@ -73,6 +74,16 @@ def method_option(default: str) -> Any:
         help="Attribution method; repeatable. input_x_gradient and integrated_gradients have the aliases ixg and ig. "
         f"(default: {default})",
     )
+
+
+def chosen_methods(given: Sequence[str] | None, default: Iterable[str]) -> list[str]:
+    """The methods of a command: those of --method, or the default ones that are installed; others cause a warning."""
+    from ..attribution.registry import available_methods
+
+    methods, left_out = available_methods(given, default)
+    for reason in left_out:
+        typer.echo(f"warning: left out {reason}", err=True)
+    return methods
 
 
 Methods = Annotated[list[str] | None, method_option("all that support the model")]

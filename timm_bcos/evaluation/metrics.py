@@ -18,7 +18,7 @@ does not rank pixels, and a constant probability has no correlation.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,11 +38,14 @@ from ..attribution.registry import (
     checked_images,
     method_name,
     method_names,
+    settled_model,
 )
 from ..data.datasets import LabeledImages, image_loader
 from ..data.regions import cell_masks, region_loader, region_masks, without_cell
 from ..distributed import distributed_map, on_main
 from ..errors import InputError, MethodError
+from ..explanation.inputs import Layer, layer_path
+from ..explanation.regions import Position, Region
 from ..files import atomic_path
 from .results import append_rows, drop_torn_line, read_rows
 
@@ -137,7 +140,7 @@ def _randomization(call: _Call) -> Tensor:
         for module in reversed(modules):
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-    _estimate_statistics(other, call.x)
+    _estimate_statistics(AttributionModel(other, call.subject.request), call.x)
     return _correlation(*(_ranks(maps.flatten(1)) for maps in (call.maps, call.explain(other, call.x))))
 
 
@@ -163,9 +166,13 @@ class _DrawingFrom(TorchFunctionMode):
 
 
 @torch.no_grad()
-def _estimate_statistics(model: nn.Module, x: Tensor) -> None:
-    """Estimate batch norm statistics for random weights; with others the signal of a deep model vanishes."""
-    subject = AttributionModel(model)  # shares the memory of the statistics
+def _estimate_statistics(subject: AttributionModel, x: Tensor) -> None:
+    """Estimate batch norm statistics for random weights; with others the signal of a deep model vanishes.
+
+    Args:
+        subject: Model with random weights, which shares the memory of its statistics with the original.
+        x: Images (N, C, H, W) in [0, 1].
+    """
     norms: list[Any] = [module for module in subject.modules() if hasattr(module, "reset_running_stats")]
     for norm in norms:
         norm.reset_running_stats()
@@ -254,6 +261,11 @@ def evaluate(
     *,
     masks: Tensor | None = None,
     seed: int = 0,
+    layer: Layer = None,
+    output: str | int | None = None,
+    position: Position = None,
+    region: Region = None,
+    extra: Mapping[str, object] | None = None,
     **options: Any,
 ) -> Tensor:
     """Compute a metric of an attribution method for each image.
@@ -266,7 +278,12 @@ def evaluate(
         method: Attribution method, a name in `timm_bcos.attribution.registry.METHODS`.
         masks: Masks (N, H, W) of the objects or their boxes, 1 inside and 0 outside, for metrics in `NEEDING_MASKS`.
         seed: Random seed of the metric.
-        options: Options of `attribute`.
+        layer: As in `attribute`. Metrics of probabilities then use activations as they are.
+        output: As in `attribute`.
+        position: As in `attribute`. Modified images keep the positions of the given ones.
+        region: As in `attribute`.
+        extra: As in `attribute`.
+        options: Other options of `attribute`.
 
     Returns:
         Values (N,) in float64.
@@ -274,16 +291,20 @@ def evaluate(
     Raises:
         MethodError: If the metric or method is unknown, maps are zero everywhere or not finite, or masks are missing.
         InputError: If masks are empty or differ from the images in shape.
+        TargetError: As in `attribute`.
     """
     check_metrics([metric])
     x = checked_images(model, x)
     _check_masks(masks, x)
+    given: dict[str, Any] = dict(layer=layer, output=output, position=position, region=region, extra=extra)
+    subject, x, targets = settled_model(model, x, targets, method, **given)
+    own_layer = layer if isinstance(layer, str) else layer_path(model, layer)  # Grad-CAM's is none of the request's
+    options |= subject.request.arguments() | dict(layer=own_layer)
     maps = attribute(model, x, targets, method, **options).double()
     if not bool(maps.isfinite().all()) or not bool(maps.any()):
         kind = "all equal to zero" if bool(maps.isfinite().all()) else "not finite"
         raise MethodError(f"{metric} of {method}: the maps are {kind}, so the metric is not defined")
-    subject, generator = AttributionModel(model), torch.Generator().manual_seed(seed)
-    call = _Call(model, subject, x, subject.classes(x, targets), method, options, generator, maps, masks)
+    call = _Call(model, subject, x, targets, method, options, torch.Generator().manual_seed(seed), maps, masks)
     return METRICS[metric](call).cpu()
 
 

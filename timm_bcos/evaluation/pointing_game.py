@@ -135,7 +135,8 @@ def sample_grids(
             missing = count - len(grids)
             raise InputError(
                 f"{count} grids of {n}×{n} need more images: after {len(grids)} grids only {len(free)} classes have "
-                f"unused ones; {missing} grids ({missing * n * n} images) are missing: ask for fewer, or reuse images"
+                f"unused ones; {missing} grids ({missing * n * n} images) are missing: ask for fewer (--grids), or let "
+                f"grids share images (reuse=True, on the command line --reuse)"
             )
         classes = rng.sample(free, n * n)
         grids.append(Grid(n, tuple(ranked[c][used[c] % len(ranked[c])] for c in classes), tuple(classes)))

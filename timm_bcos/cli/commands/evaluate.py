@@ -16,6 +16,7 @@ from ..options import (
     Methods,
     Reuse,
     Seed,
+    chosen_methods,
     expand_groups,
     find_device,
     method_option,
@@ -68,22 +69,22 @@ def pointing_game(
 
     Writes values.csv, summary.csv, gains.csv (paired differences to the other methods), summary.md and boxes.png.
     """
-    from ...attribution.registry import method_names
     from ...distributed import on_main
     from ...evaluation.pointing_game import sample_grids
     from ...evaluation.pointing_results import play_all, read_confidences
     from ...evaluation.results import remember_settings
 
-    methods = method_names(method or ALL)
+    methods = chosen_methods(method, ALL)
     model = model_options.load(device)
     images = data_options.load(model.num_classes)
-    settings = dict(reuse=reuse, seed=seed, threshold=threshold, disconnect=disconnect.value)
-    on_main(lambda: remember_settings(out, vars(model_options) | vars(data_options) | settings))
+    on_main(lambda: remember_settings(out, vars(model_options) | vars(data_options)))
     found = read_confidences(model, images, out)
     right = sum(item.predicted == item.label for item in found)
     typer.echo(f"{right} of {len(found)} images are classified correctly")
     sample = partial(sample_grids, found, count=grids, threshold=threshold, seed=seed, reuse=reuse)
     samples = [sample(cells) for cells in n or (2, 3)]  # all at once: a lack of images shows before the first game
+    settings = dict(reuse=reuse, seed=seed, threshold=threshold, disconnect=disconnect.value)
+    on_main(lambda: remember_settings(out, settings, "values.csv"))
     left_out = play_all(
         model, images, samples, methods, out, disconnect=disconnect.value, smooth=smooth or (1, 15),
         scale=scale or (1,), batch_size=batch_size,
@@ -116,21 +117,20 @@ def metrics(
 
     Writes metrics.csv and metrics.md.
     """
-    from ...attribution.registry import method_names
     from ...distributed import on_main
     from ...errors import MethodError
     from ...evaluation.metrics import METRICS, NEEDING_MASKS, check_metrics, evaluate_all
     from ...evaluation.results import remember_settings
 
     suited = [name for name in METRICS if regions is not None or name not in NEEDING_MASKS]
-    methods, measured = method_names(method or QUICK), list(metric or suited)
+    methods, measured = chosen_methods(method, QUICK), list(metric or suited)
     check_metrics(measured)
     if lacking := [name for name in measured if name not in suited]:
         raise MethodError(f"{lacking[0]} needs the regions of the objects: give --regions")
     model = model_options.load(device)
     labeled = data_options.load(model.num_classes)
-    settings = dict(images=images, regions=regions)
-    on_main(lambda: remember_settings(out, vars(model_options) | vars(data_options) | settings))
+    settings = vars(model_options) | vars(data_options) | dict(images=images, regions=regions)
+    on_main(lambda: remember_settings(out, settings, "metrics.csv"))
     left_out = evaluate_all(model, labeled, measured, methods, out, images=images, regions=regions)
     _report(left_out, out / "metrics.md")
 
@@ -155,11 +155,12 @@ def aggatt(
     from ...evaluation.pointing_game import Disconnected, confidences, sample_grids
     from ...explanation.visualization import save_figure
 
+    methods = chosen_methods(method, SHOWN)
     model = model_options.load(device)
     images = data_options.load(model.num_classes)
     chosen = sample_grids(list(confidences(model, images)), n, grids, seed=seed, reuse=reuse)
     player = model if disconnect is DisconnectMode.NONE else Disconnected(model, n, disconnect.value)
-    figure, left_out = plot_aggatt(player, images, chosen, list(method or SHOWN), smooth)
+    figure, left_out = plot_aggatt(player, images, chosen, methods, smooth)
     on_main(lambda: save_figure(figure, out))
     typer.echo("\n".join([*(f"left out: {reason}" for reason in left_out), f"wrote {out}"]))
 
