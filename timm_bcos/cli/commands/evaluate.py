@@ -119,7 +119,8 @@ def metrics(
     """
     from ...distributed import on_main
     from ...errors import MethodError
-    from ...evaluation.metrics import METRICS, NEEDING_MASKS, check_metrics, evaluate_all
+    from ...evaluation.metric_results import evaluate_all
+    from ...evaluation.metrics import METRICS, NEEDING_MASKS, check_metrics
     from ...evaluation.results import remember_settings
 
     suited = [name for name in METRICS if regions is not None or name not in NEEDING_MASKS]
