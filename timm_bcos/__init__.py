@@ -25,6 +25,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 @wrapt.when_imported("timm")  # immediately if timm has been imported already
 def _register_models(timm: ModuleType) -> None:
     try:
+        from . import _compat  # noqa: F401  (refuses versions of timm that are too old)
         from .models import bcos_models  # noqa: F401
     except Exception as error:  # `import timm` must not fail because of us
-        warnings.warn(f"timm_bcos cannot register its models with timm {timm.__version__}: {error}", stacklevel=2)
+        where = f"timm {timm.__version__} in {next(iter(timm.__path__))}"
+        warnings.warn(f"timm_bcos cannot register its models with {where}: {error}", stacklevel=2)

@@ -11,6 +11,7 @@ from .errors import (
     InexactWarning,
     InputError,
     MethodError,
+    MissingExtraError,
     ModelStateError,
     NotFineTunedWarning,
     PublishError,
@@ -21,6 +22,7 @@ from .explainer import Explainer
 from .explanation.api import contrast, explain, explain_targets
 from .explanation.exactness import ExactnessReport, calibrate, check
 from .explanation.export import export_explainer
+from .explanation.patches import fold_patches
 from .explanation.result import Explanation
 from .hub.card import Card, Evaluation
 from .hub.repository import publish, save_repository
@@ -31,6 +33,8 @@ from .nn.functional import encode_image
 from .nn.layers import BcosConv2d, BcosLinear
 from .nn.norms import UncenteredBatchNorm2d, UncentredBatchNorm2d
 from .training.losses import DynamicWeights, cosine_loss, dynamic_weights, energy_loss
+from .training.probe import fit_probe
+from .training.probe_result import ProbeResult
 from .training.tasks import DeletionClassificationTask, ExplanationDistillationTask, GuidedClassificationTask
 
 __version__: str
@@ -55,8 +59,10 @@ __all__ = [
     "InputError",
     "LayerRole",
     "MethodError",
+    "MissingExtraError",
     "ModelStateError",
     "NotFineTunedWarning",
+    "ProbeResult",
     "PublishError",
     "ShiftAveraged",
     "TargetError",
@@ -79,6 +85,8 @@ __all__ = [
     "explain_targets",
     "explanation_mode",
     "export_explainer",
+    "fit_probe",
+    "fold_patches",
     "fuse",
     "keep",
     "keep_leaf",

@@ -8,14 +8,70 @@ of, and that says what is missing when it is called. Whatever does not need it g
 
 import importlib
 import importlib.metadata
+import importlib.util
+import re
+import sys
 from functools import cache
+from pathlib import Path
 from typing import Any, NoReturn
 
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from .errors import MissingError
 
-__all__ = ["Library", "find", "private", "timm_layers", "timm_models"]
+__all__ = ["LEAST_TIMM", "Library", "check_timm", "describe_timm", "find", "private", "timm_layers", "timm_models"]
+
+LEAST_TIMM = "1.0.31"  # as in pyproject.toml
+
+
+def check_timm() -> None:
+    """Refuse a timm that is too old, such as a clone beside the script that hides the installed one.
+
+    Raises:
+        MissingError: Naming the version, its folder, and the least version.
+    """
+    version, _ = _found_timm()
+    if version is not None and TorchVersion(version) < LEAST_TIMM:
+        raise MissingError(describe_timm())
+
+
+def describe_timm() -> str:
+    """Which timm was found where, which one is needed, and how to get it."""
+    version, folder = _found_timm()
+    if folder is None:
+        return f"timm is not installed: pip install 'timm>={LEAST_TIMM}'"
+    found = f"found timm {version or 'of an unknown version'} in {folder}, timm_bcos needs timm>={LEAST_TIMM}"
+    return f"{found}: {_advice(folder)}"
+
+
+def _found_timm() -> tuple[str | None, Path | None]:
+    """Version and folder of the timm that is imported, or would be, without importing it; None where unknown."""
+    loaded = sys.modules.get("timm")
+    spec = None if loaded is not None else importlib.util.find_spec("timm")
+    origin = getattr(loaded, "__file__", None) or (spec and spec.origin)
+    if not origin:
+        return None, None
+    folder = Path(origin).parent
+    version = getattr(loaded, "__version__", None)
+    if version is None and (folder / "version.py").is_file():
+        stated = re.search(r"__version__\s*=\s*['\"](.+?)['\"]", (folder / "version.py").read_text())
+        version = stated[1] if stated else None
+    return version, folder
+
+
+def _advice(folder: Path) -> str:
+    try:
+        installed = importlib.metadata.distribution("timm")
+    except importlib.metadata.PackageNotFoundError:
+        return "pip install --upgrade timm"
+    place = Path(str(installed.locate_file("timm")))
+    if place.resolve() == folder.resolve() or TorchVersion(installed.version) < LEAST_TIMM:
+        return "pip install --upgrade timm"
+    return (
+        f"this folder hides the installed timm {installed.version} ({place}); rename or update it, or run the script "
+        f"from another folder"
+    )
 
 
 def find(name: str) -> Any:
@@ -107,3 +163,5 @@ PRIVATE = {
 }
 
 private: Any = _Private()
+
+check_timm()  # before anything else of this package imports timm

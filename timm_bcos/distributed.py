@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALONE",
+    "KEPT",
     "Processes",
     "current_processes",
     "distributed_map",
+    "has_joined",
     "on_main",
     "process_group",
     "signed_once",
@@ -39,10 +41,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 TIMEOUT = timedelta(days=1)  # processes wait for the slowest item of each round
-LOST = (
-    "the connection to another process was lost, probably because it has failed (see its message) or was killed; "
-    "results written so far are kept"
-)
+KEPT = "results written so far are kept; evaluations resume, with any number of processes"
+LOST = f"the connection to another process was lost, which has failed (see its message) or was killed; {KEPT}"
 
 
 @dataclass(frozen=True)
@@ -142,19 +142,37 @@ def _join(processes: Processes) -> None:
     _joined = store
 
 
+def has_joined() -> bool:
+    """Whether this process has connected to others."""
+    return _joined is not None
+
+
 def signed_once(message: str, error: BaseException | None = None) -> str | None:
     """The message of an error with the process that raised it; None if another process has asked for it before.
 
     Args:
         message: Text without the process.
-        error: Error that `distributed_map` or `on_main` may have passed on from another process.
+        error: Error that `distributed_map` or `on_main` may have passed on from another process; None for a signal.
     """
-    if _joined is None:
+    try:
+        process = getattr(error, "process", started_processes())
+    except InputError:  # which is the message
         return message
     with contextlib.suppress(RuntimeError):  # the process that keeps the store may have ended
-        if _joined.add(f"timm_bcos says {message}", 1) > 1:
+        store = _joined or (_store_of_torchrun() if error is not None and process.size > 1 else None)
+        if store is not None and store.add(f"timm_bcos says {message}", 1) > 1:
             return None
-    return f"{getattr(error, 'process', started_processes())}: {message}"
+    return message if process.size == 1 else f"{process}: {message}"
+
+
+def _store_of_torchrun() -> "Store | None":
+    """The key-value store that torchrun keeps, for processes that do not compute together; None without torchrun."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    from torch.distributed import TCPStore
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
 
 
 @dataclass

@@ -46,6 +46,10 @@ class MethodError(BcosError, ValueError):
     """An attribution method or metric that does not exist, lacks its library, or does not suit the architecture."""
 
 
+class MissingExtraError(MethodError):
+    """An attribution method whose library is not installed; the message names the extra."""
+
+
 class DistributedError(BcosError, RuntimeError):
     """Processes that were started together cannot connect to each other, or one of them has ended."""
 

@@ -242,6 +242,19 @@ def test_a_broken_photo_empties_the_page(models: list[DemoModel]) -> None:
     assert [other for other in others if isinstance(other, str)] == ["", ""]
 
 
+def test_a_photo_of_none_of_the_classes(models: list[DemoModel]) -> None:
+    """The demo says so, names the best guess and its probability, and still explains it."""
+    cifar = models[1]
+    coffee, rocket = (file_url(PHOTOS / f"{name}.jpg") for name in ("coffee", "rocket"))
+    message, document, prediction, *_ = Handlers(models).change_photo(cifar.label, coffee)
+    best = cifar.module(prediction.image).sigmoid()[0].max().item()
+    assert best < inference.LOW_CONFIDENCE and document["document"]
+    guess = cifar.names[prediction.classes[0]]
+    assert f"its best guess, {guess}, has a probability of {best:.0%}" in message and "checkerboard" in message
+    message, *_ = Handlers(models).change_photo(cifar.label, rocket)
+    assert message == ""
+
+
 def test_what_fails_is_logged_and_shown_without_a_traceback(
     models: list[DemoModel], hat: Prediction, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

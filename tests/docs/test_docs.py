@@ -44,16 +44,18 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
             write_images(folder / "data" / "clothing" / split / label, KNOWN.get(label, "hat"))
         for label in ("cat", "dog"):
             write_images(folder / "data" / split / label, "shoes")
+    for label in ("hat", "pants", "shoes"):
+        write_images(folder / "my_photos" / label, label, 3)
     write_checkpoint(folder / "output" / "train" / "RUN")
     shutil.copy(folder / "output" / "train" / "RUN" / "model_best.pth.tar", folder)
     write_film(folder / "clip.mp4")
     return folder
 
 
-def write_images(folder: Path, photo: str) -> None:
+def write_images(folder: Path, photo: str, copies: int = COPIES) -> None:
     folder.mkdir(parents=True)
     image = ImageOps.contain(Image.open(PHOTOS / "clothes" / f"{photo}.jpg").convert("RGB"), (192, 192))
-    for i in range(COPIES):
+    for i in range(copies):
         variant = ImageOps.mirror(image) if i % 2 else image
         ImageOps.crop(variant, 2 * i).save(folder / f"{i}.jpg")
 

@@ -1,7 +1,9 @@
 """The grid pointing game, also with disconnected cells, on cases worked by hand, and its command on few photos."""
 
 import csv
+import json
 import re
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from tests.helpers import LOADING, PHOTOS, command, four_photos, normalized
 from timm_bcos import BcosConfig, InputError, MethodError, bcosify, explain
+from timm_bcos.attribution import methods
 from timm_bcos.attribution.registry import attribute
 from timm_bcos.data.datasets import image_loader, load_dataset
 from timm_bcos.data.regions import cell_masks, cut_cells, join_cells
@@ -31,7 +34,7 @@ from timm_bcos.evaluation.pointing_game import (
 )
 from timm_bcos.evaluation.pointing_results import play_all, read_values, summarize
 
-CONFIDENCES = "timm_bcos.evaluation.pointing_results.confidence_batches"
+CONFIDENCES = "timm_bcos.evaluation.pointing_results.confidences"
 PLAY = ("evaluate", "pointing-game")
 
 
@@ -287,7 +290,7 @@ def test_the_command_refuses_before_it_plays(
     monkeypatch.setattr(LOADING, lambda *_: model)
     right = [Confidence(i, i // 2, i // 2, 0.5) for i in range(16)]
     right += [Confidence(i, 8, 0, 0.5) for i in (16, 17)]
-    monkeypatch.setattr(CONFIDENCES, lambda *_, start: iter([right[start:]]))
+    monkeypatch.setattr(CONFIDENCES, lambda *_, start: iter(right[start:]))
     arguments = [*PLAY, "--data-dir", photos, "--split", "test", "--out", tmp_path / "out", "--grids", 1]
     for method, text in (
         ("input_x_gradient", "8 classes have some, 1 more are missing"),
@@ -298,16 +301,77 @@ def test_the_command_refuses_before_it_plays(
     assert not (tmp_path / "out" / "values.csv").exists()
 
 
+def test_a_game_that_failed_may_be_played_with_other_settings(
+    model: nn.Module, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The option that an error advises works in the same folder; predictions are not computed again."""
+    monkeypatch.setattr(LOADING, lambda *_: model)
+    right, calls = [Confidence(i, i // 2, i // 2, 0.5) for i in range(18)], []
+    monkeypatch.setattr(CONFIDENCES, lambda *_, start: calls.append(start) or iter(right[start:]))
+    out = tmp_path / "out"
+    play = [*PLAY, "--data-dir", photos, "--split", "test", "--out", out, "--n", 2, "--method", "bcos"]
+    assert command(*play, "--grids", 5) == 2
+    assert "ask for fewer (--grids), or let grids share images (reuse=True, on the command line --reuse)" in (
+        capsys.readouterr().err
+    )
+    assert command(*play, "--grids", 5, "--threshold", 0.9) == 2
+    assert "confidence of at least 0.9" in capsys.readouterr().err
+    assert command(*play, "--grids", 1, "--method", "attention_rollout", "--method", "chefer", "--seed", 3) == 0
+    with (out / "settings.json").open() as file:
+        assert json.load(file)["seed"] == "3"
+    assert command(*play, "--grids", 5, "--reuse", "--seed", 3) == 2
+    assert "has results for reuse=False, not True" in capsys.readouterr().err
+    (out / "values.csv").unlink()
+    assert command(*play, "--grids", 5, "--reuse") == 0
+    assert calls == [0] and len(read_values(out)) == 2 * 5
+    (photos / "more.txt").write_text("other data")
+    assert command(*play, "--grids", 5, "--reuse") == 2
+    assert "has results for contents of data_dir=" in capsys.readouterr().err
+
+
+def test_a_missing_extra(
+    model: nn.Module, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error for methods by name, before anything is computed; a warning for the default ones."""
+    monkeypatch.setattr(LOADING, lambda *_: model)
+    monkeypatch.setattr(
+        CONFIDENCES, lambda *_, start: iter([Confidence(i, i // 2, i // 2, 0.5) for i in range(18)][start:])
+    )
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    monkeypatch.setitem(sys.modules, "skimage.segmentation", None)
+    monkeypatch.delitem(sys.modules, "timm_bcos.attribution.lime", raising=False)
+    methods._library.cache_clear()
+    data = ["--data-dir", photos, "--split", "test"]
+    extra = "is not installed: pip install 'timm_bcos[attribution]'"
+    for words in (
+        ["evaluate", "pointing-game", "--out", tmp_path / "game"],
+        ["evaluate", "metrics", "--out", tmp_path / "metrics"],
+        ["evaluate", "aggatt", "--out", tmp_path / "bins.png"],
+        ["gallery", "methods", "--out", tmp_path / "methods.png"],
+    ):
+        assert command(*words, *data, "--method", "bcos", "--method", "ixg") == 2
+        error = capsys.readouterr().err
+        assert "input_x_gradient: captum" in error and extra in error
+    assert not list(tmp_path.glob("*.png")) and not (tmp_path / "game").exists()
+    out = tmp_path / "game"
+    assert command("evaluate", "pointing-game", *data, "--out", out, "--n", 2, "--grids", 1) == 0
+    error = capsys.readouterr().err
+    assert "warning: left out gradient, input_x_gradient, integrated_gradients, smoothgrad, guided_backprop" in error
+    assert "warning: left out lime: skimage" in error and error.count(extra) == 2
+    assert {key[3] for key in read_values(out)} == {"bcos", "deeplift", "rise"}
+    methods._library.cache_clear()
+
+
 def test_the_command_resumes(
     model: nn.Module, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(LOADING, lambda *_: model)
     right = [Confidence(i, i // 2, i // 2, 0.5) for i in range(18)]
-    monkeypatch.setattr(CONFIDENCES, lambda *_, start: iter([right[start:]]))
+    monkeypatch.setattr(CONFIDENCES, lambda *_, start: iter(right[start:]))
     out = tmp_path / "out"
     options = ["--split", "test", "--out", out, "--grids", 2, "--batch-size", 3, "--n", 2]
-    methods = [word for method in ("bcos", "attention_rollout", "ixg") for word in ("--method", method)]
-    assert command(*PLAY, "--data-dir", photos, *options, *methods) == 0
+    chosen = [word for method in ("bcos", "attention_rollout", "ixg") for word in ("--method", method)]
+    assert command(*PLAY, "--data-dir", photos, *options, *chosen) == 0
     whole = (out / "values.csv").read_text()
     assert len(whole.splitlines()) == 1 + 2 * 2 * 2 * 4
     complete = read_values(out)
@@ -316,7 +380,7 @@ def test_the_command_resumes(
         file.truncate(100)  # the images behind are looked at again
     for cut in (1, 5, 10, 14, 21, 30, 60, len(whole) - 3):  # as an interruption leaves it
         (out / "values.csv").write_bytes((out / "values.csv").read_bytes()[:-cut])
-        assert command(*PLAY, "--data-dir", photos.name, *options, *methods) == 0
+        assert command(*PLAY, "--data-dir", photos.name, *options, *chosen) == 0
         values = read_values(out)
         assert values == complete
     assert len((out / "confidences.csv").read_text().splitlines()) == 1 + 18
@@ -407,7 +471,7 @@ def test_the_command_sums_over_cells(
     """A scale that is asked for later is added to what has been played."""
     monkeypatch.setattr(LOADING, lambda *_: model)
     right = [Confidence(i, i // 2, i // 2, 0.5) for i in range(18)]
-    monkeypatch.setattr(CONFIDENCES, lambda *_, start: iter([right[start:]]))
+    monkeypatch.setattr(CONFIDENCES, lambda *_, start: iter(right[start:]))
     options = ["--data-dir", photos, "--split", "test", "--grids", 1, "--n", 2, "--method", "bcos", "--method", "ixg"]
     scales = ["--smooth", 1, "--scale", 1, "--scale", 8]
     assert command(*PLAY, *options, *scales[:4], "--out", tmp_path / "out") == 0

@@ -1,5 +1,6 @@
 """`timm-bcos publish`, and the Space that shows a published network: its files, its upload, its page."""
 
+import argparse
 import base64
 import json
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 import typer
 from huggingface_hub import ModelCard, SpaceCard, SpaceCardData, metadata_load
 from PIL import Image
@@ -106,14 +108,40 @@ def test_the_command_writes_a_folder(tmp_path: Path) -> None:
 def test_the_terms_of_published_weights_go_with_them(tmp_path: Path) -> None:
     weights = tmp_path / "own.safetensors"
     save_file(timm.create_model("bcos_cifar_resnet20").state_dict(), weights)
-    given = {"theirs": [], "own": ["--checkpoint", str(weights)]}
+    given = {"theirs": [], "own": ["--checkpoint", str(weights), "--license", "mit"]}
     for name, more in given.items():
         folder = str(tmp_path / name)
         result = CliRunner().invoke(app, ["org/name", "--model", "bcos_cifar_resnet20", *more, "--folder", folder])
         assert result.exit_code == 0, result.output
     cards = {name: ModelCard.load(tmp_path / name / "README.md") for name in given}
-    assert [cards[name].data.license for name in given] == ["bsd-2-clause", "apache-2.0"]
+    assert [cards[name].data.license for name in given] == ["bsd-2-clause", "mit"]
     assert ["Yerlan Idelbayev" in cards[name].text for name in given] == [True, False]
+
+
+def test_weights_of_unknown_terms_need_a_license(tmp_path: Path) -> None:
+    save_file(timm.create_model("bcos_cifar_resnet20").state_dict(), tmp_path / "own.safetensors")
+    arguments = ["org/name", "--model", "bcos_cifar_resnet20", "--checkpoint", str(tmp_path / "own.safetensors")]
+    result = CliRunner().invoke(app, [*arguments, "--folder", str(tmp_path / "out")])
+    assert isinstance(result.exception, InputError) and "--license" in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_fine_tuned_weights_keep_the_terms_of_those_they_started_from(tmp_path: Path) -> None:
+    """The default's notes say that its original was trained on ImageNet, for non-commercial research only."""
+    name = "bcos_cifar_resnet20"
+    args = argparse.Namespace(model=name, num_classes=3, pretrained=True, bce_loss=True)
+    checkpoint = tmp_path / "last.pth.tar"
+    torch.save(dict(state_dict=timm.create_model(name, num_classes=3).state_dict(), args=args), checkpoint)
+    folders = {"first": ["--checkpoint", str(checkpoint)], "second": ["--model", f"local-dir:{tmp_path / 'first'}"]}
+    for folder, more in folders.items():
+        result = CliRunner().invoke(app, ["org/name", *more, "--note", "mine", "--folder", str(tmp_path / folder)])
+        assert result.exit_code == 0, result.output
+        card = ModelCard.load(tmp_path / folder / "README.md")
+        assert card.data.license == "bsd-2-clause"
+        for part in ("Yerlan Idelbayev", "**Base model:** `bcos_cifar_resnet20.cifar10`", "\nmine."):
+            assert part in card.text
+        cfg = json.loads((tmp_path / folder / "config.json").read_text())["pretrained_cfg"]
+        assert not {"tag", "description"} & cfg.keys() and "label_names" not in cfg
 
 
 def test_the_command_takes_figures_with_what_was_measured(tmp_path: Path) -> None:

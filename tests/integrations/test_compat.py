@@ -172,3 +172,42 @@ def test_what_is_missing_says_so_when_it_is_needed() -> None:
     with pytest.raises(MissingError, match=r"captum.* has no captum\.nothing\.at_all"):
         _compat.find("captum.nothing.at_all")()
     assert _compat.Library("timm.layers").NoSuchLayer is stand_in
+
+
+def test_a_clone_of_timm_that_hides_the_installed_one(python: Callable[[str], str], tmp_path: Path) -> None:
+    """Which timm was found where, which is needed, and what to do: in Python and on the command line."""
+    (tmp_path / "timm" / "models").mkdir(parents=True)
+    (tmp_path / "timm" / "version.py").write_text("__version__ = '1.0.9.dev0'\n")
+    (tmp_path / "timm" / "__init__.py").write_text("from .version import __version__\n")
+    (tmp_path / "timm" / "models" / "__init__.py").touch()
+    code = f"""
+import sys, warnings
+sys.path.insert(0, {str(tmp_path)!r})
+import timm_bcos
+try:
+    timm_bcos.explain
+except timm_bcos.errors.MissingError as error:
+    print(error)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import timm
+print(caught[0].message)
+from timm_bcos.cli.exceptions import exit_status
+sys.stderr = sys.stdout
+sys.argv = ["timm-bcos", "models"]
+from timm_bcos.cli.app import app
+print(exit_status(app))
+"""
+    first, second, third, status = python(code).strip().splitlines()
+    for line in (first, second, third):
+        assert f"found timm 1.0.9.dev0 in {tmp_path / 'timm'}, timm_bcos needs timm>={_compat.LEAST_TIMM}" in line
+        assert f"this folder hides the installed timm {timm.__version__} (" in line and "rename or update it" in line
+    assert second.startswith("timm_bcos cannot register its models with timm 1.0.9.dev0 in")
+    assert third.startswith("timm-bcos: ModuleNotFoundError") and status == "1"
+
+
+def test_the_least_timm_is_that_of_the_package() -> None:
+    text = (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'"timm>={_compat.LEAST_TIMM}"' in text
+    assert _compat.describe_timm().startswith(f"found timm {timm.__version__} in {Path(timm.__file__).parent}, ")
+    _compat.check_timm()

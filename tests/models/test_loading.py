@@ -11,7 +11,8 @@ import timm
 import torch
 from torch import nn
 
-from timm_bcos import CheckpointError, InputError, NotFineTunedWarning
+from timm_bcos import CheckpointError, InputError, NotFineTunedWarning, explain
+from timm_bcos.attribution.registry import AttributionModel
 from timm_bcos.models import loading
 from timm_bcos.models.loading import load_model, load_plain_model
 
@@ -63,6 +64,41 @@ def test_normalized_training_of_bcos_models_warns(given: dict[str, Any], is_chan
     found = [str(one.message) for one in caught if one.category is NotFineTunedWarning]
     assert len(found) == is_changed
     assert all("was trained with --mean 0.5 0.5 0.5" in text and "pixels in [0, 1]" in text for text in found)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (dict(bce_loss=True), "sigmoid"),
+        (dict(bce_loss=True, smoothing=0.1), "sigmoid"),
+        (dict(bce_loss=True, smoothing=0.0), "softmax"),  # train.py then ignores --bce-loss
+        (dict(bce_loss=True, smoothing=0.0, cutmix=1.0), "sigmoid"),
+        (dict(bce_loss=True, jsd_loss=True), "softmax"),
+        (dict(bce_loss=False), "softmax"),
+        (dict(bce_loss=False, model_kwargs=dict(probability="sigmoid")), "sigmoid"),
+        ({}, "sigmoid"),
+    ],
+    ids=str,
+)
+def test_probabilities_follow_the_loss_of_the_training(given: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    model, path = timm.create_model("bcos_cnn9", num_classes=4), tmp_path / "last.pth.tar"
+    args = argparse.Namespace(**{"model": "bcos_cnn9", "num_classes": 4, **given})
+    torch.save(dict(state_dict=model.state_dict(), args=args), path)
+    loaded = load_model(checkpoint=path).eval()
+    x = torch.rand(2, 3, 32, 32)
+    logits = loaded(x).detach()
+    probability = logits.softmax(1) if expected == "softmax" else logits.sigmoid()
+    torch.testing.assert_close(explain(loaded, x).probability, probability)
+    torch.testing.assert_close(AttributionModel(loaded).probability(x), probability)  # of the pointing game
+
+
+def test_a_training_from_a_plain_model_keeps_its_terms(tmp_path: Path) -> None:
+    plain = timm.create_model("test_resnet", num_classes=4)
+    for pretrained, license in ((True, plain.pretrained_cfg["license"]), (False, None)):
+        save_checkpoint(tmp_path / "last.pth.tar", plain, "test_resnet", pretrained=pretrained)
+        cfg = load_model(checkpoint=tmp_path / "last.pth.tar").pretrained_cfg
+        assert cfg["license"] == license and not cfg["tag"] and not cfg["hf_hub_id"]
+        assert list(cfg["notes"]) == ["base model: test_resnet.r160_in1k"] * pretrained
 
 
 def test_plain_models_are_normalized_as_in_training(tmp_path: Path) -> None:

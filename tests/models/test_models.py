@@ -5,6 +5,7 @@ import pickle
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -450,3 +451,45 @@ def test_torch_hub() -> None:
 def test_model_zoo_is_current() -> None:
     model_table = load_script("model_table")
     assert load_script("markdown_blocks").block(model_table.PAGE, model_table.NAME) == model_table.table()
+
+
+# New classifiers.
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("bcos_efficientnet_lite0", {}),
+        ("bcos_resnet18", {}),
+        ("bcosv2_resnet18", {}),
+        ("bcosify", dict(arch="test_resnet", b=2)),
+    ],
+)
+def test_new_classifiers_start_at_the_probability_of_their_classes(name: str, kwargs: dict[str, Any]) -> None:
+    for model in (timm.create_model(name, num_classes=3, **kwargs), timm.create_model(name, **kwargs)):
+        model.reset_classifier(3)
+        assert model.get_classifier().logit_bias == pytest.approx(math.log(1 / 2))
+        assert model.bcos_config.probability == "sigmoid"
+    chosen = timm.create_model(name, num_classes=3, logit_bias=-1.5, probability="softmax", **kwargs)
+    assert chosen.get_classifier().logit_bias == -1.5 and chosen.bcos_config.probability == "softmax"
+
+
+def test_published_classifiers_keep_their_logit_bias() -> None:
+    for name, bias in (("bcos_efficientnet_lite0.clothing", -2.2), ("bcos_resnet18", math.log(0.01 / 0.99))):
+        model: Any = timm.create_model(name)
+        again: Any = timm.create_model(name, num_classes=model.num_classes)
+        assert model.get_classifier().logit_bias == again.get_classifier().logit_bias == pytest.approx(bias)
+
+
+def test_classifiers_with_a_bias_learn_their_own() -> None:
+    kept: Any = timm.create_model("bcosify", arch="test_resnet", b=1, bias=True, num_classes=3)
+    assert kept.get_classifier().logit_bias == 0 and kept.bcos_config.probability == "softmax"
+
+
+def test_classifiers_may_stay_linear() -> None:
+    model: Any = timm.create_model("bcosv2_resnet18", linear=("fc",), num_classes=3).eval()
+    head = model.get_classifier()
+    assert (head.b, head.max_out, head.normalize_weight) == (1, 1, False)
+    x = torch.rand(2, 3, 64, 64)
+    features = model.forward_features(x).mean((2, 3))
+    torch.testing.assert_close(model(x), features @ head.weight.flatten(1).T + head.logit_bias)

@@ -305,8 +305,8 @@ def test_bad_input(x: Tensor) -> None:
     model.set_grad_checkpointing(False)
     with pytest.raises(ModelStateError, match="B-cos model"):
         ExplanationDistillationTask(model, timm.create_model("test_resnet", num_classes=6))
-    with pytest.raises(ModelStateError, match="torchrun"):
-        GuidedClassificationTask(model).prepare_distributed()
+    with pytest.raises(ModelStateError, match="DistributedDataParallel"):
+        dynamic_weights(nn.DataParallel(model), x)
     with pytest.raises(InputError, match="guidance_weight=-1"):
         GuidedClassificationTask(model, guidance_weight=-1)
     with pytest.raises(TargetError, match="empty"):

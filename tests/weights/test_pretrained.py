@@ -17,6 +17,7 @@ import timm_bcos
 from tests.helpers import enliven, load_script, real_image
 from tests.helpers.literal_models import LiteralNetwork
 from tests.helpers.slow import slow_but_for
+from timm_bcos.conversion.settings import SETTINGS
 from timm_bcos.models.architectures import SECOND_PAPER
 from timm_bcos.nn.layers import BcosConv2d
 from timm_bcos.nn.stems import BcosStem
@@ -279,7 +280,7 @@ def test_official_files_of_every_family_adapt(name: str) -> None:
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **size, **options).eval()
         adapted = plain.pretrained_cfg["classifier" if "num_classes" in options else "first_conv"]
         for key, value in model.state_dict().items():
-            assert key.startswith(adapted) or torch.equal(value, weights[key]), key
+            assert key.startswith((adapted, SETTINGS)) or torch.equal(value, weights[key]), key
         outputs = model(torch.rand(1, options.get("in_chans", 3), 64, 64))
         assert outputs.shape == (1, options.get("num_classes", plain.num_classes) or model.num_features)
 

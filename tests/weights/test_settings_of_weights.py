@@ -44,7 +44,7 @@ OTHERS = {
     "b": (dict(b=2.0), "b=1.5", "b=2.0"),
     "gamma": (dict(gamma=3.0), "gamma=1.0", "gamma=3.0"),
     "temperature": (dict(temperature=7.0), "temperature=1.0", "temperature=7.0"),
-    "logit_bias": (dict(logit_bias=-2.0), "logit_bias=0.0", "logit_bias=-2.0"),
+    "logit_bias": (dict(logit_bias=-2.0), "logit_bias=None", "logit_bias=-2.0"),
     "antialias": (dict(antialias=True), "antialias=False", "antialias=True"),
     "stem": (dict(stem="encoded"), r"mean=\[0.5, 0.5, 0.5\]", "mean=None"),
     "mean": (dict(mean=(0.4,), std=(0.5,)), r"mean=\[0.5, 0.5, 0.5\]", r"mean=\[0.4, 0.4, 0.4\]"),

@@ -76,13 +76,13 @@ class _InProportion(torch.autograd.Function):
         return None, *(x.detach() * share for x, share in zip(inputs, shares, strict=True))
 
 
-def _sum(func: Function, x: Tensor | float, other: Tensor | float, **kwargs: Any) -> Tensor:
+def _addition(func: Function, x: Tensor | float, other: Tensor | float, **kwargs: Any) -> Tensor:
     if not (isinstance(x, Tensor) and isinstance(other, Tensor)):
         return func(x, other, **kwargs)
     return _InProportion.apply(lambda a, b: torch.add(a, b, **kwargs), x, other)
 
 
-def _mean(func: Function, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+def _total(func: Function, x: Tensor, *args: object, **kwargs: object) -> Tensor:
     return _InProportion.apply(lambda a: func(a, *args, **kwargs), x)
 
 
@@ -96,14 +96,14 @@ def _gate(func: Function, x: Tensor | float, other: Tensor | float) -> Tensor:
 
 
 TABLE: dict[Callable[..., object], Function] = {
-    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__), _sum),
-    **dict.fromkeys((torch.mean, Tensor.mean), _mean),
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__), _addition),
+    **dict.fromkeys((torch.mean, Tensor.mean, torch.sum, Tensor.sum), _total),
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__imul__, Tensor.__rmul__), _gate),
 }
 
 
 class RelevanceOfFunctions(TorchFunctionMode):
-    """Replaces the gradients of sums, means and products by relevance."""
+    """Replaces the gradients of additions, sums, means and products by relevance."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         is_signal = any(isinstance(x, Tensor) and x.requires_grad for x in args)

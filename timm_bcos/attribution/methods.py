@@ -4,21 +4,20 @@ Each returns signed maps (N, H, W). Default options are those of the B-cos paper
 section 4 and supplement).
 """
 
-import importlib
 import math
 from functools import cache
-from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._compat import private, timm_layers
-from ..errors import MethodError, ModelStateError
+from ..errors import MethodError
 from ..explanation.api import explain, explain_targets
 from ..nn.module_utils import channel_axis, first_output, get_classifiers, hooked
 from .deep_lift import multiplied_contributions
-from .registry import AttributionModel, check_counts, images_at_once, register
+from .registry import AttributionModel, check_counts, images_at_once, library, register
 
 __all__: list[str] = []
 
@@ -34,17 +33,12 @@ ELEMENTWISE = (
 )  # fmt: skip
 
 
-@cache
-def _library(name: str) -> ModuleType:
-    """Import a library of the extra `attribution`, or a module of this package that needs one."""
-    try:
-        return importlib.import_module(name, __package__)
-    except ImportError as error:
-        raise MethodError(f"{error.name} is not installed: pip install 'timm_bcos[attribution]'") from error
+_library = cache(library)
+CAPTUM = "captum.attr"
 
 
-def _captum() -> ModuleType:
-    return _library("captum.attr")
+def _captum() -> Any:
+    return _library(CAPTUM)
 
 
 @register("bcos")
@@ -54,17 +48,15 @@ def bcos(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
         raise MethodError(
             f"{subject.kind} is not a B-cos model and has no explanation of its own: convert it with bcosify"
         )
+    given = subject.request.arguments()
     if len(x) > 1 and bool((x[1:] == x[:1]).all()):  # several classes of one image share a forward pass
-        image = subject.prepare(x[:1])
-        parts = [explain_targets(subject.model, image, some[None]) for some in targets.split(images_at_once(x))]
-        found = [explanation for part in parts for explanation in part]
+        image = subject.model_input(subject.prepare(x[:1]))
+        some = targets.split(images_at_once(x))
+        found = [e for part in some for e in explain_targets(subject.model, image, part[None], **given)]
     else:
-        found = [explain(subject.model, subject.prepare(x), targets)]
-    if found[0].position is not None:
-        raise ModelStateError(
-            f"{subject.kind} returns maps: attribution needs logits (N, K). Explain one position with "
-            f"timm_bcos.explain(model, x, target, position=(row, column))"
-        )
+        found = [explain(subject.model, subject.model_input(subject.prepare(x)), targets, **given)]
+    if found[0].position is not None and not subject.request.is_placed:
+        raise subject.no_logits(subject.output(x))
     return torch.cat([explanation.contribution_map for explanation in found])
 
 
@@ -79,19 +71,19 @@ class _OfPixels(nn.Module):
         return self.subject(self.subject.prepare(x))
 
 
-@register("gradient")
+@register("gradient", needs=CAPTUM)
 def gradient(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
     """Gradient of the logit with respect to the pixels, summed over colors."""
     return _captum().Saliency(_OfPixels(subject)).attribute(_pixels(x), targets, abs=False).sum(1)
 
 
-@register("input_x_gradient", aliases=("ixg",))
+@register("input_x_gradient", aliases=("ixg",), needs=CAPTUM)
 def input_x_gradient(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
     """Input times gradient."""
     return _captum().InputXGradient(subject).attribute(subject.leaf(x), targets).sum(1)
 
 
-@register("integrated_gradients", aliases=("ig",))
+@register("integrated_gradients", aliases=("ig",), needs=CAPTUM)
 def integrated_gradients(subject: AttributionModel, x: Tensor, targets: Tensor, *, n_steps: int = 50) -> Tensor:
     """Integrated Gradients from a baseline of zeros."""
     check_counts(n_steps=n_steps)
@@ -106,7 +98,7 @@ def deep_lift(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
     return multiplied_contributions(subject, subject.leaf(x), targets, ELEMENTWISE).sum(1)
 
 
-@register("smoothgrad")
+@register("smoothgrad", needs=CAPTUM)
 def smooth_grad(
     subject: AttributionModel, x: Tensor, targets: Tensor, *, samples: int = 25, stdev: float = 0.1
 ) -> Tensor:
@@ -118,7 +110,7 @@ def smooth_grad(
     return sum((gradient(subject, x + one, targets) for one in noise), torch.zeros_like(x[:, 0])) / samples
 
 
-@register("guided_backprop")
+@register("guided_backprop", needs=CAPTUM)
 def guided_backprop(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
     """Guided Backpropagation, for models with ReLU or ReLU6 modules."""
     if not any(isinstance(module, RECTIFIERS) for module in subject.modules()):
@@ -133,7 +125,7 @@ def guided_backprop(subject: AttributionModel, x: Tensor, targets: Tensor) -> Te
     return method.attribute(_pixels(x), targets).sum(1)
 
 
-@register("gradcam")
+@register("gradcam", needs=CAPTUM)
 def grad_cam(subject: AttributionModel, x: Tensor, targets: Tensor, *, layer: str | None = None) -> Tensor:
     """Grad-CAM of the last feature map before the classifier, or of a named layer, upsampled."""
     model = subject.part
@@ -145,7 +137,7 @@ def grad_cam(subject: AttributionModel, x: Tensor, targets: Tensor, *, layer: st
     return F.interpolate(maps, x.shape[-2:], mode="bilinear").sum(1)
 
 
-@register("lrp")
+@register("lrp", needs=".lrp")
 def lrp(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
     """Layer-wise Relevance Propagation of the logit: z⁺ for convolutions, ε for linear, flat for first layers."""
     if subject.is_bcos:
@@ -158,7 +150,7 @@ def lrp(subject: AttributionModel, x: Tensor, targets: Tensor) -> Tensor:
     return relevance.sum(1)
 
 
-@register("occlusion", slow=True)
+@register("occlusion", slow=True, needs=CAPTUM)
 def occlusion(
     subject: AttributionModel, x: Tensor, targets: Tensor, *, window: int | None = None, stride: int | None = None
 ) -> Tensor:
@@ -176,7 +168,7 @@ def occlusion(
     return maps.sum(1)
 
 
-@register("lime", slow=True)
+@register("lime", slow=True, needs=".lime")
 def lime(
     subject: AttributionModel,
     x: Tensor,

@@ -6,8 +6,10 @@
 `timm_bcos.attribution.methods` and `.transformers` define the methods; `@register("name")` adds one.
 """
 
+import importlib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -17,10 +19,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..dynamic_linear.mode import ordinary_autograd
-from ..errors import BcosError, InputError, MethodError, ModelStateError, TargetError
-from ..nn.functional import encode_image
-from ..nn.module_utils import converted_part, first_output, frozen_copy
-from ..nn.stems import BcosStem, ImageReader
+from ..errors import InputError, MethodError, MissingExtraError
+from ..explanation.inputs import Layer, layer_path
+from ..explanation.patches import split_input
+from ..explanation.regions import Position, Region
+from ..explanation.request import Request
+from .attribution_model import AttributionModel, Targets, images_at_once
 
 __all__ = [
     "METHODS",
@@ -28,155 +32,18 @@ __all__ = [
     "Method",
     "Targets",
     "attribute",
+    "available_methods",
     "check_counts",
     "checked_images",
     "images_at_once",
+    "library",
     "method_name",
     "method_names",
     "register",
+    "settled_model",
 ]
 
-# Pixels per pass. With a graph: nine images of 224 × 224, or one 3×3 grid of such images.
-WITH_GRAPH = 672 * 672
-WITHOUT_GRAPH = 32 * 224 * 224
-
-
-def images_at_once(x: Tensor, has_graph: bool = True) -> int:
-    """Number of images per pass that bounds the memory.
-
-    Args:
-        x: Images (N, C, H, W).
-        has_graph: Whether gradients are computed.
-    """
-    pixels = WITH_GRAPH if has_graph else WITHOUT_GRAPH
-    return max(pixels // (x.shape[-2] * x.shape[-1]), 1)
-
-
-Targets = Sequence[int] | Tensor | int | None
 ROUNDING = 1e-4  # tolerance of pixels in [0, 1], as in `explain`: resizing may overshoot by rounding
-
-
-class AttributionModel(nn.Module):
-    """The model for attribution methods: a copy that may be hooked and modified, with a common interface for inputs.
-
-    The copy shares parameters and buffers with the original model, but not its modules, so hooks and replaced modules
-    do not affect other users of the model.
-
-    Gradient-based methods differentiate with respect to `prepare(x)`: the six encoded channels of a B-cos model, the
-    normalized channels of a plain model. Perturbation-based methods modify x itself.
-
-    Args:
-        model: A B-cos model or a plain timm model, in eval mode.
-
-    Attributes:
-        model: The copy.
-        is_bcos: Whether the model encodes images.
-        channels: Number of image channels; None if unknown.
-        generator: CPU generator for random numbers; `attribute` seeds it.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        if model.training:
-            raise ModelStateError("the model is in training mode: call model.eval() first")
-        self.model = frozen_copy(model)
-        self.kind = type(model).__name__
-        self.part: Any = converted_part(self.model)
-        stems = [module for module in model.modules() if isinstance(module, BcosStem | ImageReader)]
-        self.is_bcos = bool(stems)
-        self.channels: int | None = stems[0].image_channels if stems else getattr(model, "in_chans", None)
-        self._reads_at_once: bool | None = None
-        self.generator = torch.Generator()
-        self.eval()
-
-    def prepare(self, x: Tensor) -> Tensor:
-        """Encode or normalize images (N, C, H, W) in [0, 1].
-
-        Raises:
-            InputError: If the images have another number of channels than the model.
-            ModelStateError: If a plain model has no mean and std in its `pretrained_cfg`.
-        """
-        if self.channels not in (None, x.shape[1]):
-            raise InputError(f"images have {x.shape[1]} channels, {self.kind} takes {self.channels}")
-        if self.is_bcos:
-            return encode_image(x, x.shape[1]) if self._takes_encoding(x) else x
-        mean, std = (torch.tensor(values).to(x).reshape(1, -1, 1, 1) for values in self._statistics(x.shape[1]))
-        return (x - mean) / std
-
-    @torch.no_grad()
-    def _takes_encoding(self, x: Tensor) -> bool:
-        """Whether the model accepts encoded images. It does not if it modifies images before the first layer."""
-        if self._reads_at_once is None:
-            try:
-                found, expected = (first_output(self.model(z)) for z in (encode_image(x[:1], x.shape[1]), x[:1]))
-            except (RuntimeError, BcosError):
-                self._reads_at_once = False
-            else:
-                self._reads_at_once = bool(torch.allclose(found, expected, rtol=1e-2, atol=1e-4))
-        return self._reads_at_once
-
-    def leaf(self, x: Tensor) -> Tensor:
-        """`prepare(x)` as a leaf that requires gradients."""
-        return self.prepare(x).detach().requires_grad_()
-
-    def _statistics(self, channels: int) -> list[Any]:
-        cfg = getattr(self.part, "pretrained_cfg", None) or {}
-        found = [cfg.get(name) for name in ("mean", "std")]
-        found = [values[:1] if values and len(set(values)) == 1 else values for values in found]
-        if any(values is None or len(values) not in (1, channels) for values in found):
-            raise ModelStateError(
-                f"{self.kind} has no normalization for images of {channels} channels (mean {found[0]}, std "
-                f"{found[1]}): set model.pretrained_cfg = dict(mean=..., std=...), for instance to (0.0,) and (1.0,) "
-                f"if it takes pixels in [0, 1]"
-            )
-        return found
-
-    def forward(self, prepared: Tensor) -> Tensor:
-        """Logits (N, K) of prepared images."""
-        logits = first_output(self.model(prepared))
-        if not isinstance(logits, Tensor) or logits.ndim != 2:
-            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            hint = "; let it return output[:, None]" if isinstance(logits, Tensor) and logits.ndim == 1 else ""
-            raise ModelStateError(f"{self.kind} returns {found}: attribution needs logits (N, K){hint}")
-        return logits
-
-    def probability(self, x: Tensor) -> Tensor:
-        """(N, K) probabilities of images (N, C, H, W) in [0, 1]: softmax, or sigmoid if the model's config says so."""
-        with torch.no_grad():
-            logits = self(self.prepare(x))
-        config = getattr(self.part, "bcos_config", None)
-        return logits.sigmoid() if config and config.probability == "sigmoid" else logits.softmax(1)
-
-    def classes(self, x: Tensor, targets: Targets, batch_size: int | None = None) -> Tensor:
-        """(N,) the given classes, or the predicted ones.
-
-        Raises:
-            TargetError: If a target is not a class of the model.
-        """
-        if targets is None:
-            return torch.cat(
-                [self.probability(images).argmax(1) for images in x.split(batch_size or images_at_once(x))]
-            )
-        count = self._count_classes(x)
-        wanted = f"give {len(x)} classes, whole numbers from 0 to {count - 1}"
-        try:
-            classes = torch.as_tensor(targets, device=x.device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TargetError(f"targets {targets!r}: {wanted}") from error
-        if classes.ndim == 0:
-            classes = classes.expand(len(x))
-        has_bool = isinstance(targets, Sequence) and any(isinstance(target, bool) for target in targets)
-        is_whole = not (has_bool or classes.dtype == torch.bool or classes.is_floating_point() or classes.is_complex())
-        if not is_whole or classes.shape != x.shape[:1] or bool(((classes < 0) | (classes >= count)).any()):
-            raise TargetError(f"targets {classes.tolist()}: {wanted}")
-        return classes.long()
-
-    def _count_classes(self, x: Tensor) -> int:
-        """The number of classes, by running the model if it has no `num_classes`."""
-        stated = getattr(self.part, "num_classes", None)
-        if isinstance(stated, int) and stated > 0:
-            return stated
-        return self.probability(x[:1]).shape[1]
 
 
 Attribute = Callable[..., Tensor]
@@ -192,12 +59,20 @@ class Method:
         slow: Whether the method runs the model on many modified copies of an image. Slow methods get one image at a
             time, with all its classes.
         aliases: Other names that `attribute` accepts.
+        needs: Module that the method imports, which needs the extra `attribution`; None for none.
     """
 
     name: str
     function: Attribute
     slow: bool = False
     aliases: tuple[str, ...] = ()
+    needs: str | None = None
+
+    @property
+    def options(self) -> list[str]:
+        """Names of the method's own options."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
 
     def __str__(self) -> str:
         return f"{self.name} ({', '.join(self.aliases)})" if self.aliases else self.name
@@ -224,8 +99,46 @@ def method_names(names: Iterable[str]) -> list[str]:
     return found
 
 
+def available_methods(chosen: Sequence[str] | None, default: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The methods of a command, and the reasons why others of its default are left out.
+
+    Args:
+        chosen: Names or aliases that a user has chosen; None or empty for the default.
+        default: Names or aliases of the default methods, which are left out if their library is not installed.
+
+    Raises:
+        MethodError: If there is no method of a name.
+        MissingExtraError: If the library of a chosen method is not installed.
+    """
+    names, missing = method_names(chosen or default), dict[str, list[str]]()
+    for name in names:
+        try:
+            library(METHODS[name].needs)
+        except MissingExtraError as error:
+            if chosen:
+                raise MissingExtraError(f"{name}: {error}") from error
+            missing.setdefault(str(error), []).append(name)
+    left_out = [name for some in missing.values() for name in some]
+    reasons = [f"{', '.join(some)}: {reason}" for reason, some in missing.items()]
+    return [name for name in names if name not in left_out], reasons
+
+
+def library(name: str | None) -> Any:
+    """Import a library of the extra `attribution`, or a module of this package that needs one; None for None.
+
+    Raises:
+        MissingExtraError: If it is not installed.
+    """
+    if name is None:
+        return None
+    try:
+        return importlib.import_module(name, __package__)
+    except ImportError as error:
+        raise MissingExtraError(f"{error.name} is not installed: pip install 'timm_bcos[attribution]'") from error
+
+
 def register(
-    name: str, *, aliases: Sequence[str] = (), slow: bool = False, replace: bool = False
+    name: str, *, aliases: Sequence[str] = (), slow: bool = False, needs: str | None = None, replace: bool = False
 ) -> Callable[[Attribute], Attribute]:
     """Add a method: a function of (subject, images (N, C, H, W) in [0, 1], targets (N,), **options) to (N, H, W).
 
@@ -238,6 +151,7 @@ def register(
         aliases: Other names that `attribute` accepts.
         slow: Whether the method runs the model on many modified copies of an image. It then gets one image at a time,
             repeated for each of its targets, and needs to modify only the first.
+        needs: Module that the function imports, if it comes with the extra `attribution`.
         replace: Replace the method that has this name.
 
     Raises:
@@ -249,7 +163,7 @@ def register(
         if known in METHODS and not replace:
             raise MethodError(f"there is a method {name!r}: choose another name, or pass register(..., replace=True)")
         others = tuple(aliases) or (METHODS[known].aliases if known in METHODS else ())
-        METHODS[known] = Method(known, function, slow, others)
+        METHODS[known] = Method(known, function, slow, others, needs)
         return function
 
     return add
@@ -257,24 +171,37 @@ def register(
 
 def attribute(
     model: nn.Module,
-    x: Tensor,
+    x: Tensor | Mapping[str, Tensor],
     targets: Targets = None,
     method: str = "bcos",
     *,
+    layer: Layer = None,
+    output: str | int | None = None,
+    position: Position = None,
+    region: Region = None,
+    extra: Mapping[str, object] | None = None,
     batch_size: int | None = None,
     seed: int = 0,
     progress: bool = False,
     **options: Any,
 ) -> Tensor:
-    """Compute attribution maps of classes.
+    """Compute attribution maps of classes, or of whatever else `explain` can explain.
 
     The model and the global random state are not modified, so other threads may use the model at the same time.
 
     Args:
         model: A B-cos model or a plain timm model, in eval mode.
-        x: Images (N, C, H, W) in [0, 1]. Plain models are normalized by their `pretrained_cfg`.
-        targets: Class of each image, one class for all, or None for the predicted classes.
+        x: Images (N, C, H, W) in [0, 1], or a NaFlex input as in `explain`. Plain models are normalized by their
+            `pretrained_cfg`.
+        targets: Class of each image, one class for all, or None for the predicted classes. With `layer`, units.
         method: Name or alias of a method in `METHODS`.
+        layer: Inner module, or its path, whose units are attributed, as in `explain`. For 'gradcam' it is the layer
+            whose feature maps are weighted, and the class is always one of the model's output.
+        output: Name or index of the output, as in `explain`.
+        position: Position in a map, or N of them, as in `explain`. With `layer` or `output`, None takes the position
+            where the target is largest; perturbed images keep that position.
+        region: Mask or box, or N of them, over which a map is averaged, as in `explain`.
+        extra: Other arguments of the model by name, as in `explain`; tensors with N rows are taken image by image.
         batch_size: Number of images per pass; None for `images_at_once`, which bounds the memory. Slow methods process
             one image at a time, with all of its classes.
         seed: Random seed. Maps do not depend on the batch size.
@@ -285,27 +212,93 @@ def attribute(
         Signed maps (N, H, W), detached. Positive values support the class. Scales differ between methods.
 
     Raises:
-        MethodError: If the method or an option is unknown, or the method does not support the model.
+        MethodError: If the method or an option is unknown, or the method does not support the model or the request.
         InputError: If the tensor is not a batch of images of this model.
-        TargetError: If the model does not have a class.
-        ModelStateError: If the model is in training mode, or is a plain model without normalization.
+        TargetError: If the model does not have a class, layer, output, position or region.
+        ModelStateError: If the model is in training mode, is a plain model without normalization, or returns maps and
+            nothing says what to take from them.
     """
     chosen = METHODS[method_names([method])[0]]
     if batch_size is not None:
         check_counts(batch_size=batch_size)
+    options, layer = _split_layer(chosen, model, options, layer)
     _check_options(chosen, options)
-    x = checked_images(model, x)
+    x, request = _checked_request(model, x, layer, output, position, region, extra)
     batch_size = batch_size or images_at_once(x)
     maps = []
     with ordinary_autograd(x.device):
-        subject, x = AttributionModel(model), x.clone()
-        classes = subject.classes(x, targets, batch_size)
-        sizes = _runs(x) if chosen.slow else batch_size
-        batches = list(zip(x.split(sizes), classes.split(sizes), strict=True))
-        for images, wanted in tqdm(batches, chosen.name, disable=None if progress else True):
+        subject, x = AttributionModel(model, request), x.clone()
+        classes = subject.settle(x, targets, batch_size)
+        request = subject.request
+        batches = _batches(x, chosen, request.varies, batch_size)
+        for rows in tqdm(batches, chosen.name, disable=None if progress else True):
+            subject.request = request.of_images(rows)
             subject.generator.manual_seed(seed)
-            maps.append(chosen.function(subject, images, wanted, **options).detach())
+            maps.append(chosen.function(subject, x[rows], classes[rows], **options).detach())
     return torch.cat(maps)
+
+
+def settled_model(
+    model: nn.Module,
+    x: Tensor | Mapping[str, Tensor],
+    targets: Targets,
+    method: str,
+    *,
+    layer: Layer = None,
+    output: str | int | None = None,
+    position: Position = None,
+    region: Region = None,
+    extra: Mapping[str, object] | None = None,
+) -> tuple[AttributionModel, Tensor, Tensor]:
+    """The model with a request of `attribute`, for other computations than attribution.
+
+    Args:
+        model: As in `attribute`.
+        x: As in `attribute`.
+        targets: As in `attribute`.
+        method: As in `attribute`.
+        layer: As in `attribute`.
+        output: As in `attribute`.
+        position: As in `attribute`.
+        region: As in `attribute`.
+        extra: As in `attribute`.
+
+    Returns:
+        The model, which returns what is attributed, with positions where the targets are largest in the given images;
+        the images (N, C, H, W); and the classes (N,).
+    """
+    _, layer = _split_layer(METHODS[method_names([method])[0]], model, {}, layer)
+    image, request = _checked_request(model, x, layer, output, position, region, extra)
+    with ordinary_autograd(image.device):
+        subject = AttributionModel(model, request)
+        return subject, image, subject.settle(image, targets)
+
+
+def _split_layer(
+    method: Method, model: nn.Module, options: dict[str, Any], layer: Layer
+) -> tuple[dict[str, Any], Layer]:
+    """The layer as an option of a method that has an option of this name, or else as what is attributed."""
+    if layer is None or "layer" not in method.options:
+        return options, layer
+    return options | dict(layer=layer if isinstance(layer, str) else layer_path(model, layer)), None
+
+
+def _checked_request(
+    model: nn.Module,
+    x: Tensor | Mapping[str, Tensor],
+    layer: Layer,
+    output: str | int | None,
+    position: Position,
+    region: Region,
+    extra: Mapping[str, object] | None,
+) -> tuple[Tensor, Request]:
+    """The images, and the request that arguments of `attribute` stand for: an empty one for logits."""
+    image, rest, patches = split_input(model, x, extra)
+    image = checked_images(model, image)
+    names: dict[str, Any] = dict(layer=layer_path(model, layer), output=output, patches=patches)
+    request = Request.checked(image, None, position=position, region=region, extra=rest, **names)
+    is_empty = not rest and not request.is_placed and layer is None and output is None
+    return image, Request() if is_empty else request
 
 
 def check_counts(**counts: int) -> None:
@@ -319,7 +312,7 @@ def check_counts(**counts: int) -> None:
             raise MethodError(f"{name}={value!r}: give a whole number from 1")
 
 
-def checked_images(model: nn.Module, x: Tensor) -> Tensor:
+def checked_images(model: nn.Module, x: object) -> Tensor:
     """Check images and convert them to the dtype of the model.
 
     Raises:
@@ -338,13 +331,14 @@ def checked_images(model: nn.Module, x: Tensor) -> Tensor:
 
 def _check_options(method: Method, options: dict[str, object]) -> None:
     parameters = inspect.signature(method.function).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    unknown = [name for name in options if name not in known]
+    unknown = [name for name in options if name not in method.options]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        raise MethodError(f"{method.name} has no option {unknown[0]!r}: it has {', '.join(known) or 'none'}")
+        raise MethodError(f"{method.name} has no option {unknown[0]!r}: it has {', '.join(method.options) or 'none'}")
 
 
-def _runs(x: Tensor) -> list[int]:
-    """Lengths of the runs of equal images."""
-    changes = (x[1:] != x[:-1]).flatten(1).any(1).nonzero()[:, 0] + 1
-    return torch.diff(changes.cpu(), prepend=torch.tensor([0]), append=torch.tensor([len(x)])).tolist()
+def _batches(x: Tensor, method: Method, varies: bool, batch_size: int) -> list[slice]:
+    """Rows of the images that go into one pass: one image if the request differs from image to image."""
+    starts = [*range(0, len(x), 1 if varies else batch_size)]
+    if method.slow and not varies:  # runs of equal images
+        starts = [0, *((x[1:] != x[:-1]).flatten(1).any(1).nonzero()[:, 0] + 1).tolist()]
+    return [slice(start, stop) for start, stop in itertools.pairwise([*starts, len(x)])]

@@ -146,6 +146,10 @@ def _wanted(logits: Tensor, targets: Tensor) -> Tensor:
 def _check_transformer(subject: AttributionModel, method: str) -> None:
     if not all(hasattr(subject.part, name) for name in ("num_prefix_tokens", "patch_embed", "blocks")):
         raise MethodError(f"{method} is for vision transformers, not for {subject.kind}")
+    if subject.request.is_placed or subject.request.layer is not None:
+        raise MethodError(
+            f"{method} follows attention to the classifier: leave out layer, position and region, or use another method"
+        )
 
 
 def _logits_and_attention(subject: AttributionModel, prepared: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -21,6 +21,7 @@ from .commands.export_model import export
 from .commands.gallery import of_classes, of_methods
 from .commands.models import models
 from .commands.neurons import neurons
+from .commands.probe import probe
 from .commands.publish_model import publish
 from .commands.run import run
 from .processes import in_one_process, in_shared_processes, print_in_all, print_in_first
@@ -53,6 +54,7 @@ COMMANDS = (
     Command(explain, "explain photo.jpg --model bcosv2_resnet50 --top 2 --out explanations", in_shared_processes),
     Command(check, "check --model starnet_s1"),
     Command(convert, "convert --model resnet50 --b 2 --out converted"),
+    Command(probe, "probe photos --out mine", in_shared_processes),
     Command(models, "models 'bcosv2_*' --pretrained"),
     Command(neurons, "neurons --layer blocks.4 --data-dir photos --split test --out neurons", in_shared_processes),
     Command(
@@ -74,7 +76,7 @@ GROUPS = {
     ("evaluate", "Evaluate attribution methods and models on labeled images."): (
         Command(
             pointing_game,
-            "evaluate pointing-game --data-dir photos --split test --method bcos --method gradcam --n 2 --grids 100",
+            "evaluate pointing-game --data-dir photos --split test --method bcos --method gradcam --cells 2 --grids 50",
             in_shared_processes,
         ),
         Command(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TextIO
 
-from ..distributed import signed_once
+from ..distributed import KEPT, has_joined, signed_once
 from ..errors import BcosError
 from ..files import first_line
 
@@ -61,18 +61,26 @@ def exit_status(command: Callable[[], object]) -> int:
             sys.stdout.flush()
             return status
     except Interrupted as stop:
-        return _end(signed_once(str(stop)), 128 + stop.number)
+        return _end(_stop_message(stop), 128 + stop.number)
     except KeyboardInterrupt:
         return _end("stopped by SIGINT", 128 + signal.SIGINT)
     except BrokenPipeError:  # the reader has closed the pipe, as in `timm-bcos ... | head`
         return _end(None, 128 + signal.SIGPIPE)
     except Exception as error:
         if _received:  # interrupted code, above all imports, may raise errors of its own
-            return _end(signed_once(str(Interrupted(_received[0]))), 128 + _received[0])
+            return _end(_stop_message(Interrupted(_received[0])), 128 + _received[0])
         if isinstance(error, BcosError):
             return _end(signed_once(one_line(error), error), 2)
         hint = "" if isinstance(error, OSError) else f" (set {TRACEBACK}=1 to see the traceback)"
         return _end(signed_once(one_line(error) + hint, error), 1)
+
+
+def _stop_message(stop: Interrupted) -> str | None:
+    """The message of a stopped process. torchrun stops all processes by SIGTERM when one of them fails."""
+    by_torchrun = stop.number == signal.SIGTERM and has_joined()
+    return signed_once(
+        f"{stop}, by which torchrun ends all processes when one fails; {KEPT}" if by_torchrun else str(stop)
+    )
 
 
 def one_line(error: Exception) -> str:
@@ -83,7 +91,18 @@ def one_line(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return f"{type(error).__name__}: {first_line(error)}"
+    return f"{type(error).__name__}: {first_line(error)}{_timm_hint(error)}"
+
+
+def _timm_hint(error: Exception) -> str:
+    """For a part of timm that cannot be imported, which timm was found where: a clone may hide the installed one."""
+    if not isinstance(error, ImportError) or (error.name or "").partition(".")[0] != "timm":
+        return ""
+    try:
+        from .._compat import describe_timm
+    except BcosError as cause:
+        return f"; {cause}"
+    return f"; {describe_timm()}"
 
 
 def stop_if_interrupted() -> None:
@@ -102,9 +121,9 @@ def as_python_does() -> Iterator[None]:
         yield
     except BcosError:
         raise
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
-        raise SystemExit(1) from None
+        raise SystemExit(_timm_hint(error).removeprefix("; ") or 1) from None
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ an option of the command line.
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -34,6 +34,7 @@ __all__ = [
     "OptionalDataOptions",
     "Reuse",
     "Seed",
+    "chosen_methods",
     "expand_groups",
     "find_device",
     "method_option",
@@ -73,6 +74,16 @@ def method_option(default: str) -> Any:
         help="Attribution method; repeatable. input_x_gradient and integrated_gradients have the aliases ixg and ig. "
         f"(default: {default})",
     )
+
+
+def chosen_methods(given: Sequence[str] | None, default: Iterable[str]) -> list[str]:
+    """The methods of a command: those of --method, or the default ones that are installed; others cause a warning."""
+    from ..attribution.registry import available_methods
+
+    methods, left_out = available_methods(given, default)
+    for reason in left_out:
+        typer.echo(f"warning: left out {reason}", err=True)
+    return methods
 
 
 Methods = Annotated[list[str] | None, method_option("all that support the model")]
@@ -147,7 +158,12 @@ class DataOptions:
 
     data_dir: DataDir
     dataset: Annotated[
-        str, typer.Option(help="Type of data set, as in timm's scripts.", rich_help_panel=DATA_PANEL)
+        str,
+        typer.Option(
+            help="Type of data set, as in timm's scripts: hfds/NAME for Hugging Face's datasets, torch/cifar10, ... "
+            "(default: a folder per class)",
+            rich_help_panel=DATA_PANEL,
+        ),
     ] = ""
     split: Annotated[str, typer.Option(help="Split of the data set.", rich_help_panel=DATA_PANEL)] = "validation"
     class_map: Annotated[
@@ -155,6 +171,14 @@ class DataOptions:
         typer.Option(
             help="File with the class names in index order, as in timm's scripts.", rich_help_panel=DATA_PANEL
         ),
+    ] = ""
+    input_key: Annotated[
+        str,
+        typer.Option(help="Column of the images in an hfds/ data set. (default: image)", rich_help_panel=DATA_PANEL),
+    ] = ""
+    target_key: Annotated[
+        str,
+        typer.Option(help="Column of the classes in an hfds/ data set. (default: label)", rich_help_panel=DATA_PANEL),
     ] = ""
 
     def load(self, num_classes: int) -> "LabeledImages":
@@ -165,7 +189,10 @@ class DataOptions:
         """
         from ..data.datasets import load_dataset
 
-        return load_dataset(self.data_dir, num_classes, kind=self.dataset, split=self.split, class_map=self.class_map)
+        return load_dataset(
+            self.data_dir, num_classes, kind=self.dataset, split=self.split, class_map=self.class_map,
+            input_key=self.input_key, target_key=self.target_key,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

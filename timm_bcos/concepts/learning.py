@@ -14,6 +14,7 @@ from ..data.datasets import LabeledImages, map_batches
 from ..distributed import on_main
 from ..errors import InputError
 from ..evaluation.neurons import layer_maps
+from ..explanation.inputs import layer_path
 from .dictionary import Concepts
 
 __all__ = ["METHODS", "collect_features", "learn_concepts"]
@@ -22,7 +23,7 @@ __all__ = ["METHODS", "collect_features", "learn_concepts"]
 def learn_concepts(
     model: nn.Module,
     dataset: LabeledImages,
-    layer: str,
+    layer: str | nn.Module,
     count: int = 16,
     method: str = "nmf",
     *,
@@ -38,7 +39,7 @@ def learn_concepts(
     Args:
         model: A B-cos model in eval mode.
         dataset: Data set from `timm.data.create_dataset`.
-        layer: Path of a layer whose output is a feature map or tokens.
+        layer: Layer whose output is a feature map or tokens, or its path.
         count: Number K of concepts; ignored by 'channels'.
         method: 'nmf' (non-negative factors of the features' positive and negative parts), 'kmeans' (cosine clusters),
             'sae' (a sparse autoencoder without biases, with K / 8 active concepts per vector), or 'channels' (each
@@ -56,6 +57,7 @@ def learn_concepts(
     check_counts(count=count, vectors=vectors, batch_size=batch_size)
     if method not in METHODS:
         raise InputError(f"method={method!r}: choose one of {', '.join(METHODS)}")
+    layer = layer_path(model, layer)
     features = collect_features(model, dataset, layer, vectors, batch_size=batch_size, seed=seed, progress=progress)
     if method != "channels" and count > len(features):
         raise InputError(f"{count} concepts from {len(features)} feature vectors: give more images, or fewer concepts")

@@ -1,7 +1,7 @@
 """`BcosConfig`, the options of a conversion, and its presets for the papers' models."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
@@ -81,10 +81,10 @@ class BcosConfig:
             between them act per position, too).
         temperature: Divisor T of the pooled outputs of the classifier.
         logit_bias: Constant added to each logit; None is log(p / (1 - p)) at p = 1 / num_classes.
-        probability: Function from logits to probabilities: 'sigmoid', since B-cos models are trained with binary
-            cross-entropy, or 'softmax' for a model that was trained with it before its conversion.
-        linear: Patterns of names of modules that stay linear (B = 1, weights not normalized). By default, projections
-            to queries, keys and values, as in the B-cos transformers.
+        probability: Function from logits to probabilities: 'sigmoid' after training with binary cross-entropy, as is
+            usual for B-cos models, or 'softmax' after training with cross-entropy.
+        linear: Patterns of names of modules that stay linear (B = 1, weights not normalized), classifiers included. By
+            default, projections to queries, keys and values, as in the B-cos transformers.
         positions: How a vision transformer uses position embeddings and class tokens: 'keep' adds them to the tokens,
             as in training, so that part of each logit is not explained by the image; 'attention' adds them to queries
             and keys only, so that the image explains the whole logit. This changes the function: train the model.
@@ -193,6 +193,19 @@ class BcosConfig:
         if self.logit_bias is None:
             return -math.log(max(num_classes - 1, 1))
         return self.logit_bias
+
+    def for_new_classifier(self, chosen: Collection[str] = ()) -> "BcosConfig":
+        """The config for a classifier with random weights, to be trained on other classes than the model's own.
+
+        Each class starts at the probability 1 / num_classes (`logit_bias=None`), and probabilities are sigmoids, as in
+        training with binary cross-entropy. With cross-entropy the logit bias has no effect, since it is the same for
+        all classes. Classifiers with a bias of their own keep the config: they learn these constants.
+
+        Args:
+            chosen: Names of fields that the user chose, which stay.
+        """
+        changes = {} if self.adds_bias else dict(logit_bias=None, probability="sigmoid")
+        return self.change(**{name: value for name, value in changes.items() if name not in chosen})
 
     @classmethod
     def split(cls, kwargs: dict[str, T]) -> tuple[dict[str, T], dict[str, T]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from .._compat import timm_layers, timm_models
+from .._compat import find, timm_layers, timm_models
 from ..errors import InputError, ModelStateError
 from ..explanation.api import explain
 from ..explanation.result import Explanation
@@ -20,6 +20,7 @@ from ..nn.heads import BcosPool2d
 from ..nn.layers import BcosConv2d, LowPass2d
 from ..nn.module_utils import clone
 from ..nn.norms import UncenteredBatchNorm1d, UncenteredBatchNorm2d
+from ..nn.patches import PatchLayout
 from ..nn.stems import BcosStem, ImageReader
 from .apply import apply_plan, link_heads
 from .config import BcosConfig
@@ -30,7 +31,7 @@ from .replacements.base import BIASES
 from .rules import RULES, Rules
 from .settings import SETTINGS, encode_settings, refuse_contradictions
 
-__all__ = ["BcosModel", "bcosify"]
+__all__ = ["BcosModel", "bcosify", "replace_classifier"]
 
 Method = Callable[..., Any]
 
@@ -158,13 +159,14 @@ def _overrides(plain: Any) -> dict[str, Method]:
         return plain.forward(self, *args, **kwargs)
 
     def reset_classifier(self: Any, num_classes: int, *args: object, **kwargs: object) -> None:
-        plain.reset_classifier(self, num_classes, *args, **kwargs)  # builds a plain head
-        bcosify(self, self.bcos_config, rules=self.bcos_rules)
+        is_same = num_classes in (0, self.num_classes)
+        config = self.bcos_config if is_same else self.bcos_config.for_new_classifier()
+        replace_classifier(self, num_classes, config, *args, **kwargs)
 
-    def forward_head(self: Any, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def forward_head(self: Any, *args: object, **kwargs: object) -> Tensor:  # NaFlex models name their first argument
         link_heads(self)
-        x = plain.forward_head(self, x, *args, **kwargs)
-        pre_logits = args[0] if args else kwargs.get("pre_logits", False)
+        x: Tensor = plain.forward_head(self, *args, **kwargs)
+        pre_logits = args[1] if len(args) > 1 else kwargs.get("pre_logits", False)
         pools = [m for m in self.modules() if isinstance(m, BcosPool2d) and m.deferred] if pre_logits else []
         return pools[0].pool_now(x).flatten(1) if pools else x  # instead of the classifier
 
@@ -233,23 +235,39 @@ def _resized(layer: BcosConv2d, plain: nn.Conv2d, config: BcosConfig) -> BcosCon
     return new
 
 
+NAFLEX: Any = find("timm.models.naflexvit.NaFlexVit")
 METHODS_TAKING_IMAGES = ("forward", "forward_features", "forward_intermediates")
 
 
-def _with_reader(method: Method) -> Method:
+def _with_reader(method: Method, takes_patches: bool) -> Method:
     """A forward method that passes its image through the model's `ImageReader` first.
 
     The method itself runs on `_without_reader(self)`: `forward` calls `forward_features`, which must not read again.
     """
     first = [*signature(method).parameters, "x"][1]
+    read = _read_patches if takes_patches else _read_image
 
     def read_and_call(self: Any, *args: object, **kwargs: object) -> object:
         image = args[0] if args else kwargs.pop(first)
-        if isinstance(image, CONTAINERS):
-            raise InputError(f"the model reads one tensor of images first, got a {type(image).__name__}")
-        return method(_without_reader(self), self.image_reader(image), *args[1:], **kwargs)
+        return method(_without_reader(self), read(self, image), *args[1:], **kwargs)
 
     return wraps(method)(read_and_call)
+
+
+def _read_image(model: Any, x: object) -> object:
+    if isinstance(x, CONTAINERS):
+        raise InputError(f"the model reads one tensor of images first, got a {type(x).__name__}")
+    return model.image_reader(x)
+
+
+def _read_patches(model: Any, x: Any) -> object:
+    """Read images, or what a NaFlex model takes instead: patches (N, L, ...), or a dict with such patches."""
+    if isinstance(x, dict) and "patches" in x:
+        return {**x, "patches": _read_patches(model, x["patches"])}
+    if isinstance(x, CONTAINERS) or x.ndim == 4:
+        return _read_image(model, x)
+    layout = PatchLayout.of(model, x, model.image_reader.image_channels)
+    return layout.to_patches(model.image_reader(layout.to_image(x)))
 
 
 def _without_reader(model: Any) -> nn.Module:
@@ -271,7 +289,8 @@ def _bcos_class(plain: type, forward_calls_reader: bool) -> type:
     methods = _overrides(plain)
     if forward_calls_reader:
         base = _bcos_class(plain, False)
-        bases, methods = (base,), {n: _with_reader(getattr(base, n)) for n in METHODS_TAKING_IMAGES if hasattr(base, n)}
+        takes_patches, names = issubclass(plain, NAFLEX), [n for n in METHODS_TAKING_IMAGES if hasattr(base, n)]
+        bases, methods = (base,), {name: _with_reader(getattr(base, name), takes_patches) for name in names}
         methods["_class_without_reader"] = base
     own = dict(_plain_class=plain, _forward_calls_reader=forward_calls_reader, __module__=__name__, **methods)
     return type(f"Bcos{plain.__name__}", bases, own)
@@ -316,6 +335,21 @@ def bcosify(model: nn.Module, config: BcosConfig | None = None, *, rules: Rules 
     inspection = inspect_model(model, config)
     plan = plan_conversion(inspection, rules)
     return apply_plan(plan, _set_class)
+
+
+def replace_classifier(model: Any, num_classes: int, config: BcosConfig, *args: object, **kwargs: object) -> None:
+    """Give a converted model of timm a new classifier, as its method `reset_classifier` does, but with another config.
+
+    Args:
+        model: The model, which is changed.
+        num_classes: Number of classes.
+        config: Config that the classifier is converted with, and that the model has afterwards.
+        args: Further arguments of `reset_classifier`.
+        kwargs: Further keyword arguments of `reset_classifier`.
+    """
+    model._plain_class.reset_classifier(model, num_classes, *args, **kwargs)  # builds a plain head
+    model.bcos_config = config  # first, because `bcosify` refuses a config that is not the model's own
+    bcosify(model, config, rules=model.bcos_rules)
 
 
 def _set_class(root: nn.Module, forward_calls_reader: bool) -> None:

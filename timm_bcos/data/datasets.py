@@ -1,9 +1,10 @@
 """Labeled data sets from `timm.data.create_dataset`."""
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import timm
 import torch
@@ -16,7 +17,7 @@ from ..errors import InputError
 from ..prefetch import prefetch
 from .photos import photo_transform
 
-__all__ = ["LabeledImages", "image_batches", "image_loader", "load_dataset", "map_batches"]
+__all__ = ["LabeledImages", "image_batches", "image_loader", "image_names", "load_dataset", "map_batches"]
 
 R = TypeVar("R")
 
@@ -46,6 +47,8 @@ def image_loader(model: nn.Module, dataset: LabeledImages) -> Callable[[int], tu
 
     def load(index: int) -> tuple[Tensor, int]:
         image, label = dataset[index]
+        if isinstance(label, str):
+            raise InputError(f"image {index} of the data set has the label {label!r}: give the names with --class-map")
         if int(label) < 0:
             raise InputError(f"image {index} of the data set has no label: put the images into a folder per class")
         return transform(image.convert(mode)), int(label)
@@ -69,6 +72,12 @@ def image_batches(
         Indices, images (N, C, H, W) in [0, 1] on the model's device, and classes (N,) on the CPU.
     """
     return _load_batches(model, dataset, _batches(indices, batch_size), bar)
+
+
+def image_names(dataset: LabeledImages) -> list[str]:
+    """The file name of each image, or its index in a data set without file names."""
+    find: Any = getattr(dataset, "filename", lambda index: None)
+    return [find(index) or str(index) for index in range(len(dataset))]
 
 
 def map_batches(
@@ -114,35 +123,62 @@ def _load_batches(
         yield some, torch.stack(images).to(device), torch.tensor(labels)
 
 
+# Types of data sets whose images can only be read one after the other, and what to use instead
+SEQUENTIAL = {
+    "wds": "give --dataset hfds/DIRECTORY with the directory of the shards, --input-key jpg and --target-key cls, and "
+    "Hugging Face's datasets finds them",
+    "hfids": "give --dataset hfds/NAME, which stores the data set",
+    "tfds": "store the images in a folder per class",
+}
+
+
 def load_dataset(
-    root: str, num_classes: int, *, kind: str = "", split: str = DEFAULT_SPLIT, class_map: str = ""
+    root: str,
+    num_classes: int,
+    *,
+    kind: str = "",
+    split: str = DEFAULT_SPLIT,
+    class_map: str = "",
+    input_key: str = "",
+    target_key: str = "",
 ) -> LabeledImages:
     """Load a labeled data set as timm's scripts do, and check its split and its number of classes.
 
     Args:
         root: Directory with a folder per class, possibly within folders of splits; a tar file; or the root of another
-            type of data set.
+            type of data set, for 'hfds/' the directory of stored data sets.
         num_classes: Number of classes of the model.
-        kind: Type of the data set, a name of timm.
+        kind: Type of the data set, a name of timm such as 'hfds/NAME'.
         split: Split of the data set.
         class_map: File with the names of all classes.
+        input_key: Column of the images in a data set of type 'hfds/'. Default: 'image'.
+        target_key: Column of the classes in such a data set. Default: 'label'.
 
     Raises:
-        InputError: If the data set cannot be loaded, lacks the split, or has another number of classes.
+        InputError: If the data set cannot be loaded, lacks the split, has another number of classes, or cannot be read
+            in any order.
     """
-    place = f"{root}, split {split!r}"
+    family = kind.partition("/")[0].lower() if "/" in kind else ""
+    place = f"{kind or root}, split {split!r}"
+    if family in SEQUENTIAL:
+        raise InputError(f"{place}: single images of data sets of type {family}/ cannot be read: {SEQUENTIAL[family]}")
+    keys: dict[str, Any] = {k: v for k, v in dict(input_key=input_key, target_key=target_key).items() if v}
+    if keys and family != "hfds":
+        raise InputError(f"{place}: --input-key and --target-key are for data sets of type hfds/, leave them out")
     if kind.partition("/")[0] in ("", "folder", "torch") and os.path.isdir(root):
         _refuse_missing_split(Path(root), split)
     try:
-        dataset = timm.data.create_dataset(kind, root=root, split=split, class_map=class_map)  # type: ignore[arg-type]
-    except (
-        AssertionError,
-        ImportError,
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # timm's readers raise different errors
+        dataset: Any = timm.data.create_dataset(
+            kind,
+            root=root or None,
+            split=split,
+            class_map=class_map,  # type: ignore[arg-type]
+            **keys,
+        )
+    except Exception as error:  # timm's readers and Hugging Face's datasets raise errors of many types
         raise InputError(f"no data set at {place}: {str(error) or 'no images found'}") from error
+    if family == "hfds":
+        _check_columns(dataset.reader, place)
     readers = (dataset, getattr(dataset, "reader", None))  # torchvision's data sets have no reader
     names = ("class_to_idx", "class_name_to_idx")  # attributes of folders and tar files
     found = [getattr(reader, name) for reader in readers for name in names if getattr(reader, name, None)]
@@ -153,6 +189,15 @@ def load_dataset(
             f"the names of all classes with --class-map"
         )
     return cast(LabeledImages, dataset)
+
+
+def _check_columns(reader: Any, place: str) -> None:
+    """Refuse a Hugging Face data set without the columns of images and classes, by its first row."""
+    row: dict[str, object] = reader.dataset[0] if len(reader) else {}
+    for option, name in {"--input-key": reader.image_key, "--target-key": reader.label_key}.items():
+        if row and row.get(re.split("[.,]", name)[0]) is None:  # the reader adds an empty column of images
+            found = ", ".join(column for column, value in row.items() if value is not None)
+            raise InputError(f"{place} has no column {name!r}, only {found}: choose one with {option}")
 
 
 def _refuse_missing_split(root: Path, split: str) -> None:

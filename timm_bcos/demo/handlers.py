@@ -68,16 +68,25 @@ class Handlers:
             Values of notice, explanation, prediction, further classes, compared class, maps and units.
         """
         found, problem = _attempt(lambda: self._explained(self.models[label], url))
-        prediction, document = found or (None, "")
+        prediction, document, doubt = found or (None, "", "")
         best = prediction.classes[0] if prediction else None
-        return notice(problem), frame_value(document), prediction, gr.update(value=[]), gr.update(value=best), "", ""
+        return (
+            notice(problem or doubt),
+            frame_value(document),
+            prediction,
+            gr.update(value=[]),
+            gr.update(value=best),
+            "",
+            "",
+        )
 
-    def _explained(self, model: DemoModel, url: object) -> tuple[Prediction, str]:
+    def _explained(self, model: DemoModel, url: object) -> tuple[Prediction, str, str]:
         with self.scheduler.priority():
             with self.decoding:
                 image = model.read(url)
             prediction, explanation = self.photos.run(model, image)
-            return prediction, self.scheduler.render(lambda: inference.render_explanation(prediction, explanation))
+            document = self.scheduler.render(lambda: inference.render_explanation(prediction, explanation))
+            return prediction, document, inference.doubt(prediction, explanation)
 
     def change_model(self, label: str, url: object) -> tuple[Any, ...]:
         """Show the choices of another model. An example photo is replaced by an example of the model.

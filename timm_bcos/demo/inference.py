@@ -33,6 +33,7 @@ __all__ = [
     "Figure",
     "Prediction",
     "attribution_map",
+    "doubt",
     "embedded_models",
     "explain_classes",
     "explain_photos",
@@ -50,6 +51,7 @@ EMBEDDED = {
 }
 TOP_CLASSES = 5  # explained by default
 MAX_CLASSES = 10  # per document
+LOW_CONFIDENCE = 0.2  # probability of the best class below which the demo says that little is recognized
 UNITS = 6
 UNITS_PER_PASS = 2  # limits the memory of an explanation
 
@@ -197,6 +199,24 @@ def explain_photos(model: DemoModel, images: Sequence[Tensor]) -> list[tuple[Pre
     targets = [prediction.classes for prediction in predictions]
     batch = PreparedPhotos(torch.cat(list(images)))
     return list(zip(predictions, model.explainer.explain_targets(batch, targets, chunk=None), strict=True))
+
+
+def doubt(prediction: Prediction, explanation: Explanation) -> str:
+    """What it means that no class is probable; empty if one is.
+
+    Args:
+        prediction: Photo and model.
+        explanation: Explanation of the photo, with a row per class, best first.
+    """
+    probability = explanation.probability[0, explanation.target[0]].item()
+    if probability >= LOW_CONFIDENCE:
+        return ""
+    guess = prediction.model.names[prediction.classes[0]]
+    return (
+        f"The model recognizes hardly anything here: its best guess, {guess}, has a probability of {probability:.0%}. "
+        f"The photo may show none of its classes. Pictures are scaled to the strongest evidence, so even weak evidence "
+        f"looks bright, often as a colorful checkerboard."
+    )
 
 
 def explain_classes(prediction: Prediction, more: Sequence[int] = ()) -> str:

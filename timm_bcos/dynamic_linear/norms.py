@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from ..nn.norms import divide_by_shared_deviation, shared_variance
 from ..nn.primitives import divide_by_deviation
 from .activations import steady
 from .products import share
@@ -143,5 +145,15 @@ def _local_response_norm(
 
 @rule(divide_by_deviation)
 def _divide_by_deviation(mode: Mode, func: Function, /, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    var = detached(x).var((0, *range(2, x.ndim)), correction=0)
+    return _divided(x, weight, detached(x).var((0, *range(2, x.ndim)), correction=0), eps)
+
+
+@rule(divide_by_shared_deviation)
+def _divide_by_shared_deviation(
+    mode: Mode, func: Function, /, x: Tensor, weight: Tensor, eps: float, group: ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    return _divided(x, weight, shared_variance(detached(x), group), eps)
+
+
+def _divided(x: Tensor, weight: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return x * (weight * (var + eps).rsqrt()).reshape(1, -1, 1, 1).to(x.dtype), var

@@ -18,33 +18,25 @@ does not rank pixels, and a constant probability has no correlation.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from tqdm import tqdm
 
 from ..attribution.registry import (
     AttributionModel,
     Targets,
     attribute,
-    check_counts,
     checked_images,
-    method_name,
-    method_names,
+    settled_model,
 )
-from ..data.datasets import LabeledImages, image_loader
-from ..data.regions import cell_masks, region_loader, region_masks, without_cell
-from ..distributed import distributed_map, on_main
+from ..data.regions import cell_masks, without_cell
 from ..errors import InputError, MethodError
-from ..files import atomic_path
-from .results import append_rows, drop_torn_line, read_rows
+from ..explanation.inputs import Layer, layer_path
+from ..explanation.regions import Position, Region
 
 __all__ = [
     "METRICS",
@@ -52,8 +44,6 @@ __all__ = [
     "check_metrics",
     "energy_shares",
     "evaluate",
-    "evaluate_all",
-    "read_values",
 ]
 
 STEPS = 50  # steps of deletion and insertion
@@ -137,7 +127,7 @@ def _randomization(call: _Call) -> Tensor:
         for module in reversed(modules):
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-    _estimate_statistics(other, call.x)
+    _estimate_statistics(AttributionModel(other, call.subject.request), call.x)
     return _correlation(*(_ranks(maps.flatten(1)) for maps in (call.maps, call.explain(other, call.x))))
 
 
@@ -163,9 +153,13 @@ class _DrawingFrom(TorchFunctionMode):
 
 
 @torch.no_grad()
-def _estimate_statistics(model: nn.Module, x: Tensor) -> None:
-    """Estimate batch norm statistics for random weights; with others the signal of a deep model vanishes."""
-    subject = AttributionModel(model)  # shares the memory of the statistics
+def _estimate_statistics(subject: AttributionModel, x: Tensor) -> None:
+    """Estimate batch norm statistics for random weights; with others the signal of a deep model vanishes.
+
+    Args:
+        subject: Model with random weights, which shares the memory of its statistics with the original.
+        x: Images (N, C, H, W) in [0, 1].
+    """
     norms: list[Any] = [module for module in subject.modules() if hasattr(module, "reset_running_stats")]
     for norm in norms:
         norm.reset_running_stats()
@@ -254,6 +248,11 @@ def evaluate(
     *,
     masks: Tensor | None = None,
     seed: int = 0,
+    layer: Layer = None,
+    output: str | int | None = None,
+    position: Position = None,
+    region: Region = None,
+    extra: Mapping[str, object] | None = None,
     **options: Any,
 ) -> Tensor:
     """Compute a metric of an attribution method for each image.
@@ -266,7 +265,12 @@ def evaluate(
         method: Attribution method, a name in `timm_bcos.attribution.registry.METHODS`.
         masks: Masks (N, H, W) of the objects or their boxes, 1 inside and 0 outside, for metrics in `NEEDING_MASKS`.
         seed: Random seed of the metric.
-        options: Options of `attribute`.
+        layer: As in `attribute`. Metrics of probabilities then use activations as they are.
+        output: As in `attribute`.
+        position: As in `attribute`. Modified images keep the positions of the given ones.
+        region: As in `attribute`.
+        extra: As in `attribute`.
+        options: Other options of `attribute`.
 
     Returns:
         Values (N,) in float64.
@@ -274,16 +278,20 @@ def evaluate(
     Raises:
         MethodError: If the metric or method is unknown, maps are zero everywhere or not finite, or masks are missing.
         InputError: If masks are empty or differ from the images in shape.
+        TargetError: As in `attribute`.
     """
     check_metrics([metric])
     x = checked_images(model, x)
     _check_masks(masks, x)
+    given: dict[str, Any] = dict(layer=layer, output=output, position=position, region=region, extra=extra)
+    subject, x, targets = settled_model(model, x, targets, method, **given)
+    own_layer = layer if isinstance(layer, str) else layer_path(model, layer)  # Grad-CAM's is none of the request's
+    options |= subject.request.arguments() | dict(layer=own_layer)
     maps = attribute(model, x, targets, method, **options).double()
     if not bool(maps.isfinite().all()) or not bool(maps.any()):
         kind = "all equal to zero" if bool(maps.isfinite().all()) else "not finite"
         raise MethodError(f"{metric} of {method}: the maps are {kind}, so the metric is not defined")
-    subject, generator = AttributionModel(model), torch.Generator().manual_seed(seed)
-    call = _Call(model, subject, x, subject.classes(x, targets), method, options, generator, maps, masks)
+    call = _Call(model, subject, x, targets, method, options, torch.Generator().manual_seed(seed), maps, masks)
     return METRICS[metric](call).cpu()
 
 
@@ -294,88 +302,3 @@ def _check_masks(masks: Tensor | None, x: Tensor) -> None:
         raise InputError(f"masks {tuple(masks.shape)} of images {tuple(x.shape)}: give (N, H, W) of the images' size")
     if not bool(masks.flatten(1).any(1).all()):
         raise InputError("a mask is empty: each must have a pixel inside the object")
-
-
-FIELDS: dict[str, Callable[[str], Any]] = dict(metric=str, method=method_name, image=int, value=float)
-Values = dict[tuple[str, str], list[float]]
-
-
-def read_values(folder: Path, images: int) -> Values:
-    """Values by metric and method, as far as they are complete for all images."""
-    found: Values = {}
-    for row in read_rows(folder / "metrics.csv", FIELDS):
-        found.setdefault((row["metric"], row["method"]), []).append(row["value"])
-    return {key: values[-images:] for key, values in found.items() if len(values) >= images}
-
-
-def evaluate_all(
-    model: nn.Module,
-    dataset: LabeledImages,
-    metrics: Sequence[str],
-    methods: Sequence[str],
-    folder: Path,
-    *,
-    images: int = 20,
-    regions: Path | None = None,
-) -> list[str]:
-    """Compute all metrics of all methods that are not in the directory yet. Several processes share the pairs.
-
-    Args:
-        model: A B-cos model or a plain timm model, in eval mode.
-        dataset: Labeled images.
-        metrics: Names of metrics in `METRICS`.
-        methods: Attribution methods, names in `timm_bcos.attribution.registry.METHODS`.
-        folder: Directory of the results.
-        images: Number of images, evenly spread over the data set.
-        regions: Object regions, as in `region_loader`, for the metrics that need masks.
-
-    Returns:
-        The reasons why methods were left out.
-    """
-    check_counts(images=images)
-    indices = np.linspace(0, len(dataset) - 1, min(images, len(dataset))).round().astype(int).tolist()
-    x, targets = _load(model, dataset, indices)
-    masks = None if regions is None else region_masks(region_loader(model, dataset, regions), indices).to(x.device)
-    methods = method_names(methods)
-    on_main(partial(drop_torn_line, folder / "metrics.csv"))
-    read = partial(read_values, folder, len(indices))
-    done = on_main(read)
-    todo = [(metric, method) for metric in metrics for method in methods if (metric, method) not in done]
-
-    def compute(own: Sequence[tuple[str, str]]) -> Iterator[list[float] | MethodError]:
-        for metric, method in tqdm(own, "metrics", disable=None):
-            try:
-                yield evaluate(model, x, targets, metric, method, masks=masks).tolist()
-            except MethodError as error:
-                yield error
-
-    left_out: dict[str, str] = {}
-    for (metric, method), values in zip(todo, distributed_map(compute, todo), strict=True):
-        if isinstance(values, MethodError):
-            left_out[method] = str(values)
-            continue
-        rows = [(metric, method, i, f"{v:.6g}") for i, v in zip(indices, values, strict=True)]
-        on_main(partial(append_rows, folder / "metrics.csv", list(FIELDS), rows))
-    on_main(lambda: _write_table(folder / "metrics.md", read(), methods, metrics))
-    return list(left_out.values())
-
-
-def _write_table(path: Path, values: Values, methods: Sequence[str], metrics: Sequence[str]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(_table(values, methods, metrics))
-
-
-def _load(model: nn.Module, dataset: LabeledImages, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    images, labels = zip(*map(image_loader(model, dataset), indices), strict=True)
-    device = next(model.parameters()).device
-    return torch.stack(images).to(device), torch.tensor(labels, device=device)
-
-
-def _table(values: Values, methods: Sequence[str], metrics: Sequence[str]) -> str:
-    lines = ["| method | " + " | ".join(metrics) + " |", "| --- |" + " ---: |" * len(metrics)]
-    for method in methods:
-        found = [values.get((metric, method)) for metric in metrics]
-        if any(found):
-            cells = [f"{np.nanmean(v):.3f} ± {np.nanstd(v):.3f}" if v else "" for v in found]
-            lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"

@@ -16,6 +16,7 @@ from ..attribution.registry import AttributionModel, check_counts
 from ..data.datasets import LabeledImages, image_loader, map_batches
 from ..errors import InputError, TargetError
 from ..explanation.api import explain
+from ..explanation.inputs import layer_path
 from ..explanation.result import Explanation
 from ..explanation.visualization import on_white
 from ..files import write_csv
@@ -69,7 +70,7 @@ class Strongest:
 def find_strongest(
     model: nn.Module,
     dataset: LabeledImages,
-    layer: str,
+    layer: str | nn.Module,
     k: int = 500,
     *,
     encode: Callable[[Tensor], Tensor] | None = None,
@@ -83,7 +84,7 @@ def find_strongest(
     Args:
         model: A B-cos model or a plain timm model, in eval mode.
         dataset: Data set from `timm.data.create_dataset`.
-        layer: Path of a layer whose output is a feature map or a sequence of tokens.
+        layer: Layer whose output is a feature map or a sequence of tokens, or its path.
         k: Number of images per unit.
         encode: Function of the layer's activations (N, C, P) that returns those of other units (N, K, P), such as
             `Concepts.encode`; None for the layer's channels.
@@ -96,8 +97,7 @@ def find_strongest(
         MethodError: If a count is below 1.
     """
     check_counts(k=k, batch_size=batch_size)
-    subject = AttributionModel(model)
-    _find_layer(subject, layer)
+    layer, subject = layer_path(model, layer), AttributionModel(model)
     if len(dataset) == 0:
         raise InputError("the data set has no images")
 
@@ -149,10 +149,7 @@ def layer_maps(subject: AttributionModel, layer: str, x: Tensor) -> Tensor:
 
 
 def _find_layer(subject: AttributionModel, layer: str) -> nn.Module:
-    modules = dict(subject.model.named_modules())
-    if layer not in modules:
-        raise TargetError(f"the model has no layer {layer!r}: see model.named_modules() for their names")
-    return modules[layer]
+    return getattr(subject.model, "_orig_mod", subject.model).get_submodule(layer_path(subject.model, layer))
 
 
 def label_entropy(labels: Tensor, num_classes: int) -> Tensor:

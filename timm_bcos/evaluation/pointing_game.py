@@ -27,8 +27,8 @@ from ..errors import InputError, MethodError
 from ..explanation.scale import cell_means
 
 __all__ = [
-    "Confidence", "Disconnected", "Disconnection", "Grid", "cell_shares", "compose", "confidence_batches",
-    "confidences", "grid_shares", "grid_targets", "localization", "sample_grids",
+    "Confidence", "Disconnected", "Disconnection", "Grid", "cell_shares", "compose", "confidences", "grid_shares",
+    "grid_targets", "localization", "sample_grids",
 ]  # fmt: skip
 
 
@@ -69,6 +69,8 @@ def confidences(
 ) -> Iterator[Confidence]:
     """Iterate over the predictions for all images of a labeled data set. Several processes share its batches.
 
+    Batches are counted from the first image of the data set, so that a resumed run computes the same numbers.
+
     Args:
         model: A B-cos model or a plain timm model, in eval mode.
         dataset: Data set from `timm.data.create_dataset`.
@@ -78,17 +80,6 @@ def confidences(
 
     Raises:
         InputError: If the data set has no labels, or a label is not a class of the model.
-    """
-    for batch in confidence_batches(model, dataset, start=start, batch_size=batch_size, progress=progress):
-        yield from batch
-
-
-def confidence_batches(
-    model: nn.Module, dataset: LabeledImages, *, start: int = 0, batch_size: int = 32, progress: bool = True
-) -> Iterator[list[Confidence]]:
-    """Iterate over the same predictions batch by batch.
-
-    Batches are counted from the first image of the data set, so that a resumed run computes the same numbers.
     """
     check_counts(batch_size=batch_size)
     subject, first = AttributionModel(model), start - start % batch_size
@@ -104,7 +95,8 @@ def confidence_batches(
         return [Confidence(i, label, guess, p[label].item()) for i, label, guess, p in rows if i >= start]
 
     bar = "confidences" if progress else None
-    return map_batches(predict, model, dataset, range(first, len(dataset)), batch_size, bar)
+    for batch in map_batches(predict, model, dataset, range(first, len(dataset)), batch_size, bar):
+        yield from batch
 
 
 def sample_grids(
@@ -143,7 +135,8 @@ def sample_grids(
             missing = count - len(grids)
             raise InputError(
                 f"{count} grids of {n}×{n} need more images: after {len(grids)} grids only {len(free)} classes have "
-                f"unused ones; {missing} grids ({missing * n * n} images) are missing: ask for fewer, or reuse images"
+                f"unused ones; {missing} grids ({missing * n * n} images) are missing: ask for fewer (--grids), or let "
+                f"grids share images (reuse=True, on the command line --reuse)"
             )
         classes = rng.sample(free, n * n)
         grids.append(Grid(n, tuple(ranked[c][used[c] % len(ranked[c])] for c in classes), tuple(classes)))

@@ -7,7 +7,7 @@ Rows are appended to `confidences.csv` (predictions for all images) and `values.
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..explanation.visualization import save_figure
 from ..files import atomic_path, write_csv
 from ..prefetch import prefetch
 from .paired import Gain, gains_table, paired_gains, view_name
-from .pointing_game import Confidence, Disconnected, Disconnection, Grid, compose, confidence_batches, grid_shares
+from .pointing_game import Confidence, Disconnected, Disconnection, Grid, compose, confidences, grid_shares
 from .results import append_rows, drop_torn_line, read_rows
 
 __all__ = ["play", "play_all", "read_confidences", "read_values", "summarize", "write_summary"]
@@ -40,6 +40,7 @@ FIELDS: dict[str, Callable[[str], Any]] = {
     "value": float,
 }
 CONFIDENCES: dict[str, Callable[[str], Any]] = dict(index=int, label=int, predicted=int, confidence=float)
+ROWS = 32  # predictions that are written together
 SUMMARY = ("method", "cells", "smooth", "scale", "values", "median", "q25", "q75")
 GAINS = [field.name for field in dataclasses.fields(Gain)]
 
@@ -56,8 +57,9 @@ def read_confidences(model: nn.Module, dataset: LabeledImages, folder: Path) -> 
     on_main(partial(drop_torn_line, path))
     done = len(on_main(read))
     if done < len(dataset):
-        for batch in confidence_batches(model, dataset, start=done):
-            on_main(partial(append_rows, path, list(CONFIDENCES), map(dataclasses.astuple, batch)))
+        found = confidences(model, dataset, start=done)
+        while some := list(map(dataclasses.astuple, islice(found, ROWS))):
+            on_main(partial(append_rows, path, list(CONFIDENCES), some))
     return [Confidence(**row) for row in on_main(read)]
 
 

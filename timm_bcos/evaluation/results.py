@@ -76,14 +76,16 @@ def _row(cells: Sequence[str], types: Mapping[str, Callable[[str], Any]], place:
 CONTENTS = ("checkpoint", "data_dir", "class_map", "regions")  # files that may change under the same name
 
 
-def remember_settings(folder: Path, given: Mapping[str, object]) -> None:
+def remember_settings(folder: Path, given: Mapping[str, object], results: str = "*") -> None:
     """Write the settings of results to `folder/settings.json`, or check that they are the same.
 
-    The settings include the contents of the checkpoint, and the names and sizes of the data set's files.
+    Settings bind from the first result on: until there is one, they may change. They include the contents of the
+    checkpoint, and the names and sizes of the data set's files. Other settings in the file stay as they are.
 
     Args:
         folder: Directory of the results; created if necessary.
         given: Settings by name; those in `CONTENTS` are files and directories.
+        results: Pattern of the files that depend on these settings.
 
     Raises:
         InputError: If the directory has results of other settings.
@@ -93,10 +95,12 @@ def remember_settings(folder: Path, given: Mapping[str, object]) -> None:
     paths = {name: Path(str(given[name])) for name in CONTENTS if given.get(name)}
     settings |= {f"contents of {name}": fingerprint(path, folder) for name, path in paths.items() if path.exists()}
     path = folder / "settings.json"
-    if not path.exists() or list(folder.iterdir()) == [path]:  # no results yet
+    others = [file for file in folder.iterdir() if file != path]
+    stored = _read_settings(path) if others and path.exists() else {}
+    if not stored or not any(file.match(results) for file in others):
+        stored |= settings
         with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(settings, indent=1) + "\n")
-    stored = _read_settings(path)
+            temporary.write_text(json.dumps(stored, indent=1) + "\n")
     changed = [name for name in settings if stored.get(name) != settings[name]]
     if changed:
         raise InputError(

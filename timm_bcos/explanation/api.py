@@ -6,7 +6,7 @@ Papers: https://arxiv.org/abs/2205.10268 (section 3.2), https://arxiv.org/abs/23
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ..dynamic_linear.bias_tracker import AmbiguousBatch
 from ..dynamic_linear.violations import Violation
 from ..errors import InexactWarning, InputError, TargetError
-from .inputs import check_images, check_model
+from .inputs import Layer, check_images, check_model, layer_path
 from .linearized import LinearizedModel
+from .patches import split_input
 from .regions import Position, Region
 from .request import Request, Target, Targets, check_table, check_target
 from .result import Explanation
@@ -29,12 +30,15 @@ __all__ = [
 ]
 
 
+Input = Tensor | Mapping[str, Tensor]
+
+
 def explain(
     model: nn.Module,
-    x: Tensor,
+    x: Input,
     target: Targets = None,
     *,
-    layer: str | None = None,
+    layer: Layer = None,
     output: str | int | None = None,
     position: Position = None,
     region: Region = None,
@@ -48,10 +52,12 @@ def explain(
     Args:
         model: A B-cos model in evaluation mode.
         x: Images (N, C, H, W) in [0, 1], without mean/std normalization, or already encoded (N, 2C, H, W). Unchanged.
+            For a NaFlex model also a dict of `patches` (N, L, P · P · C) in [0, 1], `patch_coord` and `patch_valid`:
+            the patches are then the image, as a strip (N, C, L · P, P) of patches below each other (`fold_patches`).
         target: The class: None for the prediction, an int for all images, or N ints. A set of ints: the mean of their
             logits. A floating-point tensor (K,) or (N, K): a direction, whose product with the K outputs is explained.
             With `layer`, units (channels) instead of classes; None takes the one that is most active.
-        layer: Path of an inner module, as in `model.named_modules()`, to explain one of its neurons.
+        layer: Inner module, or its path as in `model.named_modules()`, to explain one of its neurons.
         output: Key or index of the output, if the model (or the layer) returns more than one; None takes the first.
         position: Position in the map that a layer or the model returns: a (row, column), the index of a token, or a
             pair for each image, as in `Explanation.position`. None takes the position where the target is largest.
@@ -78,11 +84,26 @@ def explain(
         >>> explanation.completeness_error, explanation.contribution_map
     """
     with torch.inference_mode(False):
-        check_images(x, check_model(model))
-        request = Request.checked(
-            x, check_target(target, len(x)), layer=layer, output=output, position=position, region=region, extra=extra
-        )
+        x, given = _check_input(model, x, layer, output, position, region, extra)
+        request = Request.checked(x, check_target(target, len(x)), **given)
         return _explain(model, x, request, chunk)
+
+
+def _check_input(
+    model: nn.Module,
+    x: object,
+    layer: Layer,
+    output: str | int | None,
+    position: Position,
+    region: Region,
+    extra: Mapping[str, object] | None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """The images, and the arguments of `Request.checked`, of what a user has given."""
+    stem = check_model(model)
+    given, rest, patches = split_input(model, x, extra)
+    image = check_images(given, stem)
+    names = dict(layer=layer_path(model, layer), output=output, patches=patches)
+    return image, dict(names, position=position, region=region, extra=rest)
 
 
 def _explain(model: nn.Module, x: Tensor, request: Request, chunk: int | None) -> Explanation:
@@ -95,10 +116,15 @@ def _explain(model: nn.Module, x: Tensor, request: Request, chunk: int | None) -
 
 def explain_targets(
     model: nn.Module,
-    x: Tensor,
-    targets: Sequence[Sequence[int]] | Tensor | None = None,
+    x: Input,
+    targets: Sequence[int] | Sequence[Sequence[int]] | Tensor | None = None,
     *,
     top: int = 3,
+    layer: Layer = None,
+    output: str | int | None = None,
+    position: Position = None,
+    region: Region = None,
+    extra: Mapping[str, object] | None = None,
     chunk: int | None = None,
 ) -> list[Explanation]:
     """Explain several classes of each image with one forward pass, and a backward pass for all of them together.
@@ -106,22 +132,40 @@ def explain_targets(
     Args:
         model: As in `explain`.
         x: As in `explain`.
-        targets: (N, T) classes; None takes the `top` most probable ones of each image, best first.
+        targets: T classes for all images, or N rows of T classes, one row per image. A flat sequence always means the
+            same classes for all images, even if it has N entries; for one class per image, use `explain`. None takes
+            the `top` most probable classes of each image, best first.
         top: T where `targets` is None.
+        layer: As in `explain`; targets are then its units.
+        output: As in `explain`.
+        position: As in `explain`; None takes the position where each class is largest.
+        region: As in `explain`.
+        extra: As in `explain`.
         chunk: As in `explain`.
 
     Returns:
-        T explanations, one per column of `targets`.
+        T explanations, one per class (column of `targets`).
+
+    Raises:
+        InputError: As in `explain`.
+        TargetError: For targets of another shape, and as in `explain`.
+        ModelStateError: As in `explain`.
+
+    Example:
+        >>> cats, dogs = timm_bcos.explain_targets(model, images, [281, 207])
     """
     with torch.inference_mode(False):
-        check_images(x, check_model(model))
-        table = None if targets is None else check_table(targets, len(x))
+        image, given = _check_input(model, x, layer, output, position, region, extra)
+        request = Request.checked(image, None, **given)
+        table = None if targets is None else check_table(targets, len(image))
 
     def run(images: slice) -> list[Explanation]:
-        model_run = LinearizedModel(model, x[images])
-        return model_run.explain_classes(model_run.best_classes(top) if table is None else table[images])
+        part = request.of_images(images)
+        model_run = LinearizedModel(model, image[images], part)
+        classes = model_run.best_classes(top, part) if table is None else table[images]
+        return model_run.explain_classes(classes, part)
 
-    return _in_chunks(run, len(x), chunk, callers=2)
+    return _in_chunks(run, len(image), chunk, callers=2)
 
 
 T = TypeVar("T")
@@ -184,11 +228,11 @@ def with_single_image_fallback(
 
 def contrast(
     model: nn.Module,
-    x: Tensor,
+    x: Input,
     a: Targets,
     b: Targets,
     *,
-    layer: str | None = None,
+    layer: Layer = None,
     output: str | int | None = None,
     position: Position = None,
     region: Region = None,
@@ -229,13 +273,10 @@ def contrast(
         >>> dogs_not_cats = timm_bcos.contrast(model, images, set(range(151, 269)), set(range(281, 286)))
     """
     with torch.inference_mode(False):
-        check_images(x, check_model(model))
+        x, given = _check_input(model, x, layer, output, position, region, extra)
         first, second = (_check_side(name, value, len(x)) for name, value in (("a", a), ("b", b)))
         _refuse_same(first, second)
-        request = Request.checked(
-            x, first, second, layer=layer, output=output, position=position, region=region, extra=extra
-        )
-        return _explain(model, x, request, chunk)
+        return _explain(model, x, Request.checked(x, first, second, **given), chunk)
 
 
 def _check_side(name: str, value: Targets, images: int) -> Target:

@@ -15,10 +15,12 @@ from ..dynamic_linear.violations import Violation
 from ..errors import BcosError, InexactWarning, InputError
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
 from ..nn.module_utils import channel_axis, converted_part, first_output, frozen_copy, hooked, image_size, pick_output
+from ..nn.stems import BcosStem, ImageReader
 from .api import explain
 from .inputs import check_images, check_model, is_encoding, rows_of
 from .linear_parts import linear_part
 from .linearized import LinearizedModel
+from .patches import StripModel, split_input
 from .request import Request
 from .self_check import another_image, compare_with_another_image
 from .self_check import tolerance as rounding_of
@@ -170,7 +172,7 @@ class ExactnessReport:
 
 def check(
     model: nn.Module,
-    x: Tensor | None = None,
+    x: Tensor | Mapping[str, Tensor] | None = None,
     *,
     tolerance: float | None = None,
     output: str | int | None = None,
@@ -185,7 +187,8 @@ def check(
     Args:
         model: A B-cos model in evaluation mode. Let running statistics have a scale first (train it, or run it once
             in training mode): a model whose signal vanishes proves nothing.
-        x: Images (N, C, H, W) in [0, 1]; None makes two random ones of the model's input size.
+        x: Images (N, C, H, W) in [0, 1], or a NaFlex input as in `explain`; None makes two random images of the model's
+            input size.
         tolerance: None is 1e-10 for a model in float64, 1e-4 for one in float32 and 1e-2 for others.
         output: Key or index of the output, as in `explain`. In a map, the position with the strongest class is checked.
         extra: Other arguments of the model, by name, as in `explain`.
@@ -198,13 +201,30 @@ def check(
         ModelStateError: For a model in training mode, or one that is not a B-cos model.
     """
     with torch.inference_mode(False):
-        return _check(model, x, tolerance, output, dict(extra or {}))
+        stem = check_model(model)
+        images, rest, patches = split_input(model, x, extra)
+        model = frozen_copy(getattr(model, "_orig_mod", model))
+        if patches is None:
+            return _check(model, stem, images, tolerance, output, rest)
+        return _unwrapped(_check(StripModel(model, patches), stem, images, tolerance, output, rest))
+
+
+def _unwrapped(report: ExactnessReport) -> ExactnessReport:
+    """The report on the only child of a model, named `model`."""
+    violations = (replace(v, module=v.module.removeprefix("model").removeprefix(".")) for v in report.violations)
+    breaks_at = report.breaks_at and (report.breaks_at.removeprefix("model").removeprefix(".") or "(root)")
+    return replace(report, violations=tuple(dict.fromkeys(violations)), breaks_at=breaks_at)
 
 
 def _check(
-    model: nn.Module, x: Tensor | None, tolerance: float | None, output: str | int | None, extra: dict[str, object]
+    model: nn.Module,
+    stem: BcosStem | ImageReader,
+    x: object,
+    tolerance: float | None,
+    output: str | int | None,
+    extra: dict[str, object],
 ) -> ExactnessReport:
-    stem = check_model(model)
+    """The verdict on a private copy of a model, whose original is read by `stem`."""
     if x is None:
         image = random_image(stem.image_channels, image_size(model)).to(stem.weight.device)
         x = image if extra else torch.cat([image, another_image(image)])
@@ -213,7 +233,6 @@ def _check(
     check_images(x, stem)
     if tolerance is None:
         tolerance = TOLERANCE.get(stem.weight.dtype, 1e-2)
-    model = frozen_copy(getattr(model, "_orig_mod", model))
     if stem.weight.device.type != "mps":
         model, x, extra = _widened(model, x, extra, output)
     verdict = _measure(model, x, tolerance, output, extra)

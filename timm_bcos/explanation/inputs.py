@@ -1,15 +1,21 @@
 """What explaining asks of a model, of images and of other arguments, checked before anything runs."""
 
+import difflib
 from collections.abc import Mapping
+from typing import overload
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, ModelStateError
+from ..errors import InputError, ModelStateError, TargetError
 from ..nn.functional import encode_image
 from ..nn.stems import BcosStem, ImageReader
 
-__all__ = ["check_images", "check_model", "image_reader", "is_encoding", "refuse_stripes", "rows_of"]
+__all__ = [
+    "Layer", "check_images", "check_model", "image_reader", "is_encoding", "layer_path", "refuse_stripes", "rows_of",
+]  # fmt: skip
+
+Layer = str | nn.Module | None
 
 LONGEST = 100  # sides in proportion; the shorter side is resized to what the model wants, the longer one with it
 
@@ -41,8 +47,8 @@ def image_reader(model: nn.Module) -> BcosStem | ImageReader:
     return stems[0]
 
 
-def check_images(x: object, stem: BcosStem | ImageReader) -> None:
-    """Refuse anything but images in [0, 1] on the model's device.
+def check_images(x: object, stem: BcosStem | ImageReader) -> Tensor:
+    """The images, if they are in [0, 1] and on the model's device.
 
     Raises:
         InputError: Saying what they are, and what to do.
@@ -59,6 +65,7 @@ def check_images(x: object, stem: BcosStem | ImageReader) -> None:
     if not x.is_floating_point():
         raise InputError(f"expected floating-point pixels in [0, 1], got {x.dtype}: divide by 255 first")
     _check_range(x)
+    return x
 
 
 def _check_range(x: Tensor) -> None:
@@ -101,3 +108,53 @@ def rows_of(extra: Mapping[str, object] | None, rows: slice, count: int) -> dict
         name: value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
         for name, value in (extra or {}).items()
     }
+
+
+@overload
+def layer_path(model: nn.Module, layer: None) -> None: ...
+
+
+@overload
+def layer_path(model: nn.Module, layer: str | nn.Module) -> str: ...
+
+
+def layer_path(model: nn.Module, layer: Layer) -> str | None:
+    """The path of a layer, as in `model.named_modules()`.
+
+    Args:
+        model: A model, which may be compiled.
+        layer: A module of the model, or its path; None for none.
+
+    Raises:
+        TargetError: If the model has no such layer, if the layer is the model itself, or if a module has several paths.
+    """
+    if layer is None:
+        return None
+    given, model = model, getattr(model, "_orig_mod", model)
+    names = dict(model.named_modules(remove_duplicate=False))
+    if layer == "" or layer is model or layer is given:
+        what = "layer=''" if layer == "" else f"the layer {type(layer).__name__}"
+        raise TargetError(f"{what} is the model itself: leave `layer` out to explain its logits")
+    if isinstance(layer, nn.Module):
+        return _path_of_module(names, layer)
+    if not isinstance(layer, str):
+        raise TargetError(f"layer={layer!r}: give a module of the model, or its path as in model.named_modules()")
+    if layer not in names:
+        near = difflib.get_close_matches(layer, names, n=3)
+        hint = f"close names: {', '.join(near)}" if near else "see model.named_modules() for their names"
+        raise TargetError(f"no layer {layer!r}; {hint}")
+    return layer
+
+
+def _path_of_module(names: Mapping[str, nn.Module], layer: nn.Module) -> str:
+    paths = [name for name, module in names.items() if module is layer]
+    if not paths:
+        raise TargetError(
+            f"the layer {type(layer).__name__} is not a module of this model: give one from model.named_modules(); "
+            f"conversion replaces modules, so look it up in the converted model"
+        )
+    if len(paths) > 1:
+        raise TargetError(
+            f"the model uses the layer {type(layer).__name__} as {', '.join(paths)}: give one of the paths"
+        )
+    return paths[0]

@@ -1,6 +1,7 @@
 """The second and third step of an explanation: select outputs of a model's run, and attribute them to its images."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -11,10 +12,9 @@ from ..dynamic_linear.mode import ordinary_autograd
 from ..dynamic_linear.violations import Violation
 from ..errors import BcosError, ModelStateError, TargetError
 from ..nn.heads import BcosConvClassifier, BcosLinearClassifier
-from ..nn.module_utils import channel_axis, converted_part, first_output, get_classifiers
+from ..nn.module_utils import converted_part, first_output, get_classifiers
 from .linear_parts import LinearPart, linear_part, linear_parts
-from .outputs import ModelOutputs, Selection
-from .regions import PositionGrid
+from .outputs import ModelOutputs, Selection, channels_first, model_outputs
 from .request import Request
 from .result import Explanation
 from .run import ModelRun
@@ -83,37 +83,27 @@ class LinearizedModel(ModelRun):
         return self._outputs_of(output, None)
 
     def _outputs_of(self, x: Tensor, layer: str | None) -> ModelOutputs:
-        size = (self.leaf.shape[2], self.leaf.shape[3])
-        what = "classes" if layer is None else f"units in layer {layer!r}"
-        maps = self._channels_first(x, layer)
-        if x.ndim == 2:
-            grid = PositionGrid(1, 1)
-        elif x.ndim == 4:
-            grid = PositionGrid(maps.shape[2], maps.shape[3])
-        else:
-            prefix = getattr(converted_part(self.model), "num_prefix_tokens", 0)
-            grid = PositionGrid.of_tokens(maps.shape[2], prefix, size)
-        return ModelOutputs(maps.flatten(2), grid, what, size, layer is not None or x.ndim > 2)
+        return model_outputs(x, self.model, layer, (self.leaf.shape[2], self.leaf.shape[3]))
 
     def by_position(self, x: Tensor) -> Tensor:
         """A tensor in the format of the layer's output as (N, C, P), with P positions."""
-        return self._channels_first(x, self.layer).flatten(2)
+        return channels_first(x, self.model, self.layer).flatten(2)
 
-    def _channels_first(self, x: Tensor, layer: str | None) -> Tensor:
-        if x.ndim == 2:
-            return x[:, :, None]
-        module = self.model if layer is None else self.model.get_submodule(layer)
-        return x.movedim(channel_axis(module, x, converted_part(self.model)), 1)
-
-    def best_classes(self, top: int) -> Tensor:
+    def best_classes(self, top: int, request: Request = Request()) -> Tensor:  # noqa: B008  (frozen)
         """(N, top) the classes with the highest logits, best first.
+
+        Args:
+            top: Number of classes.
+            request: Request, of which only the position and the region are used; without them, classes are ranked by
+                their largest value in the map.
 
         Raises:
             TargetError: If the model has fewer classes.
         """
-        logits = self.outputs.maps.detach().amax(2)
-        if not 1 <= top <= logits.shape[1]:
-            raise TargetError(f"top={top}: the model has {logits.shape[1]} classes")
+        maps = self.outputs.maps.detach()
+        logits = self.outputs.at(request).detach() if request.is_placed else maps.amax(2)
+        if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= logits.shape[1]:
+            raise TargetError(f"top={top!r}: the model has {logits.shape[1]} {self.outputs.what}")
         return logits.topk(top, dim=1).indices
 
     def explain(self, request: Request) -> Explanation:
@@ -129,15 +119,16 @@ class LinearizedModel(ModelRun):
 
         return self.with_inplace_fallback(attribute)
 
-    def explain_classes(self, table: Tensor) -> list[Explanation]:
+    def explain_classes(self, table: Tensor, request: Request = Request()) -> list[Explanation]:  # noqa: B008
         """Explain T classes of each image, as many in one backward pass as memory allows.
 
         Args:
             table: (N, T) classes.
+            request: Request, of which only the position and the region are used.
         """
 
         def attribute() -> list[Explanation]:
-            selections = [self.outputs.select(Request(column)) for column in table.T]
+            selections = [self.outputs.select(replace(request, target=column)) for column in table.T]
             values = torch.stack([selection.values.sum() for selection in selections])
             parts = linear_parts(values, self.leaf, self.tracker)
             found = zip(selections, parts, strict=True)

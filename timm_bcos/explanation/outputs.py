@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..nn.module_utils import channel_axis, converted_part
 from .regions import PositionGrid, position_indices, region_weights
 from .request import Request, Target, as_direction, check_units
 
-__all__ = ["ModelOutputs", "Selection"]
+__all__ = ["ModelOutputs", "Selection", "channels_first", "model_outputs"]
 
 
 @dataclass
@@ -62,9 +63,7 @@ class ModelOutputs:
         peaks, direction = self.maps.detach(), self._direction(target, versus)
         at, weights = None, None
         if masks is None:
-            position = request.position
-            place = None if position is None else position_indices(position, self.grid, len(peaks)).to(peaks.device)
-            at = self._strongest(peaks, target, direction, place)
+            at = self._strongest(peaks, target, direction, self._place(request))
         else:
             weights = region_weights(masks.to(peaks), self.grid, self.size)
         pooled = _pooled(self.maps, at, weights)
@@ -80,6 +79,18 @@ class ModelOutputs:
             region=None if weights is None else self._on_grid(weights),
             shift=None if self.shifts is None else _of_unit(_pooled(self.shifts, at, weights), unit, direction),
         )
+
+    def at(self, request: Request) -> Tensor:
+        """(N, K) the outputs at the request's position, or their means over its region."""
+        if request.masks is None:
+            return _pooled(self.maps, self._place(request), None)
+        return _pooled(self.maps, None, region_weights(request.masks.to(self.maps), self.grid, self.size))
+
+    def _place(self, request: Request) -> Tensor | None:
+        """(N,) numbers of the positions that are given, if there are any."""
+        if request.position is None:
+            return None
+        return position_indices(request.position, self.grid, len(self.maps)).to(self.maps.device)
 
     def _direction(self, target: Target, versus: Target) -> Tensor | None:
         """(N, K), where not simply a unit is asked for."""
@@ -112,6 +123,35 @@ class ModelOutputs:
 
     def _on_grid(self, weights: Tensor) -> Tensor:
         return weights[:, self.grid.hidden :].unflatten(1, self.grid.shape)
+
+
+def model_outputs(x: Tensor, model: nn.Module, layer: str | None, size: tuple[int, int]) -> ModelOutputs:
+    """What a layer or the model returned, by units and positions.
+
+    Args:
+        x: (N, K), a feature map, or a sequence of tokens.
+        model: The model.
+        layer: Path of the layer; None for the model's output.
+        size: Height and width of the images in pixels.
+    """
+    what = "classes" if layer is None else f"units in layer {layer!r}"
+    maps = channels_first(x, model, layer)
+    if x.ndim == 2:
+        grid = PositionGrid(1, 1)
+    elif x.ndim == 4:
+        grid = PositionGrid(maps.shape[2], maps.shape[3])
+    else:
+        prefix = getattr(converted_part(model), "num_prefix_tokens", 0)
+        grid = PositionGrid.of_tokens(maps.shape[2], prefix, size)
+    return ModelOutputs(maps.flatten(2), grid, what, size, layer is not None or x.ndim > 2)
+
+
+def channels_first(x: Tensor, model: nn.Module, layer: str | None) -> Tensor:
+    """(N, C, ...) from an output in the format of a layer, or of the model; arguments as in `model_outputs`."""
+    if x.ndim == 2:
+        return x[:, :, None]
+    module = model if layer is None else model.get_submodule(layer)
+    return x.movedim(channel_axis(module, x, converted_part(model)), 1)
 
 
 def _pooled(maps: Tensor, at: Tensor | None, weights: Tensor | None) -> Tensor:

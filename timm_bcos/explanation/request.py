@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..errors import TargetError
+from ..nn.patches import PatchLayout
 from .inputs import rows_of
 from .regions import Position, Region, check_region, position_pairs
 
@@ -34,6 +35,7 @@ class Request:
         position: Position in a map, as `timm_bcos.explain` takes it; None for the one where the target is largest.
         masks: (N, H, W) weights of the positions instead, as `check_region` returns them.
         extra: Other arguments of the model's forward, by name.
+        patches: Layout of the patches that the model takes instead of images; None for images.
         images: N, or None if no attribute depends on the image.
     """
 
@@ -44,6 +46,7 @@ class Request:
     position: Position = None
     masks: Tensor | None = None
     extra: Mapping[str, object] = field(default_factory=dict)
+    patches: PatchLayout | None = None
     images: int | None = None
 
     @classmethod
@@ -67,7 +70,7 @@ class Request:
             position: Position that the user has given.
             region: Region that the user has given.
             extra: Other arguments of the model that the user has given.
-            names: `layer` and `output`.
+            names: `layer`, `output` and `patches`.
 
         Raises:
             TargetError: For an invalid region, or if both a position and a region are given.
@@ -97,6 +100,42 @@ class Request:
             extra=rows_of(self.extra, images, self.images),
             images=len(range(self.images)[images]),
         )
+
+    @property
+    def varies(self) -> bool:
+        """Whether a position, a region or another argument may differ from image to image."""
+        rows = (isinstance(v, Tensor) and v.ndim > 0 and len(v) == self.images for v in self.extra.values())
+        return self.position is not None or self.masks is not None or any(rows)
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether a position or a region is given."""
+        return self.position is not None or self.masks is not None
+
+    def repeated(self, count: int) -> "Request":
+        """The request of one image for `count` copies of it."""
+        if self.images != 1 or count == 1:
+            return self
+        rows = torch.zeros(count, dtype=torch.long)
+        return replace(
+            self,
+            position=self.position[rows] if isinstance(self.position, Tensor) else self.position,
+            masks=None if self.masks is None else self.masks[rows.to(self.masks.device)],
+            extra={name: _first_row(value, count) for name, value in self.extra.items()},
+            images=count,
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `timm_bcos.explain`, apart from the target, that this request stands for."""
+        return dict(
+            layer=self.layer, output=self.output, position=self.position, region=self.masks, extra=dict(self.extra)
+        )
+
+
+def _first_row(value: object, count: int) -> object:
+    """`count` copies of the row of a tensor that has one."""
+    is_row = isinstance(value, Tensor) and value.ndim > 0 and len(value) == 1
+    return value.repeat_interleave(count, 0) if is_row else value  # type: ignore[attr-defined]
 
 
 def _rows(target: Target, images: slice) -> Target:
@@ -131,15 +170,17 @@ def check_target(target: object, images: int, name: str = "target") -> Target:
 
 
 def check_table(targets: object, images: int) -> Tensor:
-    """(N, T) classes.
+    """(N, T) classes, from N rows of T classes, or T classes for all images.
 
     Raises:
         TargetError: For anything else.
     """
     table = _integers(targets)
-    if table is None or table.ndim != 2 or len(table) != images:
+    if table is not None and table.ndim == 1 and len(table):
+        return table.expand(images, -1)
+    if table is None or table.ndim != 2 or len(table) != images or not table.numel():
         shape = f"of shape {tuple(table.shape)}" if table is not None else repr(targets)
-        raise TargetError(f"targets {shape}: give {images} rows (one per image) of classes")
+        raise TargetError(f"targets {shape}: give {images} rows (one per image) of classes, or classes for all images")
     return table
 
 

@@ -1,6 +1,6 @@
 """The first step of an explanation: run the model at its images, in explanation mode and outside of it."""
 
-import difflib
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,10 +13,10 @@ from ..dynamic_linear.tracking_mode import BiasTrackingMode
 from ..errors import BcosError, ModelStateError, TargetError
 from ..nn.functional import encode_image
 from ..nn.module_utils import isolate, pick_output
-from .inputs import check_model, is_encoding, rows_of
+from .inputs import check_model, is_encoding, layer_path, rows_of
 from .request import Request
 
-__all__ = ["ModelRun"]
+__all__ = ["ModelRun", "only_output"]
 
 
 class ModelRun:
@@ -51,11 +51,11 @@ class ModelRun:
     def __init__(self, model: nn.Module, x: Tensor, request: Request) -> None:
         self.model = getattr(model, "_orig_mod", model)  # of `torch.compile`
         self.layer, self.output, self.extra = request.layer, request.output, dict(request.extra)
+        self.patches = request.patches
         self.saves_copies = False
         stem = check_model(model)
         self.image_channels = stem.image_channels
-        if self.layer is not None:
-            _check_layer(self.model, self.layer)
+        layer_path(self.model, self.layer)
         with ordinary_autograd(x.device):
             x = x.detach().clone()
             is_encoded = is_encoding(x, self.image_channels)
@@ -86,7 +86,7 @@ class ModelRun:
         mode.heeds_hooks = self.saves_copies
         try:
             with active(mode):
-                model_output = model(leaf.clone(), **self.extra)  # a clone, which the model may overwrite
+                model_output = model(self._as_input(leaf.clone()), **self.extra)  # a clone: the model may overwrite it
         except (BcosError, AmbiguousBatch):
             raise
         except Exception as error:
@@ -94,12 +94,17 @@ class ModelRun:
             raise ModelStateError(f"{type(self.model).__name__} cannot be explained: {error}") from error
         return leaf, tracker, mode, model_output, outputs
 
+    def _as_input(self, image: Tensor) -> Tensor:
+        """The format in which the model takes images."""
+        return image if self.patches is None else self.patches.to_patches(image)
+
     def plain_output(self, image: Tensor, images: slice = slice(None)) -> Tensor:
         """The outputs outside of explanation mode, for some of the images."""
         outputs: list[object] = []
         model = _model_to_run(self.model, self.layer, outputs)
         with torch.no_grad():
-            model_output = model(image[images].clone(), **rows_of(self.extra, images, len(image)))
+            model_input = self._as_input(image[images].clone())
+            model_output = model(model_input, **rows_of(self.extra, images, len(image)))
         found: Tensor = pick_output(model_output if self.layer is None else outputs[0], self.output, "the model")
         return found
 
@@ -136,12 +141,7 @@ class ModelRun:
 
     def _checked(self, outputs: list[object]) -> Tensor:
         what = "the model" if self.layer is None else f"layer {self.layer!r}"
-        if len(outputs) != 1:
-            times = f"runs {len(outputs)} times in a forward pass: pick the module around it" if outputs else (
-                "did not run for this input"
-            )  # fmt: skip
-            raise TargetError(f"{what} {times}")
-        output = pick_output(outputs[0], self.output, what)
+        output = pick_output(only_output(outputs, what), self.output, what)
         if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4) or len(output) != len(self.leaf):
             found = _described(output)
             raise TargetError(f"{what} returns {found}; one row of units per image is needed{_hint(output)}")
@@ -152,6 +152,22 @@ class ModelRun:
                 f"timm_bcos.register_function"
             )
         return self.mode.seen(output)
+
+
+def only_output(outputs: Sequence[object], what: str) -> object:
+    """The output of a module that has run once.
+
+    Args:
+        outputs: What the module returned, each time it ran in a forward pass.
+        what: Description of the module, for errors.
+
+    Raises:
+        TargetError: If the module did not run, or ran more than once.
+    """
+    if len(outputs) == 1:
+        return outputs[0]
+    times = f"runs {len(outputs)} times in a forward pass: pick the module around it"
+    raise TargetError(f"{what} {times if outputs else 'did not run for this input'}")
 
 
 def _described(output: object) -> str:
@@ -206,13 +222,3 @@ def _is_compiled(module: nn.Module) -> bool:
 
 def _is_checkpointing(module: nn.Module) -> bool:
     return getattr(module, "grad_checkpointing", False) is True
-
-
-def _check_layer(model: nn.Module, layer: str) -> None:
-    if layer == "":
-        raise TargetError("layer='' is the model itself: leave `layer` out to explain its logits")
-    names = dict(model.named_modules(remove_duplicate=False))
-    if layer not in names:
-        near = difflib.get_close_matches(layer, names, n=3)
-        hint = f"close names: {', '.join(near)}" if near else "see model.named_modules() for their names"
-        raise TargetError(f"no layer {layer!r}; {hint}")

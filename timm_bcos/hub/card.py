@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from ..explanation.result import Explanation
 from ..models.class_names import class_names
 from ..models.loading import TimmBcosModel, TimmModel
 from ..weights.readers import read_training_arguments
+from ..weights.terms import origin_of, started_from
 
 __all__ = [
     "Card",
@@ -32,10 +33,9 @@ __all__ = [
     "ModelStats",
     "find_base_model",
     "measure_stats",
+    "with_terms",
     "write_card",
 ]
-
-OTHER_WEIGHTS = ("pretrained_path", "initial_checkpoint")  # arguments of train.py for files of unknown origin
 
 
 def find_base_model(name: str | None = None, checkpoint: Path | None = None) -> str | None:
@@ -50,11 +50,8 @@ def find_base_model(name: str | None = None, checkpoint: Path | None = None) -> 
     """
     if checkpoint is None:
         return _address(name) if name else None
-    trained = read_training_arguments(checkpoint) or {}
-    if not trained.get("pretrained") or any(trained.get(key) for key in OTHER_WEIGHTS):
-        return None
-    kwargs = trained.get("model_kwargs") or {}
-    return _address(str(kwargs.get("arch", trained.get("model"))))
+    origin = started_from(read_training_arguments(checkpoint) or {})
+    return _address(origin) if origin else None
 
 
 def _address(name: str) -> str | None:
@@ -226,21 +223,44 @@ class Card:
     Attributes:
         description: Training data, initial weights and procedure.
         evaluation: Accuracy.
-        license: License by its name on the Hugging Face Hub.
-        notes: Additional license terms.
+        license: License by its name on the Hugging Face Hub. Default: that of the weights that the model started from.
+        notes: License terms in addition to those of these weights.
         photos: Image files to explain on the card.
         datasets: Training data sets by their names on the Hub, for instance 'imagenet-1k'.
         base_model: Repository 'ORGANIZATION/NAME' of the initial weights. Default: as recorded in a checkpoint of
-            train.py.
+            train.py, or by `fit_probe`.
     """
 
     description: str = ""
     evaluation: Evaluation | None = None
-    license: str = "apache-2.0"
+    license: str | None = None
     notes: Sequence[str] = ()
     photos: Sequence[str | PathLike[str]] = field(default=())
     datasets: Sequence[str] = ()
     base_model: str | None = None
+
+
+def with_terms(card: Card, model: TimmModel) -> Card:
+    """The card with the license, notes and base model of the model's pretrained cfg, where it has none of its own.
+
+    Args:
+        card: Contents of the card.
+        model: The model, whose pretrained cfg knows the terms of the weights that it was trained from.
+
+    Raises:
+        InputError: If no license is given and the terms of the weights are unknown.
+    """
+    cfg = model.pretrained_cfg
+    license = card.license or cfg.get("license")
+    if not license:
+        raise InputError(
+            "the license of these weights is unknown: give one with --license (in Python, Card(license=...)), and "
+            "respect the terms of the weights that training started from"
+        )
+    origin = origin_of(cfg)
+    base_model = card.base_model or (_address(origin) if origin else None)
+    notes = tuple(dict.fromkeys((*(cfg.get("notes") or ()), *card.notes)))
+    return replace(card, license=license, notes=notes, base_model=base_model)
 
 
 def write_card(model: TimmBcosModel, folder: Path, repo_id: str, card: Card) -> None:
@@ -251,7 +271,11 @@ def write_card(model: TimmBcosModel, folder: Path, repo_id: str, card: Card) -> 
         folder: Directory to write to.
         repo_id: Repository 'ORGANIZATION/NAME' on the Hub.
         card: Contents of the card.
+
+    Raises:
+        InputError: If no license is given and the terms of the weights are unknown.
     """
+    card = with_terms(card, model)
     if card.photos:
         explain_photos(model, card.photos).save(folder / PICTURE, class_names(model))
     text = TEXT.format(
@@ -321,10 +345,18 @@ def _details(model: TimmBcosModel, card: Card) -> str:
         "Architecture": _architecture(model),
         "Classes": str(model.num_classes),
         "Dataset": ", ".join(card.datasets),
-        "Base model": card.base_model and f"[{card.base_model}](https://huggingface.co/{card.base_model})",
+        "Base model": _base_model(model, card),
     }
     lines = [f"- **{name}:** {value}" for name, value in more.items() if value]
     return "\n".join(["- **Model Type:** Image classification", "- **Model Stats:**", *stats, *lines])
+
+
+def _base_model(model: TimmModel, card: Card) -> str | None:
+    """A link to the base model on the Hub, or its name if it comes with this package."""
+    if card.base_model:
+        return f"[{card.base_model}](https://huggingface.co/{card.base_model})"
+    origin = origin_of(model.pretrained_cfg)
+    return f"`{origin}`" if origin else None
 
 
 def _architecture(model: TimmModel) -> str:

@@ -22,7 +22,7 @@ from ..files import first_line
 from ..models.architectures import ARCHITECTURES
 from ..models.loading import TimmBcosModel, load_model
 from ..nn.module_utils import first_output
-from .card import Card, find_base_model, write_card
+from .card import Card, find_base_model, with_terms, write_card
 
 __all__ = [
     "AUTO_MAP",
@@ -149,6 +149,7 @@ def publish(
         PublishError: If the Hub cannot be reached or refuses the upload.
         ModelStateError: If timm cannot create the model from its config.
         CheckpointError: If the checkpoint is broken.
+        InputError: If no license is given and that of the weights is unknown.
     """
     with TemporaryDirectory() as folder:
         save_repository(model, folder, repo_id, card, label_names=label_names, dtype=dtype)
@@ -183,18 +184,21 @@ def save_repository(
     Raises:
         ModelStateError: If timm cannot create the model from its config; the directory is then unchanged.
         CheckpointError: If the checkpoint is broken.
-        InputError: If the number of class names is not the number of classes.
+        InputError: If the number of class names is not the number of classes, or if no license is given and that of
+            the weights is unknown.
     """
     card, loaded = card or Card(), model
     if not isinstance(model, nn.Module):
         loaded = load_model(None, Path(model))
         card = dataclasses.replace(card, base_model=card.base_model or find_base_model(checkpoint=Path(model)))
+    _architecture(loaded)  # first, to refuse models that timm cannot create
+    card = with_terms(card, cast(TimmBcosModel, loaded))
 
     def add(again: TimmBcosModel, unfinished: Path) -> None:
         write_card(again, unfinished, repo_id, card)
         write_module(unfinished)
 
-    config = dict(auto_map=AUTO_MAP, pretrained_cfg=dict(license=card.license))
+    config = dict(auto_map=AUTO_MAP, pretrained_cfg=dict(license=card.license, notes=tuple(card.notes)))
     _save(cast(TimmBcosModel, loaded), Path(folder), label_names, dtype, config, add)
 
 

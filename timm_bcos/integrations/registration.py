@@ -20,6 +20,7 @@ REGISTRATIONS = {
     "thop.profile": ("thop", "register"),
     "torchao.float8.float8_linear_utils": ("torchao", "refuse_float8"),
     "torchao.quantization.quant_api": ("torchao", "refuse_unfused"),
+    "zennit.core": ("zennit", "warn_of_rules"),
 }
 
 

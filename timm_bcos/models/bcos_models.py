@@ -84,7 +84,7 @@ def _create(
     name: str,
     pretrained: bool = False,
     pretrained_cfg: str | dict[str, object] | None = None,
-    pretrained_cfg_overlay: dict[str, object] | None = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: str | Path | None = None,
     **kwargs: Any,
 ) -> nn.Module:
@@ -97,6 +97,8 @@ def _create(
     if str(cfg.get("tag")).endswith("in1k"):
         cfg.setdefault("label_names", list(imagenet_names()))
     config = row.tagged.get(cfg.get("tag") or "", row.config).change(**changes)
+    if _has_new_classifier(kwargs, pretrained_cfg_overlay, resolve_pretrained_cfg(name, pretrained_cfg).num_classes):
+        config = config.for_new_classifier(changes)
 
     def build(**model_kwargs: object) -> nn.Module:
         model = row.build(config, **model_kwargs)
@@ -105,6 +107,12 @@ def _create(
         return model
 
     return build_model_with_cfg(build, name, False, pretrained_cfg=cfg, feature_cfg=dict(row.feature_cfg), **kwargs)
+
+
+def _has_new_classifier(kwargs: dict[str, Any], overlay: dict[str, Any] | None, published: object) -> bool:
+    """Whether the model has another number of classes than its published weights."""
+    num_classes = kwargs.get("num_classes", (overlay or {}).get("num_classes"))
+    return num_classes not in (None, 0, published)
 
 
 BACKBONE_ARGUMENTS = ("features_only", "out_indices", "feature_cls")  # of timm's create_model
@@ -144,11 +152,13 @@ def _create_converted(
         >>> timm.create_model("bcosify", arch="test_resnet", arch_kwargs=dict(norm_layer="groupnorm"))
     """
     changes, kwargs = BcosConfig.split(kwargs)
-    config = BcosConfig.finetune(**changes)
     source = _find(arch, cache_dir)
     plain_cfg = _plain_cfg(arch, source)
     given = pretrained_cfg if isinstance(pretrained_cfg, dict) else {}
     overlay = pretrained_cfg_overlay or {}
+    config = BcosConfig.finetune(**changes)
+    if _has_new_classifier(kwargs, overlay, given.get("num_classes", plain_cfg.get("num_classes"))):
+        config = config.for_new_classifier(changes)
     conversion = _Conversion(
         arch=arch,
         source=source,

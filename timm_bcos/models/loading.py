@@ -1,6 +1,6 @@
 """Models by name or from a checkpoint, for the command line and scripts."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -18,6 +18,7 @@ from ..errors import BcosError, CheckpointError, InputError, NotFineTunedWarning
 from ..files import first_line
 from ..weights.catalog import DEFAULT_MODEL, EMBEDDED, PUBLISHED
 from ..weights.readers import load_state, read_state_dict, read_training_arguments
+from ..weights.terms import derived_cfg, started_from, weights_name
 from .architectures import ARCHITECTURES
 from .bcos_models import ENTRY_POINTS, architecture
 
@@ -74,7 +75,8 @@ def load_model(name: str | None = None, checkpoint: Path | None = None, **conver
     """
     if checkpoint is None:
         return _with_published_weights(DEFAULT_MODEL if name is None else name, conversion)
-    return _with_weights(name, checkpoint, partial(create_model, conversion=conversion, checkpoint=checkpoint))
+    create = partial(create_model, conversion=conversion, checkpoint=checkpoint)
+    return _with_weights(name, checkpoint, create, chosen=conversion)
 
 
 def load_plain_model(name: str | None = None, checkpoint: Path | None = None) -> TimmModel:
@@ -177,18 +179,35 @@ def _check_hub(name: str) -> None:
             ) from error
 
 
-def _with_weights(name: str | None, checkpoint: Path, create: Create) -> Any:
+def _with_weights(name: str | None, checkpoint: Path, create: Create, chosen: Collection[str] = ()) -> Any:
     weights, trained = read_state_dict(checkpoint), read_training_arguments(checkpoint)
     if trained is not None and {"model", "num_classes"} <= trained.keys():
         _refuse_another_name(name, trained, checkpoint)
         _warn_of_normalization(trained, checkpoint)
         model = _as_trained(trained, create, checkpoint)
+        _set_probability(model, trained, chosen)
     elif name is None:
         raise CheckpointError(f"{checkpoint} does not say of which model it is: name it with --model")
     else:
         model = create(name, **_classes_of(weights, partial(create, name)))
     load_state(model, weights, str(checkpoint))
+    origin = started_from(trained or {})
+    model.pretrained_cfg = derived_cfg(model.pretrained_cfg, origin and weights_name(origin))
     return model
+
+
+def _set_probability(model: nn.Module, trained: dict[str, Any], chosen: Collection[str]) -> None:
+    """Set the function from logits to probabilities to that of the training's loss, unless the user chose it."""
+    is_chosen = "probability" in {*chosen, *(trained.get("model_kwargs") or {})}
+    if isinstance(model, BcosModel) and trained.get("bce_loss") is not None and not is_chosen:
+        model.bcos_config = model.bcos_config.change(probability="sigmoid" if _uses_bce(trained) else "softmax")
+
+
+def _uses_bce(trained: dict[str, Any]) -> bool:
+    """Whether train.py used binary cross-entropy: it ignores --bce-loss without smoothed or mixed targets."""
+    is_mixed = trained.get("mixup") or trained.get("cutmix") or trained.get("cutmix_minmax")
+    is_smoothed = trained.get("smoothing", 0.1)  # train.py's default
+    return bool(trained["bce_loss"] and (is_mixed or is_smoothed) and not trained.get("jsd_loss"))
 
 
 def _warn_of_normalization(trained: dict[str, Any], checkpoint: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.overrides import handle_torch_function, has_torch_function
 from typing_extensions import Self
 
 from .._compat import private, timm_layers
@@ -29,6 +30,7 @@ __all__ = [
     "UncenteredBatchNormAct2d",
     "divide_by_shared_deviation",
     "is_shared",
+    "shared_variance",
 ]
 
 
@@ -51,12 +53,19 @@ def divide_by_shared_deviation(
     Returns:
         weight · x / sqrt(var + eps), and the biased variance (C,), which carries no gradient.
     """
+    if has_torch_function((x, weight)):
+        return handle_torch_function(divide_by_shared_deviation, (x, weight), x, weight, eps, group)
+    var = shared_variance(x, group)
+    return x * (weight * (var + eps).rsqrt()).reshape(1, -1, 1, 1).to(x.dtype), var.detach()
+
+
+def shared_variance(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Biased variance (C,) of each channel over the batches of all processes; see `divide_by_shared_deviation`."""
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     count = wide.new_full((1,), x.numel() / x.shape[1])
     mean = _sum(torch.cat([wide.sum((0, 2, 3)), count]), group)
     mean, count = mean[:-1] / mean[-1], mean[-1].detach()
-    var = _sum((wide - mean.reshape(1, -1, 1, 1)).square().sum((0, 2, 3)), group) / count
-    return x * (weight * (var + eps).rsqrt()).reshape(1, -1, 1, 1).to(x.dtype), var.detach()
+    return _sum((wide - mean.reshape(1, -1, 1, 1)).square().sum((0, 2, 3)), group) / count
 
 
 def _sum(values: Tensor, group: ProcessGroup | None) -> Tensor:

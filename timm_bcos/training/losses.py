@@ -1,10 +1,12 @@
 """W(x) as a function of the parameters, for losses on explanations."""
 
+import sys
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..dynamic_linear.dual_graph import DualGraph
 from ..dynamic_linear.mode import DynamicLinearMode, active
@@ -12,7 +14,7 @@ from ..errors import InputError, ModelStateError, TargetError
 from ..explanation.inputs import image_reader
 from ..explanation.request import Targets, as_direction, check_target
 from ..nn.functional import encode_image
-from ..nn.module_utils import first_output
+from ..nn.module_utils import first_output, hooked
 
 __all__ = [
     "DynamicWeights",
@@ -50,14 +52,15 @@ def dynamic_weights(model: nn.Module, x: Tensor, target: Targets = None) -> Dyna
     statistics once, as in an ordinary step.
 
     Args:
-        model: B-cos model in training or evaluation mode.
+        model: B-cos model in training or evaluation mode, also one that is wrapped by `DistributedDataParallel`, whose
+            processes then average their gradients, or by `torch.compile`, without which it runs here.
         x: Images (N, C, H, W) without mean/std normalization, or encoded (N, 2C, H, W).
         target: See `explain`; None for the predicted class.
 
     Raises:
         InputError: If x is not a batch of images for this model.
-        ModelStateError: If the model is not a B-cos model, is distributed over processes, or uses gradient
-            checkpointing.
+        ModelStateError: If the model is not a B-cos model, uses gradient checkpointing, is sharded (FSDP2), or is
+            wrapped by `DataParallel` or by `DistributedDataParallel` with `static_graph`.
         TargetError: If a class does not exist, or if the model does not return logits (N, K).
 
     Example:
@@ -65,20 +68,48 @@ def dynamic_weights(model: nn.Module, x: Tensor, target: Targets = None) -> Dyna
         >>> loss = criterion(found.logits, labels) + timm_bcos.energy_loss(found.contribution_map, masks)
         >>> loss.backward()
     """
-    model = getattr(model, "_orig_mod", model)  # of `torch.compile`
-    reader = image_reader(model)
-    _check_trainable(model, x)
+    part = _unwrapped(model)
+    reader = image_reader(part)
+    _check_trainable(part, x)
     inputs = encode_image(x.detach(), reader.image_channels).to(reader.weight.dtype)
     leaf = inputs.clone().requires_grad_()
     dual = DualGraph(leaf)
     with torch.enable_grad():
         with dual.active(), active(DynamicLinearMode(leaf)):
-            outputs = first_output(model(leaf.clone()))
+            outputs = _run(model, part, leaf.clone())
         logits = dual.counterpart(outputs)
         _check_logits(outputs, logits, len(x))
         value = (outputs * _direction(target, logits)).sum()
         (weights,) = torch.autograd.grad(value, leaf, create_graph=True)
     return DynamicWeights(logits, weights, inputs)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers of torch.
+
+    Raises:
+        ModelStateError: If W(x) cannot be trained with a wrapper.
+    """
+    if isinstance(model, DataParallel):
+        raise ModelStateError(
+            "DataParallel copies the model in each step: use DistributedDataParallel, or model.module"
+        )
+    if isinstance(model, DistributedDataParallel):
+        if model.static_graph:
+            raise ModelStateError("W(x) cannot be trained with static_graph=True: leave the option out")
+        return _unwrapped(model.module)
+    inner = getattr(model, "_orig_mod", None)  # of `torch.compile`
+    return model if inner is None else _unwrapped(inner)
+
+
+def _run(model: nn.Module, part: nn.Module, x: Tensor) -> Tensor:
+    """The output of a part of a model, which runs as a whole: DistributedDataParallel prepares its reduction there."""
+    if not isinstance(model, DistributedDataParallel):
+        return first_output(part(x))
+    outputs: list[Tensor] = []
+    with hooked([part], lambda module, args, output: outputs.append(first_output(output))):
+        model(x)
+    return outputs[0]
 
 
 def _check_trainable(model: nn.Module, x: Tensor) -> None:
@@ -87,8 +118,9 @@ def _check_trainable(model: nn.Module, x: Tensor) -> None:
         raise InputError(f"expected images (N, C, H, W) of floating point, got {found}")
     if torch.is_inference_mode_enabled() or x.is_inference():
         raise InputError("W(x) needs autograd, which torch.inference_mode() rules out")
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        raise ModelStateError("W(x) is trained in one process: give the model itself, model.module")
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # without it, no model is sharded
+    if fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
+        raise ModelStateError("W(x) cannot be trained with fully_shard (FSDP2): use DistributedDataParallel")
     if any(getattr(module, "grad_checkpointing", False) is True for module in model.modules()):
         raise ModelStateError("gradient checkpointing is on: call model.set_grad_checkpointing(False) first")
 

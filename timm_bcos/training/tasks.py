@@ -8,7 +8,7 @@ from timm.task import ClassificationTask, LogitDistillationTask
 from torch import Tensor, nn
 
 from ..data.regions import without_cell
-from ..errors import InputError, ModelStateError, TargetError
+from ..errors import InputError, TargetError
 from ..explanation.inputs import check_model
 from ..explanation.linearized import LinearizedModel
 from ..explanation.regions import Region, check_region
@@ -21,7 +21,7 @@ CELLS = 4  # per side of the grid of deleted cells
 
 
 class _ExplainedTask:
-    """A task that trains W(x), in one process and without compilation. Evaluation can be compiled."""
+    """A task that trains W(x), without compilation. Evaluation can be compiled."""
 
     trainable_module: nn.Module
 
@@ -29,14 +29,6 @@ class _ExplainedTask:
         """Compile the model for evaluation only; the losses on W(x) cannot be compiled."""
         self.eval_model = torch.compile(self.trainable_module, backend=backend, mode=mode, **options)
         return self.trainable_module
-
-    def prepare_distributed(self, *args: object, **options: object) -> "_ExplainedTask":
-        """Refuse several processes.
-
-        Raises:
-            ModelStateError: Always.
-        """
-        raise ModelStateError(f"{type(self).__name__} trains in one process: start it without torchrun")
 
 
 class ExplanationDistillationTask(_ExplainedTask, LogitDistillationTask):  # type: ignore[misc]

@@ -16,6 +16,7 @@ from ..options import (
     Methods,
     Reuse,
     Seed,
+    chosen_methods,
     expand_groups,
     find_device,
     method_option,
@@ -37,7 +38,9 @@ def pointing_game(
     model_options: AnyModelOptions,
     device: Device = "cpu",
     method: Methods = None,
-    n: Annotated[list[int] | None, typer.Option(min=1, help="Cells per side; repeatable. (default: 2, 3)")] = None,
+    n: Annotated[
+        list[int] | None, typer.Option("--cells", "--n", min=1, help="Cells per side; repeatable. (default: 2, 3)")
+    ] = None,
     grids: Annotated[int, typer.Option(min=1, help="Number of grids per grid size.")] = 500,
     threshold: Annotated[
         float, typer.Option(min=0, max=1, help="Minimum confidence for an image to be used in a grid.")
@@ -66,22 +69,22 @@ def pointing_game(
 
     Writes values.csv, summary.csv, gains.csv (paired differences to the other methods), summary.md and boxes.png.
     """
-    from ...attribution.registry import method_names
     from ...distributed import on_main
     from ...evaluation.pointing_game import sample_grids
     from ...evaluation.pointing_results import play_all, read_confidences
     from ...evaluation.results import remember_settings
 
-    methods = method_names(method or ALL)
+    methods = chosen_methods(method, ALL)
     model = model_options.load(device)
     images = data_options.load(model.num_classes)
-    settings = dict(reuse=reuse, seed=seed, threshold=threshold, disconnect=disconnect.value)
-    on_main(lambda: remember_settings(out, vars(model_options) | vars(data_options) | settings))
+    on_main(lambda: remember_settings(out, vars(model_options) | vars(data_options)))
     found = read_confidences(model, images, out)
     right = sum(item.predicted == item.label for item in found)
     typer.echo(f"{right} of {len(found)} images are classified correctly")
     sample = partial(sample_grids, found, count=grids, threshold=threshold, seed=seed, reuse=reuse)
     samples = [sample(cells) for cells in n or (2, 3)]  # all at once: a lack of images shows before the first game
+    settings = dict(reuse=reuse, seed=seed, threshold=threshold, disconnect=disconnect.value)
+    on_main(lambda: remember_settings(out, settings, "values.csv"))
     left_out = play_all(
         model, images, samples, methods, out, disconnect=disconnect.value, smooth=smooth or (1, 15),
         scale=scale or (1,), batch_size=batch_size,
@@ -114,21 +117,21 @@ def metrics(
 
     Writes metrics.csv and metrics.md.
     """
-    from ...attribution.registry import method_names
     from ...distributed import on_main
     from ...errors import MethodError
-    from ...evaluation.metrics import METRICS, NEEDING_MASKS, check_metrics, evaluate_all
+    from ...evaluation.metric_results import evaluate_all
+    from ...evaluation.metrics import METRICS, NEEDING_MASKS, check_metrics
     from ...evaluation.results import remember_settings
 
     suited = [name for name in METRICS if regions is not None or name not in NEEDING_MASKS]
-    methods, measured = method_names(method or QUICK), list(metric or suited)
+    methods, measured = chosen_methods(method, QUICK), list(metric or suited)
     check_metrics(measured)
     if lacking := [name for name in measured if name not in suited]:
         raise MethodError(f"{lacking[0]} needs the regions of the objects: give --regions")
     model = model_options.load(device)
     labeled = data_options.load(model.num_classes)
-    settings = dict(images=images, regions=regions)
-    on_main(lambda: remember_settings(out, vars(model_options) | vars(data_options) | settings))
+    settings = vars(model_options) | vars(data_options) | dict(images=images, regions=regions)
+    on_main(lambda: remember_settings(out, settings, "metrics.csv"))
     left_out = evaluate_all(model, labeled, measured, methods, out, images=images, regions=regions)
     _report(left_out, out / "metrics.md")
 
@@ -139,7 +142,7 @@ def aggatt(
     model_options: AnyModelOptions,
     device: Device = "cpu",
     method: Annotated[list[str] | None, method_option(", ".join(SHOWN))] = None,
-    n: Annotated[int, typer.Option(min=1, help="Cells per side of the grids.")] = 2,
+    n: Annotated[int, typer.Option("--cells", "--n", min=1, help="Cells per side of the grids.")] = 2,
     grids: Annotated[int, typer.Option(min=1, help="Number of grids.")] = 100,
     smooth: Annotated[int, typer.Option(min=1, help="Window of the mean filter in pixels; 1 for no smoothing.")] = 15,
     disconnect: DisconnectOption = DisconnectMode.NONE,
@@ -153,11 +156,12 @@ def aggatt(
     from ...evaluation.pointing_game import Disconnected, confidences, sample_grids
     from ...explanation.visualization import save_figure
 
+    methods = chosen_methods(method, SHOWN)
     model = model_options.load(device)
     images = data_options.load(model.num_classes)
     chosen = sample_grids(list(confidences(model, images)), n, grids, seed=seed, reuse=reuse)
     player = model if disconnect is DisconnectMode.NONE else Disconnected(model, n, disconnect.value)
-    figure, left_out = plot_aggatt(player, images, chosen, list(method or SHOWN), smooth)
+    figure, left_out = plot_aggatt(player, images, chosen, methods, smooth)
     on_main(lambda: save_figure(figure, out))
     typer.echo("\n".join([*(f"left out: {reason}" for reason in left_out), f"wrote {out}"]))
 
@@ -187,13 +191,14 @@ def compare(
 
     Writes comparison.csv (a row per model), clusters.csv (accuracy by cluster) and images.csv (correct predictions).
     """
+    from ...data.datasets import image_names
     from ...distributed import on_main
     from ...evaluation import comparison
 
     loaded = _named_models(models)
     first = loaded[0][1]()
     images: Any = data_options.load(first.num_classes)
-    names = [images.filename(i) for i in range(len(images))]
+    names = image_names(images)
     clusters = comparison.contributors(contributors, names) if contributors else comparison.series(names)
     right: dict[str, list[Any]] = {}
     for position, (name, load) in enumerate(loaded):

@@ -5,7 +5,16 @@ from typing import Annotated, Any
 
 import typer
 
-from ..options import AnyModelOptions, Classes, DataOptions, Device, Methods, ModelOptions, expand_groups
+from ..options import (
+    AnyModelOptions,
+    Classes,
+    DataOptions,
+    Device,
+    Methods,
+    ModelOptions,
+    chosen_methods,
+    expand_groups,
+)  # fmt: skip
 
 __all__ = ["of_classes", "of_methods"]
 
@@ -48,12 +57,12 @@ def of_methods(
     out: Out = Path("methods.png"),
 ) -> None:
     """Plot one image per class, explained by every attribution method that supports the model."""
-    from ...attribution.registry import METHODS, method_names
+    from ...attribution.registry import METHODS
     from ...distributed import on_main
     from ...evaluation.galleries import plot_methods
     from ...explanation.visualization import save_figure
 
-    methods = method_names(method or METHODS)
+    methods = chosen_methods(method, METHODS)
     model = model_options.load(device)
     names, x, targets = _most_confident(model, data_options, classes, show, 1)
     figure = plot_methods(model, x, targets, methods, names)

@@ -57,24 +57,24 @@ class CardOptions:
     ] = None
     license: Annotated[
         str | None,
-        typer.Option(help="License by its name on the Hub. (default: the license of published weights, or apache-2.0)"),
+        typer.Option(help="License by its name on the Hub. (default: the license of the initial weights, if known)"),
     ] = None
     note: Annotated[list[str] | None, typer.Option(help="Additional license terms; repeatable.")] = None
 
     def card(self, model: Any, source: ModelOptions, evaluation: "Evaluation | None") -> "Card":
         """The model card of a model that was loaded from `source`."""
-        from ...hub.card import Card, find_base_model
+        from ...hub.card import Card, find_base_model, with_terms
 
-        published = model.pretrained_cfg if source.checkpoint is None else {}  # whose license goes on
-        return Card(
+        given = Card(
             description=self.description,
             evaluation=evaluation,
-            license=self.license or published.get("license") or "apache-2.0",
-            notes=self.note or published.get("notes") or (),
+            license=self.license,
+            notes=self.note or (),
             photos=self.photo or (),
             datasets=self.trained_on or (),
             base_model=self.base_model or find_base_model(source.model, source.checkpoint),
         )
+        return with_terms(given, model)
 
 
 @expand_groups
@@ -113,14 +113,15 @@ def publish(
     evaluation = accuracy_options.evaluation()
     model = model_options.load()
     card = card_options.card(model, model_options, evaluation)
+    example: dict[str, Any] = dict(photos=card.photos, license=card.license)  # of the Space
     labels = read_class_names(classes, model.num_classes) if classes else None
     weights: dict[str, Any] = dict(label_names=labels, dtype=getattr(torch, dtype) if dtype else None)
     if folder:
         repository.save_repository(model, folder, repo_id, card, **weights)
         if space:
-            save_space(folder / "space", repo_id, repo_id, photos=card.photos, license=card.license)
+            save_space(folder / "space", repo_id, repo_id, **example)
         typer.echo(f"wrote {folder}")
         return
     typer.echo(repository.publish(model, repo_id, card, **weights, private=private))
     if space:
-        typer.echo(publish_space(repo_id, repo_id, photos=card.photos, license=card.license, private=private))
+        typer.echo(publish_space(repo_id, repo_id, **example, private=private))

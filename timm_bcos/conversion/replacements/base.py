@@ -37,9 +37,14 @@ class LayerRole:
     std: tuple[float, ...] | None = None
 
 
+def is_linear(name: str, config: BcosConfig) -> bool:
+    """Whether the module with this path stays linear."""
+    return any(fnmatch(name, pattern) for pattern in config.linear)
+
+
 def hidden_role(name: str, config: BcosConfig) -> LayerRole:
     """The role of a module that neither reads the image nor gives the logits."""
-    return LayerRole(name, "linear" if any(fnmatch(name, pattern) for pattern in config.linear) else "hidden")
+    return LayerRole(name, "linear" if is_linear(name, config) else "hidden")
 
 
 Rule = Callable[[Any, LayerRole, BcosConfig], nn.Module]

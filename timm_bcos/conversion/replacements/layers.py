@@ -13,7 +13,7 @@ from ...nn.module_utils import buffer_device, clone
 from ...nn.stems import BcosStem
 from ..blocks import AVERAGED, antialiased_max_pool, is_patchifying
 from ..config import BcosConfig
-from .base import LayerRole, refuse, with_class
+from .base import LayerRole, is_linear, refuse, with_class
 
 pool2d_same: Any = Library("timm.layers.pool2d_same")
 
@@ -29,13 +29,12 @@ def _adopt(
     return layer.train(old.training)
 
 
-def _bcos_options(config: BcosConfig, fan_in: int) -> dict[str, Any]:
+def _options(layer_role: LayerRole, config: BcosConfig, fan_in: int) -> dict[str, Any]:
+    if layer_role.role != "stem" and is_linear(layer_role.name, config):
+        return dict(b=1.0, normalize_weight=False)
     return dict(
         b=config.b, max_out=config.max_out, gamma=config.layer_gamma(fan_in), normalize_weight=config.normalize_weight
     )
-
-
-LINEAR_OPTIONS: dict[str, Any] = dict(b=1.0, normalize_weight=False)
 
 
 def _logits(config: BcosConfig, num_classes: int) -> dict[str, float]:
@@ -55,7 +54,7 @@ def replace_conv(conv: nn.Conv2d, layer_role: LayerRole, config: BcosConfig) -> 
     is_stem = layer_role.role == "stem"
     channels = 2 * conv.in_channels if is_stem else conv.in_channels  # images are encoded
     fan_in = channels * conv.kernel_size[0] * conv.kernel_size[1]
-    options = LINEAR_OPTIONS if layer_role.role == "linear" else _bcos_options(config, fan_in)
+    options = _options(layer_role, config, fan_in)
     options = dict(
         kernel_size=conv.kernel_size, stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
         groups=conv.groups, padding_mode=conv.padding_mode, pad_same=type(conv) is not nn.Conv2d,
@@ -114,7 +113,7 @@ def _conv_classifier(
     module: nn.Linear | nn.Conv2d, layer_role: LayerRole, config: BcosConfig
 ) -> BcosConv2d | BcosLinear:
     features, num_classes = module.weight.shape[1], module.weight.shape[0]
-    options = _bcos_options(config, features)
+    options = _options(layer_role, config, features)
     layer = BcosConvClassifier(
         features, num_classes, pool=layer_role.role != "map", device="meta", dtype=module.weight.dtype,
         **_logits(config, num_classes), **options,
@@ -127,7 +126,7 @@ def replace_linear(linear: nn.Linear, layer_role: LayerRole, config: BcosConfig)
     """Linear layers; a classifier that pools becomes a 1 × 1 convolution."""
     if layer_role.role in ("positions", "map"):
         return _conv_classifier(linear, layer_role, config)
-    options = LINEAR_OPTIONS if layer_role.role == "linear" else _bcos_options(config, linear.in_features)
+    options = _options(layer_role, config, linear.in_features)
     kind: type[BcosLinear] = BcosLinear
     if layer_role.role == "classifier":
         kind, options = BcosLinearClassifier, options | _logits(config, linear.out_features)

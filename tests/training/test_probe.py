@@ -1,0 +1,341 @@
+"""Probes: a classifier for one's own classes, exactly explainable, from Python and from the command line."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import timm_bcos
+from tests.helpers import command
+from timm_bcos import InputError, ModelStateError, bcosify, fit_probe
+from timm_bcos.conversion.config import BcosConfig
+from timm_bcos.data.class_folders import ClassFolders, read_splits
+from timm_bcos.hub.repository import save_model
+from timm_bcos.models.loading import load_model
+from timm_bcos.training import features as feature_module
+from timm_bcos.training.features import FeatureCache, compute_features, pooled_features
+from timm_bcos.training.logistic import cross_validate, fit_logistic, stratified_folds
+from timm_bcos.training.probe_result import ProbeResult, wilson_interval
+
+COLORS = {"blue": (40, 60, 220), "green": (50, 200, 60), "red": (220, 40, 50)}
+SMALL = "bcos_cifar_resnet20"  # embedded, 32 × 32 pixels
+
+
+def write_photos(root: Path, count: int = 5, names: tuple[str, ...] = tuple(COLORS), seed: int = 0) -> Path:
+    """Noisy photos of one color per class."""
+    generator = torch.Generator().manual_seed(seed)
+    for name in names:
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            noise = torch.randint(-30, 31, (48, 40, 3), generator=generator)
+            pixels = (torch.tensor(COLORS[name]) + noise).clamp(0, 255).to(torch.uint8)
+            Image.fromarray(pixels.numpy()).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return write_photos(tmp_path / "photos")
+
+
+# The classifier.
+
+
+@pytest.mark.parametrize("count", [40, 12])
+def test_the_fit_is_that_of_scikit_learn(count: int) -> None:
+    """C of scikit-learn is 1 / (N · decay). With 12 examples of 20 features, the fit takes place in their span."""
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="needs scikit-learn")
+    torch.manual_seed(0)
+    x, y = torch.randn(count, 20, dtype=torch.float64) + 0.5, torch.arange(count) % 3
+    scale = x.square().sum(1).mean().sqrt()
+    fit = cross_validate(x, y, 3, decays=[0.01])
+    expected = linear_model.LogisticRegression(C=1 / (count * 0.01), fit_intercept=False, tol=1e-10, max_iter=5000)
+    expected.fit((x / scale).numpy(), y.numpy())
+    torch.testing.assert_close(fit.weight * scale, torch.from_numpy(expected.coef_), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fit.weight.sum(0), torch.zeros(20, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_held_out_logits_are_of_fits_without_the_fold() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(15, 4, dtype=torch.float64), torch.arange(15) % 3
+    fit = cross_validate(x, y, 3, decays=[0.1], seed=3)
+    folds, scale = stratified_folds(y, 5, seed=3), x.square().sum(1).mean().sqrt()
+    for fold in range(fit.folds):
+        inside = folds == fold
+        weight = fit_logistic(x[~inside] / scale, y[~inside], 0.1, 3)
+        torch.testing.assert_close(fit.held_out[inside], x[inside] @ weight.T / scale, rtol=1e-4, atol=1e-6)
+
+
+def test_folds_are_stratified() -> None:
+    y = torch.tensor([0] * 7 + [1] * 3 + [2] * 11)
+    folds = stratified_folds(y, 3)
+    counts = torch.stack([torch.bincount(folds[y == c], minlength=3) for c in range(3)])
+    assert counts.sum(1).tolist() == [7, 3, 11] and int((counts.amax(1) - counts.amin(1)).max()) <= 1
+    assert not torch.equal(folds, stratified_folds(y, 3, seed=1))
+
+
+def test_noise_gets_more_decay_than_a_signal() -> None:
+    torch.manual_seed(0)
+    y = torch.arange(60) % 2
+    noise = torch.randn(60, 10)
+    signal = noise + 20 * torch.nn.functional.one_hot(y, 10)
+    assert cross_validate(noise, y, 2).decay > 10 * cross_validate(signal, y, 2).decay
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 5), (5, 5), (1, 3), (334, 372)])
+def test_intervals_are_wilsons(right: int, count: int) -> None:
+    stats = pytest.importorskip("scipy.stats", reason="needs SciPy")
+    expected = stats.binomtest(right, count).proportion_ci(method="wilson")
+    assert wilson_interval(right, count) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_results_by_hand() -> None:
+    logits = torch.tensor([[2.0, 0, 0], [3, 0, 0], [0, 1, 0], [0, 1, 0], [0, 0, 1], [5, 0, 0]])
+    labels = torch.tensor([0, 0, 0, 0, 2, 1])
+    result = ProbeResult(("a", "b", "c"), labels, logits, tuple(range(6)), "validation", (3, 3, 3), 0.1)
+    assert result.accuracy == pytest.approx(0.5)
+    assert result.confusion.tolist() == [[2, 2, 0], [1, 0, 0], [0, 0, 1]]
+    assert result.worst_confusion == (0, 1, 2)
+    assert result.most_confident(0, 5) == [1, 0] and result.most_confident(1, 5) == []
+    assert "2 of 4 photos of 'a' classified as 'b'" in str(result)
+    perfect = ProbeResult(("a", "b"), torch.tensor([0, 1]), torch.eye(2), (0, 1), "validation", (3, 3), 0.1)
+    assert perfect.worst_confusion is None and perfect.interval[0] < 0.5 < perfect.interval[1]
+
+
+# Models.
+
+MODELS = {
+    "positions": lambda: load_model("bcos_cifar_resnet20"),
+    "max-out": lambda: timm.create_model("bcos_cnn9", b=1.5),
+    "normalized": lambda: bcosify(timm.create_model("test_convnext"), BcosConfig.v2()),
+    "tokens": lambda: bcosify(timm.create_model("test_vit"), BcosConfig(b=1.5)),
+    "biases": lambda: bcosify(timm.create_model("test_resnet"), BcosConfig.finetune(b=1, bias=True)),
+    "no head": lambda: timm.create_model("bcosify", arch="test_resnet", b=1.25, num_classes=0),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_probes_are_exact_and_load_again(kind: str, photos: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    backbone: Any = MODELS[kind]().eval()
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    model, result = fit_probe(backbone, photos, progress=False)
+    assert result.class_names == ("blue", "green", "red") and len(result.labels) == 15
+    assert result.held_out == "cross-validation" and result.accuracy > 0.9, kind
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+    x = torch.rand(2, 3, *backbone.pretrained_cfg["input_size"][1:])
+    explanation = timm_bcos.explain(model, x)
+    assert explanation.completeness_error.max() <= 2e-6
+    assert timm_bcos.explain(model.double(), x.double()).completeness_error.max() <= 1e-12
+    model.float()
+    head = model.get_classifier()  # type: ignore[operator]
+    expected = pooled_features(backbone, x) @ head.weight.flatten(1).T
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max().detach()))
+    assert explanation.probability_kind == "softmax"
+    if not backbone.bcos_config.adds_bias:
+        torch.testing.assert_close(model(x).sum(1), torch.zeros(2), atol=1e-3, rtol=0)  # the winner is never negative
+
+    save_model(model, tmp_path / "mine")
+    again = timm.create_model(f"local-dir:{tmp_path / 'mine'}", pretrained=True).eval()
+    torch.testing.assert_close(again(x), model(x))
+    assert list(again.pretrained_cfg["label_names"]) == ["blue", "green", "red"]
+
+
+def test_a_probe_knows_the_terms_of_its_base_model(photos: Path) -> None:
+    model, _ = fit_probe(SMALL, photos, progress=False)
+    cfg = model.pretrained_cfg
+    assert cfg["license"] == "bsd-2-clause" and "Yerlan Idelbayev" in cfg["notes"][1]
+    assert cfg["notes"][0] == "base model: bcos_cifar_resnet20.cifar10"
+    assert not cfg["tag"] and "CIFAR" not in cfg["description"] and not cfg["file"]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (timm.create_model("test_resnet"), "is not a B-cos model: convert it"),
+        (bcosify(nn.Sequential(nn.Conv2d(3, 4, 3)), BcosConfig(mean=(0.0,), std=(1.0,))), "no reset_classifier"),
+    ],
+    ids=["plain", "own"],
+)
+def test_refused_models(model: nn.Module, message: str, photos: Path) -> None:
+    with pytest.raises(ModelStateError, match=message):
+        fit_probe(model, photos, progress=False)
+
+
+# Data.
+
+
+def test_a_validation_folder_measures_the_accuracy(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos" / "train")
+    write_photos(tmp_path / "photos" / "val", 2, ("blue", "red"), seed=1)
+    _, result = fit_probe(SMALL, tmp_path / "photos", progress=False)
+    assert result.held_out == "validation" and result.labels.tolist() == [0, 0, 2, 2]
+    assert result.training_counts == (5, 5, 5) and result.confusion.sum() == 4
+
+
+def test_timms_data_sets_give_the_same_probe(photos: Path) -> None:
+    ours, _ = fit_probe(SMALL, photos, progress=False)
+    theirs, result = fit_probe(SMALL, timm.data.create_dataset("", str(photos)), progress=False)
+    assert result.class_names == ("blue", "green", "red")
+    weights = [model.get_classifier().weight for model in (ours, theirs)]  # type: ignore[operator]
+    torch.testing.assert_close(*weights)
+
+
+def test_data_sets_of_tensors_are_refused(photos: Path) -> None:
+    data = timm.data.create_dataset("", str(photos))
+    data.transform = timm.data.create_transform(32)
+    with pytest.raises(InputError, match="returns Tensor, not Pillow images: remove its transform"):
+        fit_probe(SMALL, data, progress=False)
+
+
+def test_trains_may_be_a_class(photos: Path) -> None:
+    shutil.move(photos / "red", photos / "train")
+    train, validation = read_splits(photos)
+    assert train.class_names == ["blue", "green", "train"] and validation is None
+
+
+def empty(photos: Path) -> None:
+    (photos / "black").mkdir()
+
+
+def one_class(photos: Path) -> None:
+    shutil.rmtree(photos / "blue")
+    shutil.rmtree(photos / "green")
+
+
+def two_photos(photos: Path) -> None:
+    for i in range(2, 5):
+        (photos / "red" / f"{i}.png").unlink()
+
+
+def loose(photos: Path) -> None:
+    for folder in list(photos.iterdir()):
+        shutil.move(folder / "0.png", photos / f"{folder.name}.png")
+        shutil.rmtree(folder)
+
+
+def broken(photos: Path) -> None:
+    for i in range(3):
+        (photos / "red" / f"{i}.png").write_bytes(b"no photo")
+
+
+def unknown_class(photos: Path) -> None:
+    (photos / "train").mkdir()
+    for name in COLORS:
+        shutil.move(photos / name, photos / "train" / name)
+    shutil.copytree(photos / "train" / "red", photos / "validation" / "pink")
+
+
+REFUSED = {
+    empty: "no photos in .*black",
+    one_class: "only one class, 'red'",
+    two_photos: "too few photos: 'red' has 2; give at least 3 of each class",
+    loose: "no folders in .*: put the photos of each class into a folder",
+    broken: "too few photos: 'red' has 2",
+    unknown_class: "has a folder 'pink', which is none of the classes",
+    shutil.rmtree: "cannot read .*No such file or directory; give a directory with a folder per class",
+}
+
+
+@pytest.mark.parametrize("spoil", REFUSED, ids=lambda spoil: spoil.__name__)
+def test_refused_photos(spoil: Any, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil(photos)
+    with pytest.raises(InputError, match=REFUSED[spoil]):
+        fit_probe(SMALL, photos, progress=False)
+    status = command("probe", photos, "--model", SMALL, "--out", tmp_path / "mine", "--cache", tmp_path / "cache")
+    assert status == 2 and "Traceback" not in capsys.readouterr().err
+    assert not (tmp_path / "mine").exists()
+
+
+def test_photos_that_occur_twice_or_are_broken_are_told(photos: Path) -> None:
+    shutil.copy(photos / "red" / "0.png", photos / "green" / "same.png")
+    (photos / "blue" / "9.png").write_bytes((photos / "blue" / "0.png").read_bytes()[:100])
+    with pytest.warns(UserWarning, match="photos") as caught:
+        _, result = fit_probe(SMALL, photos, progress=False)
+    texts = [str(one.message) for one in caught]
+    assert tuple(texts) == result.warnings and len(texts) == 2
+    assert "1 photos cannot be read and are left out: blue/9.png: broken image" in texts[0]
+    assert "1 photos occur twice" in texts[1] and "photos/green/same.png and photos/red/0.png" in texts[1]
+    assert result.training_counts == (5, 6, 5)
+
+
+# Features on disk.
+
+
+def test_features_are_computed_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cache = load_model(SMALL).eval(), tmp_path / "cache"
+    seen: list[int] = []
+
+    def count(model: nn.Module, x: Tensor) -> Tensor:
+        seen.append(len(x))
+        return pooled_features(model, x)
+
+    monkeypatch.setattr(feature_module, "pooled_features", count)
+    data = ClassFolders(photos)
+    first = compute_features(model, data, FeatureCache(cache, model), batch_size=4)
+    files = sorted(cache.rglob("*.npy"))
+    assert sum(seen) == len(files) == 15
+    files[0].write_bytes(files[0].read_bytes()[:-8])  # torn
+    files[1].write_bytes(b"")
+    files[2].write_bytes(b"\x93NUMPY but no more")
+    (photos / "red" / "0.png").rename(photos / "red" / "renamed.png")
+    again = compute_features(model, ClassFolders(photos), FeatureCache(cache, model), batch_size=4)
+    assert sum(seen) == 15 + 3
+    by_digest = dict(zip(again.digests, again.values, strict=True))
+    expected = dict(zip(first.digests, first.values, strict=True))
+    assert by_digest.keys() == expected.keys()
+    for digest, values in by_digest.items():
+        torch.testing.assert_close(values, expected[digest])
+
+
+@pytest.mark.parametrize("change", ["weight", "crop", "classifier"])
+def test_the_cache_knows_model_and_transform(change: str, tmp_path: Path) -> None:
+    model: Any = load_model(SMALL).eval()
+    before = FeatureCache(tmp_path, model).folder
+    if change == "weight":
+        next(model.parameters()).data.flatten()[0] += 1
+    elif change == "crop":
+        model.pretrained_cfg = {**model.pretrained_cfg, "crop_pct": 0.5}
+    else:
+        model.get_classifier().weight.data += 1
+    assert (FeatureCache(tmp_path, model).folder == before) == (change == "classifier")
+
+
+def test_a_cache_that_cannot_be_written_is_no_problem(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    _, result = fit_probe(SMALL, photos, cache=tmp_path / "file", progress=False)
+    assert result.accuracy > 0.9
+
+
+# The command.
+
+
+def test_the_command_writes_a_model_that_explains_itself(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mine"
+    shutil.copy(photos / "red" / "0.png", photos / "red" / "same.png")
+    assert command("probe", photos, "--model", SMALL, "--out", out, "--cache", tmp_path / "cache") == 0
+    text = capsys.readouterr()
+    assert "16 training photos of 3 classes: blue 5, green 5, red 6" in text.out
+    assert "accuracy 100.0 % (95 % interval 80.6 to 100.0; 16 photos, cross-validation)" in text.out
+    assert "warning: 1 photos occur twice" in text.err
+    assert {path.name for path in out.iterdir()} == {
+        "config.json", "model.safetensors", "probe.json", "class_000_blue.png", "class_001_green.png",
+        "class_002_red.png",
+    }  # fmt: skip
+    photo, why = photos / "green" / "1.png", tmp_path / "why"
+    assert command("explain", photo, "--model", f"local-dir:{out}", "--out", why) == 0
+    assert "green" in capsys.readouterr().out.splitlines()[1]
+
+
+def test_the_model_does_not_go_among_the_photos(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("probe", photos, "--model", SMALL, "--out", photos / "mine") == 2
+    assert "lies in" in capsys.readouterr().err
+    assert command("probe", photos, "--model", SMALL, "--out", photos / "red" / "0.png") == 2
