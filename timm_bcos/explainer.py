@@ -1,6 +1,6 @@
 """Explanations of photos: a model with its photo transform and the names of its classes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from os import PathLike
@@ -310,11 +310,12 @@ def _has_names(target: object) -> bool:
 
 def _table(targets: Any, images: int) -> Any:
     """(N, T) classes: a flat sequence is for all images."""
+    if isinstance(targets, Integral):
+        targets = [targets]
     if isinstance(targets, Tensor):
         return targets.expand(images, -1) if targets.ndim == 1 else targets
-    several = [targets] if isinstance(targets, Integral) else list(targets)
-    is_flat = all(isinstance(one, Integral) for one in several)
-    return [several] * images if is_flat else several
+    is_flat = isinstance(targets, Iterable) and all(isinstance(one, Integral) for one in targets)
+    return [list(targets)] * images if is_flat else targets
 
 
 def _region(region: Any, prepared: PreparedPhotos) -> Any:
