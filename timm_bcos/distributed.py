@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from .errors import BcosError, DistributedError, InputError
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup, Store
+    from torch.distributed import Store
 
 __all__ = [
     "ALONE",
@@ -79,7 +79,7 @@ class _Connection:
         store: Key-value store of all processes; None if the program has opened a process group itself.
     """
 
-    group: "ProcessGroup | None"
+    group: Any
     store: "Store | None"
 
 
