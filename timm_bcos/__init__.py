@@ -3,9 +3,9 @@
 Importing this package registers its models with timm:
 
     >>> import timm, timm_bcos
-    >>> model = timm.create_model("bcos_densenet121").eval()
-    >>> explanation = timm_bcos.explain(model, images)  # images (N, 3, H, W) in [0, 1]
-    >>> explanation.plot()
+    >>> model = timm.create_model("bcos_efficientnet_lite0", pretrained=True).eval()
+    >>> explanation = timm_bcos.Explainer(model)("photo.jpg")
+    >>> explanation.overlay().save("why.png")
 """
 
 __version__ = "0.1.0"

@@ -264,7 +264,7 @@ class Explainer:
 
     def _with_names(self, found: Explanation, photos: tuple[Photo, ...]) -> Explanation:
         fits = found.layer is None and len(self.class_names) == found.logits.shape[1]
-        return replace(found, class_names=tuple(self.class_names) if fits else (), photos=photos)
+        return replace(found, class_names=self.class_names if fits else found.class_names, photos=photos)
 
 
 def _load(model: Any, checkpoint: Any, device: torch.device | str | None) -> nn.Module:

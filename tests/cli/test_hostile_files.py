@@ -18,7 +18,6 @@ from PIL.PngImagePlugin import PngImageFile
 from safetensors.torch import save_file
 
 from tests.helpers import PHOTOS, command
-from tests.helpers.slow import slow_but_for
 from timm_bcos.cli import exceptions
 from timm_bcos.cli.outputs import OutputPaths, slug
 from timm_bcos.data.photos import is_own_picture, open_photo
@@ -280,10 +279,9 @@ def test_nobody_reads_what_a_run_prints(small: list[str], folder: Path, monkeypa
         assert command("explain", "a.png", "--out", "out", *small) == status
 
 
-INTERRUPTS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
-
-
-@pytest.mark.parametrize(("number", "status"), slow_but_for(INTERRUPTS[:1], INTERRUPTS))
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_interrupted_runs_leave_nothing_half_done(
     number: signal.Signals, status: int, small: list[str], folder: Path
 ) -> None:

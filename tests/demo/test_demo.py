@@ -258,10 +258,10 @@ def test_a_photo_of_none_of_the_classes(models: list[DemoModel]) -> None:
 def test_what_fails_is_logged_and_shown_without_a_traceback(
     models: list[DemoModel], hat: Prediction, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(*args: object) -> None:
+    def fail(*args: object, **options: object) -> None:
         raise RuntimeError("out of <memory>\nsecond line")
 
-    monkeypatch.setattr(inference, "explain_targets", fail)
+    monkeypatch.setattr(hat.model.explainer, "explain_targets", fail)
     with caplog.at_level(logging.ERROR):
         message, _ = Handlers(models).add_classes(hat, [0])
     assert message == notice("internal error: RuntimeError: out of <memory>")
@@ -324,6 +324,10 @@ def test_the_model_that_is_asked_for_comes_first(tmp_path: Path) -> None:
     asked, *embedded = demo_models("bcos_cifar_resnet20", classes=names)
     assert asked.label == "bcos_cifar_resnet20" and asked.names[3] == "name 3" and len(embedded) == 3
     assert asked.examples == [photo for model in embedded for photo in model.examples]
+    best = tmp_path / "train" / "20261129-cats" / "model_best.pth.tar"
+    best.parent.mkdir(parents=True)
+    torch.save(asked.module.state_dict(), best)
+    assert demo_models("bcos_cifar_resnet20", best)[0].label == "20261129-cats: bcos_cifar_resnet20"
     with pytest.raises(TargetError, match="bcos_cifar_resnet21"):
         demo_models("bcos_cifar_resnet21")
 

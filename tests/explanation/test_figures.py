@@ -54,7 +54,7 @@ def test_the_models_own_names_are_shown() -> None:
 def test_two_scales_beside_each_other() -> None:
     explanation = random_explanation(size=(64, 64))
     maps = explanation.contribution_map
-    for scale, side in ((None, 4), (7, 7)):
+    for scale, side in ((None, 8), (7, 7)):
         figure = explanation.plot(scale=scale)
         assert titles(figure)[2:5] == [
             "contributions of pixels", f"contributions of cells of {side} × {side} pixels", "overlay"
@@ -73,7 +73,7 @@ def test_images_that_are_no_colors(channels: int) -> None:
     figure = explanation.plot()
     assert titles(figure)[:3] == [
         f"image (mean of {channels} channels)", "for hat: contributions of pixels",
-        "contributions of cells of 2 × 2 pixels",
+        "contributions of cells of 4 × 4 pixels",
     ]  # fmt: skip
     shown = torch.from_numpy(np.asarray(figure.axes[0].images[0].get_array())).squeeze()
     torch.testing.assert_close(shown, explanation.image[0].mean(0))
@@ -92,8 +92,9 @@ def test_what_cannot_be_plotted() -> None:
     assert random_explanation(2)[:0]._repr_png_() is None
     with pytest.raises(InputError, match="top=0: give the number of classes"):
         random_explanation().plot(top=0)
-    with pytest.raises(InputError, match="no images has nothing to plot"):
-        random_explanation(2)[:0].plot()
+    for method in ("plot", "to_rgb", "to_rgba"):
+        with pytest.raises(InputError, match="no images has nothing to show"):
+            getattr(random_explanation(2)[:0], method)()
 
 
 def test_pictures_for_loggers() -> None:

@@ -76,7 +76,7 @@ def test_figure_and_files(explanation: timm_bcos.Explanation, tmp_path: Path) ->
         "image",
         f"for name {explanation.target[0]}",
         "contributions of pixels",
-        "contributions of cells of 2 × 2 pixels",
+        "contributions of cells of 4 × 4 pixels",
         "overlay",
         "probability (sigmoid)",
     ]

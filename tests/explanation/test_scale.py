@@ -71,7 +71,7 @@ def test_what_is_no_scale(scale: object) -> None:
 
 
 def test_default_scale_suits_the_image() -> None:
-    sizes = {(224, 224): 16, (160, 160): 16, (448, 300): 16, (32, 32): 2, (384, 512): 32, (5, 5): 1, (1, 9): 1}
+    sizes = {(224, 224): 16, (160, 160): 16, (448, 300): 32, (32, 32): 4, (384, 512): 32, (9, 9): 1, (1, 9): 1}
     assert {size: default_scale(*size) for size in sizes} == sizes
 
 

@@ -16,4 +16,8 @@ def slow_but_for(always: Collection[Case], cases: Iterable[Case]) -> list[Case |
     """The cases of a parametrized test, all but a few of which are marked slow."""
     cases = list(cases)
     assert always and set(always) <= set(cases)
-    return [case if case in always else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+    return [case if case in always else pytest.param(*_values(case), marks=pytest.mark.slow) for case in cases]
+
+
+def _values(case: Case) -> tuple[object, ...]:
+    return case if isinstance(case, tuple) else (case,)

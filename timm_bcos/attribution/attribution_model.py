@@ -15,7 +15,7 @@ from ..nn.functional import encode_image
 from ..nn.module_utils import converted_part, frozen_copy, hooked, pick_output
 from ..nn.stems import BcosStem, ImageReader
 
-__all__ = ["AttributionModel", "Targets", "checked_classes", "images_at_once"]
+__all__ = ["WITH_GRAPH", "AttributionModel", "Targets", "checked_classes", "images_at_once"]
 
 Targets = Sequence[int] | Tensor | int | None
 

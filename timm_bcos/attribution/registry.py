@@ -24,10 +24,11 @@ from ..explanation.inputs import Layer, layer_path
 from ..explanation.patches import split_input
 from ..explanation.regions import Position, Region
 from ..explanation.request import Request
-from .attribution_model import AttributionModel, Targets, images_at_once
+from .attribution_model import WITH_GRAPH, AttributionModel, Targets, images_at_once
 
 __all__ = [
     "METHODS",
+    "WITH_GRAPH",
     "AttributionModel",
     "Method",
     "Targets",

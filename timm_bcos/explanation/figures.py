@@ -29,7 +29,16 @@ if TYPE_CHECKING:
 
     from .result import Explanation
 
-__all__ = ["RGB_KINDS", "color_picture", "overlay_picture", "photo_map", "plot", "png_bytes", "to_rgb"]
+__all__ = [
+    "RGB_KINDS",
+    "check_not_empty",
+    "color_picture",
+    "overlay_picture",
+    "photo_map",
+    "plot",
+    "png_bytes",
+    "to_rgb",
+]
 
 COLOR_CHANNELS = (1, 3)  # of images whose weights can be read as colors
 PNG_ROWS, PNG_DPI = 4, 50  # of the small figure in notebooks
@@ -41,10 +50,19 @@ def _scale_of(explanation: "Explanation", scale: int | None) -> int:
     return default_scale(height, width) if scale is None else scale
 
 
+def check_not_empty(explanation: "Explanation") -> None:
+    """Refuse an explanation of no images, which has no pictures.
+
+    Raises:
+        InputError: If there are no images.
+    """
+    if len(explanation) == 0:
+        raise InputError("an explanation of no images has nothing to show")
+
+
 def plot(explanation: "Explanation", names: Sequence[str] | None, top: int, scale: int | None) -> "Figure":
     """What `Explanation.plot` draws."""
-    if len(explanation) == 0:
-        raise InputError("an explanation of no images has nothing to plot")
+    check_not_empty(explanation)
     check_top(top)
     scale = _scale_of(explanation, scale)
     return draw_rows([Row(_pictures(one, names, scale), _bars(one, names, top)) for one in explanation])
@@ -129,6 +147,7 @@ def to_rgb(explanation: "Explanation", kind: str, scale: int | None) -> Tensor:
     """What `Explanation.to_rgb` returns."""
     if kind not in RGB_KINDS:
         raise InputError(f"kind={kind!r}: choose one of {', '.join(RGB_KINDS)}")
+    check_not_empty(explanation)
     return RGB_KINDS[kind](explanation, scale).cpu().float().clamp(0, 1).movedim(-1, 1)
 
 

@@ -36,7 +36,7 @@ def split_input(
     """
     rest = _checked_extra(model, extra)
     if isinstance(x, Mapping):
-        missing = [name for name in ("patches", *NEEDED) if name not in x and name not in rest]
+        missing = [name for name in ("patches", *NEEDED) if name not in x and (name == "patches" or name not in rest)]
         if missing:
             raise InputError(
                 f"an input with {', '.join(map(repr, x)) or 'no entries'}: {', '.join(map(repr, missing))} is missing; "

@@ -118,7 +118,7 @@ class Explanation(Rows):
 
         Args:
             scale: Side of the cells that are shown, in pixels of the model's image, as in `at_scale`; 1 for single
-                pixels. Default: a power of two near 1 / 14 of the image's shorter side, 16 for 224 × 224 pixels.
+                pixels. Default: a power of two near 1 / 11 of the image's shorter side, 16 for 224 × 224 pixels.
 
         Returns:
             RGB image of Pillow, at the size of the photo, or of the image if there is no photo. What the model does not
@@ -186,6 +186,7 @@ class Explanation(Rows):
     def to_rgba(self, smooth: int = 15, percentile: float = 99.5) -> Tensor:
         """(N, H, W, 4) pictures in [0, 1]: each pixel in the color that its weights look for, opaque where they are
         strong and speak for the target; see `timm_bcos.explanation.visualization.weights_to_rgba`."""
+        figures.check_not_empty(self)
         return weights_to_rgba(self.weights, self.contribution_map, smooth, percentile)
 
     def to_rgb(self, kind: str = "color", scale: int | None = None) -> Tensor:

@@ -41,7 +41,8 @@ class Rows:
     def __post_init__(self) -> None:
         if isinstance(self.class_names, str):
             raise InputError(f"class_names={self.class_names!r}: give a name for each class")
-        object.__setattr__(self, "class_names", tuple(map(str, self.class_names)))  # lists are not hashable
+        names = () if self.class_names is None else map(str, self.class_names)
+        object.__setattr__(self, "class_names", tuple(names))  # lists are not hashable
         object.__setattr__(self, "photos", tuple(self.photos))
         if self.photos and len(self.photos) != len(self):
             raise InputError(f"{len(self.photos)} photos for {len(self)} images: give one per image, or none")

@@ -187,19 +187,21 @@ def save_repository(
         InputError: If the number of class names is not the number of classes, or if no license is given and that of
             the weights is unknown.
     """
-    card, loaded = card or Card(), model
-    if not isinstance(model, nn.Module):
+    card = card or Card()
+    if isinstance(model, nn.Module):
+        loaded = cast(TimmBcosModel, model)
+    else:
         loaded = load_model(None, Path(model))
         card = dataclasses.replace(card, base_model=card.base_model or find_base_model(checkpoint=Path(model)))
     _architecture(loaded)  # first, to refuse models that timm cannot create
-    card = with_terms(card, cast(TimmBcosModel, loaded))
+    card = with_terms(card, loaded)
 
     def add(again: TimmBcosModel, unfinished: Path) -> None:
         write_card(again, unfinished, repo_id, card)
         write_module(unfinished)
 
     config = dict(auto_map=AUTO_MAP, pretrained_cfg=dict(license=card.license, notes=tuple(card.notes)))
-    _save(cast(TimmBcosModel, loaded), Path(folder), label_names, dtype, config, add)
+    _save(loaded, Path(folder), label_names, dtype, config, add)
 
 
 def save_model(
