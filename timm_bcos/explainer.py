@@ -1,6 +1,6 @@
 """Explanations of photos: a model with its photo transform and the names of its classes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from os import PathLike
@@ -269,11 +269,13 @@ class Explainer:
 
 def _load(model: Any, checkpoint: Any, device: torch.device | str | None) -> nn.Module:
     found = None if device is None else find_device(device)  # first, so that a wrong name fails before a download
-    if isinstance(model, nn.Module) and checkpoint is None:
+    if isinstance(model, nn.Module):
+        if checkpoint is not None:
+            raise InputError("checkpoint= is for the weights of a named model: load them into the module instead")
         return model if found is None else model.to(found)
-    if not isinstance(model, str | PathLike) or isinstance(checkpoint, nn.Module):
-        given = f"model={type(model).__name__}"
-        raise InputError(f"{given}: give the name of a model, the path of a checkpoint, or a B-cos model")
+    if not isinstance(model, str | PathLike):
+        kind = type(model).__name__
+        raise InputError(f"model of type {kind}: give the name of a model, the path of a checkpoint, or a B-cos model")
     loaded: nn.Module = load_model(*_source(Path(model), str(model), checkpoint)).eval()
     return loaded if found is None else loaded.to(found)
 
@@ -297,6 +299,10 @@ def _names_of(model: nn.Module, given: Sequence[str] | str | PathLike[str] | Non
     count = getattr(model, "num_classes", None)
     if isinstance(given, str | PathLike):
         return tuple(read_class_names(Path(given), count))
+    if isinstance(given, Mapping | set | frozenset) or not isinstance(given, Iterable):
+        raise InputError(
+            f"class_names of type {type(given).__name__}: give a list of names, or the path of a file of them"
+        )
     names = tuple(map(str, given))
     if count is not None and len(names) != count:
         raise InputError(f"{len(names)} class names for a model of {count} classes: give one for each")
@@ -310,11 +316,12 @@ def _has_names(target: object) -> bool:
 
 def _table(targets: Any, images: int) -> Any:
     """(N, T) classes: a flat sequence is for all images."""
+    if isinstance(targets, Integral):
+        targets = [targets]
     if isinstance(targets, Tensor):
         return targets.expand(images, -1) if targets.ndim == 1 else targets
-    several = [targets] if isinstance(targets, Integral) else list(targets)
-    is_flat = all(isinstance(one, Integral) for one in several)
-    return [several] * images if is_flat else several
+    is_flat = isinstance(targets, Iterable) and all(isinstance(one, Integral) for one in targets)
+    return [list(targets)] * images if is_flat else targets
 
 
 def _region(region: Any, prepared: PreparedPhotos) -> Any:

@@ -201,7 +201,8 @@ def photo_steps(model: nn.Module, crop: str = "center") -> tuple[Any, ...]:
 def _create_transform(model: nn.Module, crop: str) -> Callable[[Image.Image], Tensor]:
     channels = CHANNELS[photo_mode(model)]
     mean = 0.0 if crop == "center" else PADDING  # timm pads with the mean color
-    cfg = timm.data.resolve_model_data_config(model) | CROPS[crop]
+    own = getattr(model, "pretrained_cfg", None) or {}
+    cfg = timm.data.resolve_data_config(dict(in_chans=channels), own) | CROPS[crop]
     cfg |= dict(mean=(mean,) * channels, std=(1.0,) * channels, is_training=False)
     return timm.data.create_transform(**cfg)
 

@@ -82,7 +82,7 @@ def _most_confident(
     from ...models.class_names import class_names, find_class
 
     names, labeled = class_names(model, classes), data_options.load(model.num_classes)
-    shown = [find_class(c, names, len(names)) for c in show or map(str, range(min(SHOWN, len(names))))]
+    shown = [find_class(c, names, len(names)) for c in show or ()] or list(range(min(SHOWN, len(names))))
     chosen = most_confident(list(confidences(model, labeled)), images, list(dict.fromkeys(shown)))
     load = image_loader(model, labeled)
     x = torch.stack([load(item.index)[0] for item in chosen]).to(next(model.parameters()).device)
