@@ -68,15 +68,33 @@ class Processes:
 
 ALONE = Processes()
 _CURRENT: ContextVar[Processes] = ContextVar("processes that compute together", default=ALONE)
-_joined: "Store | None" = None  # the key-value store of the processes: a process joins the others at most once
+
+
+@dataclass(frozen=True)
+class _Connection:
+    """What a process has when it has joined the others, which it does at most once.
+
+    Attributes:
+        group: Process group of the gloo backend.
+        store: Key-value store of all processes; None if the program has opened a process group itself.
+    """
+
+    group: Any
+    store: "Store | None"
+
+
+_connection: _Connection | None = None
 
 
 def started_processes(environment: Mapping[str, str] = os.environ) -> Processes:
-    """The processes that torchrun has started, from its environment variables; a single one without them.
+    """The processes of torch's process group, or those that torchrun's environment variables describe, or a single one.
 
     Raises:
         InputError: If the variables are incomplete or are no numbers.
     """
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        return Processes(dist.get_rank(), dist.get_world_size())
     if not {"RANK", "WORLD_SIZE"} <= environment.keys():
         return ALONE
     given = {name: environment[name] for name in ("RANK", "WORLD_SIZE")}
@@ -104,8 +122,8 @@ def current_processes() -> Processes:
 def process_group() -> Iterator[Processes]:
     """Context manager in which the processes that torchrun has started compute together.
 
-    Without torchrun's environment variables, or with a single process, nothing happens. At the end of the block the
-    processes wait for each other.
+    Without torchrun's environment variables, or with a single process, nothing happens. A process group that the
+    program has opened itself is used. At the end of the block the processes wait for each other.
 
     Raises:
         InputError: If the environment variables are incomplete.
@@ -123,14 +141,17 @@ def process_group() -> Iterator[Processes]:
 
 
 def _join(processes: Processes) -> None:
-    global _joined
-    if _joined is not None:
+    global _connection
+    if _connection is not None:
         return
     import torch
     import torch.distributed as dist
 
     if not dist.is_available() or not dist.is_gloo_available():
         raise DistributedError("this build of torch has no gloo: start a single process, without torchrun")
+    if dist.is_initialized():
+        _connection = _Connection(dist.new_group(backend="gloo", timeout=TIMEOUT), None)
+        return
     try:
         store, rank, size = next(dist.rendezvous("env://"))
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
@@ -139,12 +160,12 @@ def _join(processes: Processes) -> None:
     for backend in (torch.cuda, torch.xpu):  # "cuda" is another device in each process of a machine
         if backend.is_available():
             backend.set_device(int(os.environ.get("LOCAL_RANK", "0")) % backend.device_count())
-    _joined = store
+    _connection = _Connection(dist.group.WORLD, store)
 
 
 def has_joined() -> bool:
     """Whether this process has connected to others."""
-    return _joined is not None
+    return _connection is not None
 
 
 def signed_once(message: str, error: BaseException | None = None) -> str | None:
@@ -159,7 +180,9 @@ def signed_once(message: str, error: BaseException | None = None) -> str | None:
     except InputError:  # which is the message
         return message
     with contextlib.suppress(RuntimeError):  # the process that keeps the store may have ended
-        store = _joined or (_store_of_torchrun() if error is not None and process.size > 1 else None)
+        store = _connection.store if _connection else None
+        if store is None and error is not None and process.size > 1:
+            store = _store_of_torchrun()
         if store is not None and store.add(f"timm_bcos says {message}", 1) > 1:
             return None
     return message if process.size == 1 else f"{process}: {message}"
@@ -223,7 +246,7 @@ def _exchange(own: _Outcome[R] | None) -> list[_Outcome[R]]:
     processes = current_processes()
     found: list[Any] = [None] * processes.size
     try:
-        dist.all_gather_object(found, own)
+        dist.all_gather_object(found, own, _connection.group if _connection else None)
     except RuntimeError as error:
         raise DistributedError(LOST) from error
     found[processes.rank] = own

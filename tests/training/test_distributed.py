@@ -28,6 +28,7 @@ from timm_bcos import (
     bcosify,
     dynamic_weights,
 )
+from timm_bcos.distributed import distributed_map, process_group
 
 STEPS = 3
 
@@ -132,6 +133,8 @@ def _work(rank: int, folder: str) -> None:
     for block in whole.blocks:
         fully_shard(block)
     found["losses"] = torch.tensor(losses(fully_shard(whole), four_photos(32)[own], torch.tensor([0, 2, 1, 0])[own]))
+    with process_group() as processes:
+        found["shared"] = [str(processes), *distributed_map(lambda items: ((rank, item) for item in items), range(3))]
     torch.save(found, f"{folder}/found{rank}.pt")
     dist.destroy_process_group()
     os._exit(0)  # without the interpreter's shutdown, in which FSDP2 of plain layers aborts now and then, too
@@ -160,6 +163,12 @@ def test_two_processes_train_as_one_does(kind: str, found: list[dict[str, Any]])
 
 
 @needs_gloo
+def test_work_is_shared_in_a_group_that_is_open(found: list[dict[str, Any]]) -> None:
+    items = [(0, 0), (1, 1), (0, 2)]
+    assert [one["shared"] for one in found] == [[f"process {rank} of 2", *items] for rank in range(2)]
+
+
+@needs_gloo
 def test_sharded_model(found: list[dict[str, Any]]) -> None:
     """FSDP2 of a converted transformer; the mean of the processes' losses is that of the joint batch."""
     alone = torch.tensor(losses(transformer(), four_photos(32), torch.tensor([0, 2, 1, 0])))
@@ -182,14 +191,14 @@ def test_losses_on_explanations_in_two_processes(name: str, found: list[dict[str
 
 
 @pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
+def alone(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", f"file://{tmp_path}/group", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
 @needs_gloo
-@pytest.mark.usefixtures("process_group")
+@pytest.mark.usefixtures("alone")
 def test_options_of_distributed_data_parallel() -> None:
     alone = explained_gradients(guided(False), slice(0, 2))
     task = guided(False)

@@ -163,6 +163,7 @@ def _estimate_statistics(subject: AttributionModel, x: Tensor) -> None:
     norms: list[Any] = [module for module in subject.modules() if hasattr(module, "reset_running_stats")]
     for norm in norms:
         norm.reset_running_stats()
+        norm.is_synchronized = False  # other processes compute other metrics
         norm.momentum = None  # the cumulative average, here of a single batch
         norm.train()
     subject(subject.prepare(x))
