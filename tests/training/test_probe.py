@@ -174,9 +174,18 @@ def test_refused_models(model: nn.Module, message: str, photos: Path) -> None:
 def test_a_validation_folder_measures_the_accuracy(tmp_path: Path) -> None:
     write_photos(tmp_path / "photos" / "train")
     write_photos(tmp_path / "photos" / "val", 2, ("blue", "red"), seed=1)
-    _, result = fit_probe(SMALL, tmp_path / "photos", progress=False)
-    assert result.held_out == "validation" and result.labels.tolist() == [0, 0, 2, 2]
-    assert result.training_counts == (5, 5, 5) and result.confusion.sum() == 4
+    train, validation = tmp_path / "photos" / "train", tmp_path / "photos" / "val"
+    for data in ([tmp_path / "photos"], [train, validation], [str(train), ClassFolders(validation, sorted(COLORS))]):
+        _, result = fit_probe(SMALL, *data, progress=False)
+        assert result.held_out == "validation" and result.labels.tolist() == [0, 0, 2, 2]
+        assert result.training_counts == (5, 5, 5) and result.confusion.sum() == 4
+
+
+def test_photos_of_both_splits_are_told(tmp_path: Path) -> None:
+    train = write_photos(tmp_path / "photos" / "train")
+    shutil.copytree(train / "red", tmp_path / "photos" / "validation" / "red")
+    with pytest.warns(UserWarning, match=r"5 photos occur twice.*train/red/0.png and validation/red/0.png"):
+        fit_probe(SMALL, tmp_path / "photos", progress=False)
 
 
 def test_timms_data_sets_give_the_same_probe(photos: Path) -> None:

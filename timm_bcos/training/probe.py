@@ -28,13 +28,13 @@ from .probe_result import ProbeResult
 __all__ = ["fit_probe"]
 
 FEWEST = 3  # photos of a class: two to fit and one to hold out
-TOLERANCE = 1e-3  # of logits in float32, relative to the largest
+TOLERANCE = 1e-3  # of logits, relative to the sum of their absolute terms
 
 
 def fit_probe(
     model: nn.Module | str,
     dataset: LabeledImages | str | PathLike[str],
-    validation: LabeledImages | None = None,
+    validation: LabeledImages | str | PathLike[str] | None = None,
     *,
     class_names: Sequence[str] | None = None,
     cache: str | PathLike[str] | None = None,
@@ -52,8 +52,8 @@ def fit_probe(
         model: A B-cos model of timm or its name. It is not changed.
         dataset: Labeled photos, for instance from `timm.data.create_dataset`; or a directory with a folder per class,
             or with folders `train` and `validation` that have one.
-        validation: Labeled photos of the same classes to measure the accuracy on. None for the folder `validation` of
-            a directory, or, without it, for cross-validation.
+        validation: Labeled photos of the same classes to measure the accuracy on, or a directory of them. None for the
+            folder `validation` of a directory, or, without it, for cross-validation.
         class_names: Names of the classes. Default: those of the data set.
         cache: Directory in which features are cached, by the contents of photo, model and transform. None for none.
         batch_size: Number of photos per batch.
@@ -109,12 +109,13 @@ def _result(
 
 
 def _data_sets(
-    dataset: LabeledImages | str | PathLike[str], validation: LabeledImages | None
+    dataset: LabeledImages | str | PathLike[str], validation: LabeledImages | str | PathLike[str] | None
 ) -> tuple[LabeledImages, LabeledImages | None]:
-    if not isinstance(dataset, str | PathLike):
-        return dataset, validation
-    train, found = read_splits(Path(dataset))
-    return train, validation or found
+    """The data sets for training and validation; directories are read."""
+    train, test = read_splits(Path(dataset)) if isinstance(dataset, str | PathLike) else (dataset, None)
+    if isinstance(validation, str | PathLike):
+        return train, ClassFolders(Path(validation), _names_of(train) or None)
+    return train, test if validation is None else validation
 
 
 def _names_of(dataset: Any) -> Sequence[str]:
@@ -186,9 +187,10 @@ def _check_logits(probe: TimmBcosModel, backbone: nn.Module, weight: Tensor, pho
     """Refuse architectures whose logits are not linear in the features, for instance for another kind of pooling."""
     mode, transform = photo_transform(backbone)
     x = transform(photo.convert(mode))[None].to(next(backbone.parameters()).device)
-    expected = pooled_features(backbone, x).cpu().double() @ weight.T
+    features = pooled_features(backbone, x).cpu().double()
+    expected, scale = features @ weight.T, features.abs() @ weight.abs().T
     found = first_output(probe(x)).cpu().double()
-    if found.shape != expected.shape or float((found - expected).abs().max()) > TOLERANCE * float(expected.abs().max()):
+    if found.shape != expected.shape or float((found - expected).abs().max()) > TOLERANCE * float(scale.max()):
         raise ModelStateError(
             f"the logits of {type(backbone).__name__} are not linear in the pooled inputs of its classifier, so that "
             f"no probe can be fitted: fine-tune it instead"
