@@ -15,24 +15,9 @@ from ..nn.functional import encode_image
 from ..nn.module_utils import converted_part, frozen_copy, hooked, pick_output
 from ..nn.stems import BcosStem, ImageReader
 
-__all__ = ["WITH_GRAPH", "AttributionModel", "Targets", "checked_classes", "images_at_once"]
+__all__ = ["AttributionModel", "Targets", "checked_classes"]
 
 Targets = Sequence[int] | Tensor | int | None
-
-# Pixels per pass. With a graph: nine images of 224 × 224, or one 3×3 grid of such images.
-WITH_GRAPH = 672 * 672
-WITHOUT_GRAPH = 32 * 224 * 224
-
-
-def images_at_once(x: Tensor, has_graph: bool = True) -> int:
-    """Number of images per pass that bounds the memory.
-
-    Args:
-        x: Images (N, C, H, W).
-        has_graph: Whether gradients are computed.
-    """
-    pixels = WITH_GRAPH if has_graph else WITHOUT_GRAPH
-    return max(pixels // (x.shape[-2] * x.shape[-1]), 1)
 
 
 class AttributionModel(nn.Module):
@@ -164,7 +149,7 @@ class AttributionModel(nn.Module):
         return ModelStateError(f"{self.kind} returns {found}: attribution needs logits (N, K){hint}")
 
     @torch.no_grad()
-    def settle(self, x: Tensor, targets: Targets, batch_size: int | None = None) -> Tensor:
+    def settle(self, x: Tensor, targets: Targets, batch_size: int) -> Tensor:
         """Find the class of each image, and set the request's position to where the class is largest, as in `explain`.
 
         Args:
@@ -183,9 +168,8 @@ class AttributionModel(nn.Module):
         if request.images is None:  # nothing is asked for but logits
             return self.classes(x, targets, batch_size)
         found = []
-        size = batch_size or images_at_once(x, has_graph=False)
-        for start in range(0, len(x), size):
-            rows = slice(start, start + size)
+        for start in range(0, len(x), batch_size):
+            rows = slice(start, start + batch_size)
             self.request = request.of_images(rows)
             found.append(self._select(x[rows], targets, rows, len(x)))
         positions = [selection.position for selection in found if selection.position is not None]
@@ -219,16 +203,14 @@ class AttributionModel(nn.Module):
         config = getattr(self.part, "bcos_config", None)
         return logits.sigmoid() if config and config.probability == "sigmoid" else logits.softmax(1)
 
-    def classes(self, x: Tensor, targets: Targets, batch_size: int | None = None) -> Tensor:
-        """(N,) the given classes, or the predicted ones.
+    def classes(self, x: Tensor, targets: Targets, batch_size: int) -> Tensor:
+        """(N,) the given classes, or the predicted ones of `batch_size` images per pass.
 
         Raises:
             TargetError: If a target is not a class of the model.
         """
         if targets is None:
-            return torch.cat(
-                [self.probability(images).argmax(1) for images in x.split(batch_size or images_at_once(x))]
-            )
+            return torch.cat([self.probability(images).argmax(1) for images in x.split(batch_size)])
         return checked_classes(targets, len(x), self._count_classes(x), x.device)
 
     def _count_classes(self, x: Tensor) -> int:

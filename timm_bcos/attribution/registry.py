@@ -24,7 +24,7 @@ from ..explanation.inputs import Layer, layer_path
 from ..explanation.patches import split_input
 from ..explanation.regions import Position, Region
 from ..explanation.request import Request
-from .attribution_model import WITH_GRAPH, AttributionModel, Targets, images_at_once
+from .attribution_model import AttributionModel, Targets
 
 __all__ = [
     "METHODS",
@@ -45,6 +45,21 @@ __all__ = [
 ]
 
 ROUNDING = 1e-4  # tolerance of pixels in [0, 1], as in `explain`: resizing may overshoot by rounding
+
+# Pixels per pass. With a graph: nine images of 224 × 224, or one 3×3 grid of such images.
+WITH_GRAPH = 672 * 672
+WITHOUT_GRAPH = 32 * 224 * 224
+
+
+def images_at_once(x: Tensor, has_graph: bool = True) -> int:
+    """Number of images per pass that bounds the memory.
+
+    Args:
+        x: Images (N, C, H, W).
+        has_graph: Whether gradients are computed.
+    """
+    pixels = WITH_GRAPH if has_graph else WITHOUT_GRAPH
+    return max(pixels // (x.shape[-2] * x.shape[-1]), 1)
 
 
 Attribute = Callable[..., Tensor]
@@ -272,7 +287,7 @@ def settled_model(
     image, request = _checked_request(model, x, layer, output, position, region, extra)
     with ordinary_autograd(image.device):
         subject = AttributionModel(model, request)
-        return subject, image, subject.settle(image, targets)
+        return subject, image, subject.settle(image, targets, images_at_once(image))
 
 
 def _split_layer(
