@@ -1,6 +1,8 @@
 """Arguments that all explanations share: layers as modules, and classes for all images."""
 
 import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import timm_bcos
-from tests.helpers import enliven, real_image
+from tests.helpers import PHOTOS, enliven, real_image
 from timm_bcos import InputError, TargetError, contrast, explain, explain_targets
 from timm_bcos.concepts.learning import learn_concepts
 from timm_bcos.evaluation.neurons import find_strongest
@@ -76,25 +78,12 @@ def test_modules_that_are_no_single_layer(model: Any, x: Tensor) -> None:
         explain(compiled, x, 0, layer=compiled)
 
 
-class Photos:
-    """A labeled data set of two photos."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.x[index].float(), index
-
-
-def test_neurons_and_concepts_take_modules(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neurons_and_concepts_take_modules(x: Tensor, tmp_path: Path) -> None:
     model: Any = enliven(timm.create_model("bcos_cnn9"), x.float())
-    batches = lambda *args: iter([([0, 1], x.float(), torch.tensor([0, 1]))])  # noqa: E731
-    for module in ("timm_bcos.evaluation.neurons", "timm_bcos.concepts.learning"):
-        monkeypatch.setattr(f"{module}.image_batches", batches)
-    photos: Any = Photos(x)
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        shutil.copy(PHOTOS / "chelsea.jpg", tmp_path / name)
+    photos = timm.data.create_dataset("", str(tmp_path))
     found = find_strongest(model, photos, model.features[4], 2, progress=False)
     named = find_strongest(model, photos, "features.4", 2, progress=False)
     assert found.layer == "features.4" and torch.equal(found.values, named.values)

@@ -86,7 +86,7 @@ def test_tensorboard_takes_pictures(names: dict[str, Any], tmp_path: Path, monke
     events = EventAccumulator(str(tmp_path / "runs"))
     events.Reload()
     assert sorted(events.Tags()["images"]) == ["contributions", "explanation"]
-    assert (events.Images("explanation")[0].height, events.Images("explanation")[0].width) == (162, 322)  # two in a row
+    assert (events.Images("explanation")[0].height, events.Images("explanation")[0].width) == (160, 320)  # two in a row
 
 
 def test_zennit_in_explanation_mode(names: dict[str, Any]) -> None:
