@@ -23,7 +23,7 @@ CHOSEN = {  # which of the pictures that a notebook shows
     "convert_your_own_model": -1,
     "evaluate_fairly": -1,
 }
-WIDTH = 1400  # pixels
+WIDTH = 1000  # pixels
 
 
 def pictures(path: Path) -> list[bytes]:
