@@ -107,7 +107,8 @@ def test_whole_photos_and_summaries(weights: Path, photo: Path, tmp_path: Path) 
     summary = json.loads(line)
     assert code == 1 and "none.jpg: no such file" in text and "1 of 2 photos failed" in text
     assert (summary["path"], summary["target"]["index"], summary["versus"]["index"]) == (str(photo), 3, 5)
-    assert summary["exact"] and summary["photo"]["width"] == 480 and summary["completeness_error"] < 1e-4
+    total = summary["positive"] + summary["negative"] + summary["bias"]
+    assert summary["logit"] == pytest.approx(total, abs=1e-5) and summary["photo"]["width"] == 480
     code, text = run(*arguments, "--crop", "middle")
     assert code == 2 and "middle" in text
 
