@@ -1,4 +1,5 @@
 import io
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import timm_bcos
 from tests.helpers import PHOTOS
 from timm_bcos import BcosError, CheckpointError, TargetError
 from timm_bcos.cli.app import app
-from timm_bcos.data.photos import open_photo
+from timm_bcos.data.photos import is_own_picture, open_photo
 from timm_bcos.models.class_names import class_names, find_class
 from timm_bcos.models.loading import load_model
 from timm_bcos.weights.readers import load_weights, read_state_dict
@@ -89,6 +90,36 @@ def test_one_class_against_others(weights: Path, photo: Path, tmp_path: Path) ->
     assert (code, text) == (2, "'class 5' is given as --target and as --versus: give two different classes")
     code, text = run(*arguments, *(part for unit in range(10) for part in ("--versus", unit)))
     assert (code, text) == (2, "--versus names all classes: leave at least one out")
+
+
+def test_whole_photos_and_summaries(weights: Path, photo: Path, tmp_path: Path) -> None:
+    arguments = (photo, "--model", "bcos_cnn9", "--checkpoint", weights, "--out", tmp_path / "out", "--target", 3)
+    code, text = run(*arguments, "--crop", "none", "--scale", 8)
+    assert code == 0 and "34% of the model's image is padding" in text, text
+    overlay = tmp_path / "out" / "coffee_class-3_overlay.jpg"
+    coarse = overlay.read_bytes()
+    assert Image.open(overlay).size == Image.open(photo).size and is_own_picture(overlay)
+    assert run(*arguments, "--crop", "none", "--scale", 1)[0] == 0 and overlay.read_bytes() != coarse
+    code, text = run(*arguments, "--crop", "squash")
+    assert code == 0 and "the model sees all 480 × 320 pixels, resized to the shape of its image" in text, text
+    code, text = run(*arguments, tmp_path / "none.jpg", "--versus", 5, "--json")
+    [line] = [line for line in text.splitlines() if line.startswith("{")]
+    summary = json.loads(line)
+    assert code == 1 and "none.jpg: no such file" in text and "1 of 2 photos failed" in text
+    assert (summary["path"], summary["target"]["index"], summary["versus"]["index"]) == (str(photo), 3, 5)
+    total = summary["positive"] + summary["negative"] + summary["bias"]
+    assert summary["logit"] == pytest.approx(total, abs=1e-5) and summary["photo"]["width"] == 480
+    code, text = run(*arguments, "--crop", "middle")
+    assert code == 2 and "middle" in text
+
+
+def test_long_names_of_differences_stay_different(weights: Path, photo: Path, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(f"{'long' * 20} {i}" for i in range(10)))
+    arguments = (photo, "--model", "bcos_cnn9", "--checkpoint", weights, "--classes", names, "--out", tmp_path / "out")
+    for last in (8, 9):
+        assert run(*arguments, "--target", 0, "--versus", 1, "--versus", 2, "--versus", last)[0] == 0
+    assert len(list((tmp_path / "out").iterdir())) == 2 * 3
 
 
 def test_directory_with_a_broken_photo(weights: Path, tmp_path: Path) -> None:
