@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -181,3 +183,23 @@ def test_checkpoints_of_compiled_networks_load(tmp_path: Path) -> None:
     arguments = {"model": "bcosify", "num_classes": 4, "model_kwargs": dict(arch="test_resnet", b=1.5)}
     torch.save(dict(state_dict=weights, args=argparse.Namespace(**arguments)), tmp_path / "last.pth.tar")
     torch.testing.assert_close(load_model(checkpoint=tmp_path / "last.pth.tar").eval()(x), model(x))
+
+
+def test_a_classifier_keeps_the_logit_bias_of_its_weights(tmp_path: Path) -> None:
+    trained = timm.create_model("bcos_cnn9", num_classes=4, logit_bias=-1.5).eval()
+    save_file(trained.state_dict(), tmp_path / "own.safetensors")
+    create = partial(
+        timm.create_model,
+        "bcos_cnn9",
+        pretrained=True,
+        pretrained_cfg_overlay=dict(file=str(tmp_path / "own.safetensors")),
+    )
+    loaded = create(num_classes=4).eval()
+    assert loaded.fc.logit_bias == loaded.bcos_config.logit_bias == -1.5
+    torch.testing.assert_close(loaded(real_image(32)), trained(real_image(32)), rtol=0, atol=0)
+    assert torch.equal(loaded.state_dict()["bcos_settings"], trained.state_dict()["bcos_settings"])
+    from_file = load_model("bcos_cnn9", tmp_path / "own.safetensors")
+    assert from_file.fc.logit_bias == -1.5
+    with pytest.warns(NotFineTunedWarning, match="logit_bias=-1.5"):
+        assert create(num_classes=4, logit_bias=0.0).fc.logit_bias == 0
+    assert create(num_classes=7).fc.logit_bias == pytest.approx(-math.log(6))

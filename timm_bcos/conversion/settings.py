@@ -21,6 +21,7 @@ from .config import BcosConfig
 __all__ = [
     "SETTINGS",
     "Contradiction",
+    "adopt_logit_bias",
     "contradictions",
     "encode_settings",
     "in_words",
@@ -109,9 +110,8 @@ def contradictions(
 def _differences(
     model: nn.Module, theirs: Settings, own: Settings, weights: Mapping[str, Tensor], prefix: str
 ) -> Iterator[Contradiction]:
-    heads = [name for name, module in model.named_modules() if isinstance(module, HEADS)]
-    has_head = any(f"{prefix}{name}.weight" in weights for name in heads)  # otherwise the model keeps its classifier
-    for name in ("fused", *FIELDS, *(HEAD_FIELDS if has_head else ())):
+    # without a classifier in the weights, the model keeps its own
+    for name in ("fused", *FIELDS, *(HEAD_FIELDS if _have_classifier(weights, model, prefix) else ())):
         if name in theirs and theirs[name] != own[name]:
             yield Contradiction(name, theirs[name], own[name])
     for path, statistics in own["images"].items():
@@ -121,6 +121,38 @@ def _differences(
             )  # False for color and gray images
             if fits and values != statistics[name]:
                 yield Contradiction(name, values, statistics[name])
+
+
+def _have_classifier(weights: Mapping[str, Tensor], model: nn.Module, prefix: str = "") -> bool:
+    """Whether weights have a classifier that fits the model's."""
+    heads = {f"{prefix}{name}.weight": module for name, module in model.named_modules() if isinstance(module, HEADS)}
+    return any(key in weights and weights[key].shape == head.weight.shape for key, head in heads.items())
+
+
+def adopt_logit_bias(
+    model: Any, weights: Mapping[str, Tensor], chosen: Collection[str] = (), trained: BcosConfig | None = None
+) -> None:
+    """Give the classifier the logit bias with which the weights were trained, unless the user chose another one.
+
+    The default depends on whether the classifier is new, which is known only when there are weights.
+
+    Args:
+        model: A converted model, which is changed.
+        weights: State dict of the model, with or without settings.
+        chosen: Names of settings that the user chose.
+        trained: Config of weights without settings; None for the model's own.
+    """
+    settings = decode_settings(weights[SETTINGS]) if SETTINGS in weights else {}
+    value = settings.get("logit_bias", (trained or model.bcos_config).logit_bias)
+    is_number = value is None or (isinstance(value, float | int) and not isinstance(value, bool))
+    if "logit_bias" in chosen or not is_number or not _have_classifier(weights, model):
+        return
+    config: BcosConfig = model.bcos_config.change(logit_bias=value)
+    for module in model.modules():
+        if isinstance(module, HEADS):
+            module.logit_bias = config.class_bias(model.num_classes)
+    model.bcos_config = config
+    model.register_buffer(SETTINGS, encode_settings(model, config, getattr(model, SETTINGS).device))
 
 
 def refuse_contradictions(

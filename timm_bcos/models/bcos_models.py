@@ -7,7 +7,7 @@ builds models and loads weights when they are called.
 import copy
 import difflib
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -96,14 +96,14 @@ def _create(
     cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay).to_dict()
     if str(cfg.get("tag")).endswith("in1k"):
         cfg.setdefault("label_names", list(imagenet_names()))
-    config = row.tagged.get(cfg.get("tag") or "", row.config).change(**changes)
+    trained = config = row.tagged.get(cfg.get("tag") or "", row.config).change(**changes)
     if _has_new_classifier(kwargs, pretrained_cfg_overlay, resolve_pretrained_cfg(name, pretrained_cfg).num_classes):
         config = config.for_new_classifier(changes)
 
     def build(**model_kwargs: object) -> nn.Module:
         model = row.build(config, **model_kwargs)
         if pretrained:  # timm does not verify hashes and does not know encoded images
-            load_pretrained(model, cfg, convert_official_weights, cache_dir, changes)
+            load_pretrained(model, cfg, convert_official_weights, cache_dir, changes, trained)
         return model
 
     return build_model_with_cfg(build, name, False, pretrained_cfg=cfg, feature_cfg=dict(row.feature_cfg), **kwargs)
@@ -195,7 +195,7 @@ class _Conversion:
         arch: Name of the architecture, as given by the user.
         source: Source of the architecture and its weights.
         config: Config of the conversion.
-        changes: Names of the config's fields that the user chose.
+        changes: Fields of the config that the user chose.
         arch_kwargs: Arguments of the architecture that are named like fields of `BcosConfig`.
         pretrained: Whether to load weights.
         has_other_weights: Whether the user named weights, which are loaded after the conversion.
@@ -207,7 +207,7 @@ class _Conversion:
     arch: str
     source: "_Source"
     config: BcosConfig
-    changes: Collection[str]
+    changes: Mapping[str, Any]
     arch_kwargs: dict[str, object]
     pretrained: bool
     has_other_weights: bool
@@ -255,7 +255,8 @@ class _Conversion:
     def _load_other_weights(self, model: nn.Module, original: nn.Module | None) -> None:
         from ..weights.pretrained import load_pretrained
 
-        load_pretrained(model, self.cfg, partial(_convert_weights, original), self.cache_dir, self.changes)
+        convert, trained = partial(_convert_weights, original), BcosConfig.finetune(**self.changes)
+        load_pretrained(model, self.cfg, convert, self.cache_dir, self.changes, trained)
 
 
 def _convert_weights(original: nn.Module | None, state_dict: "StateDict", model: nn.Module) -> "StateDict":

@@ -14,6 +14,7 @@ from timm.models import parse_model_name, split_model_name_tag
 from torch import Tensor, nn
 
 from ..conversion.converted import BcosModel
+from ..conversion.settings import adopt_logit_bias
 from ..errors import BcosError, CheckpointError, InputError, NotFineTunedWarning, TargetError
 from ..files import first_line
 from ..weights.catalog import DEFAULT_MODEL, EMBEDDED, PUBLISHED
@@ -190,6 +191,8 @@ def _with_weights(name: str | None, checkpoint: Path, create: Create, chosen: Co
         raise CheckpointError(f"{checkpoint} does not say of which model it is: name it with --model")
     else:
         model = create(name, **_classes_of(weights, partial(create, name)))
+    if isinstance(model, BcosModel):
+        adopt_logit_bias(model, weights, chosen)
     load_state(model, weights, str(checkpoint))
     origin = started_from(trained or {})
     model.pretrained_cfg = derived_cfg(model.pretrained_cfg, origin and weights_name(origin))

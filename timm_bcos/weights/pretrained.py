@@ -13,8 +13,9 @@ from timm.models import load_state_dict_from_hf
 from torch import Tensor, nn
 
 from .._compat import private
+from ..conversion.config import BcosConfig
 from ..conversion.inspection import name_in_backbone
-from ..conversion.settings import contradictions, in_words, is_settings
+from ..conversion.settings import adopt_logit_bias, contradictions, in_words, is_settings
 from ..errors import CheckpointError, NotFineTunedWarning
 from ..files import first_line, sha256
 from .formats import adapt_image_channels, classifier_names
@@ -83,6 +84,7 @@ def load_pretrained(
     convert: Callable[[StateDict, nn.Module], StateDict],
     cache_dir: str | Path | None = None,
     changed: Collection[str] = (),
+    trained: BcosConfig | None = None,
 ) -> None:
     """Load the weights of a pretrained cfg. A classifier for another number of classes keeps its random weights.
 
@@ -93,6 +95,7 @@ def load_pretrained(
         cache_dir: Directory of downloads; None for the caches of torch and the Hugging Face Hub.
         changed: Names of settings that the user chose. If the weights were trained with other values of these, there
             is a warning instead of an error.
+        trained: Config of weights that hold no settings; None for the model's own.
 
     Raises:
         CheckpointError: If weights cannot be downloaded, verified or read, or if they are of another model, or of one
@@ -105,6 +108,7 @@ def load_pretrained(
         weights = _without_head(weights, model, cfg.get("classifier"))
     fresh = set() if model.num_classes == cfg.get("num_classes") else _heads_of_other_size(weights, model)
     weights = {key: value for key, value in weights.items() if key not in fresh}
+    adopt_logit_bias(model, weights, changed, trained)
     load_exactly(model, _without_chosen_settings(weights, model, changed, source), source, fresh)
 
 
