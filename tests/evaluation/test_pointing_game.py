@@ -1,6 +1,7 @@
 """The grid pointing game, also with disconnected cells, on cases worked by hand, and its command on few photos."""
 
 import csv
+import itertools
 import json
 import re
 import sys
@@ -81,20 +82,20 @@ def test_smoothing_comes_before_the_sign() -> None:
 
 @pytest.mark.parametrize("scale", [1, 2, 3, 5, 12])
 def test_sums_come_before_the_sign(scale: int) -> None:
-    """Positive sums of pixels' cells; a cell across the border counts on both sides, by its area."""
+    """Positive sums over squares within each of the four images."""
     maps = torch.randn(2, 12, 12, dtype=torch.float64)
     expected = torch.zeros(2, 2, 2, dtype=torch.float64)
-    for image in range(2):
-        for top in range(0, 12, scale):
-            for left in range(0, 12, scale):
-                cell = maps[image, top : top + scale, left : left + scale]
-                for i in range(top, top + cell.shape[0]):
-                    for j in range(left, left + cell.shape[1]):
-                        expected[image, i // 6, j // 6] += max(cell.sum().item(), 0) / cell.numel()
+    for image, row, column in itertools.product(range(2), range(2), range(2)):
+        quarter = maps[image, 6 * row : 6 * row + 6, 6 * column : 6 * column + 6]
+        for top, left in itertools.product(range(0, 6, scale), range(0, 6, scale)):
+            square = quarter[top : top + scale, left : left + scale]
+            expected[image, row, column] += max(square.sum().item(), 0)
     expected /= expected.sum((1, 2), keepdim=True).where(expected.sum((1, 2), keepdim=True) > 0, 1)
     torch.testing.assert_close(cell_shares(maps, 2, scale=scale), expected, rtol=1e-10, atol=1e-12)
     with pytest.raises(InputError, match="scale=0: give the side of a cell"):
         cell_shares(maps, 2, scale=0)
+    with pytest.raises(InputError, match="scale=2: 5×5 cells do not divide maps of 12 × 12 pixels"):
+        cell_shares(maps, 5, scale=2)
 
 
 def test_smoothing_spreads_over_the_border_of_cells() -> None:

@@ -14,6 +14,19 @@ from timm_bcos.explanation.visualization import Bars, Row, draw_rows, save_figur
 from timm_bcos.files import atomic_path
 
 
+def test_new_weights_in_the_directory_of_a_model_are_noticed(tmp_path: Path) -> None:
+    weights, out = tmp_path / "mine" / "model.safetensors", tmp_path / "out"
+    weights.parent.mkdir()
+    weights.write_bytes(b"old")
+    given = vars(ModelOptions(model=f"local-dir:{weights.parent}"))
+    remember_settings(out, given)
+    (out / "values.csv").touch()
+    remember_settings(out, given)
+    weights.write_bytes(b"new")
+    with pytest.raises(InputError, match="contents of model"):
+        remember_settings(out, given)
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """Two classes, in the splits train and test."""

@@ -24,7 +24,7 @@ from ..attribution.registry import AttributionModel, attribute, check_counts
 from ..data.datasets import LabeledImages, image_loader, map_batches
 from ..data.regions import cell_of_pixels, cut_cells, join_cells
 from ..errors import InputError, MethodError
-from ..explanation.scale import cell_means
+from ..explanation.scale import cell_means, check_scale
 
 __all__ = [
     "Confidence", "Disconnected", "Disconnection", "Grid", "cell_shares", "compose", "confidences", "grid_shares",
@@ -153,23 +153,36 @@ def cell_shares(maps: Tensor, n: int, smooth: int = 1, scale: int = 1) -> Tensor
         n: Number of cells per side.
         smooth: Window of a mean filter over the signed map, odd; 1 for no smoothing. The paper's code uses 15.
         scale: Side of the square cells of pixels over which the signed map is summed before the positive part is taken,
-            as in `Explanation.at_scale`; 1 for single pixels.
+            as in `Explanation.at_scale`; 1 for single pixels. They are counted within each cell of the grid, so that no
+            sum mixes two images.
 
     Returns:
         Shares (N, n, n). They sum to 1, or are 0 for a map without positive attribution.
 
     Raises:
-        InputError: If the window is even, which would shift the map, or the scale is not an integer of at least 1.
+        InputError: If the window is even, which would shift the map, the scale is not an integer of at least 1, or it
+            is larger than 1 and n does not divide the sides.
     """
     check_counts(n=n)
     if smooth < 1 or smooth % 2 == 0:
         raise InputError(f"smooth={smooth}: give an odd window, 1 for no smoothing")
     smoothed = F.avg_pool2d(maps[:, None], smooth, 1, smooth // 2)
-    positive = cell_means(smoothed, scale).to(maps).clamp(min=0)
+    positive = _sum_within_cells(smoothed, n, check_scale(scale)).to(maps).clamp(min=0)
     rows, columns = (cell_of_pixels(side, n).to(positive) for side in maps.shape[1:])
     sums = torch.einsum("ih,bhw,jw->bij", rows, positive[:, 0], columns)
     total = sums.sum((1, 2), keepdim=True)
     return torch.where(total > 0, sums / total.clamp(min=torch.finfo(sums.dtype).tiny), torch.zeros_like(sums))
+
+
+def _sum_within_cells(maps: Tensor, n: int, scale: int) -> Tensor:
+    """Average (..., H, W) maps over squares of scale × scale pixels within each cell of an n×n grid."""
+    height, width = maps.shape[-2:]
+    if scale == 1:
+        return maps
+    if height % n or width % n:
+        raise InputError(f"scale={scale}: {n}×{n} cells do not divide maps of {height} × {width} pixels; use scale 1")
+    cells = maps.unflatten(-1, (n, -1)).unflatten(-3, (n, -1)).transpose(-2, -3)
+    return cell_means(cells, scale).transpose(-2, -3).flatten(-2).flatten(-3, -2)
 
 
 def localization(model: nn.Module, dataset: LabeledImages, grid: Grid, method: str = "bcos", **options: Any) -> Tensor:

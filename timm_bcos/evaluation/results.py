@@ -80,7 +80,8 @@ def remember_settings(folder: Path, given: Mapping[str, object], results: str = 
     """Write the settings of results to `folder/settings.json`, or check that they are the same.
 
     Settings bind from the first result on: until there is one, they may change. They include the contents of the
-    checkpoint, and the names and sizes of the data set's files. Other settings in the file stay as they are.
+    checkpoint or of the model's directory, and the names and sizes of the data set's files. Other settings in the file
+    stay as they are.
 
     Args:
         folder: Directory of the results; created if necessary.
@@ -94,6 +95,9 @@ def remember_settings(folder: Path, given: Mapping[str, object], results: str = 
     settings = {name: _as_text(value) for name, value in given.items()}
     paths = {name: Path(str(given[name])) for name in CONTENTS if given.get(name)}
     settings |= {f"contents of {name}": fingerprint(path, folder) for name, path in paths.items() if path.exists()}
+    kind, _, directory = str(given.get("model") or "").partition(":")
+    if kind == "local-dir" and Path(directory).is_dir():
+        settings["contents of model"] = _hash_contents(Path(directory))
     path = folder / "settings.json"
     others = [file for file in folder.iterdir() if file != path]
     stored = _read_settings(path) if others and path.exists() else {}
@@ -107,6 +111,12 @@ def remember_settings(folder: Path, given: Mapping[str, object], results: str = 
             f"{folder} has results for {changed[0]}={stored.get(changed[0], 'unknown')}, not {settings[changed[0]]}: "
             f"choose another folder with --out"
         )
+
+
+def _hash_contents(directory: Path) -> str:
+    """Hash of the names and contents of a directory's files. New weights of a model often have the old size."""
+    names = sorted(path for path in directory.iterdir() if path.is_file())
+    return hashlib.sha256("".join(f"{path.name}\0{sha256(path)}\0" for path in names).encode()).hexdigest()
 
 
 def fingerprint(path: Path, without: Path | None = None) -> str:
