@@ -111,7 +111,9 @@ def demo_models(
 def _label(module: TimmModel, model: str | None, checkpoint: Path | None) -> str:
     """Name of a model in the menu. The files of checkpoints have the same few names, unlike their directories."""
     name = model or (module.pretrained_cfg["architecture"] if checkpoint else "")
-    return f"{checkpoint.resolve().parent.name}: {name}" if checkpoint else name.removeprefix("local-dir:")
+    if checkpoint:
+        return f"{checkpoint.resolve().parent.name}: {name}"
+    return Path(name.removeprefix("local-dir:")).name if name.startswith("local-dir:") else name
 
 
 def build_app(models: Sequence[DemoModel]) -> App:

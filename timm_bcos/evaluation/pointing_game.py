@@ -124,7 +124,8 @@ def sample_grids(
     if len(ranked) < n * n:
         raise InputError(
             f"{n}×{n} grids need {n * n} classes with correctly classified images of a confidence of at least "
-            f"{threshold:g}; {len(ranked)} classes have some, {n * n - len(ranked)} more are missing"
+            f"{threshold:g}; {len(ranked)} classes have some, {n * n - len(ranked)} more are missing: "
+            f"use fewer cells, a lower threshold, or a model of at least {n * n} classes"
         )
     rng = random.Random(seed)
     used = dict.fromkeys(ranked, 0)

@@ -99,6 +99,7 @@ def _create(
     trained = config = row.tagged.get(cfg.get("tag") or "", row.config).change(**changes)
     if _has_new_classifier(kwargs, pretrained_cfg_overlay, resolve_pretrained_cfg(name, pretrained_cfg).num_classes):
         config = config.for_new_classifier(changes)
+        cfg = {key: value for key, value in cfg.items() if key not in ("label_names", "label_descriptions")}
 
     def build(**model_kwargs: object) -> nn.Module:
         model = row.build(config, **model_kwargs)
