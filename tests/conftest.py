@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.helpers import PHOTOS, ROOT, hub_server
-from tests.helpers.memory import free_memory, has_scripted
+from tests.helpers.memory import free_memory, has_grown, has_scripted
 from tests.processes import run_python
 
 
@@ -14,7 +14,7 @@ from tests.processes import run_python
 def _each_test() -> Iterator[None]:
     torch.manual_seed(0)
     yield
-    if has_scripted():
+    if has_scripted() or has_grown():
         free_memory()
 
 

@@ -2,7 +2,8 @@
 
     python scripts/benchmarks/coverage_table.py coverage
 
-The folder is the output of `scripts/benchmarks/coverage.py`: rows.jsonl, and made.json with the command and versions.
+The folder is the output of `scripts/benchmarks/model_coverage.py`: rows.jsonl, and made.json with the command and
+versions.
 """
 
 import argparse
@@ -215,7 +216,7 @@ def _rounded(value: object) -> object:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="what scripts/benchmarks/coverage.py measured")
+    parser.add_argument("folder", type=Path, help="what scripts/benchmarks/model_coverage.py measured")
     parser.add_argument("--out", type=Path, default=DOCS, help="where the page and the CSV file go")
     args = parser.parse_args()
     write_pages(read(args.folder / "rows.jsonl"), json.loads((args.folder / "made.json").read_text()), args.out)

@@ -1,4 +1,4 @@
-"""One architecture for each kind of difficulty in timm's model files; `scripts/benchmarks/coverage.py` has all."""
+"""One architecture for each kind of difficulty in timm's model files; `scripts/benchmarks/model_coverage.py` has all."""
 
 import copy
 import csv
@@ -19,7 +19,7 @@ from timm_bcos.conversion.positions import PositionedQkv, Positions
 from timm_bcos.nn.layers import BcosConv2d
 from timm_bcos.nn.stems import ImageReader
 
-coverage = load_script("coverage")
+coverage = load_script("model_coverage")
 
 KINDS = {
     "coat_tiny": "parallel branches, 1-d convolutions",

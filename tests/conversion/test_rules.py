@@ -47,7 +47,7 @@ def converted(module: nn.Module, config: BcosConfig) -> nn.Module:
     return RULES[type(module)](module, LayerRole("here"), config)
 
 
-# `scripts/benchmarks/coverage.py` measures; here every model file is at least planned.
+# `scripts/benchmarks/model_coverage.py` measures; here every model file is at least planned.
 
 
 @pytest.mark.parametrize("shard", range(4))

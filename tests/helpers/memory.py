@@ -2,18 +2,36 @@
 
 import ctypes
 import gc
+import os
 import sys
+from pathlib import Path
 
 import torch
+
+GROWTH = 500  # MB
+_after_freeing = 0
 
 
 def free_memory() -> None:
     """Forget what compilers keep, collect garbage, and give back what was freed."""
+    global _after_freeing
     forget_scripts()
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     gc.collect()
     trim()
+    _after_freeing = resident_memory()
+
+
+def has_grown() -> bool:
+    """Whether the process has grown much since `free_memory`, for instance by models that only wait to be collected."""
+    return resident_memory() > _after_freeing + GROWTH
+
+
+def resident_memory() -> int:
+    """Resident memory of this process in MB; 0 where Linux does not tell it."""
+    statistics = Path("/proc/self/statm")
+    return int(statistics.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20 if statistics.exists() else 0
 
 
 def has_scripted() -> bool:

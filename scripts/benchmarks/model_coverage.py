@@ -291,7 +291,9 @@ def origin(arguments: list[str]) -> dict[str, str]:
     """The command, without paths of this machine, and the versions."""
     packages = (timm, torchvision, torch, timm_bcos)
     return dict(
-        command=" ".join(["python scripts/benchmarks/coverage.py", *(a for a in arguments if not a.startswith("/"))]),
+        command=" ".join(
+            ["python scripts/benchmarks/model_coverage.py", *(a for a in arguments if not a.startswith("/"))]
+        ),
         versions=", ".join(f"{package.__name__} {package.__version__}" for package in packages),
     )
 
