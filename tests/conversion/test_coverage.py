@@ -1,4 +1,4 @@
-"""One architecture for each kind of difficulty in timm's model files; `scripts/benchmarks/model_coverage.py` has all."""
+"""One architecture for each kind of difficulty in timm's files; `scripts/benchmarks/model_coverage.py` has all."""
 
 import copy
 import csv
