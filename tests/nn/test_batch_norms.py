@@ -38,7 +38,8 @@ def network(name: str) -> nn.Module:
         layers = [nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(8), nn.Linear(8, 4)]
         model = bcosify(nn.Sequential(*layers), BcosConfig(mean=(0.5,), std=(0.5,)))
     else:
-        model = timm.create_model("bcosify", num_classes=4, **ARCHITECTURES[name])
+        # without a logit bias, beside which the weak signal of untrained layers would be lost in rounding
+        model = timm.create_model("bcosify", num_classes=4, logit_bias=0.0, **ARCHITECTURES[name])
     model.train()(images())
     return model
 
