@@ -119,7 +119,7 @@ def test_weights_of_a_frozen_network_load() -> None:
     model = network("norms").eval()
     frozen = copy.deepcopy(model)
     freeze(frozen)
-    fresh = timm.create_model("bcosify", num_classes=4, arch="test_resnet").eval()
+    fresh = timm.create_model("bcosify", num_classes=4, logit_bias=0.0, arch="test_resnet").eval()
     fresh.load_state_dict(frozen.state_dict())
     x = images()
     torch.testing.assert_close(fresh(x), model(x))
