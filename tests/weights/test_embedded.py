@@ -1,5 +1,6 @@
 """The networks that come with the package: they load offline, are exact, and are as accurate as they say."""
 
+import math
 import re
 from pathlib import Path
 
@@ -55,7 +56,9 @@ def test_they_can_be_fine_tuned_for_other_classes() -> None:
     own = model.state_dict()
     fresh = [name for name in own if own[name].shape != trained[name].shape]
     assert fresh == ["classifier.weight"]
-    assert all(torch.equal(own[name], trained[name]) for name in own if name not in fresh)
+    kept = [name for name in own if name not in (*fresh, "bcos_settings")]
+    assert all(torch.equal(own[name], trained[name]) for name in kept)
+    assert model.classifier.logit_bias == pytest.approx(-math.log(2))
 
 
 def test_explain_needs_no_model(tmp_path: Path) -> None:
