@@ -210,6 +210,19 @@ def test_a_box_in_pixels_of_the_photo() -> None:
     torch.testing.assert_close(both.logit, torch.cat([found.logit, one.logit]))
 
 
+@pytest.mark.parametrize("crop", ["center", "none", "squash"])
+@pytest.mark.parametrize("box", [(2, 3, 17, 20), (0, 0, 41, 33), (20, 11, 21, 12)], ids=str)
+def test_a_box_is_the_mask_of_its_pixels(crop: str, box: tuple[int, ...]) -> None:
+    own = Explainer(explainer().model, crop=crop)
+    left, top, right, bottom = box
+    mask = np.zeros((33, 41), bool)
+    mask[top:bottom, left:right] = True
+    photo = Image.open(CUP).resize((41, 33))
+    found, other = (own(photo, 3, layer="layer3", region=region) for region in (box, mask))
+    torch.testing.assert_close(found.region, other.region, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.logit, other.logit, rtol=1e-5, atol=1e-6)
+
+
 def mean_of_mask(mask: np.ndarray, box: tuple[float, ...], side: int) -> Tensor:
     """Literally: the mean of the mask over each pixel of the image, in 20 × 20 points; 0 outside of the photo."""
     means = torch.zeros(side, side, dtype=torch.float64)
