@@ -90,7 +90,7 @@ def test_the_scale_that_the_page_opens_with(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=text):
             viewer_html(one, scale=wrong)
     for wrong in (0, 2.0, "4", True):
-        with pytest.raises(InputError, match="scale=.* a whole number from 1"):
+        with pytest.raises(InputError, match=r"scale=.* a whole number from 1"):
             viewer_html(one, scale=wrong)
 
 
