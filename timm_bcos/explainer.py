@@ -1,6 +1,6 @@
 """Explanations of photos: a model with its photo transform and the names of its classes."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from os import PathLike
@@ -242,6 +242,7 @@ class Explainer:
 
     def _find(self, prepared: PreparedPhotos, target: Target, layer: str | None) -> Any:
         """A target without class names."""
+        target = list(target) if isinstance(target, Iterator) else target
         if isinstance(target, list | tuple) and len(target) != len(prepared):
             raise TargetError(
                 f"{target!r} are {len(target)} classes for {len(prepared)} photos: give one for each photo; or use "

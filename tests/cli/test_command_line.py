@@ -195,3 +195,8 @@ def test_explain_writes_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert {path.name for path in tmp_path.iterdir()} == {"cup.jpg", "cup.html", "cup_2.html"}
     assert (page.read_text(), is_own(page), is_own(tmp_path / "cup_2.html")) == ("<p>mine</p>", False, True)
     assert len(re.findall(r'"index": \d+', (tmp_path / "cup_2.html").read_text())) == 2
+    assert '"scale": 4,' in (tmp_path / "cup_2.html").read_text()
+    assert command("explain", tmp_path, *given, "--scale", 8) == 0
+    assert '"scale": 8,' in (tmp_path / "cup_2.html").read_text()
+    assert command("explain", tmp_path, *given, "--scale", 6) == 1
+    assert "cells have a side of 1, 2, 4, 8, 16 pixels" in capsys.readouterr().out

@@ -129,10 +129,12 @@ def test_transforms_of_unknown_geometry_are_refused(transform: object) -> None:
         flatten_transform(transform)
 
 
-def test_a_photo_that_would_vanish() -> None:
+def test_thin_photos_keep_a_line_of_pixels() -> None:
+    """300 × 3 pixels would be resized to 32 × 0.32, and rounded to none."""
     steps = photo_steps(timm.create_model("bcos_cnn9"), "none")
-    with pytest.raises(timm_bcos.InputError, match=r"the transform fails at ResizeKeepRatio.* for 300 × 3 pixels"):
-        transform_photo(Image.new("RGB", (300, 3)), steps)
+    image, box = transform_photo(Image.new("RGB", (300, 3), "red"), steps)
+    assert int((image[1] == 0).sum()) == 32  # the others are gray
+    assert box == (0, -45, 300, 51)  # 32 rows, each as high as the photo
 
 
 def test_other_crops_are_refused() -> None:

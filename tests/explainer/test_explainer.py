@@ -210,6 +210,19 @@ def test_a_box_in_pixels_of_the_photo() -> None:
     torch.testing.assert_close(both.logit, torch.cat([found.logit, one.logit]))
 
 
+@pytest.mark.parametrize("crop", ["center", "none", "squash"])
+@pytest.mark.parametrize("box", [(2, 3, 17, 20), (0, 0, 41, 33), (20, 11, 21, 12)], ids=str)
+def test_a_box_is_the_mask_of_its_pixels(crop: str, box: tuple[int, ...]) -> None:
+    own = Explainer(explainer().model, crop=crop)
+    left, top, right, bottom = box
+    mask = np.zeros((33, 41), bool)
+    mask[top:bottom, left:right] = True
+    photo = Image.open(CUP).resize((41, 33))
+    found, other = (own(photo, 3, layer="layer3", region=region) for region in (box, mask))
+    torch.testing.assert_close(found.region, other.region, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.logit, other.logit, rtol=1e-5, atol=1e-6)
+
+
 def mean_of_mask(mask: np.ndarray, box: tuple[float, ...], side: int) -> Tensor:
     """Literally: the mean of the mask over each pixel of the image, in 20 × 20 points; 0 outside of the photo."""
     means = torch.zeros(side, side, dtype=torch.float64)
@@ -255,6 +268,82 @@ def test_a_mask_of_the_photos_size(crop: str) -> None:
 def test_regions_outside_of_the_photo(region: object, text: str) -> None:
     with pytest.raises(TargetError, match=text):
         explainer()(CAT, 3, layer="layer2", region=region)
+
+
+def test_targets_in_iterators() -> None:
+    x = explainer().read([CAT, CUP])
+    assert explainer()(x, (name for name in ("cat", "ship"))).target.tolist() == [3, 8]
+    assert explainer()(x, "cat", versus=iter(["dog", "ship"])).versus.tolist() == [5, 8]
+    for form in (iter([3, 8]), (name for name in ("cat", "ship")), iter([iter([3, 8])] * 1 + [["cat", "ship"]])):
+        assert [one.target.tolist() for one in explainer().explain_targets(x, form)] == [[3, 8]] * 2
+    with pytest.raises(TargetError, match="are 3 classes for 2 photos"):
+        explainer()(x, iter([1, 2, 3]))
+
+
+def test_numbers_of_classes_and_of_photos_per_pass() -> None:
+    x = explainer().read([CAT, CUP])
+    assert [len(one) for one in explainer().top(x, np.int64(2), chunk=np.int64(1))] == [2, 2]
+    for wrong in (1.5, "2", True, None, 2.0):
+        with pytest.raises(TargetError, match=f"top={wrong!r}: give the number of classes, a whole number from 1"):
+            explainer().top(x, wrong)
+    for wrong in (0, -1, 11):
+        with pytest.raises(TargetError, match=f"top={wrong}: the model has 10 classes"):
+            explainer().top(x, wrong)
+    for wrong in (0, 1.5, "2", True):
+        with pytest.raises(InputError, match=f"chunk={wrong!r}: give the number of images per pass"):
+            explainer().top(x, chunk=wrong)
+
+
+def test_layers_of_compiled_models() -> None:
+    """The compiled model's own `named_modules` has the prefix."""
+    compiled = torch.compile(explainer().model, backend="eager")
+    x = explainer().read(CAT).images
+    found = timm_bcos.explain(compiled, x, 3, layer="_orig_mod.layer2")
+    assert_same(found, timm_bcos.explain(explainer().model, x, 3, layer="layer2"))
+    for wrong in ("_orig_mod", "_orig_mod.layer9"):
+        with pytest.raises(TargetError, match=r"is the model itself|no layer 'layer9'"):
+            timm_bcos.explain(compiled, x, 3, layer=wrong)
+    with pytest.raises(TargetError, match=r"no layer '_orig_mod\.layer2'"):
+        timm_bcos.explain(explainer().model, x, 3, layer="_orig_mod.layer2")
+
+
+# Photos.
+
+
+@pytest.mark.parametrize("size", [(1, 100), (100, 1), (3, 300)])
+def test_thin_photos_are_shown_whole(size: tuple[int, int]) -> None:
+    own = Explainer(explainer().model, crop="none")
+    prepared = own.read([Image.new("RGB", (40, 30)), Image.new("RGB", size, "red")])
+    image, photo = prepared.images[1], prepared.photos[1]
+    is_red = (image[0] > 0.9) & (image[1] < 0.1)
+    along = is_red if size[0] > size[1] else is_red.T
+    assert int(is_red.sum()) == 32 and bool(along.any(0).all())  # a line of one pixel from edge to edge
+    left, top, right, bottom = photo.box
+    assert (left <= 0 and right >= size[0]) and (top <= 0 and bottom >= size[1])  # all of the photo
+    torch.testing.assert_close(own(prepared).completeness_error, torch.zeros(2).double(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("convert", "text"),
+    [
+        (Tensor.to_sparse, "photos\\[1\\]: a sparse_coo tensor is no photo: give a dense tensor"),
+        (lambda x: x.to("meta"), "a meta tensor is no photo"),
+    ],
+)
+def test_tensors_without_plain_pixels(convert: Callable[[Tensor], Tensor], text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        explainer().read([CAT, convert(torch.rand(3, 8, 8))])
+
+
+@pytest.mark.parametrize("size", [64, (64, 96)])
+def test_images_have_the_size_that_the_model_was_created_for(size: int | tuple[int, int]) -> None:
+    height, width = (size, size) if isinstance(size, int) else size
+    options = dict(depth=1, embed_dim=12, num_heads=2, num_classes=4)
+    model = timm.create_model("bcosify", arch="vit_tiny_patch16_224", img_size=size, **options).eval()
+    for crop in ("center", "none", "squash"):
+        found = Explainer(model, crop=crop)(CAT)
+        assert found.image.shape == (1, 3, height, width)
+        assert found.completeness_error.max() < 1e-4
 
 
 # Models.

@@ -1,5 +1,7 @@
 """Explanations on the original photo, beside loops over areas in float64."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -79,6 +81,38 @@ def test_photo_map_keeps_the_total(scale: int) -> None:
     torch.testing.assert_close(found.sum(), total, rtol=1e-10, atol=1e-10)
     assert random_explanation().photo_map().shape == (12, 16)
     torch.testing.assert_close(random_explanation().photo_map(), explanation.contribution_map[0].double())
+
+
+@pytest.mark.parametrize("scale", [1, 2, 3, 7, 16, 100])
+@pytest.mark.parametrize("box", [(-2, 0.5, 11.5, 6.5), (-3.5, -4, 3.5, 2.2), (20, 20, 30, 30)], ids=str)
+def test_padding_does_not_leak_out_of_cells(box: tuple[float, ...], scale: int) -> None:
+    """Each cell spreads what its pixels contribute on the photo over its part on the photo."""
+    photo = Photo(Image.new("RGB", (9, 7)), box)
+    explanation = random_explanation(photos=(photo,))
+    maps = explanation.contribution_map[0].double()
+    coverage = photo.coverage(12, 16)
+    means = torch.zeros(12, 16, dtype=torch.float64)
+    for i in range(0, 12, scale):
+        for j in range(0, 16, scale):
+            cell = (slice(i, i + scale), slice(j, j + scale))
+            if coverage[cell].sum() > 0:
+                means[cell] = (maps[cell] * coverage[cell]).sum() / coverage[cell].sum()
+    found = explanation.photo_map(scale)
+    torch.testing.assert_close(found, literal_spread(means, box, 9, 7), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(found.sum(), (maps * coverage).sum(), rtol=1e-9, atol=1e-10)
+
+
+def test_overlays_of_coarse_cells_leave_padding_out() -> None:
+    """What padding contributes to a cell on the photo's edge does not color the photo."""
+    photo = Photo(Image.new("RGB", (8, 12)), (-8, 0, 8, 12))  # the left half of the image is padding
+    explanation = random_explanation(photos=(photo,))
+    weights = explanation.weights.clone()
+    weights[..., :8] *= -5
+    shown = pixels(explanation.overlay(3))
+    of_cell = explanation.contribution_map[0, :3, 8].sum()  # of columns 6 to 8, only 8 shows the photo
+    assert bool(shown[0, 0, 0] > shown[0, 0, 2]) is bool(of_cell > 0)
+    other = pixels(replace(explanation, weights=weights).overlay(3))
+    assert bool(other[0, 0, 0] > other[0, 0, 2]) is bool(of_cell > 0)
 
 
 @pytest.mark.parametrize("scale", [None, 1, 5])

@@ -73,6 +73,12 @@ def test_names_are_written(tmp_path: Path) -> None:
     assert Explanation.load(tmp_path / "why.npz").class_names == ("a", "b", "c", "d")
 
 
+def test_names_that_do_not_fit_are_not_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="2 class names for 4 classes: give one for each, or none"):
+        random_explanation().save(tmp_path / "why.npz", ["a", "b"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_layouts_in_memory_do_not_matter(tmp_path: Path) -> None:
     plain = random_explanation(2)
     values = {field.name: getattr(plain, field.name) for field in fields(plain)}
@@ -196,6 +202,28 @@ HOSTILE: dict[str, Change] = {
     "wrong layer": _set("fields.layer", 7),
     "wrong bias": _set("fields.logit_bias", "1"),
     "wrong rounding": _set("fields.rounding", None),
+    "rounding is NaN": _set("fields.rounding", float("nan")),
+    "rounding is infinite": _set("fields.rounding", float("inf")),
+    "negative rounding": _set("fields.rounding", -5),
+    "bias is NaN": _set("fields.logit_bias", float("nan")),
+    "bias beyond floats": _set("fields.logit_bias", 10**400),
+    "box beyond floats": lambda header, arrays: header["fields"]["photos"][0].update(box=[0, 0, 10**400, 2]),
+    "too few names": _set("fields.class_names", ["hat"]),
+    "too many names": _set("fields.class_names", list("abcde")),
+    "negative position": _set("position", np.array([[0, 1], [-1, 0]])),
+    **{
+        f"classes of type {kind}": lambda header, arrays, kind=kind: (
+            arrays.update(target=np.array([0, 1], kind)), header["dtypes"].update(target=kind)
+        )
+        for kind in ("int8", "uint8", "bool", "int32")
+    },
+    "no pixels": lambda header, arrays: arrays.update(
+        weights=arrays["weights"][:, :, :0], inputs=arrays["inputs"][:, :, :0]
+    ),
+    "no channels": lambda header, arrays: arrays.update(
+        weights=arrays["weights"][:, :0], inputs=arrays["inputs"][:, :0]
+    ),
+    "region without positions": _set("region", np.zeros((2, 0, 3), np.float32)),
     "wrong names": _set("fields.class_names", [1, 2]),
     "names are a text": _set("fields.class_names", "abcd"),
     "wrong violation": _set("fields.violations", [["a", "b", "nonsense"]]),

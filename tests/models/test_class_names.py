@@ -62,3 +62,25 @@ def test_names_within_targets() -> None:
     assert find_classes([("tiger", 0), ("hat", 1)], NAMES) == [(1, 0), (6, 1)]
     assert find_classes(np.array(["tiger", "hat"]), NAMES) == [1, 6]
     assert find_classes(None, NAMES) is None and find_classes(7, NAMES) == 7
+
+
+def test_names_in_any_iterable() -> None:
+    for form in (iter(["hat", 3]), (name for name in ("hat", 3)), {"hat": 0, 3: 1}.keys()):
+        assert find_classes(form, NAMES) == [6, 3]
+    assert find_classes([iter(["hat"]), range(2)], NAMES) == [[6], [0, 1]]
+    for other in ({"hat": 0}, b"hat", 3, None):
+        assert find_classes(other, NAMES) is other
+
+
+def test_accents_are_the_same_however_they_are_composed() -> None:
+    names = ["cafe\u0301", "caf\u00e9 noir", "tea"]
+    for wanted in ("caf\u00e9", "cafe\u0301", "CAF\u00c9", "CAFE\u0301"):
+        assert find_class(wanted, names, 3) == 0
+    assert find_class("cafe\u0301-noir", names, 3) == 1
+    with pytest.raises(TargetError, match="no class is called 'cafe'"):
+        find_class("cafe", names, 3)
+
+
+def test_names_that_several_classes_have() -> None:
+    with pytest.raises(TargetError, match=r"several classes match 'a': a \(0\), a \(1\); give an index"):
+        find_class("a", ["a", "a", "b"], 3)

@@ -79,6 +79,21 @@ def test_a_difference_to_open_with() -> None:
             viewer_html(one, versus=wrong)
 
 
+def test_the_scale_that_the_page_opens_with(tmp_path: Path) -> None:
+    one = small()  # of 32 × 32 pixels
+    assert [data_of(viewer_html(one, scale=scale))["scale"] for scale in (None, 1, 8, 16)] == [4, 1, 8, 16]
+    assert data_of(viewer_html(one))["scales"] == [1, 2, 4, 8, 16]
+    save_viewer(one, tmp_path / "page.html", scale=2)
+    assert data_of((tmp_path / "page.html").read_text(encoding="utf-8"))["scale"] == 2
+    for wrong in (3, 32, 6):
+        text = f"scale={wrong}: for images of 32 × 32 pixels, the viewer's cells have a side of 1, 2, 4, 8, 16 pixels"
+        with pytest.raises(InputError, match=text):
+            viewer_html(one, scale=wrong)
+    for wrong in (0, 2.0, "4", True):
+        with pytest.raises(InputError, match=r"scale=.* a whole number from 1"):
+            viewer_html(one, scale=wrong)
+
+
 def test_what_the_page_cannot_show() -> None:
     x = real_image(32, 2)
     model = enliven(timm.create_model("bcos_cnn9"), x)

@@ -30,7 +30,7 @@ class PhotoWriter:
         targets: Classes to explain; empty for the most probable ones.
         versus: Classes whose mean logit is subtracted from each target's logit; may be empty.
         top: Number of most probable classes.
-        scale: Side of the cells of overlays, in pixels of the model's image; None for the default.
+        scale: Side of the cells of overlays and HTML files, in pixels of the model's image; None for the default.
         html: Write an HTML file per photo instead of images.
         as_json: Report in JSON, a line per explanation.
     """
@@ -56,7 +56,7 @@ class PhotoWriter:
         explanation = self._differences(photo) if self.versus and not self.html else self._classes(photo)
         if self.html:
             page = self.outputs.claim(path.stem, ".html", self._versus_label())
-            save_viewer(explanation, page, versus=self.versus[0] if self.versus else None)
+            save_viewer(explanation, page, versus=self.versus[0] if self.versus else None, scale=self.scale)
         else:
             self._save_images(path, explanation)
         return self._report(path, explanation)

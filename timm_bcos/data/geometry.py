@@ -149,7 +149,7 @@ def transform_photo(photo: Image.Image, steps: Sequence[Any]) -> tuple[Tensor, B
 
 def _apply(step: Any, image: Any) -> Any:
     try:
-        result = step(image)
+        result = _resize_whole(step, image) if _name(step) == "ResizeKeepRatio" else step(image)
     except Exception as error:  # of Pillow or torch
         size = " × ".join(str(side) for side in reversed(_size(image)))
         raise InputError(f"the transform fails at {_shown(step)} for {size} pixels: {first_line(error)}") from error
@@ -157,6 +157,14 @@ def _apply(step: Any, image: Any) -> Any:
         low, high = image.aminmax()  # bicubic interpolation overshoots
         result = result.clamp(low, high) if MOVES[_name(step)] is _resize else result
     return result
+
+
+def _resize_whole(step: Any, image: Any) -> Any:
+    """What timm's step does at evaluation, but sides have at least one pixel where it would round them to none."""
+    size = step.get_params(image, step.size, step.longest)
+    if min(size) > 0:
+        return step(image)
+    return functional.resize(image, [max(side, 1) for side in size], step.interpolation)
 
 
 def _size(image: Any) -> tuple[int, int]:

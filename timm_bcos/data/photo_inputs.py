@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -130,6 +131,9 @@ def _as_photo(photo: Any) -> Image.Image:
 
 
 def _channels_last(photo: Tensor) -> np.ndarray:
+    if photo.layout is not torch.strided or photo.is_meta:
+        kind = "meta" if photo.is_meta else str(photo.layout).removeprefix("torch.")
+        raise InputError(f"a {kind} tensor is no photo: give a dense tensor of pixels, as photo.to_dense() returns it")
     shape = tuple(photo.shape)
     if photo.ndim == 3 and shape[0] not in (1, 3, 4):
         raise InputError(f"a tensor of shape {shape} is no photo: tensors are (3, H, W) or (1, H, W), arrays (H, W, 3)")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..explanation.inputs import refuse_stripes
 from ..files import AUTHOR, first_line
+from ..nn.module_utils import image_size
 from ..nn.stems import image_channels
 from .geometry import flatten_transform
 
@@ -203,6 +204,7 @@ def _create_transform(model: nn.Module, crop: str) -> Callable[[Image.Image], Te
     mean = 0.0 if crop == "center" else PADDING  # timm pads with the mean color
     own = getattr(model, "pretrained_cfg", None) or {}
     cfg = timm.data.resolve_data_config(dict(in_chans=channels), own) | CROPS[crop]
+    cfg |= dict(input_size=(channels, *image_size(model)))
     cfg |= dict(mean=(mean,) * channels, std=(1.0,) * channels, is_training=False)
     return timm.data.create_transform(**cfg)
 

@@ -6,6 +6,7 @@ Papers: https://arxiv.org/abs/2205.10268 (section 3.2), https://arxiv.org/abs/23
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -174,9 +175,9 @@ Explain = Callable[[slice], list[Explanation]]
 
 def _in_chunks(explain: Explain, count: int, chunk: int | None, callers: int) -> list[Explanation]:
     """Explain chunk by chunk; warnings name the line that called the function `callers` above."""
-    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, Integral) or chunk < 1):
         raise InputError(f"chunk={chunk!r}: give the number of images per pass, at least 1, or None for all")
-    size = chunk or count
+    size = count if chunk is None else int(chunk)
     with torch.inference_mode(False):
         parts = [_explain_chunk(explain, range(i, min(i + size, count))) for i in range(0, count, size)]
     found = parts[0] if len(parts) == 1 else [Explanation.stack(column) for column in zip(*parts, strict=True)]

@@ -118,7 +118,7 @@ def png_bytes(explanation: "Explanation") -> bytes:
 def overlay_picture(explanation: "Explanation", scale: int | None) -> "Image":
     """The contribution map of one image over the photo in gray."""
     photo = _photo_of(explanation)
-    layer = photo.enlarge(to_pil(color_layer(_coarse(explanation, scale))[0]))
+    layer = photo.enlarge(to_pil(color_layer(_on_photo(explanation, photo, _scale_of(explanation, scale))[None])[0]))
     picture = photo.gray().convert("RGB")
     picture.paste(layer, mask=layer)
     return picture
@@ -140,7 +140,14 @@ def _photo_of(explanation: "Explanation") -> Photo:
 
 def photo_map(explanation: "Explanation", scale: int) -> Tensor:
     """Contributions of the pixels of the photo of one image."""
-    return _photo_of(explanation).spread(cell_means(explanation.contribution_map[0], scale))
+    photo = _photo_of(explanation)
+    return photo.spread(_on_photo(explanation, photo, scale))
+
+
+def _on_photo(explanation: "Explanation", photo: Photo, scale: int) -> Tensor:
+    """(H, W) means of cells of one image, which leave out what padding contributes."""
+    maps = explanation.contribution_map[0].detach().double()
+    return cell_means(maps, scale, photo.coverage(*maps.shape))
 
 
 def to_rgb(explanation: "Explanation", kind: str, scale: int | None) -> Tensor:

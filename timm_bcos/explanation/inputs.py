@@ -131,6 +131,8 @@ def layer_path(model: nn.Module, layer: Layer) -> str | None:
     if layer is None:
         return None
     given, model = model, getattr(model, "_orig_mod", model)
+    if isinstance(layer, str) and model is not given:  # paths in the compiled model
+        layer = "" if layer == "_orig_mod" else layer.removeprefix("_orig_mod.")
     names = dict(model.named_modules(remove_duplicate=False))
     if layer == "" or layer is model or layer is given:
         what = "layer=''" if layer == "" else f"the layer {type(layer).__name__}"

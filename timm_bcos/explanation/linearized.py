@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Integral
 from typing import TypeVar
 
 import torch
@@ -98,13 +99,15 @@ class LinearizedModel(ModelRun):
                 their largest value in the map.
 
         Raises:
-            TargetError: If the model has fewer classes.
+            TargetError: If the model has fewer classes, or `top` is not an integer of at least 1.
         """
         maps = self.outputs.maps.detach()
         logits = self.outputs.at(request).detach() if request.is_placed else maps.amax(2)
-        if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= logits.shape[1]:
-            raise TargetError(f"top={top!r}: the model has {logits.shape[1]} {self.outputs.what}")
-        return logits.topk(top, dim=1).indices
+        if isinstance(top, bool) or not isinstance(top, Integral):
+            raise TargetError(f"top={top!r}: give the number of {self.outputs.what}, a whole number from 1")
+        if not 1 <= top <= logits.shape[1]:
+            raise TargetError(f"top={top}: the model has {logits.shape[1]} {self.outputs.what}")
+        return logits.topk(int(top), dim=1).indices
 
     def explain(self, request: Request) -> Explanation:
         """Select an output of each image and attribute it, with one backward pass.

@@ -103,7 +103,7 @@ def check_region(region: object, images: int, size: tuple[int, int]) -> Tensor |
 
     Args:
         region: (H, W) or (N, H, W), at the image's or the output's size; or (left, top, right, bottom), or N of them. A
-            tensor (N, 4) holds boxes, unless it is boolean.
+            tensor (N, 4) holds boxes, unless it is boolean. Pixels that a box covers in part have that share as weight.
         images: N.
         size: Height and width of the images.
 
@@ -145,10 +145,15 @@ def _boxes(region: object, images: int, size: tuple[int, int]) -> Tensor:
             f"region={region!r}: give a mask (H, W), or a box (left, top, right, bottom) in pixels of the image, or "
             f"one for each of the {images} images"
         )
-    left, top, right, bottom = (edge[:, None, None] for edge in boxes.expand(images, 4).unbind(1))
-    rows, columns = torch.arange(size[0])[None, :, None], torch.arange(size[1])[None, None]
-    inside = (rows >= top.floor()) & (rows < bottom.ceil()) & (columns >= left.floor()) & (columns < right.ceil())
-    return inside.float()
+    left, top, right, bottom = boxes.expand(images, 4).unbind(1)
+    return (_overlap(top, bottom, size[0])[:, :, None] * _overlap(left, right, size[1])[:, None]).float()
+
+
+def _overlap(start: Tensor, end: Tensor, pixels: int) -> Tensor:
+    """(N, pixels) share of each pixel that lies between `start` and `end`."""
+    first = torch.arange(pixels, dtype=torch.float64)
+    overlap = torch.minimum(end[:, None], first + 1) - torch.maximum(start[:, None], first)
+    return overlap.clamp_min(0)
 
 
 def region_weights(masks: Tensor, grid: PositionGrid, size: tuple[int, int]) -> Tensor:

@@ -235,7 +235,7 @@ class Explanation(Rows):
             scale: As in `plot`.
 
         Raises:
-            InputError: For any other suffix.
+            InputError: For any other suffix; with .npz, for names of another number of classes.
         """
         if storage.is_archive(path):
             storage.write(self if class_names is None else replace(self, class_names=tuple(class_names)), path)

@@ -57,18 +57,24 @@ def cell_sums(maps: Tensor, scale: int) -> Tensor:
     return padded.unflatten(-1, (-1, side)).unflatten(-3, (-1, side)).sum((-3, -1))
 
 
-def cell_means(maps: Tensor, scale: int) -> Tensor:
+def cell_means(maps: Tensor, scale: int, coverage: Tensor | None = None) -> Tensor:
     """Spread the sum of each cell evenly over its pixels: a coarser map of the same size and the same total.
 
     Args:
         maps: (..., H, W).
         scale: Side of a cell in pixels, as in `cell_sums`.
+        coverage: (H, W) share of each pixel that counts, as `Photo.coverage` returns it. Only these parts are averaged,
+            so the total of means · coverage is that of maps · coverage; of cells without any, all is averaged. None for
+            all of every pixel.
 
     Returns:
         (..., H, W) in float64.
     """
     height, width = maps.shape[-2:]
-    sums = cell_sums(maps, scale)
-    means = sums / cell_sums(torch.ones_like(maps), scale)
+    means = cell_sums(maps, scale) / cell_sums(torch.ones_like(maps), scale)
+    if coverage is not None:
+        shares = coverage.to(maps)
+        areas = cell_sums(shares, scale)
+        means = torch.where(areas > 0, cell_sums(maps * shares, scale) / areas, means)
     side = min(scale, max(height, width))
     return means.repeat_interleave(side, -2).repeat_interleave(side, -1)[..., :height, :width]

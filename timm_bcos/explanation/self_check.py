@@ -1,5 +1,6 @@
 """Checks made at each explanation: does it sum up, and is it of what the model computes?"""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -111,8 +112,9 @@ def add_violations(
     found = _excess(run, explanation.remainder, allowed, "incomplete", figure)
     if shift is not None and not violations:
         found += _excess(run, shift, allowed, "shifted", f"by {shift.abs().max().item():.1e}")
-    narrow = 10 * (run.rounding or 0.0) if run.has_reduced_precision else 0.0
-    return replace(explanation, violations=tuple(dict.fromkeys((*violations, *found))), rounding=narrow)
+    rounding = run.rounding if run.has_reduced_precision else None
+    known = 0.0 if rounding is None or not math.isfinite(rounding) else 10 * rounding  # NaN if an output is
+    return replace(explanation, violations=tuple(dict.fromkeys((*violations, *found))), rounding=known)
 
 
 def _excess(run: ModelRun, error: Tensor, allowed: Tensor, kind: str, figure: str) -> list[Violation]:

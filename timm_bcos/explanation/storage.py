@@ -6,9 +6,9 @@ could take all memory.
 
 import io
 import json
-import math
+import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from os import PathLike
 from pathlib import Path
@@ -58,7 +58,12 @@ def check_picture_suffix(path: str | PathLike[str]) -> None:
 
 
 def write(explanation: "Explanation", path: str | PathLike[str]) -> None:
-    """Write an explanation, whole or not at all."""
+    """Write an explanation, whole or not at all.
+
+    Raises:
+        InputError: If its names are not those of its classes.
+    """
+    _check_names(explanation.class_names, explanation.logits.shape[1])
     values = {field.name: getattr(explanation, field.name) for field in fields(explanation)}
     tensors = {name: value.detach().cpu() for name, value in values.items() if isinstance(value, Tensor)}
     notes = {name: value for name, value in values.items() if name not in tensors}
@@ -135,6 +140,7 @@ def _fields(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     tensors = {name: _to_tensor(name, arrays[name], kind) for name, kind in kinds.items()}
     _check_tensors(tensors)
     _check_notes(notes)
+    _check_names(notes["class_names"], tensors["logits"].shape[1])
     found = notes | tensors
     found["violations"] = tuple(Violation(*one) for one in notes["violations"])
     found["class_names"] = tuple(notes["class_names"])
@@ -159,7 +165,7 @@ def _to_tensor(name: str, array: np.ndarray, kind: str) -> Tensor:
     tensor = torch.from_numpy(array)
     if tensor.dtype != dtype and tensor.dtype == BITS.get(dtype.itemsize):
         tensor = tensor.view(dtype)
-    if tensor.dtype != dtype or tensor.is_floating_point() is (name in INDICES):
+    if tensor.dtype != dtype or not (dtype is torch.int64 if name in INDICES else dtype.is_floating_point):
         raise InputError(f"{name} cannot be of type {tensor.dtype} (the file says {kind})")
     return tensor
 
@@ -177,8 +183,18 @@ def _check_tensors(tensors: dict[str, Tensor]) -> None:
     for name in ("target", "versus"):
         if name in tensors and not bool(((tensors[name] >= 0) & (tensors[name] < sizes["K"])).all()):
             raise InputError(f"{name} names classes that do not exist: there are {sizes['K']}")
+    if "position" in tensors and bool((tensors["position"] < 0).any()):
+        raise InputError("position holds negative numbers")
+    empty = [name for name, tensor in tensors.items() if 0 in tensor.shape[1:]]
+    if empty:
+        raise InputError(f"{empty[0]} has the shape {tuple(tensors[empty[0]].shape)}, which holds nothing")
     if sizes["C"] % 2:
         raise InputError(f"{sizes['C']} channels: encoded images have an even number")
+
+
+def _check_names(names: Sequence[str], classes: int) -> None:
+    if names and len(names) != classes:
+        raise InputError(f"{len(names)} class names for {classes} classes: give one for each, or none")
 
 
 def _check_notes(notes: dict[str, Any]) -> None:
@@ -199,7 +215,10 @@ def _photo(notes: dict[str, Any], data: np.ndarray) -> Photo:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is a number that a float can hold."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def _are_texts(values: object) -> bool:
@@ -214,7 +233,7 @@ def _is_photo(value: Any) -> bool:
     box = value["box"]
     if not isinstance(value["name"], str) or len(box) != 4 or not all(map(_is_number, box)):
         return False
-    return all(map(math.isfinite, box)) and box[0] < box[2] and box[1] < box[3]
+    return bool(box[0] < box[2] and box[1] < box[3])
 
 
 # Dimensions: images, classes, channels, height and width, rows and columns of a region.
@@ -229,7 +248,7 @@ NOTES: dict[str, Callable[[Any], bool]] = dict(
     logit_bias=_is_number,
     layer=lambda value: value is None or isinstance(value, str),
     probability_kind=lambda value: value in ("sigmoid", "softmax"),
-    rounding=_is_number,
+    rounding=lambda value: _is_number(value) and value >= 0,
     class_names=_are_texts,
     photos=lambda value: all(map(_is_photo, value)),
 )

@@ -2,13 +2,14 @@
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm.utils
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InputError, TargetError
 from ..weights.catalog import imagenet_names
@@ -75,7 +76,8 @@ def find_classes(wanted: object, names: Sequence[str]) -> Any:
 
     Args:
         wanted: A target as in `timm_bcos.explain` or `explain_targets`, in which classes may be given by name: a class,
-            a set of classes, a class for each image, or several for each image.
+            a set of classes, a class for each image, or several for each image. Iterators and other iterables are
+            read into lists.
         names: Names of the classes.
 
     Returns:
@@ -90,14 +92,16 @@ def find_classes(wanted: object, names: Sequence[str]) -> Any:
         wanted = wanted.tolist()
     if isinstance(wanted, set | frozenset | list | tuple):
         return type(wanted)(find_classes(one, names) for one in wanted)
+    if isinstance(wanted, Iterable) and not isinstance(wanted, Mapping | bytes | np.ndarray | Tensor):
+        return [find_classes(one, names) for one in wanted]
     return wanted
 
 
 def find_class(wanted: str, names: Sequence[str], count: int) -> int:
     """The index of a class, given by its name, its index, or whole words of its name.
 
-    Case does not matter, and hyphens, underscores and spaces are the same. Words are accepted only if a single class
-    name contains them: "tabby" for "tabby cat", but not "fruit" for "jackfruit".
+    Case does not matter, nor how letters with accents are composed; hyphens, underscores and spaces are the same. Words
+    are accepted only if a single class name contains them: "tabby" for "tabby cat", but not "fruit" for "jackfruit".
 
     Args:
         wanted: Name, index or words.
@@ -141,7 +145,8 @@ def _is_same(wanted: str) -> Callable[[str], bool]:
 
 
 def _folded(name: str) -> str:
-    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
+    """A name without what does not matter: case, the kind of spaces, and how Unicode composes letters with accents."""
+    return unicodedata.normalize("NFC", re.sub(r"[\s_-]+", " ", name).strip().casefold())
 
 
 def _listed(classes: Sequence[int], names: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..explanation.result import Explanation
-from ..explanation.scale import default_scale
+from ..explanation.scale import check_scale, default_scale
 from ..explanation.titles import class_name
 from ..explanation.visualization import EPS, weights_to_rgba
 from ..files import AUTHOR, atomic_path
@@ -30,14 +30,16 @@ from ..files import AUTHOR, atomic_path
 __all__ = ["is_own_page", "save_viewer", "viewer_html"]
 
 TITLE = "B-cos explanation"
+SCALES = (1, 2, 4, 8, 16, 32)  # sides of cells, in pixels
 SCRIPTS = ("numbers.js", "pictures.js", "viewer.js")
 HEAD = 4096  # number of characters that contain the signature
 SIGNATURE = f'<meta name="generator" content="{AUTHOR}">'
 
 
 def viewer_html(
-    explanation: Explanation, class_names: Sequence[str] | None = None, title: str = "", versus: int | None = None
-) -> str:
+    explanation: Explanation, class_names: Sequence[str] | None = None, title: str = "", versus: int | None = None,
+    scale: int | None = None,
+) -> str:  # fmt: skip
     """Create a self-contained interactive HTML document about one image.
 
     Args:
@@ -46,6 +48,8 @@ def viewer_html(
         class_names: Names of all classes of the model. Default: those of the explanation.
         title: Heading, for instance the names of photo and model. Default: the name of the photo.
         versus: Class, one of those explained, that is subtracted at first; None for none.
+        scale: Side of the cells that are shown at first, in pixels: a power of two up to 32, and up to half of the
+            image's shorter side. Default: as in `Explanation.overlay`.
 
     Returns:
         HTML document. An iframe must allow scripts and downloads. The document posts messages `{height}` in pixels to
@@ -53,7 +57,7 @@ def viewer_html(
 
     Raises:
         InputError: If the explanation is of several images, of units or of differences (the viewer subtracts classes
-            itself), has numbers that are not finite, or images do not have 1 or 3 channels.
+            itself), has numbers that are not finite, or images do not have 1 or 3 channels; or for another scale.
     """
     _check(explanation)
     class_names = class_names or explanation.class_names or None
@@ -65,7 +69,7 @@ def viewer_html(
         "script": script,
         "style_hash": _hash(style),
         "script_hash": _hash(script),
-        "data": _inert_json(_data(explanation, class_names, title, versus)),
+        "data": _inert_json(_data(explanation, class_names, title, versus, scale)),
     }
     # one pass, so that inserted text is never read as a template
     return re.sub(r"{{(\w+)}}", lambda slot: values[slot[1]], _part("viewer.html"))
@@ -77,6 +81,7 @@ def save_viewer(
     class_names: Sequence[str] | None = None,
     title: str = "",
     versus: int | None = None,
+    scale: int | None = None,
 ) -> None:
     """Write the document of `viewer_html` to a file.
 
@@ -86,8 +91,9 @@ def save_viewer(
         class_names: Names of all classes, as in `viewer_html`.
         title: Heading, as in `viewer_html`.
         versus: Subtracted class, as in `viewer_html`.
+        scale: Side of the cells, as in `viewer_html`.
     """
-    document = viewer_html(explanation, class_names, title, versus)
+    document = viewer_html(explanation, class_names, title, versus, scale)
     with atomic_path(path) as temporary:
         temporary.write_text(document, encoding="utf-8")
 
@@ -118,7 +124,7 @@ def _check(explanation: Explanation) -> None:
 
 
 def _data(
-    explanation: Explanation, class_names: Sequence[str] | None, title: str, versus: int | None
+    explanation: Explanation, class_names: Sequence[str] | None, title: str, versus: int | None, scale: int | None
 ) -> dict[str, Any]:
     """The data of the document; `classes` has an entry for each explained class."""
     height, width = explanation.inputs.shape[-2:]
@@ -132,7 +138,8 @@ def _data(
         "title": title,
         "height": height,
         "width": width,
-        "scale": default_scale(height, width),
+        "scale": _first_scale(height, width, scale),
+        "scales": _scales(height, width),
         "photo": _png(image),
         "probability": explanation.probability_kind,
         "classCount": explanation.logits.shape[1],
@@ -141,6 +148,23 @@ def _data(
         "classes": known,
         "against": None if versus is None else classes.index(versus),
     }
+
+
+def _scales(height: int, width: int) -> list[int]:
+    """The sides of cells to choose from: powers of two up to half of the shorter side."""
+    return [side for side in SCALES if side == 1 or 2 * side <= min(height, width)]
+
+
+def _first_scale(height: int, width: int, scale: int | None) -> int:
+    scales = _scales(height, width)
+    if scale is None:
+        return min(default_scale(height, width), scales[-1])
+    if check_scale(scale) not in scales:
+        raise InputError(
+            f"scale={scale}: for images of {width} × {height} pixels, the viewer's cells have a side of "
+            f"{', '.join(map(str, scales))} pixels; choose one of these"
+        )
+    return int(scale)
 
 
 def _class(one: Explanation, class_names: Sequence[str] | None) -> dict[str, Any]:

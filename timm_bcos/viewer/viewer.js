@@ -3,7 +3,6 @@
 const page = JSON.parse(document.getElementById("data").textContent);
 const { width, height, classes } = page;
 const state = { target: 0, against: null, scale: 1, pixel: null, rectangle: null, isDragging: false, active: null };
-const LARGEST_CELL = 5; // binary logarithm of the side in pixels
 const pictures = []; // the marks on each: {pixel, rectangle, tip}
 let current; // the explained quantity, see `explained`
 const by = (id) => document.getElementById(id);
@@ -272,13 +271,12 @@ function addOptions() {
   for (const id of ["target", "against"]) by(id).addEventListener("change", onChange);
 }
 
-/** The slider's values are powers of two, up to half of the image's shorter side. */
 function addScales() {
-  const slider = by("scale"), largest = Math.floor(Math.log2(Math.min(width, height) / 2));
-  slider.max = Math.max(0, Math.min(LARGEST_CELL, largest));
-  slider.value = Math.log2(page.scale);
+  const slider = by("scale");
+  slider.max = page.scales.length - 1;
+  slider.value = page.scales.indexOf(page.scale);
   const onChange = () => {
-    state.scale = 2 ** Number(slider.value);
+    state.scale = page.scales[Number(slider.value)];
     by("cells").textContent = state.scale > 1 ? `${state.scale} × ${state.scale} pixels` : "single pixels";
     slider.setAttribute("aria-valuetext", by("cells").textContent);
   };

@@ -57,7 +57,7 @@ def explain(
         typer.Option(
             min=1,
             help="Side of the cells over which overlays sum contributions, in pixels of the model's image; 1 for "
-            "single pixels. (default: about 1/14 of the image)",
+            "single pixels. With --html a power of two up to 32. (default: about 1/11 of the image's shorter side)",
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory for the images.")] = Path("explanations"),
