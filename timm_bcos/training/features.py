@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ class FeatureCache:
 
     def __init__(self, folder: Path | None, model: nn.Module) -> None:
         self.folder = None if folder is None else folder / _fingerprint(model)
+        self.length = _feature_count(model)
 
     def get(self, digest: str) -> Tensor | None:
         """The features (C,) of a photo; None if they are not cached."""
@@ -103,7 +105,7 @@ class FeatureCache:
             values = np.load(self.folder / f"{digest}.npy", allow_pickle=False)
         except (OSError, ValueError, EOFError):
             return None
-        is_whole = values.dtype == np.float32 and values.ndim == 1 and np.isfinite(values).all()
+        is_whole = values.dtype == np.float32 and values.shape == (self.length,) and np.isfinite(values).all()
         return torch.from_numpy(values) if is_whole else None
 
     def put(self, digest: str, values: Tensor) -> None:
@@ -118,16 +120,52 @@ class FeatureCache:
             self.folder = None
 
 
+# Attributes of modules that features do not depend on, or that the fingerprint holds in another form.
+IGNORED = ("training", "deferred", "num_classes", "pretrained_cfg", "default_cfg", "pretrained_model_args")
+
+
 def _fingerprint(model: Any) -> str:
-    """SHA-256 of everything that features depend on besides the photo: weights, settings, transform and versions."""
+    """SHA-256 of everything that features depend on besides the photo: weights, structure, transform and versions."""
     head, _ = find_classifier(model)
     digest = hashlib.sha256(repr((__version__, timm.__version__, model.bcos_config)).encode())
     digest.update(repr(sorted(timm.data.resolve_model_data_config(model).items())).encode())
-    for name, value in model.state_dict().items():
+    for name, module in model.named_modules():
+        if not f"{name}.".startswith(f"{head}."):
+            digest.update(repr((name, _structure(module))).encode())
+    for name, value in (dict(model.named_buffers()) | model.state_dict()).items():
         if not name.startswith(f"{head}."):
             contents = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(name.encode() + contents.numpy().tobytes())
+            digest.update(repr((name, value.dtype, tuple(value.shape))).encode() + contents.numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _structure(module: nn.Module) -> object:
+    """The class and the settings of a module without its children. Reprs of modules do not show all settings."""
+    settings = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in IGNORED}
+    return _name(type(module)), module.extra_repr(), sorted((k, _plain(v)) for k, v in settings.items())
+
+
+def _plain(value: Any) -> str:
+    """A text that is the same in each process, unlike reprs with addresses: numbers and texts in full, else names."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key!r}: {_plain(item)}' for key, item in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_plain, value))}]"
+    if isinstance(value, partial):
+        return f"{_plain(value.func)}({_plain(value.args)}, {_plain(value.keywords)})"
+    if value is None or isinstance(value, int | float | complex | str | torch.dtype | np.generic):
+        return repr(value)
+    return _name(value if callable(value) and hasattr(value, "__qualname__") else type(value))
+
+
+def _name(item: Any) -> str:
+    return f"{item.__module__}.{item.__qualname__}"
+
+
+def _feature_count(model: Any) -> int:
+    """Length of the features; of a model without a classifier, the number that timm declares."""
+    weight = getattr(find_classifier(model)[1], "weight", None)
+    return int(model.head_hidden_size if weight is None else weight.shape[1])
 
 
 @dataclass
