@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_class"]
 
+
 def plot_class(model: nn.Module, x: Tensor, target: int, name: str, probabilities: Sequence[float]) -> "Figure":
     """Plot photos of a class and the overlays of their contributions to its logit, at the default scale of figures.
 

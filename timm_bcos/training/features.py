@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..data.class_folders import ClassFolders
 from ..data.datasets import LabeledImages
-from ..data.photos import photo_transform
+from ..data.photos import photo_transform, to_photo
 from ..distributed import distributed_map
 from ..errors import InputError, ModelStateError
 from ..files import atomic_path
@@ -28,6 +29,8 @@ from ..prefetch import prefetch
 __all__ = ["FeatureCache", "Features", "compute_features", "find_classifier", "pooled_features"]
 
 _logger = logging.getLogger(__name__)
+
+MOST_CLASSES = 2**31
 
 
 @dataclass(frozen=True)
@@ -232,7 +235,7 @@ def _fill_in(model: nn.Module, items: Sequence[_Item], cache: FeatureCache, devi
     if not missing:
         return
     images = torch.stack([item.image for item in missing if item.image is not None])
-    features = pooled_features(model, images.to(device)).cpu()
+    features = pooled_features(model, images.to(device, next(model.parameters()).dtype)).cpu()
     if not bool(features.isfinite().all()):
         raise ModelStateError(f"the features of {type(model).__name__} are not finite: its weights are damaged")
     for item, values in zip(missing, features, strict=True):
@@ -245,11 +248,9 @@ def _reader(model: nn.Module, dataset: LabeledImages, cache: FeatureCache) -> Ca
 
     def read(index: int) -> _Item:
         try:
-            label, digest, images = _open(dataset, index)
-            if label < 0:
-                raise InputError(f"photo {index} of the data set has no class: put the photos into a folder per class")
+            label, digest, images = _open(dataset, index, mode)
             features = cache.get(digest)
-            image = transform(next(images).convert(mode)) if features is None else None
+            image = transform(next(images)) if features is None else None
             return _Item(index, label, digest, features, image)
         except (InputError, OSError) as error:
             return _Item(index, failure=str(error) or type(error).__name__)
@@ -257,13 +258,28 @@ def _reader(model: nn.Module, dataset: LabeledImages, cache: FeatureCache) -> Ca
     return read
 
 
-def _open(dataset: LabeledImages, index: int) -> tuple[int, str, Iterator[Any]]:
+def _open(dataset: LabeledImages, index: int, mode: str) -> tuple[int, str, Iterator[Image.Image]]:
     """The class and the digest of a photo, and an iterator that reads the photo."""
     if isinstance(dataset, ClassFolders):
-        return dataset.labels[index], dataset.digest(index), (dataset[i][0] for i in [index])
-    image, label = dataset[index]
+        return dataset.labels[index], dataset.digest(index), (dataset[i][0].convert(mode) for i in [index])
+    item: Any = dataset[index]
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        raise InputError(f"item {index} of the data set is of type {type(item).__name__}, not a photo and its class")
+    image, label = item
     if not isinstance(image, Image.Image):
         raise InputError(f"the data set returns {type(image).__name__}, not Pillow images: remove its transform")
-    photo = image.convert("RGB")
-    pixels = repr(photo.size).encode() + photo.tobytes()
-    return int(label), hashlib.sha256(pixels).hexdigest(), iter([image])
+    photo = to_photo(image, mode)
+    pixels = repr((photo.mode, photo.size)).encode() + photo.tobytes()
+    return _class_of(label, index), hashlib.sha256(pixels).hexdigest(), iter([photo])
+
+
+def _class_of(label: Any, index: int) -> int:
+    try:
+        found = operator.index(label)
+    except (TypeError, ValueError) as error:  # names, fractions, vectors
+        raise InputError(f"photo {index} of the data set has the class {label!r}: give classes as integers") from error
+    if found < 0:
+        raise InputError(f"photo {index} of the data set has no class: put the photos into a folder per class")
+    if found > MOST_CLASSES:
+        raise InputError(f"photo {index} of the data set has the class {found}: number the classes 0, 1, 2, ...")
+    return found
