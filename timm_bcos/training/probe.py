@@ -73,7 +73,7 @@ def fit_probe(
         >>> result.accuracy, result.interval
         >>> timm_bcos.explain(model, images).save("why.png")
     """
-    _check_numbers(batch_size, seed)
+    _check_arguments(batch_size, seed, cache)
     given = checked_names(class_names)
     train_set, test_set = read_data(dataset, validation)
     known = names_of(train_set) or given  # by which validation classes are found
@@ -96,11 +96,13 @@ def fit_probe(
     return probe, _result(names, train, test, fit, found)
 
 
-def _check_numbers(batch_size: Any, seed: Any) -> None:
+def _check_arguments(batch_size: Any, seed: Any, cache: Any) -> None:
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise InputError(f"batch_size={batch_size!r}: give a whole number of at least 1")
     if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
         raise InputError(f"seed={seed!r}: give a whole number of at most 63 bits")
+    if not isinstance(cache, str | PathLike | None):
+        raise InputError(f"cache={cache!r}: give the path of a directory, or None")
 
 
 def _refuse_degenerate(model: nn.Module, train: Features, fit: LogisticFit) -> None:
@@ -138,7 +140,7 @@ def _backbone(model: nn.Module | str) -> TimmBcosModel:
         raise ModelStateError(f"{type(own).__name__} is not a B-cos model: convert it with timm_bcos.bcosify")
     if not hasattr(own, "reset_classifier"):
         raise ModelStateError(f"{type(own).__name__} has no reset_classifier: a model of timm is needed")
-    return cast(TimmBcosModel, own.eval())
+    return cast(TimmBcosModel, own).eval()
 
 
 def _with_classifier(backbone: TimmBcosModel, weight: Tensor, names: Sequence[str]) -> TimmBcosModel:

@@ -40,10 +40,8 @@ def read_data(
 
 
 def _refuse_other(dataset: object, argument: str) -> None:
-    is_map = (
-        hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not isinstance(dataset, Mapping | bytes)
-    )
-    if not isinstance(dataset, str | PathLike) and not is_map:
+    has_items = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    if not isinstance(dataset, str | PathLike) and (not has_items or isinstance(dataset, Mapping | bytes)):
         raise InputError(
             f"{argument}={dataset!r}: give a directory with a folder per class, or a data set of Pillow images and "
             f"integer labels with a length"
