@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -293,9 +294,10 @@ def test_features_are_computed_once(photos: Path, tmp_path: Path, monkeypatch: p
     files[0].write_bytes(files[0].read_bytes()[:-8])  # torn
     files[1].write_bytes(b"")
     files[2].write_bytes(b"\x93NUMPY but no more")
+    np.save(files[3], np.zeros(7, np.float32))  # of another length
     (photos / "red" / "0.png").rename(photos / "red" / "renamed.png")
     again = compute_features(model, ClassFolders(photos), FeatureCache(cache, model), batch_size=4)
-    assert sum(seen) == 15 + 3
+    assert sum(seen) == 15 + 4
     by_digest = dict(zip(again.digests, again.values, strict=True))
     expected = dict(zip(first.digests, first.values, strict=True))
     assert by_digest.keys() == expected.keys()
@@ -303,17 +305,54 @@ def test_features_are_computed_once(photos: Path, tmp_path: Path, monkeypatch: p
         torch.testing.assert_close(values, expected[digest])
 
 
-@pytest.mark.parametrize("change", ["weight", "crop", "classifier"])
+def change_settings(model: Any, name: str, value: object) -> None:
+    """Change a setting of the modules that have it, but not of the classifier."""
+    found = [m for m in model.modules() if hasattr(m, name) and m is not model.get_classifier()]
+    assert found, name
+    for module in found:
+        setattr(module, name, value)
+
+
+CHANGES: dict[str, Any] = {
+    "weight": lambda model: next(model.parameters()).data.flatten()[0].add_(1),
+    "crop": lambda model: model.pretrained_cfg.update(crop_pct=0.5),
+    "b": lambda model: change_settings(model, "b", 1.5),
+    "eps": lambda model: change_settings(model, "eps", 1.0),
+    "dilation": lambda model: change_settings(model, "dilation", (2, 2)),
+    "activation": lambda model: setattr(model, "act1", nn.Identity()),
+    "function": lambda model: setattr(model, "function", torch.tanh),
+    "type": lambda model: model.double(),
+}
+NO_CHANGES: dict[str, Any] = {
+    "classifier": lambda model: model.get_classifier().weight.data.add_(1),
+    "a pass": lambda model: model(torch.rand(1, 3, 32, 32)),
+    "training": lambda model: model.train(),
+    "memory format": lambda model: model.to(memory_format=torch.channels_last),
+    "description": lambda model: model.pretrained_cfg.update(description="another"),
+}
+
+
+@pytest.mark.parametrize("change", [*CHANGES, *NO_CHANGES])
 def test_the_cache_knows_model_and_transform(change: str, tmp_path: Path) -> None:
     model: Any = load_model(SMALL).eval()
+    model.pretrained_cfg = dict(model.pretrained_cfg)
     before = FeatureCache(tmp_path, model).folder
-    if change == "weight":
-        next(model.parameters()).data.flatten()[0] += 1
-    elif change == "crop":
-        model.pretrained_cfg = {**model.pretrained_cfg, "crop_pct": 0.5}
-    else:
-        model.get_classifier().weight.data += 1
-    assert (FeatureCache(tmp_path, model).folder == before) == (change == "classifier")
+    (CHANGES | NO_CHANGES)[change](model)
+    assert (FeatureCache(tmp_path, model).folder == before) == (change in NO_CHANGES)
+
+
+@pytest.mark.parametrize(
+    ("arch", "own", "other"),
+    [
+        ("bcos_cifar_resnet20", {}, dict(global_pool="max")),
+        ("test_vit", dict(global_pool="avg", class_token=True), dict(global_pool="max", class_token=True)),
+    ],
+)
+def test_the_cache_knows_the_structure(arch: str, own: dict[str, Any], other: dict[str, Any], tmp_path: Path) -> None:
+    create = dict(model_name=arch) if arch == SMALL else dict(model_name="bcosify", arch=arch)
+    first, second = (timm.create_model(**create, **kwargs).eval() for kwargs in (own, other))
+    second.load_state_dict(first.state_dict())
+    assert FeatureCache(tmp_path, first).folder != FeatureCache(tmp_path, second).folder
 
 
 def test_a_cache_that_cannot_be_written_is_no_problem(photos: Path, tmp_path: Path) -> None:

@@ -83,13 +83,37 @@ def read_splits(root: Path) -> tuple[ClassFolders, ClassFolders | None]:
         root: Directory with a folder per class, or with folders `train` and, optionally, `validation` that have one.
 
     Raises:
-        InputError: See `ClassFolders`.
+        InputError: See `ClassFolders`; and if there are folders of splits and of classes side by side, or no folder
+            `train` among splits.
     """
-    splits = [next((root / name for name in names if _is_split(root / name)), None) for names in SPLITS[:2]]
-    if splits[0] is None:
+    splits = [next((root / name for name in names if _is_split(root / name)), None) for names in SPLITS]
+    if not any(splits):
         return ClassFolders(root), None
+    _refuse_mixed(root, [split.name for split in splits if split])
+    if splits[0] is None:
+        found = ", ".join(split.name for split in splits if split)
+        raise InputError(
+            f"{root} has no folder 'train' beside {found}: put the photos to train on into it, or give the directory "
+            f"that has a folder per class"
+        )
     train = ClassFolders(splits[0])
     return train, None if splits[1] is None else ClassFolders(splits[1], train.class_names)
+
+
+def _refuse_mixed(root: Path, splits: Sequence[str]) -> None:
+    """Refuse a directory in which, for instance, `train` may be a split or a class of trains with subfolders."""
+    known = {name for names in SPLITS for name in names}
+    classes = [name for name in _folders(root) if name not in known and _has_photos(root / name)]
+    if classes:
+        raise InputError(
+            f"{root} has the folder {splits[0]!r}, which has folders of its own, beside photos in {classes[0]!r}: if "
+            f"{splits[0]!r} is a class, put its photos right into it; if it is a split, move the others out"
+        )
+
+
+def _has_photos(folder: Path) -> bool:
+    endings = timm.data.get_img_extensions()
+    return any(path.suffix.lower() in endings for path in folder.rglob("*"))
 
 
 def _is_split(folder: Path) -> bool:

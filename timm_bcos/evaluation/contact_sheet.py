@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from ..explanation.api import explain
+from ..explanation.visualization import drawable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +30,7 @@ def plot_class(model: nn.Module, x: Tensor, target: int, name: str, probabilitie
     photos = x.detach().cpu().expand(-1, 3, -1, -1).movedim(1, -1)
     figure = Figure(figsize=(max(1.8 * len(x), 3.6), 4.0), layout="constrained")
     title = f"{name}: photos with their probability, and contributions for (red) and against (blue) the class"
-    figure.suptitle(title, fontsize=10, parse_math=False)
+    figure.suptitle(drawable(title), fontsize=10, parse_math=False)
     axes = figure.subplots(2, len(x), squeeze=False)
     for row, pictures in zip(axes, (photos, overlays), strict=True):
         for ax, picture in zip(row, pictures, strict=True):

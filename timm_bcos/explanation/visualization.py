@@ -24,6 +24,7 @@ __all__ = [
     "Row",
     "color_layer",
     "draw_rows",
+    "drawable",
     "map_to_rgba",
     "overlay",
     "save_figure",
@@ -184,7 +185,7 @@ def draw_rows(rows: Sequence[Row]) -> "Figure":
     for row, axes in zip(rows, grid, strict=True):
         for ax, (title, picture) in zip(axes, row.pictures, strict=False):
             ax.imshow(picture.detach().cpu().float().numpy(), cmap="gray", vmin=0, vmax=1)
-            ax.set_title(fill(_drawable(title), 40), fontsize=10, parse_math=False)  # names are not formulas
+            ax.set_title(fill(drawable(title), 40), fontsize=10, parse_math=False)  # names are not formulas
             ax.axis("off")
         _draw_bars(axes[-1], row.bars)
     return figure
@@ -193,14 +194,14 @@ def draw_rows(rows: Sequence[Row]) -> "Figure":
 def _draw_bars(axes: "Axes", bars: Bars) -> None:
     colors = ["tab:red" if i == bars.marked else "tab:gray" for i in range(len(bars.names))]
     axes.barh(range(len(bars.names)), bars.values, color=colors)
-    axes.set_yticks(range(len(bars.names)), [_drawable(name[:24]) for name in bars.names], parse_math=False)
+    axes.set_yticks(range(len(bars.names)), [drawable(name[:24]) for name in bars.names], parse_math=False)
     axes.invert_yaxis()
     axes.set_title(bars.title, fontsize=10)
     if bars.limit is not None:
         axes.set_xlim(0, bars.limit)
 
 
-def _drawable(name: str) -> str:
+def drawable(name: str) -> str:
     """Replace bytes that are not text, which names of directories may contain and fonts refuse."""
     return name.encode(errors="replace").decode()
 

@@ -271,13 +271,13 @@ def _architecture(model: nn.Module) -> dict[str, object]:
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")
     if name.startswith("bcos"):
         _refuse_local(getattr(model, "_model_args", None) or {})
-        return dict(architecture=name, **_changes(model.bcos_config, name))
+        return dict(architecture=name, **_changes(model, name))
     if not timm.is_model(name):
         raise ModelStateError(
             f"timm cannot create a {type(model).__name__} by name: register its function with "
             f"timm.models.register_model, then convert it"
         )
-    return dict(architecture="bcosify", arch=name, **_changes(model.bcos_config, "bcosify"))
+    return dict(architecture="bcosify", arch=name, **_changes(model, "bcosify"))
 
 
 def _refuse_local(arguments: dict[str, object]) -> None:
@@ -288,11 +288,17 @@ def _refuse_local(arguments: dict[str, object]) -> None:
         )
 
 
-def _changes(config: BcosConfig, name: str) -> dict[str, object]:
-    """The settings that differ from the registered model's defaults. transformers drops tags, so they do not count."""
+def _changes(model: BcosModel, name: str) -> dict[str, object]:
+    """The settings that differ from the registered model's defaults. transformers drops tags, so they do not count.
+
+    timm records the arguments that a model was created with, so settings among them are given even if they are defaults
+    again, for instance the temperature of a new classifier.
+    """
+    config = model.bcos_config
+    given = {"b", "bias", *(getattr(model, "_model_args", None) or {})}
     own = ARCHITECTURES[name].config if name in ARCHITECTURES else BcosConfig.finetune(b=config.b, bias=config.bias)
     default, chosen = dataclasses.asdict(own), dataclasses.asdict(config)
-    return {key: chosen[key] for key in chosen if key in ("b", "bias") or chosen[key] != default[key]}
+    return {key: chosen[key] for key in chosen if key in given or chosen[key] != default[key]}
 
 
 def _load_again(folder: Path) -> TimmBcosModel:

@@ -2,8 +2,10 @@
 
 import hashlib
 import logging
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..data.class_folders import ClassFolders
 from ..data.datasets import LabeledImages
-from ..data.photos import photo_transform
+from ..data.photos import photo_transform, to_photo
 from ..distributed import distributed_map
 from ..errors import InputError, ModelStateError
 from ..files import atomic_path
@@ -27,6 +29,8 @@ from ..prefetch import prefetch
 __all__ = ["FeatureCache", "Features", "compute_features", "find_classifier", "pooled_features"]
 
 _logger = logging.getLogger(__name__)
+
+MOST_CLASSES = 2**31
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class FeatureCache:
 
     def __init__(self, folder: Path | None, model: nn.Module) -> None:
         self.folder = None if folder is None else folder / _fingerprint(model)
+        self.length = _feature_count(model)
 
     def get(self, digest: str) -> Tensor | None:
         """The features (C,) of a photo; None if they are not cached."""
@@ -103,7 +108,7 @@ class FeatureCache:
             values = np.load(self.folder / f"{digest}.npy", allow_pickle=False)
         except (OSError, ValueError, EOFError):
             return None
-        is_whole = values.dtype == np.float32 and values.ndim == 1 and np.isfinite(values).all()
+        is_whole = values.dtype == np.float32 and values.shape == (self.length,) and np.isfinite(values).all()
         return torch.from_numpy(values) if is_whole else None
 
     def put(self, digest: str, values: Tensor) -> None:
@@ -118,16 +123,52 @@ class FeatureCache:
             self.folder = None
 
 
+# Attributes of modules that features do not depend on, or that the fingerprint holds in another form.
+IGNORED = ("training", "deferred", "num_classes", "pretrained_cfg", "default_cfg", "pretrained_model_args")
+
+
 def _fingerprint(model: Any) -> str:
-    """SHA-256 of everything that features depend on besides the photo: weights, settings, transform and versions."""
+    """SHA-256 of everything that features depend on besides the photo: weights, structure, transform and versions."""
     head, _ = find_classifier(model)
     digest = hashlib.sha256(repr((__version__, timm.__version__, model.bcos_config)).encode())
     digest.update(repr(sorted(timm.data.resolve_model_data_config(model).items())).encode())
-    for name, value in model.state_dict().items():
+    for name, module in model.named_modules():
+        if not f"{name}.".startswith(f"{head}."):
+            digest.update(repr((name, _structure(module))).encode())
+    for name, value in (dict(model.named_buffers()) | model.state_dict()).items():
         if not name.startswith(f"{head}."):
             contents = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(name.encode() + contents.numpy().tobytes())
+            digest.update(repr((name, value.dtype, tuple(value.shape))).encode() + contents.numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _structure(module: nn.Module) -> object:
+    """The class and the settings of a module without its children. Reprs of modules do not show all settings."""
+    settings = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in IGNORED}
+    return _name(type(module)), module.extra_repr(), sorted((k, _plain(v)) for k, v in settings.items())
+
+
+def _plain(value: Any) -> str:
+    """A text that is the same in each process, unlike reprs with addresses: numbers and texts in full, else names."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key!r}: {_plain(item)}' for key, item in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_plain, value))}]"
+    if isinstance(value, partial):
+        return f"{_plain(value.func)}({_plain(value.args)}, {_plain(value.keywords)})"
+    if value is None or isinstance(value, int | float | complex | str | torch.dtype | np.generic):
+        return repr(value)
+    return _name(value if callable(value) and hasattr(value, "__qualname__") else type(value))
+
+
+def _name(item: Any) -> str:
+    return f"{item.__module__}.{item.__qualname__}"
+
+
+def _feature_count(model: Any) -> int:
+    """Length of the features; of a model without a classifier, the number that timm declares."""
+    weight = getattr(find_classifier(model)[1], "weight", None)
+    return int(model.head_hidden_size if weight is None else weight.shape[1])
 
 
 @dataclass
@@ -194,7 +235,7 @@ def _fill_in(model: nn.Module, items: Sequence[_Item], cache: FeatureCache, devi
     if not missing:
         return
     images = torch.stack([item.image for item in missing if item.image is not None])
-    features = pooled_features(model, images.to(device)).cpu()
+    features = pooled_features(model, images.to(device, next(model.parameters()).dtype)).cpu()
     if not bool(features.isfinite().all()):
         raise ModelStateError(f"the features of {type(model).__name__} are not finite: its weights are damaged")
     for item, values in zip(missing, features, strict=True):
@@ -207,11 +248,9 @@ def _reader(model: nn.Module, dataset: LabeledImages, cache: FeatureCache) -> Ca
 
     def read(index: int) -> _Item:
         try:
-            label, digest, images = _open(dataset, index)
-            if label < 0:
-                raise InputError(f"photo {index} of the data set has no class: put the photos into a folder per class")
+            label, digest, images = _open(dataset, index, mode)
             features = cache.get(digest)
-            image = transform(next(images).convert(mode)) if features is None else None
+            image = transform(next(images)) if features is None else None
             return _Item(index, label, digest, features, image)
         except (InputError, OSError) as error:
             return _Item(index, failure=str(error) or type(error).__name__)
@@ -219,13 +258,28 @@ def _reader(model: nn.Module, dataset: LabeledImages, cache: FeatureCache) -> Ca
     return read
 
 
-def _open(dataset: LabeledImages, index: int) -> tuple[int, str, Iterator[Any]]:
+def _open(dataset: LabeledImages, index: int, mode: str) -> tuple[int, str, Iterator[Image.Image]]:
     """The class and the digest of a photo, and an iterator that reads the photo."""
     if isinstance(dataset, ClassFolders):
-        return dataset.labels[index], dataset.digest(index), (dataset[i][0] for i in [index])
-    image, label = dataset[index]
+        return dataset.labels[index], dataset.digest(index), (dataset[i][0].convert(mode) for i in [index])
+    item: Any = dataset[index]
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        raise InputError(f"item {index} of the data set is of type {type(item).__name__}, not a photo and its class")
+    image, label = item
     if not isinstance(image, Image.Image):
         raise InputError(f"the data set returns {type(image).__name__}, not Pillow images: remove its transform")
-    photo = image.convert("RGB")
-    pixels = repr(photo.size).encode() + photo.tobytes()
-    return int(label), hashlib.sha256(pixels).hexdigest(), iter([image])
+    photo = to_photo(image, mode)
+    pixels = repr((photo.mode, photo.size)).encode() + photo.tobytes()
+    return _class_of(label, index), hashlib.sha256(pixels).hexdigest(), iter([photo])
+
+
+def _class_of(label: Any, index: int) -> int:
+    try:
+        found = operator.index(label)
+    except (TypeError, ValueError) as error:  # names, fractions, vectors
+        raise InputError(f"photo {index} of the data set has the class {label!r}: give classes as integers") from error
+    if found < 0:
+        raise InputError(f"photo {index} of the data set has no class: put the photos into a folder per class")
+    if found > MOST_CLASSES:
+        raise InputError(f"photo {index} of the data set has the class {found}: number the classes 0, 1, 2, ...")
+    return found
