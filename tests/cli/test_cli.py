@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import timm_bcos
 from tests.helpers import PHOTOS
-from timm_bcos import BcosError, CheckpointError, TargetError
+from timm_bcos import BcosError, CheckpointError, Explainer, TargetError
 from timm_bcos.cli.app import app
 from timm_bcos.data.photos import is_own_picture, open_photo
 from timm_bcos.models.class_names import class_names, find_class
@@ -95,7 +95,10 @@ def test_one_class_against_others(weights: Path, photo: Path, tmp_path: Path) ->
 def test_whole_photos_and_summaries(weights: Path, photo: Path, tmp_path: Path) -> None:
     arguments = (photo, "--model", "bcos_cnn9", "--checkpoint", weights, "--out", tmp_path / "out", "--target", 3)
     code, text = run(*arguments, "--crop", "none", "--scale", 8)
-    assert code == 0 and "34% of the model's image is padding" in text, text
+    why = Explainer("bcos_cnn9", checkpoint=weights, crop="none")(photo, 3)
+    padding = float(why.contribution_map.double().sum() - why.photo_map().sum())
+    said = f"34% of the model's image is padding, which contributes {padding:+.3f} to class 3"
+    assert code == 0 and said in text, text
     overlay = tmp_path / "out" / "coffee_class-3_overlay.jpg"
     coarse = overlay.read_bytes()
     assert Image.open(overlay).size == Image.open(photo).size and is_own_picture(overlay)

@@ -8,7 +8,6 @@ from zlib import crc32
 
 from ..errors import InputError
 from ..explainer import Explainer, PreparedPhotos
-from ..explanation.photo import Photo
 from ..explanation.result import Explanation
 from ..explanation.video import explain_video
 from ..explanation.visualization import save_image
@@ -112,7 +111,7 @@ class PhotoWriter:
             return "\n".join(json.dumps({"path": str(path), **row}) for row in rows)
         is_difference = explanation.versus is not None or explanation.direction is not None
         lines = self._lines_of_differences(explanation) if is_difference else self._lines_of_classes(explanation)
-        return "\n".join([str(path), *_geometry(explanation.photos[0]), *lines])
+        return "\n".join([str(path), *self._geometry(explanation[0]), *lines])
 
     def _lines_of_classes(self, explanation: Explanation) -> Iterator[str]:
         probability = explanation.probability.gather(1, explanation.target[:, None])[:, 0]
@@ -136,11 +135,13 @@ class PhotoWriter:
     def _label(self, target: int) -> str:
         return f"_{slug(self.names[target])[:100] or f'class-{target}'}"
 
-
-def _geometry(photo: Photo) -> Iterator[str]:
-    """What the model's image shows besides the photo, and whether its aspect ratio differs."""
-    left, top, right, bottom = photo.box
-    if photo.padding > 0:
-        yield f"  {photo.padding:.0%} of the model's image is padding"
-    elif (left, top) == (0, 0) and (right, bottom) == photo.image.size and right != bottom:
-        yield f"  the model sees all {right:.0f} × {bottom:.0f} pixels, resized to the shape of its image"
+    def _geometry(self, explanation: Explanation) -> Iterator[str]:
+        """What the model's image shows besides the photo, and whether its aspect ratio differs."""
+        (photo,) = explanation.photos
+        left, top, right, bottom = photo.box
+        if photo.padding > 0:
+            part = explanation.contribution_map.double().sum() - explanation.photo_map().sum()
+            name = self.names[int(explanation.target[0])]
+            yield f"  {photo.padding:.0%} of the model's image is padding, which contributes {part:+.3f} to {name}"
+        elif (left, top) == (0, 0) and (right, bottom) == photo.image.size and right != bottom:
+            yield f"  the model sees all {right:.0f} × {bottom:.0f} pixels, resized to the shape of its image"
