@@ -1,6 +1,10 @@
 """Probes: a classifier for one's own classes, exactly explainable, from Python and from the command line."""
 
+import io
+import os
+import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor, nn
 
 import timm_bcos
@@ -19,8 +23,9 @@ from timm_bcos.data.class_folders import ClassFolders, read_splits
 from timm_bcos.hub.repository import save_model
 from timm_bcos.models.loading import load_model
 from timm_bcos.training import features as feature_module
-from timm_bcos.training.features import FeatureCache, compute_features, pooled_features
+from timm_bcos.training.features import FeatureCache, Features, compute_features, pooled_features
 from timm_bcos.training.logistic import cross_validate, fit_logistic, stratified_folds
+from timm_bcos.training.probe_data import matched, names_of
 from timm_bcos.training.probe_result import ProbeResult, wilson_interval
 
 COLORS = {"blue": (40, 60, 220), "green": (50, 200, 60), "red": (220, 40, 50)}
@@ -169,6 +174,41 @@ def test_refused_models(model: nn.Module, message: str, photos: Path) -> None:
         fit_probe(model, photos, progress=False)
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_probes_have_the_type_of_the_model(kind: torch.dtype) -> None:
+    backbone: Any = load_model(SMALL)
+    expected, _ = fit_probe(backbone, photos_in_memory(), progress=False)
+    model, result = fit_probe(backbone.to(kind), photos_in_memory(), progress=False)
+    assert {p.dtype for p in model.parameters()} == {kind} and result.accuracy > 0.9
+    own, other = (m.get_classifier().weight.double() for m in (model, expected))  # type: ignore[operator]
+    torch.testing.assert_close(own, other, rtol=0, atol=0.05 * float(other.abs().max().detach()))
+
+
+def test_compiled_models_are_unwrapped() -> None:
+    backbone: Any = load_model(SMALL)
+    expected, _ = fit_probe(backbone, photos_in_memory(), progress=False)
+    model, _ = fit_probe(torch.compile(backbone), photos_in_memory(), progress=False)  # type: ignore[arg-type]
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-42])
+def test_features_that_teach_nothing_are_refused(factor: float) -> None:
+    backbone: Any = load_model(SMALL)
+    backbone.layer3.register_forward_hook(lambda _module, _args, output: output * factor)
+    with pytest.raises(ModelStateError, match="no classifier can be fitted to the features"):
+        fit_probe(backbone, photos_in_memory(), progress=False)
+
+
+def test_probes_of_models_with_another_head_can_be_saved(tmp_path: Path) -> None:
+    backbone = timm.create_model(SMALL, temperature=2.0, logit_bias=-3.0, probability="softmax")
+    model, _ = fit_probe(backbone, photos_in_memory(), progress=False)
+    save_model(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = torch.rand(1, 3, 32, 32)
+    torch.testing.assert_close(again(x), model(x))
+    assert again.bcos_config == model.bcos_config
+
+
 # Data.
 
 
@@ -210,6 +250,112 @@ def test_trains_may_be_a_class(photos: Path) -> None:
     assert train.class_names == ["blue", "green", "train"] and validation is None
 
 
+def test_classes_of_validation_photos_are_matched_by_name(tmp_path: Path) -> None:
+    """timm sorts names naturally, torchvision does not, and a data set that lacks a class numbers the others anew."""
+    datasets = pytest.importorskip("torchvision.datasets", reason="needs torchvision")
+    names = ("class2", "class10", "zebra")
+    for root, present in (("train", names), ("all", names), ("some", names[1:])):
+        for name in present:
+            color = tuple(COLORS)[names.index(name)]
+            write_photos(tmp_path / color, 3, (color,), seed=names.index(name))
+            shutil.move(tmp_path / color / color, tmp_path / root / name)
+    assert datasets.ImageFolder(tmp_path / "all").classes == ["class10", "class2", "zebra"]
+    every, some = datasets.ImageFolder(tmp_path / "all"), timm.data.create_dataset("", str(tmp_path / "some"))
+    for validation, numbers, labels in (
+        (every, [0, 1, 2], [1, 0, 2]),
+        (torch.utils.data.Subset(every, [0, 8]), [0, 2], [1, 2]),
+        (some, [0, 1], [1, 2]),
+        (ClassFolders(tmp_path / "some"), [0, 1], [1, 2]),
+        ([], [0, 1, 2], [0, 1, 2]),  # without names
+    ):
+        features = Features(torch.zeros(len(numbers), 1), torch.tensor(numbers), [], [], [])
+        assert matched(features, names_of(validation), names).labels.tolist() == labels
+    with pytest.raises(InputError, match="the validation photos have class 'class10', the classes are"):
+        matched(features, names_of(every), ("class2", "zebra"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the same photos
+        _, result = fit_probe(SMALL, tmp_path / "train", some, class_names=["A", "B", "C"], progress=False)
+    assert result.labels.tolist() == [1, 1, 1, 2, 2, 2] and result.accuracy == 1
+
+
+def photos_in_memory(count: int = 6) -> list[tuple[Image.Image, int]]:
+    generator = torch.Generator().manual_seed(0)
+    shades = ((torch.arange(40) * 6)[:, None].expand(40, 40), (torch.arange(40) * 6).expand(40, 40))
+    pixels = [shades[i % 2] + torch.randint(0, 15, (40, 40), generator=generator) for i in range(count)]
+    return [(Image.fromarray(x.to(torch.uint8).numpy()).convert("RGB"), i % 2) for i, x in enumerate(pixels)]
+
+
+def rotated(image: Image.Image) -> Image.Image:
+    """The same photo as a camera stores it that was held upright."""
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Orientation] = 6
+    image.transpose(Image.Transpose.ROTATE_90).save(file, "png", exif=exif)
+    return Image.open(file)
+
+
+def sixteen_bits(image: Image.Image) -> Image.Image:
+    return Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+
+
+@pytest.mark.parametrize("store", [rotated, sixteen_bits], ids=lambda store: store.__name__)
+def test_pillow_images_are_read_as_explanations_read_them(store: Any) -> None:
+    plain = photos_in_memory()
+    stored = [(store(image), label) for image, label in plain]
+    with pytest.warns(UserWarning, match="photos occur twice"):
+        model, result = fit_probe(SMALL, stored, stored, progress=False)
+    explained = timm_bcos.Explainer(model)([image for image, _ in stored])
+    torch.testing.assert_close(explained.logits.double(), result.logits, rtol=1e-4, atol=1e-4)
+    expected = timm_bcos.Explainer(model)([image for image, _ in plain]).logits
+    torch.testing.assert_close(explained.logits, expected, rtol=1e-4, atol=1e-4)
+
+
+LABELS: dict[str, Any] = {
+    "has the class 'cat': give classes as integers": lambda i: ("cat", "dog")[i],
+    r"has the class 0.5: give classes as integers": lambda i: i + 0.5,
+    "has no class: put the photos into a folder per class": lambda i: -1,
+    "6 photos have classes up to 1000000000: number the classes": lambda i: i * 10**9,
+    f"has the class {2**70}: number the classes": lambda i: 2**70,
+    "only one class": lambda i: 0,
+}
+
+
+@pytest.mark.parametrize("message", LABELS)
+def test_refused_labels(message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        fit_probe(SMALL, [(image, LABELS[message](label)) for image, label in photos_in_memory()], progress=False)
+
+
+def test_labels_may_be_arrays() -> None:
+    for kind in (torch.tensor, np.int64):
+        _, result = fit_probe(SMALL, [(image, kind(i)) for image, i in photos_in_memory()], progress=False)  # type: ignore[operator, misc]
+        assert result.class_names == ("class 0", "class 1") and result.training_counts == (3, 3)
+
+
+ARGUMENTS: list[tuple[dict[str, Any], str]] = [
+    (dict(dataset=5), "dataset=5: give a directory"),
+    (dict(dataset=None), "dataset=None: give a directory"),
+    (dict(dataset=[1, 2]), "item 0 of the data set is of type int, not a photo and its class"),
+    (dict(dataset=[]), "no photo can be read"),
+    (dict(validation=5), "validation=5: give a directory"),
+    (dict(validation=[(photos_in_memory()[0][0], 2)]), "the validation photos have class 2, the classes are"),
+    (dict(batch_size=0), "batch_size=0: give a whole number of at least 1"),
+    (dict(batch_size=2.0), "batch_size=2.0: give a whole number"),
+    (dict(seed="a"), "seed='a': give a whole number"),
+    (dict(seed=2**70), f"seed={2**70}: give a whole number"),
+    (dict(class_names=["a", "a"]), "class_names has 'a' twice"),
+    (dict(class_names="ab"), "class_names='ab': give a list of names"),
+    (dict(class_names=7), "class_names=7: give a list of names"),
+    (dict(class_names=["a"]), "the photos have class 1, but only 1 names are given"),
+    (dict(cache=5), "cache=5: give the path of a directory"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), ARGUMENTS, ids=[message for _, message in ARGUMENTS])
+def test_refused_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        fit_probe(SMALL, **(dict(dataset=photos_in_memory(), progress=False) | arguments))
+
+
 def empty(photos: Path) -> None:
     (photos / "black").mkdir()
 
@@ -235,6 +381,16 @@ def broken(photos: Path) -> None:
         (photos / "red" / f"{i}.png").write_bytes(b"no photo")
 
 
+def split_or_class(photos: Path) -> None:
+    for name in ("steam", "diesel"):
+        shutil.copytree(photos / "red", photos / "train" / name)
+
+
+def no_training(photos: Path) -> None:
+    for name in COLORS:
+        shutil.move(photos / name, photos / "val" / name)
+
+
 def unknown_class(photos: Path) -> None:
     (photos / "train").mkdir()
     for name in COLORS:
@@ -248,6 +404,8 @@ REFUSED = {
     two_photos: "too few photos: 'red' has 2; give at least 3 of each class",
     loose: "no folders in .*: put the photos of each class into a folder",
     broken: "too few photos: 'red' has 2",
+    split_or_class: "has the folder 'train', which has folders of its own, beside photos in 'blue'",
+    no_training: "has no folder 'train' beside val",
     unknown_class: "has a folder 'pink', which is none of the classes",
     shutil.rmtree: "cannot read .*No such file or directory; give a directory with a folder per class",
 }
@@ -381,6 +539,16 @@ def test_the_command_writes_a_model_that_explains_itself(
     photo, why = photos / "green" / "1.png", tmp_path / "why"
     assert command("explain", photo, "--model", f"local-dir:{out}", "--out", why) == 0
     assert "green" in capsys.readouterr().out.splitlines()[1]
+
+
+def test_names_of_folders_may_be_no_text(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        (photos / "red").rename(photos / os.fsdecode(b"r\xe9d"))
+    except OSError:
+        pytest.skip("file names are text on this system")
+    out = tmp_path / "mine"
+    assert command("probe", photos, "--model", SMALL, "--out", out, "--cache", tmp_path / "cache") == 0
+    assert len(list(out.glob("class_*.png"))) == 3, capsys.readouterr().err
 
 
 def test_the_model_does_not_go_among_the_photos(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
