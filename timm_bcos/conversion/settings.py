@@ -145,7 +145,8 @@ def adopt_logit_bias(
     settings = decode_settings(weights[SETTINGS]) if SETTINGS in weights else {}
     value = settings.get("logit_bias", (trained or model.bcos_config).logit_bias)
     is_number = value is None or (isinstance(value, float | int) and not isinstance(value, bool))
-    if "logit_bias" in chosen or not is_number or not _have_classifier(weights, model):
+    is_same = value == model.bcos_config.logit_bias
+    if is_same or "logit_bias" in chosen or not is_number or not _have_classifier(weights, model):
         return
     config: BcosConfig = model.bcos_config.change(logit_bias=value)
     for module in model.modules():

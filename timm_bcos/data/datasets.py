@@ -92,11 +92,11 @@ def map_batches(
 
     Args:
         function: Function of what `image_batches` yields. Its results must be picklable, and tensors on the CPU.
-        model: Model that the images are prepared for.
-        dataset: Labeled images.
-        indices: Indices of the images.
-        batch_size: Number of images per batch.
-        bar: Title of the progress bar; None for no bar.
+        model: As in `image_batches`.
+        dataset: As in `image_batches`.
+        indices: As in `image_batches`.
+        batch_size: As in `image_batches`.
+        bar: As in `image_batches`.
 
     Yields:
         The result of each batch, in order.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,13 +22,11 @@ from ..dynamic_linear.violations import TEXTS, Violation
 from ..errors import InputError
 from ..files import atomic_path, first_line
 from .photo import Photo
-
-if TYPE_CHECKING:
-    from .result import Explanation
+from .rows import Rows
 
 __all__ = ["check_picture_suffix", "is_archive", "read", "write"]
 
-E = TypeVar("E", bound="Explanation")
+E = TypeVar("E", bound=Rows)
 SUFFIX = ".npz"
 FORMAT, VERSION = "timm_bcos.Explanation", 1
 # How NumPy holds numbers that it has no type for, such as bfloat16: as integers of the same size.
@@ -57,7 +55,7 @@ def check_picture_suffix(path: str | PathLike[str]) -> None:
         )
 
 
-def write(explanation: "Explanation", path: str | PathLike[str]) -> None:
+def write(explanation: Rows, path: str | PathLike[str]) -> None:
     """Write an explanation, whole or not at all.
 
     Raises:

@@ -2,16 +2,14 @@
 
 import math
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .rows import Rows
 from .titles import class_name, title, unit_name
-
-if TYPE_CHECKING:
-    from .result import Explanation
 
 __all__ = ["REGIONS", "Json", "check_top", "predictions", "region_sums", "summary"]
 
@@ -23,7 +21,7 @@ REGIONS = (
 )
 
 
-def predictions(explanation: "Explanation", top: int) -> list[tuple[str, float]]:
+def predictions(explanation: Rows, top: int) -> list[tuple[str, float]]:
     """Names and probabilities of the most probable classes of one image, best first.
 
     Raises:
@@ -37,7 +35,7 @@ def predictions(explanation: "Explanation", top: int) -> list[tuple[str, float]]
     return [(one["name"], one["probability"]) for one in _strongest(explanation, top)]
 
 
-def summary(explanation: "Explanation", top: int) -> Json:
+def summary(explanation: Rows, top: int) -> Json:
     """What `Explanation.summary` returns."""
     maps = explanation.contribution_map[0].detach().double().cpu()
     found: Json = {
@@ -77,24 +75,24 @@ def check_top(top: object) -> None:
         raise InputError(f"top={top!r}: give the number of classes, a whole number from 1")
 
 
-def _strongest(explanation: "Explanation", top: int) -> list[Json]:
+def _strongest(explanation: Rows, top: int) -> list[Json]:
     check_top(top)
     values = _values(explanation)
     return [_unit(explanation, unit) for unit in values.topk(min(top, len(values))).indices.tolist()]
 
 
-def _unit(explanation: "Explanation", unit: int) -> Json:
+def _unit(explanation: Rows, unit: int) -> Json:
     is_class = explanation.layer is None
     name = class_name(explanation, unit) if is_class else unit_name("unit", unit)
     value = float(_values(explanation)[unit])
     return {"index": unit, "name": name, "probability" if is_class else "activation": value}
 
 
-def _values(explanation: "Explanation") -> Tensor:
+def _values(explanation: Rows) -> Tensor:
     return (explanation.probability if explanation.layer is None else explanation.logits)[0]
 
 
-def _photo(explanation: "Explanation", maps: Tensor) -> Json | None:
+def _photo(explanation: Rows, maps: Tensor) -> Json | None:
     """The photo, the part of it that the model sees, and the padding."""
     if not explanation.photos:
         return None

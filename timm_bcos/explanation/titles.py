@@ -1,12 +1,10 @@
 """What an explanation explains, in words: for titles of figures, and in one line."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .result import Explanation
+from .rows import Rows
 
 __all__ = ["class_name", "one_line", "title", "unit_name"]
 
@@ -19,7 +17,7 @@ def unit_name(kind: str, index: int, names: Names = None) -> str:
     return names[index] if names is not None and index < len(names) else f"{kind} {index}"
 
 
-def class_name(explanation: "Explanation", index: int, names: Names = None) -> str:
+def class_name(explanation: Rows, index: int, names: Names = None) -> str:
     """The name of a class.
 
     Args:
@@ -30,7 +28,7 @@ def class_name(explanation: "Explanation", index: int, names: Names = None) -> s
     return unit_name("class", index, explanation.class_names if names is None else names)
 
 
-def title(explanation: "Explanation", index: int, names: Names = None) -> str:
+def title(explanation: Rows, index: int, names: Names = None) -> str:
     """What is explained of one image, for instance 'for hat, not t-shirt'.
 
     Args:
@@ -48,7 +46,7 @@ def title(explanation: "Explanation", index: int, names: Names = None) -> str:
     return f"{explanation.layer}, {_subject(explanation, index, 'unit', None).removeprefix('for ')}{place}"
 
 
-def _subject(explanation: "Explanation", index: int, kind: str, names: Names) -> str:
+def _subject(explanation: Rows, index: int, kind: str, names: Names) -> str:
     if explanation.direction is not None:
         return _of_direction(explanation.direction[index], kind, names)
     own = f"for {unit_name(kind, int(explanation.target[index]), names)}"
@@ -67,7 +65,7 @@ def _of_direction(direction: Tensor, kind: str, names: Names, shown: int = 2) ->
     return ", ".join(f"{word} {side}" for word, side in zip(("for", "not"), sides, strict=True) if side)
 
 
-def one_line(explanation: "Explanation") -> str:
+def one_line(explanation: Rows) -> str:
     """The images, what is explained of them, and whether it is exact."""
     count, (height, width) = len(explanation), explanation.inputs.shape[-2:]
     images = f"{count} image{'s' * (count != 1)} of {height} × {width}"
@@ -77,7 +75,7 @@ def one_line(explanation: "Explanation") -> str:
     return f"<Explanation of {images}: {listed or 'nothing'}; {_exactness(explanation)}>"
 
 
-def _exactness(explanation: "Explanation") -> str:
+def _exactness(explanation: Rows) -> str:
     found = explanation.violations
     if found:
         return f"not exact, {len(found)} violation{'s' * (len(found) > 1)}"
