@@ -8,4 +8,4 @@ venv=${VENV:-.venv-demo}
 "$venv/bin/timm-bcos" explain scripts/photos --top 1 --out demo
 "$venv/bin/timm-bcos" explain scripts/photos/clothes --model bcos_efficientnet_lite0.clothing --top 1 --out demo/clothes
 "$venv/bin/timm-bcos" explain scripts/photos/chelsea.jpg --model bcos_cifar_resnet20 --top 1 --out demo/cifar
-echo "Figures are in demo/, by model: a figure for each photo, and the explanation of each class as a transparent PNG."
+echo "demo/ holds, by model, a figure per photo, and for each class its explanation as a transparent PNG and an overlay at the size of the photo."
